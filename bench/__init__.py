@@ -1,0 +1,1 @@
+"""Benchmarks: what the engine costs, measured beside its alternatives in one process."""

@@ -1,0 +1,10 @@
+"""Hand-written Triton kernels on the masked elements of a model, each beside its plain-torch twin in ``reference``.
+
+The kernels' modules import triton and are imported by the engine when the Triton backend is first used; this module,
+the reference and the element table need torch alone.
+"""
+
+from . import reference
+from .elements import BLOCK, ElementTable, build_table
+
+__all__ = ["BLOCK", "ElementTable", "build_table", "reference"]

@@ -1,0 +1,63 @@
+"""``z`` and the Philox words behind it, for any list of element ids or blocks."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import MASKED, on_device_of, signed
+from .philox import normal_at, words
+
+
+@triton.jit(do_not_specialize=["n", "seed"])
+def _normal_kernel(z_ptr, ids_ptr, n: tl.int64, seed: tl.int64, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    ids = tl.load(ids_ptr + at, mask=live, other=0)
+    tl.store(z_ptr + at, normal_at(seed, ids), mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "seed"])
+def _bits_kernel(words_ptr, blocks_ptr, n: tl.int64, seed: tl.int64, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    x0, x1, x2, x3 = words(seed, tl.load(blocks_ptr + at, mask=live, other=0))
+    tl.store(words_ptr + at * 4, x0.to(tl.int64), mask=live)
+    tl.store(words_ptr + at * 4 + 1, x1.to(tl.int64), mask=live)
+    tl.store(words_ptr + at * 4 + 2, x2.to(tl.int64), mask=live)
+    tl.store(words_ptr + at * 4 + 3, x3.to(tl.int64), mask=live)
+
+
+def normal(seed: int, ids: Tensor) -> Tensor:
+    """See ``reference.normal``."""
+    ids = ids.contiguous()
+    z = torch.empty(ids.numel(), dtype=torch.float32, device=ids.device)
+    if ids.numel():
+        with on_device_of(ids):
+            _normal_kernel[(triton.cdiv(ids.numel(), MASKED.block),)](
+                z_ptr=z,
+                ids_ptr=ids,
+                n=ids.numel(),
+                seed=signed(seed),
+                **MASKED.options(),
+            )
+    return z
+
+
+def bits(seed: int, blocks: Tensor) -> Tensor:
+    """See ``reference.bits``."""
+    blocks = blocks.contiguous()
+    out = torch.empty(blocks.numel(), 4, dtype=torch.int64, device=blocks.device)
+    if blocks.numel():
+        with on_device_of(blocks):
+            _bits_kernel[(triton.cdiv(blocks.numel(), MASKED.block),)](
+                words_ptr=out,
+                blocks_ptr=blocks,
+                n=blocks.numel(),
+                seed=signed(seed),
+                **MASKED.options(),
+            )
+    return out
+
+
+__all__ = ["bits", "normal"]

@@ -1,0 +1,107 @@
+"""The perturbation stream's device functions: Philox words, and the portable Gaussian made from them.
+
+``reference.py`` is the specification. Launch every kernel that uses these with ``enable_fp_fusion=False``: a fused
+multiply-add would change the last bits.
+
+References:
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
+    Moshier, Cephes mathematical library (the polynomials of logf, sinf and cosf).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox4x32(k0, k1, c0, c1, c2, c3):
+    """Philox4x32-10. All arguments and results are uint32; the key words are scalars."""
+    for _ in tl.static_range(10):
+        hi0, lo0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        hi1, lo1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(seed, block):
+    """The four words of each block.
+
+    Args:
+        seed: int64 scalar, the bits of the unsigned seed.
+        block: int64 tensor of block numbers.
+    """
+    seed = seed.to(tl.int64)
+    c0 = block.to(tl.uint32)
+    c1 = (block >> 32).to(tl.uint32)
+    zero = c0 * 0
+    return philox4x32(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), c0, c1, zero, zero)
+
+
+@triton.jit
+def radius(xa):
+    """``sqrt(-2 ln u)``, ``u = ((xa >> 8) + 1) * 2**-24``; fp32 from uint32 words."""
+    u = ((xa >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    b = u.to(tl.int32, bitcast=True)
+    e = (b - 0x3F3504F3) >> 23
+    f = (b - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    s = f * f
+    p = f * 7.0376836292e-2 - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    exponent = e.to(tl.float32)
+    y = (p * f) * s
+    y = y + exponent * -2.12194440e-4
+    y = y - s * 0.5
+    ln = (f + y) + exponent * 0.693359375
+    return tl.sqrt_rn(ln * -2.0)
+
+
+@triton.jit
+def sin_cos(xb):
+    """Sine and cosine of ``2 pi (xb >> 8) * 2**-24``; fp32 from uint32 words."""
+    t = (xb >> 8).to(tl.int32)
+    q = (t + (1 << 21)) >> 22
+    a = (t - (q << 22)).to(tl.float32) * 3.7450702828238625e-07
+    v = a * a
+    sin = (((v * -1.9515295891e-4 + 8.3321608736e-3) * v - 1.6666654611e-1) * v) * a + a
+    cos = (((v * 2.443315711809948e-5 - 1.388731625493765e-3) * v + 4.166664568298827e-2) * v) * v
+    cos = (cos - v * 0.5) + 1.0
+    odd = (q & 1) != 0
+    s = tl.where(odd, cos, sin)
+    c = tl.where(odd, sin, cos)
+    # Triton's unary minus is 0 - x, which loses the sign of a zero; the product keeps it.
+    return s * tl.where((q & 2) != 0, -1.0, 1.0), c * tl.where(((q + 1) & 2) != 0, -1.0, 1.0)
+
+
+@triton.jit
+def normal_at(seed, ids):
+    """``z`` at int64 element ids: fp32."""
+    x0, x1, x2, x3 = words(seed, ids >> 2)
+    upper = (ids & 2) != 0
+    sin, cos = sin_cos(tl.where(upper, x3, x1))
+    return radius(tl.where(upper, x2, x0)) * tl.where((ids & 1) != 0, sin, cos)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """fp32 to the live weight's dtype, to nearest, ties to even.
+
+    bfloat16 is rounded in integers: Triton's interpreter does not round its bfloat16 cast correctly, and every backend
+    has to give the same bits. NaN becomes the quiet NaN 0x7FC0, as in torch.
+    """
+    if dtype == tl.bfloat16:
+        b = value.to(tl.uint32, bitcast=True)
+        rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
+        return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+__all__ = ["normal_at", "philox4x32", "radius", "round_to", "sin_cos", "words"]
