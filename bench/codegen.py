@@ -168,8 +168,8 @@ def _launch_everything(dtype: torch.dtype) -> None:
         for seed, scale in ((0, 0.0), (1, 1.0), (16, -1e-3), (2**31, 16.0), (2**40, 2.5), (2**64 - 1, -0.5)):
             perturb_(table, master, seed, scale)
             update_(table, master, seed, scale)
-            normal(seed, table.ids())
-            bits(seed, table.ids())
+            normal(seed, table.ids(0, table.nnz))
+            bits(seed, table.ids(0, table.nnz))
         restore_(table, master)
 
 

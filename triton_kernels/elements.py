@@ -1,10 +1,11 @@
 """Where the masked elements of a model live in memory, as kernels and reference need it.
 
-One table covers all masked elements of all tensors of one dtype on one device, so that an operation is one launch.
+One table covers the masked elements of all tensors of one dtype on one device, so that an operation is one launch.
 The elements are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block, reads
 its four numbers once, and finds every weight at ``address + offset * itemsize`` and its element id at ``base + offset``.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,13 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ElementTable:
-    """The masked elements of some tensors, in id order within each tensor.
+    """The masked elements of some tensors: tensor after tensor, in the order of their offsets.
 
     Args:
         weights: flat views (one dimension, contiguous) of the live tensors, all of one dtype and device.
         bases: element id of each tensor's first element.
         starts: where each tensor's elements begin in ``offsets``; one more entry than tensors, the last is nnz.
-        offsets: int32 [nnz] (int64 if a tensor has more than 2**31 elements), flat offset of each element in its tensor.
+        offsets: int32 [nnz] (int64 if a tensor has over 2**31 elements), flat offset of each element in its tensor.
         blocks: int64 [n_blocks, 4]: address of the tensor, its base id, first element, number of elements (<= BLOCK).
     """
 
@@ -38,20 +39,20 @@ class ElementTable:
         """Number of masked elements."""
         return self.offsets.numel()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the live weights."""
-        return self.weights[0].dtype
+    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The tensors that hold the elements ``[start, stop)``: number of the tensor, and its part of that range."""
+        tensor = bisect_right(self.starts, start) - 1
+        while start < stop:
+            end = min(self.starts[tensor + 1], stop)
+            yield tensor, start, end
+            start, tensor = end, tensor + 1
 
-    def segments(self) -> Iterator[tuple[Tensor, int, int]]:
-        """For each tensor its flat weights and its range ``[start, stop)`` among the masked elements."""
-        return zip(self.weights, self.starts[:-1], self.starts[1:], strict=True)
-
-    def ids(self) -> Tensor:
-        """Element ids, int64 [nnz]; made anew from the offsets at each call."""
-        counts = torch.tensor(self.starts).diff()
-        bases = torch.tensor(self.bases).repeat_interleave(counts)
-        return self.offsets.long() + bases.to(self.offsets.device)
+    def ids(self, start: int, stop: int) -> Tensor:
+        """Element ids of the elements ``[start, stop)``, int64; made anew from the offsets at each call."""
+        parts = list(self.segments(start, stop))
+        bases = torch.tensor([self.bases[tensor] for tensor, _, _ in parts], dtype=torch.int64)
+        counts = torch.tensor([end - begin for _, begin, end in parts], dtype=torch.int64)
+        return self.offsets[start:stop] + bases.repeat_interleave(counts).to(self.offsets.device)
 
 
 def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor]) -> ElementTable:
@@ -68,28 +69,34 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
     device, dtype = weights[0].device, weights[0].dtype
     for weight in weights:
         if weight.device != device or weight.dtype != dtype:
-            raise ValueError(f"one table needs one dtype and device; got {weight.dtype} on {weight.device} "
-                             f"beside {dtype} on {device}")  # fmt: skip
+            raise ValueError(
+                f"one table needs one dtype and device; got {weight.dtype} on {weight.device} beside {dtype} on {device}"
+            )
         if not weight.is_contiguous():
-            raise ValueError(f"a tensor of shape {tuple(weight.shape)} is not contiguous; call .contiguous() first")
-    counts = torch.tensor([o.numel() for o in offsets])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    small = max(w.numel() for w in weights) <= _INT32_MAX
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} is not contiguous; call .contiguous() first")
+    counts = [o.numel() for o in offsets]
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
     flat = tuple(w.detach().view(-1) for w in weights)
-    blocks = []
-    for weight, base, start, count in zip(flat, bases, starts.tolist(), counts.tolist(), strict=False):
-        first = torch.arange(0, count, BLOCK)
-        row = torch.empty(first.numel(), 4, dtype=torch.int64)
-        row[:, 0], row[:, 1] = weight.data_ptr(), base
-        row[:, 2], row[:, 3] = first + start, (count - first).clamp(max=BLOCK)
-        blocks.append(row)
+    small = max(w.numel() for w in flat) <= _INT32_MAX
     return ElementTable(
         weights=flat,
         bases=tuple(bases),
-        starts=tuple(starts.tolist()),
+        starts=tuple(starts),
         offsets=torch.cat([o.to(torch.int32 if small else torch.int64) for o in offsets]).to(device),
-        blocks=torch.cat(blocks).to(device),
+        blocks=torch.cat(
+            [_blocks_of(w.data_ptr(), b, s, n) for w, b, s, n in zip(flat, bases, starts, counts, strict=False)]
+        ).to(device),
     )
+
+
+def _blocks_of(address: int, base: int, start: int, count: int) -> Tensor:
+    first = torch.arange(0, count, BLOCK)
+    blocks = torch.empty(first.numel(), 4, dtype=torch.int64)
+    blocks[:, 0], blocks[:, 1] = address, base
+    blocks[:, 2], blocks[:, 3] = first + start, (count - first).clamp(max=BLOCK)
+    return blocks
 
 
 __all__ = ["BLOCK", "ElementTable", "build_table"]

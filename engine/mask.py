@@ -1,0 +1,266 @@
+"""``SparseMask``: the static set of elements that perturbations and updates touch; how it is chosen, saved and checked.
+
+File: safetensors with ``ids`` int64 [k], and where known ``scores`` and ``gradient`` float32 [k]; everything else is
+metadata (see ``docs/formats.md``).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from . import sensitivity, stream
+from .errors import MaskError
+from .parameters import ParameterTable, floating_parameters
+from .sensitivity import LossFunction
+
+FORMAT = "meerkat-mask/1"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseMask:
+    """A static binary mask over the elements of one model.
+
+    Build one with ``from_gradients``, ``magnitude``, ``random`` or ``dense``, or ``load`` it.
+
+    Args:
+        ids: int64 [k] on the CPU, ascending element ids.
+        table: of the model it was made for.
+        density: ``u`` in (0, 1], as asked for; ``k = round(u * d)``, at least 1.
+        source: how the elements were chosen.
+        calibration: what text they were chosen on, in words; empty where none was needed.
+        gradient: float32 [k], mean gradient on the calibration text at these elements, or None.
+        scores: float32 [k], what the elements were ranked by, or None.
+
+    Raises:
+        MaskError: if the ids are not ascending, unique, and within the model.
+    """
+
+    ids: Tensor
+    table: ParameterTable
+    density: float
+    source: str
+    calibration: str = ""
+    gradient: Tensor | None = field(default=None, repr=False)
+    scores: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if self.ids.dtype != torch.int64 or self.ids.dim() != 1 or self.ids.numel() == 0:
+            raise MaskError(f"mask ids must be int64 [k] with k > 0, got {self.ids.dtype} {list(self.ids.shape)}")
+        if self.ids[0] < 0 or self.ids[-1] >= self.table.size:
+            raise MaskError(f"mask ids must be in [0, {self.table.size}), got {self.ids[0]} to {self.ids[-1]}")
+        wrong = torch.nonzero(self.ids[1:] <= self.ids[:-1])
+        if wrong.numel():
+            at = int(wrong[0]) + 1
+            raise MaskError(f"mask ids must ascend; position {at} holds {self.ids[at]} after {self.ids[at - 1]}")
+        for name, values in (("gradient", self.gradient), ("scores", self.scores)):
+            if values is not None and (values.shape != self.ids.shape or values.dtype != torch.float32):
+                raise MaskError(f"mask {name} must be float32 [{len(self)}], got {values.dtype} {list(values.shape)}")
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids and the model's parameter table, in hexadecimal: equal masks select the same elements."""
+        digest = hashlib.sha256(self.table.digest.encode())
+        digest.update(self.ids.numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_gradients(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        density: float = 1e-3,
+        *,
+        loss: LossFunction | None = None,
+        source: str = "sensitivity",
+        calibration: str = "",
+    ) -> "SparseMask":
+        """The elements with the largest mean squared gradient over some batches.
+
+        Args:
+            model: left as it was.
+            batches: of calibration text: int64 token ids [B, L], or mappings with ``input_ids`` and ``attention_mask``.
+            density: ``u`` in (0, 1].
+            loss: of the model on one batch; None is the language-model loss of a transformers causal LM.
+            source: name of the method, kept with the mask.
+            calibration: description of the text, kept with the mask.
+
+        Raises:
+            MaskError: for a density out of range, no batch, or a loss or gradient that is not finite.
+
+        References:
+            Meerkat, arXiv 2506.03337, section 3.
+        """
+        table = ParameterTable.of(model)
+        k = element_count(density, table.size)
+        if loss is None:
+            from .objective import language_model_loss as loss
+        found = sensitivity.accumulate(model, batches, loss)
+        ids, scores = sensitivity.largest(lambda i: found.squares[i].view(-1), len(table.names), k)
+        return cls(
+            ids=ids,
+            table=table,
+            density=density,
+            source=source,
+            calibration=calibration or f"{found.batches} batches",
+            gradient=_at(found.means, table, ids),
+            scores=scores,
+        )
+
+    @classmethod
+    def magnitude(cls, model: nn.Module, density: float) -> "SparseMask":
+        """The elements with the largest absolute weight."""
+        table = ParameterTable.of(model)
+        weights = [p.detach() for _, p in floating_parameters(model)]
+        k = element_count(density, table.size)
+        ids, scores = sensitivity.largest(lambda i: weights[i].reshape(-1).float().abs(), len(weights), k)
+        return cls(ids=ids, table=table, density=density, source="magnitude", scores=scores)
+
+    @classmethod
+    def random(cls, model: nn.Module, density: float, seed: int) -> "SparseMask":
+        """Elements at random; of one seed, a sparser mask is part of a denser one (up to density one half)."""
+        table = ParameterTable.of(model)
+        k = element_count(density, table.size)
+        if 2 * k <= table.size:
+            ids = _distinct(seed, k, table.size)
+        else:  # draw what is left out
+            chosen = torch.ones(table.size, dtype=torch.bool)
+            chosen[_distinct(seed, table.size - k, table.size)] = False
+            ids = torch.nonzero(chosen).view(-1)
+        return cls(ids=ids, table=table, density=density, source=f"random, seed {seed}")
+
+    @classmethod
+    def dense(cls, model: nn.Module) -> "SparseMask":
+        """All elements: zeroth-order fine-tuning without a mask, with 20 bytes of state an element."""
+        table = ParameterTable.of(model)
+        return cls(ids=torch.arange(table.size), table=table, density=1.0, source="dense")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ``MaskError`` naming the first difference if the mask was made for another model."""
+        difference = self.table.difference(ParameterTable.of(model))
+        if difference is not None:
+            raise MaskError(f"the mask was made for another model: {difference}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the mask to a safetensors file, whole or not at all."""
+        tensors = {"ids": self.ids}
+        if self.gradient is not None:
+            tensors["gradient"] = self.gradient
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        metadata = {
+            "format": FORMAT,
+            "density": repr(self.density),
+            "source": self.source,
+            "calibration": self.calibration,
+            "d": str(self.table.size),
+            "table": self.table.to_json(),
+            "table_digest": self.table.digest,
+            "digest": self.digest,
+        }
+        write_whole(Path(path), save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "SparseMask":
+        """Reads a mask.
+
+        Args:
+            path: of the file.
+            model: to check the mask against, or None.
+
+        Raises:
+            MaskError: if the file is missing, damaged or of another format, or the mask is another model's.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise MaskError(f"cannot read the mask {os.fspath(path)!r}: {error}") from error
+        if metadata.get("format") != FORMAT or "ids" not in tensors:
+            raise MaskError(
+                f"{os.fspath(path)!r} is not a mask of format {FORMAT}; `meerkat-engine mask` makes one "
+                f"(found format {metadata.get('format')!r})"
+            )
+        try:
+            mask = cls(
+                ids=tensors["ids"],
+                table=ParameterTable.from_json(metadata["table"]),
+                density=float(metadata["density"]),
+                source=metadata["source"],
+                calibration=metadata["calibration"],
+                gradient=tensors.get("gradient"),
+                scores=tensors.get("scores"),
+            )
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise MaskError(f"the mask {os.fspath(path)!r} is damaged: {error}") from error
+        if mask.digest != metadata.get("digest"):
+            raise MaskError(f"the mask {os.fspath(path)!r} is damaged: its ids or table do not match its digest")
+        if model is not None:
+            mask.check(model)
+        return mask
+
+
+def check_density(density: float) -> None:
+    """Raises ``MaskError`` unless the density is in (0, 1]."""
+    if not 0 < density <= 1:
+        raise MaskError(f"density must be in (0, 1], got {density}")
+
+
+def element_count(density: float, size: int) -> int:
+    """``k = round(u * d)``, at least 1."""
+    check_density(density)
+    return max(1, round(density * size))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader finds the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _at(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
+    bounds = torch.searchsorted(ids, torch.tensor([*table.bases, table.size]))
+    parts = []
+    for tensor, base, start, stop in zip(tensors, table.bases, bounds[:-1], bounds[1:], strict=True):
+        parts.append(tensor.view(-1)[(ids[start:stop] - base).to(tensor.device)].cpu())
+    return torch.cat(parts)
+
+
+def _distinct(seed: int, k: int, size: int) -> Tensor:
+    """The first k distinct numbers below ``size`` that the stream draws, ascending: int64 [k]."""
+    drawn = torch.empty(0, dtype=torch.int64)
+    blocks = 0
+    while True:
+        more = torch.arange(blocks, blocks + max(64, k))
+        words = stream.bits(seed, more)
+        numbers = ((words[:, 0::2] << 31) ^ words[:, 1::2]) % size  # 63 bits: the bias is below 2**-20 for any model
+        blocks += more.numel()
+        drawn = torch.cat([drawn, numbers.reshape(-1)])
+        distinct, index = torch.unique(drawn, return_inverse=True)
+        if distinct.numel() >= k:
+            first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
+                0, index, torch.arange(drawn.numel()), "amin"
+            )
+            return distinct[torch.argsort(first)[:k]].sort().values
+
+
+__all__ = ["FORMAT", "SparseMask", "check_density", "element_count", "write_whole"]

@@ -1,0 +1,132 @@
+"""What is computed from a language model: the loss on text, and losses and predictions of a classification task.
+
+Only the logits that a result needs are made: those of the answer positions for a task, those of a few hundred positions
+at a time for text. There is never a tensor [batch, length, vocabulary].
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .errors import ModelError
+from .tasks import Batch
+
+# Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
+_POSITIONS = 128
+
+
+class Objective(StrEnum):
+    """The loss of a classification task.
+
+    ``CANDIDATES``: cross-entropy over the label words' mean log-likelihoods.
+    ``LANGUAGE_MODEL``: mean negative log-likelihood of the answer's tokens over the whole vocabulary, as in MeZO.
+    """
+
+    CANDIDATES = "candidates"
+    LANGUAGE_MODEL = "language-model"
+
+
+def task_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+    """Loss of the batch: float32 scalar.
+
+    Args:
+        model: a transformers causal LM.
+        batch: made for this objective (see ``EncodedTask.batch``).
+        objective: which loss.
+
+    References:
+        MeZO, arXiv 2305.17333, appendix E (prompts and the loss on the answer).
+    """
+    if objective is Objective.CANDIDATES:
+        return functional.cross_entropy(candidate_scores(model, batch), batch.labels)
+    log_likelihoods = _answer_log_likelihoods(model, batch)
+    return -log_likelihoods.sum() / batch.answer_mask.sum()
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean log-likelihood per token of each candidate answer, up to a constant per example: float32 [B, C]."""
+    if batch.candidate_ids is not None:  # one forward serves all candidates of one token
+        return _logits(model, batch, 1)[:, -1, batch.candidate_ids].float()
+    lengths = batch.answer_mask.sum(dim=1)
+    return (_answer_log_likelihoods(model, batch).sum(dim=1) / lengths).view(len(batch.labels), -1)
+
+
+def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-likelihood of each answer token, 0 where there is none: float32 [N, longest answer]."""
+    longest = batch.answer_mask.shape[1]
+    logits = _logits(model, batch, longest + 1)[:, :-1].float()
+    tokens = batch.input_ids[:, -longest:]
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return torch.where(batch.answer_mask, chosen, 0.0)
+
+
+def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+    """Logits of the last ``keep`` positions: [N, keep, V]. Batches are padded on the left, so these hold the answers."""
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        logits_to_keep=keep,
+        use_cache=False,
+    )
+    logits = cast(Tensor, output.logits)
+    if logits.shape[1] != keep:
+        raise ModelError(f"{type(model).__name__} ignores logits_to_keep: {logits.shape[1]} positions instead of {keep}")
+    return logits
+
+
+def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Mean next-token cross-entropy of some text, differentiable: float32 scalar.
+
+    Args:
+        model: a transformers causal LM.
+        batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask``.
+    """
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    device = next(model.parameters()).device
+    input_ids = inputs["input_ids"].to(device)
+    mask = inputs.get("attention_mask", torch.ones_like(input_ids)).to(device)
+    decoder = cast(Any, model).get_decoder()
+    hidden = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    scored = (mask[:, :-1] * mask[:, 1:]).bool()
+    hidden, targets = hidden[:, :-1][scored], input_ids[:, 1:][scored]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, wanted in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
+        total = total + checkpoint(_summed_loss, model, decoder, part, wanted, use_reentrant=False)
+    return total / targets.numel()
+
+
+def _summed_loss(model: nn.Module, decoder: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy at some positions, through the model's own head (scaling and soft caps included)."""
+    with _returning(decoder, hidden.unsqueeze(0)) as calls:
+        logits = model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+    if not calls:
+        raise ModelError(f"{type(model).__name__} does not run its decoder through get_decoder(); its head is out of reach")
+    return functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+
+
+@contextmanager
+def _returning(module: nn.Module, hidden: Tensor) -> Iterator[list[None]]:
+    """Within this context the module returns the given hidden states; yields a list with an entry per call."""
+    calls: list[None] = []
+
+    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+        calls.append(None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    module.forward = forward
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+__all__ = ["Objective", "candidate_scores", "language_model_loss", "task_loss"]

@@ -1,0 +1,207 @@
+"""``SparseZO``: two-point zeroth-order steps on the masked elements of a model, as a ``torch.optim.Optimizer``.
+
+    g = (f(w + eps * (z * m)) - f(w - eps * (z * m))) / (2 * eps)          projected gradient, a scalar
+    w <- w - lr * g * (z * m)
+
+References:
+    Meerkat, arXiv 2506.03337, section 3; MeZO, arXiv 2305.17333, algorithm 1; Spall 1992 (SPSA).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NonFiniteLossError
+from .mask import SparseMask
+from .parameters import floating_parameters
+from .stream import VERSION, check_seed, step_seed
+from .weights import MaskedWeights, round_fp32
+
+
+def projected_gradient(loss_plus: float, loss_minus: float, eps: float) -> float:
+    """``(loss+ - loss-) / (2 eps)`` in float64 from two fp32 losses, rounded to fp32."""
+    return round_fp32((loss_plus - loss_minus) / (2 * eps))
+
+
+class SparseZO(torch.optim.Optimizer):
+    """Zeroth-order SGD on the masked elements, with fp32 masters and exact restore.
+
+    Args:
+        model: any module; the weights of its masked elements are written by every step.
+        mask: of this model.
+        lr: learning rate (eta), not negative. One per parameter group; schedulers may change it.
+        eps: perturbation scale, positive; the same in every group.
+        seed: root seed in [0, 2**64); step ``t`` uses ``step_seed(seed, 0, t)`` unless it is given one.
+        backend: "auto" (Triton on GPUs, torch elsewhere), "torch" or "triton".
+        params: parameter groups over the model's parameters, as any torch optimizer takes them; every parameter with
+            masked elements must be in one. None is one group of all of these.
+
+    Attributes:
+        projected_gradients: fp32 scalars of the steps taken by ``step``, oldest first; a list, clear it as you like.
+
+    Raises:
+        ValueError: for a learning rate, eps, seed or group out of range.
+        MaskError: if the mask is another model's.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> mask = SparseMask.magnitude(model, density=0.6)
+        >>> opt = SparseZO(model, mask, lr=0.05)
+        >>> x, y = torch.ones(1, 4), torch.zeros(1, 1)
+        >>> loss = opt.step(lambda: nn.functional.mse_loss(model(x), y))
+        >>> len(opt.projected_gradients)
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        seed: int = 0,
+        backend: str = "auto",
+        params: Iterable[dict[str, Any]] | None = None,
+    ) -> None:
+        _check_lr(lr)
+        _check_eps(eps)
+        self.seed = check_seed(seed)
+        self.steps = 0
+        self.projected_gradients: list[float] = []
+        self._closed = False
+        names = {id(p): name for name, p in floating_parameters(model)}
+        mask.check(model)
+        if params is None:
+            params = [{"params": [p for _, p in floating_parameters(model)]}]
+        super().__init__(params, {"lr": lr, "eps": eps})
+        groups = {}
+        for number, group in enumerate(self.param_groups):
+            _check_lr(group["lr"])
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise ValueError(f"parameter group {number} holds a tensor {list(p.shape)} that the model does not")
+                groups[names[id(p)]] = number
+        self.weights = MaskedWeights(model, mask, backend, groups)
+        missing = [name for name in self.weights.names() if name not in groups]
+        if missing:
+            raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
+        self._closed = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor | float], seed: int | None = None) -> Tensor:  # type: ignore[override]
+        """One two-point step.
+
+        Args:
+            closure: computes the loss of the batch, a scalar; called twice in inference mode, at +eps and at -eps, and
+                must see the same batch both times.
+            seed: of the perturbation; None is ``step_seed(root seed, 0, number of steps taken)``.
+
+        Returns:
+            Mean of the two losses, float32 scalar.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite. This and whatever the closure raises leave the weights
+                restored and the step not taken.
+            ModelChangedError: if the model was moved, cast or rebuilt since the optimizer was.
+        """
+        seed = step_seed(self.seed, 0, self.steps) if seed is None else check_seed(seed)
+        eps = self._eps()
+        self.weights.check_same_parameters()
+        try:
+            self.perturb(seed, eps)
+            plus = _loss(closure, "+eps")
+            self.perturb(seed, -eps)
+            minus = _loss(closure, "-eps")
+        except BaseException:
+            self.restore()
+            raise
+        g = projected_gradient(plus, minus, eps)
+        self.apply(seed, g)
+        self.steps += 1
+        self.projected_gradients.append(g)
+        return torch.tensor((plus + minus) / 2, dtype=torch.float32)
+
+    def perturb(self, seed: int, scale: float) -> None:
+        """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters stay."""
+        self.weights.perturb_(seed, scale)
+
+    def restore(self) -> None:
+        """Sets the masked weights back to ``cast(master)``, bit for bit."""
+        self.weights.restore_()
+
+    def apply(self, seed: int, g: float) -> None:
+        """The update of a step whose scalar is known: ``master <- master - fp32(lr * g) * z(seed)``.
+
+        Raises:
+            ValueError: if ``g`` is not finite.
+        """
+        if not math.isfinite(g):
+            raise ValueError(f"projected gradient must be finite, got {g}")
+        self.weights.update_(seed, [float(group["lr"]) * g for group in self.param_groups])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: mask and groups are static."""
+        if getattr(self, "_closed", False):
+            raise ValueError("SparseZO's parameter groups are fixed; give them all as `params`")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters (float32 [k], in mask order), step count, seeds and groups: all a resumed run needs."""
+        packed = super().state_dict()
+        packed["state"] = {
+            "masters": self.weights.masters(),
+            "steps": self.steps,
+            "seed": self.seed,
+            "stream_version": VERSION,
+            "mask_digest": self.weights.mask.digest,
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a ``state_dict``, and sets the model's masked weights to the masters in it.
+
+        Raises:
+            ValueError: if it belongs to another mask or stream version, or its groups differ.
+        """
+        state = state_dict["state"]
+        for key, mine in (("mask_digest", self.weights.mask.digest), ("stream_version", VERSION)):
+            if state.get(key) != mine:
+                raise ValueError(f"the state's {key} is {state.get(key)!r}, this optimizer's is {mine!r}")
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.weights.set_masters_(state["masters"])
+        self.steps = int(state["steps"])
+        self.seed = check_seed(state["seed"])
+
+    def _eps(self) -> float:
+        eps = cast(float, self.param_groups[0]["eps"])
+        for number, group in enumerate(self.param_groups):
+            if group["eps"] != eps:
+                raise ValueError(f"eps is one perturbation's scale: group {number} has {group['eps']}, group 0 has {eps}")
+        _check_eps(eps)
+        return eps
+
+
+def _loss(closure: Callable[[], Tensor | float], where: str) -> float:
+    with torch.inference_mode():
+        value = closure()
+    loss = float(value.detach().float().item()) if isinstance(value, Tensor) else round_fp32(value)
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the loss at {where} is {loss}; the weights are restored (try a smaller lr or eps)")
+    return loss
+
+
+def _check_lr(lr: float | Tensor) -> None:
+    if not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr must be finite and not negative, got {lr}")
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be finite and positive, got {eps}")
+
+
+__all__ = ["SparseZO", "projected_gradient"]

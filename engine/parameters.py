@@ -1,0 +1,94 @@
+"""The element ids of a model: its parameters in order, each with the id of its first element; and fingerprints.
+
+Shared tensors count once, in the order met; only floating-point tensors count.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def floating_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that have element ids, in id order."""
+    return ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """Name, shape and base id of every parameter that has element ids.
+
+    Args:
+        names: as in ``model.named_parameters()``.
+        shapes: of each.
+        bases: id of each one's first element.
+        size: ``d``, the number of elements.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bases: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ParameterTable":
+        """The table of a model."""
+        names, shapes, bases, size = [], [], [], 0
+        for name, parameter in floating_parameters(model):
+            names.append(name)
+            shapes.append(tuple(parameter.shape))
+            bases.append(size)
+            size += parameter.numel()
+        return cls(tuple(names), tuple(shapes), tuple(bases), size)
+
+    def to_json(self) -> str:
+        """One line of JSON: a list of [name, shape, base id]."""
+        rows = zip(self.names, self.shapes, self.bases, strict=True)
+        return json.dumps([[name, list(shape), base] for name, shape, base in rows], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ParameterTable":
+        """Inverse of ``to_json``."""
+        rows = json.loads(text)
+        shapes = tuple(tuple(int(n) for n in shape) for _, shape, _ in rows)
+        last = rows[-1][2] + torch.Size(shapes[-1]).numel() if rows else 0
+        return cls(tuple(str(row[0]) for row in rows), shapes, tuple(int(row[2]) for row in rows), last)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the table, in hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def difference(self, other: "ParameterTable") -> str | None:
+        """What ``other`` has that this has not, in words; None if they are equal."""
+        mine, theirs = dict(zip(self.names, self.shapes, strict=True)), dict(zip(other.names, other.shapes, strict=True))
+        for name in self.names:
+            if name not in theirs:
+                return f"parameter {name!r} {mine[name]} is missing ({len(theirs)} parameters instead of {len(mine)})"
+            if mine[name] != theirs[name]:
+                return f"parameter {name!r} has shape {theirs[name]} instead of {mine[name]}"
+        for name in other.names:
+            if name not in mine:
+                return f"parameter {name!r} {theirs[name]} is new ({len(theirs)} parameters instead of {len(mine)})"
+        if self.names != other.names:
+            return "the parameters are the same but come in another order"
+        return None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter with element ids, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, parameter in floating_parameters(model):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(_bytes_of(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+
+
+__all__ = ["ParameterTable", "fingerprint", "floating_parameters"]

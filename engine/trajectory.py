@@ -1,0 +1,32 @@
+"""``replay``: the end of a run from its base model and a few scalars."""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from .mask import SparseMask
+from .weights import MaskedWeights
+
+
+def replay(model: nn.Module, mask: SparseMask, steps: Iterable[tuple[int, float, float]], backend: str = "auto") -> None:
+    """Applies recorded updates in order; lands on the bits of the run that recorded them.
+
+    Args:
+        model: the base model the run started from; its masked weights are written.
+        mask: the run's mask.
+        steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        MaskError: if the mask is another model's.
+        ValueError: if a scalar is not finite.
+    """
+    weights = MaskedWeights(model, mask, backend)
+    for seed, lr, g in steps:
+        if not math.isfinite(g) or not math.isfinite(lr):
+            raise ValueError(f"lr and projected gradient must be finite, got lr {lr} and g {g}")
+        weights.update_(seed, [lr * g])
+
+
+__all__ = ["replay"]

@@ -1,0 +1,177 @@
+"""``MaskedWeights``: the masked elements of a live model and their fp32 masters, and the three operations on them.
+
+    perturb:  w <- cast(master + scale * z)
+    restore:  w <- cast(master)
+    update:   master <- master - c * z,  w <- cast(master)
+
+The live weight is always a rounding of its master; elements outside the mask are never written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as backends
+from .backend import Backend
+from .errors import MaskError, ModelChangedError
+from .mask import SparseMask
+from .parameters import floating_parameters
+from .stream import check_seed
+from .triton_kernels import ElementTable, build_table
+
+
+@dataclass(frozen=True)
+class _Located:
+    """One parameter with masked elements, and where it was when it was located."""
+
+    name: str
+    parameter: nn.Parameter
+    group: int
+    base: int
+    start: int  # its elements are [start, stop) of the mask
+    stop: int
+    address: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The parameters of one group, dtype and device: one table, one launch an operation."""
+
+    group: int
+    members: tuple[_Located, ...]
+    table: ElementTable
+    master: Tensor  # float32 [nnz] on the weights' device
+    backend: Backend
+
+
+def round_fp32(value: float) -> float:
+    """The nearest fp32 number, as a float."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+class MaskedWeights:
+    """The masked elements of one model in memory.
+
+    Holds 8 bytes per masked element (master and offset), on the device of the weights.
+
+    Args:
+        model: its parameters with masked elements must be contiguous; they are written by every operation.
+        mask: of this model.
+        backend: "auto", "torch" or "triton".
+        groups: group number of each parameter name, for updates with a coefficient per group; None: all in group 0.
+
+    Raises:
+        MaskError: if the mask is another model's.
+        ValueError: if a masked parameter is not contiguous.
+        ConfigError: if the backend is not to be had.
+    """
+
+    def __init__(
+        self, model: nn.Module, mask: SparseMask, backend: str = "auto", groups: Mapping[str, int] | None = None
+    ) -> None:
+        mask.check(model)
+        self.mask = mask
+        self._model = model
+        located = _locate(model, mask, groups or {})
+        keys = dict.fromkeys((at.group, at.dtype, at.device) for at in located)
+        self._parts = [
+            _part([at for at in located if (at.group, at.dtype, at.device) == key], mask.ids, backend) for key in keys
+        ]
+
+    def names(self) -> list[str]:
+        """The parameters that have masked elements, in id order."""
+        return [at.name for at in sorted((at for part in self._parts for at in part.members), key=lambda at: at.base)]
+
+    def perturb_(self, seed: int, scale: float) -> None:
+        """``w <- cast(master + scale * z(seed))``; ``scale`` is rounded to fp32."""
+        check_seed(seed)
+        self.check_unmoved()
+        for part in self._parts:
+            part.backend.perturb_(part.table, part.master, seed, round_fp32(scale))
+
+    def restore_(self) -> None:
+        """``w <- cast(master)``: exact."""
+        self.check_unmoved()
+        for part in self._parts:
+            part.backend.restore_(part.table, part.master)
+
+    def update_(self, seed: int, c: Sequence[float]) -> None:
+        """``master <- master - c * z(seed)``, ``w <- cast(master)``; one coefficient per group, rounded to fp32."""
+        check_seed(seed)
+        self.check_unmoved()
+        for part in self._parts:
+            part.backend.update_(part.table, part.master, seed, round_fp32(c[part.group]))
+
+    def masters(self) -> Tensor:
+        """A copy of the masters: float32 [k] in mask order, on the device of the first masked parameter."""
+        out = torch.empty(len(self.mask), dtype=torch.float32, device=self._parts[0].master.device)
+        for part in self._parts:
+            for at, begin, end in _ranges(part):
+                out[at.start : at.stop] = part.master[begin:end]
+        return out
+
+    def set_masters_(self, values: Tensor) -> None:
+        """Sets the masters from float32 [k] in mask order and restores the weights to them."""
+        if values.shape != self.mask.ids.shape or values.dtype != torch.float32:
+            raise ValueError(f"masters must be float32 [{len(self.mask)}], got {values.dtype} {list(values.shape)}")
+        for part in self._parts:
+            for at, begin, end in _ranges(part):
+                part.master[begin:end] = values[at.start : at.stop]
+        self.restore_()
+
+    def check_unmoved(self) -> None:
+        """Raises ``ModelChangedError`` naming the first parameter that is no longer where it was located."""
+        for part in self._parts:
+            for at in part.members:
+                p = at.parameter
+                if p.data_ptr() != at.address or p.dtype != at.dtype or p.device != at.device:
+                    raise ModelChangedError(
+                        f"parameter {at.name!r} was moved or cast: located as {at.dtype} on {at.device}, now {p.dtype} on "
+                        f"{p.device}{'' if p.dtype != at.dtype or p.device != at.device else ' at another address'}; "
+                        f"move and cast the model first, then build the optimizer"
+                    )
+
+    def check_same_parameters(self) -> None:
+        """Raises ``ModelChangedError`` if the model no longer uses a parameter that was located."""
+        present = {id(p) for p in self._model.parameters()}
+        for part in self._parts:
+            for at in part.members:
+                if id(at.parameter) not in present:
+                    raise ModelChangedError(
+                        f"parameter {at.name!r} was replaced in the model; build the optimizer after changing the model"
+                    )
+
+
+def _locate(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[_Located]:
+    located = []
+    bounds = torch.searchsorted(mask.ids, torch.tensor([*mask.table.bases, mask.table.size])).tolist()
+    for i, (name, p) in enumerate(floating_parameters(model)):
+        if bounds[i] == bounds[i + 1]:
+            continue
+        if not p.is_contiguous():
+            raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
+        base, start, stop = mask.table.bases[i], bounds[i], bounds[i + 1]
+        located.append(_Located(name, p, groups.get(name, 0), base, start, stop, p.data_ptr(), p.dtype, p.device))
+    if len({at.address for at in located}) < len(located):
+        raise MaskError("two parameters share their memory without being the same parameter; tie them as one Parameter")
+    return located
+
+
+def _part(members: list[_Located], ids: Tensor, backend: str) -> _Part:
+    offsets = [ids[at.start : at.stop] - at.base for at in members]
+    weights = [at.parameter.detach() for at in members]
+    device = weights[0].device
+    master = [w.view(-1)[o.to(device)].float() for w, o in zip(weights, offsets, strict=True)]
+    table = build_table(weights, [at.base for at in members], offsets)
+    return _Part(members[0].group, tuple(members), table, torch.cat(master), backends.resolve(backend, device))
+
+
+def _ranges(part: _Part) -> list[tuple[_Located, int, int]]:
+    return list(zip(part.members, part.table.starts[:-1], part.table.starts[1:], strict=True))
+
+
+__all__ = ["MaskedWeights", "round_fp32"]
