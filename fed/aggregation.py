@@ -1,0 +1,48 @@
+"""From the clients' scalars to the round's: in float64, in client-id order, rounded to fp32 once.
+
+    g^t = sum_i p_i g_i^t          a client that took fewer steps contributes 0 to the rest
+
+Reference: Meerkat, arXiv 2506.03337, section 3.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from ..weights import round_fp32
+
+
+class Weighting(StrEnum):
+    """How much each client counts: equally, or by its number of examples."""
+
+    UNIFORM = "uniform"
+    EXAMPLES = "examples"
+
+
+def client_weights(examples: Mapping[int, int], weighting: Weighting) -> dict[int, float]:
+    """``p_i`` of the clients that answered, in id order; they sum to 1.
+
+    Args:
+        examples: number of examples of each client, positive.
+        weighting: the rule.
+    """
+    raw = {i: float(examples[i]) if weighting is Weighting.EXAMPLES else 1.0 for i in sorted(examples)}
+    total = sum(raw.values())
+    return {i: value / total for i, value in raw.items()}
+
+
+def weighted_mean(scalars: Mapping[int, Sequence[float]], weights: Mapping[int, float], steps: int) -> list[float]:
+    """The round's ``steps`` scalars; the order in which replies arrived does not matter.
+
+    Args:
+        scalars: of each client, at most ``steps``.
+        weights: ``p_i`` of each client.
+        steps: ``T``.
+    """
+    totals = [0.0] * steps
+    for i in sorted(scalars):
+        for t, g in enumerate(scalars[i]):
+            totals[t] += weights[i] * g
+    return [round_fp32(total) for total in totals]
+
+
+__all__ = ["Weighting", "client_weights", "weighted_mean"]

@@ -1,0 +1,194 @@
+"""``RunConfig``: every setting of a run, checked; from defaults, a TOML file and the command line, in that order."""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tomli_w
+
+from .. import embedded
+from ..errors import ConfigError
+from ..models import DTYPES
+from ..objective import Objective
+from ..stream import check_seed
+from ..tasks import get_task
+from .aggregation import Weighting
+from .partition import Partition
+
+
+class Method(StrEnum):
+    """Which elements are trained: the methods differ in the mask alone."""
+
+    MEERKAT = "meerkat"
+    WEIGHT_MAGNITUDE = "weight-magnitude"
+    RANDOM_MASK = "random-mask"
+    FULL_FEDZO = "full-fedzo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of a run.
+
+    Args:
+        model: Hugging Face id, directory, GGUF file, or "embedded".
+        task: name of the task, or "embedded".
+        data_dir: holds TASK/{train,validation}.jsonl; None loads the hub's copy.
+        method: which elements are trained.
+        clients: ``K``.
+        rounds: ``R``.
+        local_steps: ``T``, steps of a client in a round.
+        partition: how examples are dealt to clients.
+        alpha: concentration of the Dirichlet partition.
+        weighting: how ``p_i`` are made.
+        batch_size: examples of a step.
+        objective: the loss.
+        lr: learning rate (eta).
+        eps: perturbation scale.
+        density: ``u`` in (0, 1], share of the elements that the mask holds.
+        mask: a mask file instead of calibration.
+        calibration: JSON Lines with the field ``text``.
+        calibration_texts: how many of them.
+        calibration_batch_size: texts of one gradient.
+        calibration_length: tokens of a text, at most.
+        max_length: tokens of a prompt and its answer, at most.
+        eval_every: rounds between evaluations; 0 evaluates before and after only.
+        eval_examples: validation examples, from the first on; 0 is all.
+        seed: root seed in [0, 2**64).
+        device: cpu or cuda.
+        dtype: of the weights.
+        backend: auto, torch or triton.
+    """
+
+    model: str = embedded.NAME
+    task: str = embedded.NAME
+    data_dir: Path | None = None
+    method: Method = Method.MEERKAT
+    clients: int = 4
+    rounds: int = 20
+    local_steps: int = 10
+    partition: Partition = Partition.IID
+    alpha: float = 0.5
+    weighting: Weighting = Weighting.EXAMPLES
+    batch_size: int = 16
+    objective: Objective = Objective.CANDIDATES
+    lr: float = 1e-4
+    eps: float = 1e-3
+    density: float = 1e-3
+    mask: Path | None = None
+    calibration: Path | None = None
+    calibration_texts: int = 64
+    calibration_batch_size: int = 4
+    calibration_length: int = 256
+    max_length: int = 256
+    eval_every: int = 0
+    eval_examples: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.model == embedded.NAME) != (self.task == embedded.NAME):
+            raise ConfigError(
+                "the embedded model and the embedded task go together: give both --model and --task, or neither"
+            )
+        if self.task != embedded.NAME:
+            get_task(self.task)
+        for name in ("clients", "rounds", "local_steps", "batch_size", "calibration_texts", "calibration_batch_size",
+                     "calibration_length", "max_length"):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("eval_every", "eval_examples"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("eps", "alpha"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and positive")
+        _require(0 <= self.lr < math.inf, "lr", self.lr, "finite and not negative")
+        _require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        try:
+            check_seed(self.seed)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
+    def to_toml(self) -> str:
+        """The settings as TOML; unset ones are left out."""
+        plain = {}
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None:
+                plain[name] = str(value) if isinstance(value, (Path, StrEnum)) else value
+        return tomli_w.dumps(plain)
+
+
+# What a run without --model and --task uses where nothing else is said: tuned to the embedded model's size.
+_EMBEDDED = {
+    "partition": Partition.DIRICHLET,
+    "rounds": 30,
+    "local_steps": 5,
+    "lr": 1e-2,
+    "density": 1e-2,
+    "calibration_texts": 256,
+    "calibration_batch_size": 16,
+    "calibration_length": 128,
+    "eval_every": 5,
+}
+
+
+def make_config(*layers: Mapping[str, Any]) -> RunConfig:
+    """The settings from some layers, later ones first in rank.
+
+    Args:
+        layers: setting names and values; strings are converted to paths and choices.
+
+    Raises:
+        ConfigError: for a name that is no setting, or a value that does not fit.
+    """
+    given: dict[str, Any] = {}
+    for layer in layers:
+        given |= layer
+    if embedded.NAME == given.get("model", embedded.NAME) == given.get("task", embedded.NAME):
+        given = _EMBEDDED | given
+    hints = get_type_hints(RunConfig)
+    for name in given:
+        if name not in hints:
+            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(hints))}")
+    return RunConfig(**{name: _converted(name, value, hints[name]) for name, value in given.items()})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file; raises ``ConfigError`` if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error}") from error
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    kinds = [each for each in get_args(kind) or (kind,) if each is not type(None)]
+    wanted = kinds[0]
+    if isinstance(value, bool) and wanted is not bool:
+        raise ConfigError(f"{name} must be {wanted.__name__}, got {value}")
+    if isinstance(value, wanted):
+        return value
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    if wanted is float and isinstance(value, int):
+        return float(value)
+    if issubclass(wanted, StrEnum) and isinstance(value, str):
+        try:
+            return wanted(value)
+        except ValueError:
+            raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(wanted)}") from None
+    raise ConfigError(f"{name} must be {wanted.__name__}, got {value!r}")
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {rule}, got {value}")
+
+
+__all__ = ["Method", "RunConfig", "make_config", "read_toml"]

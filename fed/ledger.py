@@ -1,0 +1,212 @@
+"""The ledger: a header and one line a round, from which base model and mask give the fine-tuned model back, bit for bit.
+
+JSON Lines; every line ends in the CRC-32 of what stands before it. fp32 scalars are written as the shortest decimal that
+gives the same float64 back, so they survive exactly. The format is described in ``docs/formats.md``.
+"""
+
+import json
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .. import stream
+from ..errors import LedgerError
+from .terms import Terms
+
+FORMAT = "meerkat-ledger/1"
+_CRC = ',"crc32":"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """First line of a ledger.
+
+    Args:
+        terms: of the federation.
+        base: fingerprint of the base model.
+        method: name of the method.
+        clients: ``K``.
+        weighting: how ``p_i`` are made.
+    """
+
+    terms: Terms
+    base: str
+    method: str
+    clients: int
+    weighting: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One line: what a round did.
+
+    Args:
+        round: from 1.
+        lr: of each step, [T].
+        scalars: aggregated, fp32, [T].
+        clients: each client's own scalars, fp32, at most T.
+    """
+
+    round: int
+    lr: list[float]
+    scalars: list[float]
+    clients: dict[int, list[float]]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger that was read: header and complete rounds."""
+
+    header: Header
+    rounds: list[Round]
+
+    def steps(self) -> Iterator[tuple[int, float, float]]:
+        """(seed, lr, g) of every update in order, as ``replay`` takes them."""
+        for line in self.rounds:
+            yield from zip(self.header.terms.seeds(line.round), line.lr, line.scalars, strict=True)
+
+
+class LedgerWriter:
+    """Writes a new ledger; a line is on disk before ``append`` returns.
+
+    Args:
+        path: of a file that does not exist yet.
+        header: its first line.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self._file: BinaryIO = open(path, "xb", buffering=0)  # noqa: SIM115
+        terms = header.terms
+        self._write(
+            {
+                "format": FORMAT,
+                "stream_version": stream.VERSION,
+                "seed": terms.seed,
+                "eps": terms.eps,
+                "lr": terms.lr,
+                "local_steps": terms.local_steps,
+                "elements": terms.elements,
+                "mask": terms.mask_digest,
+                "base": header.base,
+                "method": header.method,
+                "clients": header.clients,
+                "weighting": header.weighting,
+            }
+        )
+
+    def append(self, line: Round) -> None:
+        """Writes and fsyncs one round; if that fails, what was written of it is taken back and the error raised."""
+        self._write(
+            {
+                "round": line.round,
+                "lr": line.lr,
+                "scalars": line.scalars,
+                "clients": {str(i): scalars for i, scalars in line.clients.items()},
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        data = _sealed(fields)
+        before = self._file.tell()
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(28, os.strerror(28))
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.seek(before)
+            self._file.truncate(before)
+            raise
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Reads a ledger. A torn last line is dropped with a warning.
+
+    Raises:
+        LedgerError: for any other damage, naming the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LedgerError(f"cannot read the ledger {path}: {error}") from error
+    *lines, rest = data.split(b"\n")
+    if rest:
+        warnings.warn(f"{path}: dropped the torn last line {len(lines) + 1} ({len(rest)} bytes)", stacklevel=2)
+    if not lines:
+        raise LedgerError(f"{path} has no header")
+    header = _header(_opened(lines[0], path, 1), path)
+    rounds = [_round(_opened(line, path, n), path, n, header) for n, line in enumerate(lines[1:], 2)]
+    return Ledger(header, rounds)
+
+
+def _sealed(fields: dict[str, Any]) -> bytes:
+    body = json.dumps(fields, separators=(",", ":"), allow_nan=False)[:-1]
+    return f'{body}{_CRC}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
+
+
+def _opened(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    body, found, crc = line.rpartition(_CRC.encode())
+    if not found or crc != f'{zlib.crc32(body):08x}"}}'.encode():
+        raise LedgerError(f"{path}, line {number}: the checksum does not match; the ledger is damaged")
+    fields = json.loads(body + b"}")
+    if not isinstance(fields, dict):
+        raise LedgerError(f"{path}, line {number}: not an object")
+    return fields
+
+
+def _header(fields: dict[str, Any], path: Path) -> Header:
+    if fields.get("format") != FORMAT:
+        raise LedgerError(f"{path}, line 1: format {fields.get('format')!r}; this version reads {FORMAT!r}")
+    if fields.get("stream_version") != stream.VERSION:
+        raise LedgerError(
+            f"{path}, line 1: stream version {fields.get('stream_version')!r}; this version makes {stream.VERSION}"
+        )
+    try:
+        terms = Terms(
+            seed=stream.check_seed(fields["seed"]),
+            eps=float(fields["eps"]),
+            lr=float(fields["lr"]),
+            local_steps=int(fields["local_steps"]),
+            elements=int(fields["elements"]),
+            mask_digest=str(fields["mask"]),
+        )
+        return Header(
+            terms=terms,
+            base=str(fields["base"]),
+            method=str(fields["method"]),
+            clients=int(fields["clients"]),
+            weighting=str(fields["weighting"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
+
+
+def _round(fields: dict[str, Any], path: Path, number: int, header: Header) -> Round:
+    try:
+        line = Round(
+            round=int(fields["round"]),
+            lr=[float(value) for value in fields["lr"]],
+            scalars=[float(value) for value in fields["scalars"]],
+            clients={int(i): [float(g) for g in scalars] for i, scalars in fields["clients"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error
+    if line.round != number - 1:
+        raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {number - 1} belongs")
+    steps = header.terms.local_steps
+    if len(line.lr) != steps or len(line.scalars) != steps or any(len(g) > steps for g in line.clients.values()):
+        raise LedgerError(f"{path}, line {number}: expected {steps} scalars and learning rates")
+    if not all(map(math.isfinite, (*line.lr, *line.scalars))):
+        raise LedgerError(f"{path}, line {number}: a scalar or learning rate is not finite")
+    return line
+
+
+__all__ = ["FORMAT", "Header", "Ledger", "LedgerWriter", "Round", "read_ledger"]

@@ -1,0 +1,111 @@
+"""Which client holds which examples: iid, Dirichlet, single-label. Every example goes to exactly one client.
+
+Dirichlet is drawn per class over clients, as Flower and FedKSeed do (DeComFL draws per client over classes: the same
+alpha is then another split). References: Hsu et al., arXiv 1909.06335; Meerkat, arXiv 2506.03337, section 4.
+"""
+
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import stream
+from ..errors import DataError
+
+_ATTEMPTS = 100
+
+
+class Partition(StrEnum):
+    """How examples are dealt to clients."""
+
+    IID = "iid"
+    DIRICHLET = "dirichlet"
+    SINGLE_LABEL = "single-label"
+
+    def describe(self, alpha: float) -> str:
+        """The convention in words, for configurations and summaries."""
+        return f"dirichlet({alpha:g}), drawn per class over clients" if self is Partition.DIRICHLET else self.value
+
+
+def split(
+    labels: Tensor, clients: int, partition: Partition, seed: int, *, alpha: float = 0.5, at_least: int = 1
+) -> list[Tensor]:
+    """Deals examples to clients.
+
+    Args:
+        labels: int64 [n], class of each example.
+        clients: ``K``, at least 1.
+        partition: the rule.
+        seed: of the split, in [0, 2**64).
+        alpha: concentration of the Dirichlet rule, positive; the smaller, the less alike the clients.
+        at_least: examples that every client must get (a batch, say).
+
+    Returns:
+        For each client the indices of its examples, int64, ascending.
+
+    Raises:
+        DataError: if a client would be left with fewer examples, saying which and what to change.
+    """
+    if labels.numel() < clients * at_least:
+        raise DataError(
+            f"{labels.numel()} examples cannot give {clients} clients {at_least} each; use fewer clients or a smaller batch"
+        )
+    if partition is Partition.IID:
+        shares = list(stream.permutation(stream.derived_seed(seed, "part"), labels.numel()).tensor_split(clients))
+    elif partition is Partition.SINGLE_LABEL:
+        shares = _single_label(labels, clients, seed)
+    else:
+        shares = _dirichlet(labels, clients, seed, alpha, at_least)
+    smallest = min(range(clients), key=lambda i: shares[i].numel())
+    if shares[smallest].numel() < at_least:
+        raise DataError(
+            f"client {smallest} of {clients} gets {shares[smallest].numel()} examples under {partition.describe(alpha)}, "
+            f"fewer than the {at_least} of a batch; use fewer clients, a smaller batch or another partition"
+        )
+    return [share.sort().values for share in shares]
+
+
+def histogram(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[int]]:
+    """Examples of each class that each client holds: [K][classes]."""
+    return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
+
+
+def _of_class(labels: Tensor, label: int, seed: int) -> Tensor:
+    members = torch.nonzero(labels == label).view(-1)
+    return members[stream.permutation(stream.derived_seed(seed, "part", label), members.numel())]
+
+
+def _single_label(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
+    classes = labels.unique().tolist()
+    if clients < len(classes):
+        raise DataError(
+            f"single-label clients need at least one client per label: {len(classes)} labels, {clients} clients"
+        )
+    shares: list[Tensor] = [labels.new_empty(0)] * clients
+    for position, label in enumerate(classes):
+        holders = range(position, clients, len(classes))
+        for holder, share in zip(holders, _of_class(labels, label, seed).tensor_split(len(holders)), strict=True):
+            shares[holder] = share
+    return shares
+
+
+def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: int) -> list[Tensor]:
+    if alpha <= 0:
+        raise DataError(f"alpha must be positive, got {alpha}")
+    generator = np.random.Generator(np.random.Philox(stream.derived_seed(seed, "diri")))
+    members = [_of_class(labels, label, seed) for label in labels.unique().tolist()]
+    for _ in range(_ATTEMPTS):
+        parts: list[list[Tensor]] = [[] for _ in range(clients)]
+        for of_class in members:
+            bounds = np.cumsum(generator.dirichlet([alpha] * clients))[:-1] * of_class.numel()
+            pieces = of_class.tensor_split([round(bound) for bound in bounds.tolist()])
+            for part, piece in zip(parts, pieces, strict=True):
+                part.append(piece)
+        shares = [torch.cat(part) for part in parts]
+        if min(share.numel() for share in shares) >= at_least:
+            break
+    return shares
+
+
+__all__ = ["Partition", "histogram", "split"]

@@ -1,0 +1,55 @@
+"""A run directory: config.toml, mask.safetensors, ledger.jsonl, metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from ..mask import SparseMask, write_whole
+from .config import RunConfig
+from .ledger import Header, LedgerWriter
+
+CONFIG, MASK, LEDGER, METRICS = "config.toml", "mask.safetensors", "ledger.jsonl", "metrics.jsonl"
+
+
+class RunDirectory:
+    """A new run directory, made when the run has all it needs.
+
+    Args:
+        path: does not exist yet, or is empty.
+
+    Raises:
+        RunError: if it holds anything already, or cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_free(path)
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the output directory {path}: {error}") from error
+
+    def begin(self, config: RunConfig, mask: SparseMask, header: Header) -> LedgerWriter:
+        """Writes what the run starts from and opens its ledger."""
+        write_whole(self.path / CONFIG, config.to_toml().encode())
+        mask.save(self.path / MASK)
+        (self.path / METRICS).touch(exist_ok=False)
+        return LedgerWriter(self.path / LEDGER, header)
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Appends one object to the metrics."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def check_free(path: Path) -> None:
+    """Raises ``RunError`` if the path is taken; nothing is ever overwritten."""
+    if path.is_dir() and any(path.iterdir()):
+        what = "a run" if (path / LEDGER).exists() else "files"
+        raise RunError(f"the output directory {path} already holds {what}; choose another, nothing was changed")
+    if path.exists() and not path.is_dir():
+        raise RunError(f"the output directory {path} is a file; choose another, nothing was changed")
+
+
+__all__ = ["CONFIG", "LEDGER", "MASK", "METRICS", "RunDirectory", "check_free"]
