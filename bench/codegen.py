@@ -151,7 +151,7 @@ def _usage(kernel: Any, code: str) -> tuple[int, int, int]:
 def _fused(kernel: Any, code: str) -> int:
     """Fused multiply-adds in the machine code, and in the PTX, where the square root is still one instruction."""
     ptx = len(re.findall(r"\bfma\.", kernel.asm.get("ptx", "")))
-    scalar = len(re.findall(r"\bFFMA\b|\bv_(?:fma|mad|fmac|mac)_(?:mix_)?f(?:16|32)", code))
+    scalar = len(re.findall(r"\bFFMA\b|\bv_(?:fma|mad|fmac|mac|fmaak|fmamk|madak|madmk)_(?:mix_)?f(?:16|32)", code))
     return ptx + scalar + 2 * len(re.findall(r"\bv_pk_(?:fma|mad|fmac)_f32", code))
 
 

@@ -30,9 +30,13 @@ class LaunchConfig:
 MASKED = LaunchConfig(block=BLOCK, num_warps=4)
 
 
-def signed(seed: int) -> int:
-    """The seed's 64 bits as the int64 that kernels take."""
-    return seed - (1 << 64) if seed >> 63 else seed
+def seed_words(seed: int) -> dict[str, int]:
+    """The seed's 64 bits as the two int32 arguments that kernels take.
+
+    Two words, because Triton's interpreter gives a number from 2**31 to 2**32 - 1 the type int64 over 32 bits of data.
+    """
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return {"seed_low": low - (low >> 31 << 32), "seed_high": high - (high >> 31 << 32)}
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -40,4 +44,4 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-__all__ = ["MASKED", "LaunchConfig", "on_device_of", "signed"]
+__all__ = ["MASKED", "LaunchConfig", "on_device_of", "seed_words"]

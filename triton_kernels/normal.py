@@ -5,23 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MASKED, on_device_of, signed
+from .launch import MASKED, on_device_of, seed_words
 from .philox import normal_at, words
 
 
-@triton.jit(do_not_specialize=["n", "seed"])
-def _normal_kernel(z_ptr, ids_ptr, n: tl.int64, seed: tl.int64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "seed_low", "seed_high"])
+def _normal_kernel(z_ptr, ids_ptr, n: tl.int64, seed_low: tl.int32, seed_high: tl.int32, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
     ids = tl.load(ids_ptr + at, mask=live, other=0)
-    tl.store(z_ptr + at, normal_at(seed, ids), mask=live)
+    tl.store(z_ptr + at, normal_at(seed_low, seed_high, ids), mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "seed"])
-def _bits_kernel(words_ptr, blocks_ptr, n: tl.int64, seed: tl.int64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "seed_low", "seed_high"])
+def _bits_kernel(words_ptr, blocks_ptr, n: tl.int64, seed_low: tl.int32, seed_high: tl.int32, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
-    x0, x1, x2, x3 = words(seed, tl.load(blocks_ptr + at, mask=live, other=0))
+    x0, x1, x2, x3 = words(seed_low, seed_high, tl.load(blocks_ptr + at, mask=live, other=0))
     tl.store(words_ptr + at * 4, x0.to(tl.int64), mask=live)
     tl.store(words_ptr + at * 4 + 1, x1.to(tl.int64), mask=live)
     tl.store(words_ptr + at * 4 + 2, x2.to(tl.int64), mask=live)
@@ -38,7 +38,7 @@ def normal(seed: int, ids: Tensor) -> Tensor:
                 z_ptr=z,
                 ids_ptr=ids,
                 n=ids.numel(),
-                seed=signed(seed),
+                **seed_words(seed),
                 **MASKED.options(),
             )
     return z
@@ -54,7 +54,7 @@ def bits(seed: int, blocks: Tensor) -> Tensor:
                 words_ptr=out,
                 blocks_ptr=blocks,
                 n=blocks.numel(),
-                seed=signed(seed),
+                **seed_words(seed),
                 **MASKED.options(),
             )
     return out

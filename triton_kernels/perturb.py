@@ -9,17 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .elements import ElementTable
-from .launch import MASKED, on_device_of, signed
+from .launch import MASKED, on_device_of, seed_words
 from .philox import normal_at, round_to
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _perturb_kernel(
     w_like_ptr,
     blocks_ptr,
     offsets_ptr,
     master_ptr,
-    seed: tl.int64,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
     scale: tl.float32,
     BLOCK: tl.constexpr,
 ):
@@ -30,7 +31,7 @@ def _perturb_kernel(
     live = lane < count
     offsets = tl.load(offsets_ptr + start + lane, mask=live, other=0).to(tl.int64)
     master = tl.load(master_ptr + start + lane, mask=live, other=0.0)
-    value = master + normal_at(seed, base + offsets) * scale
+    value = master + normal_at(seed_low, seed_high, base + offsets) * scale
     tl.store(w_ptr + offsets, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 
@@ -42,7 +43,7 @@ def perturb_(table: ElementTable, master: Tensor, seed: int, scale: float) -> No
             blocks_ptr=table.blocks,
             offsets_ptr=table.offsets,
             master_ptr=master,
-            seed=signed(seed),
+            **seed_words(seed),
             scale=scale,
             **MASKED.options(),
         )

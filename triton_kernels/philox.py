@@ -25,18 +25,18 @@ def philox4x32(k0, k1, c0, c1, c2, c3):
 
 
 @triton.jit
-def words(seed, block):
+def words(seed_low, seed_high, block):
     """The four words of each block.
 
     Args:
-        seed: int64 scalar, the bits of the unsigned seed.
+        seed_low: int32 scalar, the seed's lower 32 bits.
+        seed_high: int32 scalar, its upper 32 bits.
         block: int64 tensor of block numbers.
     """
-    seed = seed.to(tl.int64)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
     zero = c0 * 0
-    return philox4x32(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), c0, c1, zero, zero)
+    return philox4x32(seed_low.to(tl.uint32), seed_high.to(tl.uint32), c0, c1, zero, zero)
 
 
 @triton.jit
@@ -81,9 +81,9 @@ def sin_cos(xb):
 
 
 @triton.jit
-def normal_at(seed, ids):
+def normal_at(seed_low, seed_high, ids):
     """``z`` at int64 element ids: fp32."""
-    x0, x1, x2, x3 = words(seed, ids >> 2)
+    x0, x1, x2, x3 = words(seed_low, seed_high, ids >> 2)
     upper = (ids & 2) != 0
     sin, cos = sin_cos(tl.where(upper, x3, x1))
     return radius(tl.where(upper, x2, x0)) * tl.where((ids & 1) != 0, sin, cos)
@@ -94,7 +94,7 @@ def round_to(value, dtype: tl.constexpr):
     """fp32 to the live weight's dtype, to nearest, ties to even.
 
     bfloat16 is rounded in integers: Triton's interpreter does not round its bfloat16 cast correctly, and every backend
-    has to give the same bits. NaN becomes the quiet NaN 0x7FC0, as in torch.
+    has to give the same bits. NaN stays NaN.
     """
     if dtype == tl.bfloat16:
         b = value.to(tl.uint32, bitcast=True)

@@ -8,17 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .elements import ElementTable
-from .launch import MASKED, on_device_of, signed
+from .launch import MASKED, on_device_of, seed_words
 from .philox import normal_at, round_to
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _update_kernel(
     w_like_ptr,
     blocks_ptr,
     offsets_ptr,
     master_ptr,
-    seed: tl.int64,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
     c: tl.float32,
     BLOCK: tl.constexpr,
 ):
@@ -29,7 +30,7 @@ def _update_kernel(
     live = lane < count
     offsets = tl.load(offsets_ptr + start + lane, mask=live, other=0).to(tl.int64)
     master = tl.load(master_ptr + start + lane, mask=live, other=0.0)
-    master = master - normal_at(seed, base + offsets) * c
+    master = master - normal_at(seed_low, seed_high, base + offsets) * c
     tl.store(master_ptr + start + lane, master, mask=live)
     tl.store(w_ptr + offsets, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
@@ -42,7 +43,7 @@ def update_(table: ElementTable, master: Tensor, seed: int, c: float) -> None:
             blocks_ptr=table.blocks,
             offsets_ptr=table.offsets,
             master_ptr=master,
-            seed=signed(seed),
+            **seed_words(seed),
             c=c,
             **MASKED.options(),
         )

@@ -1,0 +1,103 @@
+"""Shared fixtures. The kernels run in Triton's interpreter here, which has to be switched on before they are imported."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ARCHITECTURES = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 8}),
+    "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+
+
+def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A tiny random causal language model."""
+    kind, config, extra = _ARCHITECTURES[architecture]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config(**_COMMON, **extra))
+    # biases and norms start at constants; random ones make every parameter count
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.data += 0.01 * torch.arange(p.numel()).remainder(7) * (1 if "bias" in name else 0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:
+    """One token a word."""
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(words.split())]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of every bit: NaN equals itself, -0 differs from +0."""
+    as_ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
+        a.contiguous().view(as_ints[a.element_size()]), b.contiguous().view(as_ints[b.element_size()])
+    )  # fmt: skip
+
+
+@pytest.fixture(params=sorted(_ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return make_model()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data, which is not part of this repository")
+    return SHARED
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
+    def write(name: str, lines: list[str]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
