@@ -8,6 +8,8 @@ from torch import Tensor
 from .errors import ConfigError
 from .triton_kernels import ElementTable, reference
 
+BACKENDS = ("auto", "torch", "triton")
+
 # Normals kept from the first perturbation of a step to its update, at most: 64 MiB. A larger mask draws them anew.
 _KEEP = 1 << 24
 
@@ -96,7 +98,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
         return TorchBackend()
     if backend == "triton":
         return TritonBackend(device)
-    raise ConfigError(f"unknown backend {backend!r}; choose 'auto', 'torch' or 'triton'")
+    raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
-__all__ = ["Backend", "TorchBackend", "TritonBackend", "resolve"]
+__all__ = ["BACKENDS", "Backend", "TorchBackend", "TritonBackend", "resolve"]

@@ -87,11 +87,11 @@ def _config(config_file: Path | None, options: dict[str, Any]) -> RunConfig:
 @click.version_option(__version__, prog_name="meerkat-engine")
 def main() -> None:
     """Sparse zeroth-order fine-tuning of language models, federated by scalars alone."""
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        from transformers.utils import logging
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 @main.command()

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import tomli_w
 
 from .. import embedded
+from ..backend import BACKENDS
 from ..errors import ConfigError
 from ..models import DTYPES
 from ..objective import Objective
@@ -108,6 +109,7 @@ class RunConfig:
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and positive")
         _require(0 <= self.lr < math.inf, "lr", self.lr, "finite and not negative")
         _require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
+        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         try:
             check_seed(self.seed)

@@ -4,6 +4,7 @@ JSON Lines; every line ends in the CRC-32 of what stands before it. fp32 scalars
 gives the same float64 back, so they survive exactly. The format is described in ``docs/formats.md``.
 """
 
+import errno
 import json
 import math
 import os
@@ -12,10 +13,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from .. import stream
-from ..errors import LedgerError
+from ..errors import LedgerError, RunError
 from .terms import Terms
 
 FORMAT = "meerkat-ledger/1"
@@ -72,7 +73,7 @@ class Ledger:
 
 
 class LedgerWriter:
-    """Writes a new ledger; a line is on disk before ``append`` returns.
+    """Writes a new ledger; a line is on disk before ``append`` returns. A context manager, which closes the file.
 
     Args:
         path: of a file that does not exist yet.
@@ -100,7 +101,11 @@ class LedgerWriter:
         )
 
     def append(self, line: Round) -> None:
-        """Writes and fsyncs one round; if that fails, what was written of it is taken back and the error raised."""
+        """Writes and fsyncs one round.
+
+        Raises:
+            RunError: if that fails; what was written of the round has been taken back.
+        """
         self._write(
             {
                 "round": line.round,
@@ -110,8 +115,10 @@ class LedgerWriter:
             }
         )
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _write(self, fields: dict[str, Any]) -> None:
@@ -119,12 +126,12 @@ class LedgerWriter:
         before = self._file.tell()
         try:
             if self._file.write(data) != len(data):
-                raise OSError(28, os.strerror(28))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
-        except OSError:
+        except OSError as error:
             self._file.seek(before)
             self._file.truncate(before)
-            raise
+            raise RunError(f"cannot write {self._file.name}: {error.strerror}; the rounds in it are complete") from error
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -80,12 +80,9 @@ def execute(
         terms=terms, base=base, method=config.method, clients=config.clients, weighting=config.weighting
     )
     directory = RunDirectory(output)
-    ledger = directory.begin(config, mask, header)
-    try:
+    with directory.begin(config, mask, header) as ledger:
         federation = _Federation(config, lm.model, mask, terms, data, shares, ledger)
         summary = _run_rounds(config, federation, directory, report)
-    finally:
-        ledger.close()
     summary |= {
         "partition": config.partition.describe(config.alpha),
         "examples_by_client_and_label": labels if len(labels) <= 100 else f"{len(labels)} clients",

@@ -38,9 +38,13 @@ class RunDirectory:
         return LedgerWriter(self.path / LEDGER, header)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        """Appends one object to the metrics."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends one object to the metrics; raises ``RunError`` if it cannot."""
+        path = self.path / METRICS
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}; the rounds in {LEDGER} are complete") from error
 
 
 def check_free(path: Path) -> None:

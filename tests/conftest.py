@@ -16,6 +16,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+# Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 _COMMON = {
@@ -38,12 +41,14 @@ _ARCHITECTURES = {
 }
 
 
-def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def make_model(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, vocabulary: int = 96
+) -> nn.Module:
     """A tiny random causal language model."""
     kind, config, extra = _ARCHITECTURES[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kind(config(**_COMMON, **extra))
+        model = kind(config(**(_COMMON | extra | {"vocab_size": vocabulary})))
     # biases and norms start at constants; random ones make every parameter count
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -60,6 +65,17 @@ def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         padding_side="left",
     )  # fmt: skip
+
+
+def make_byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte."""
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

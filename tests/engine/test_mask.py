@@ -1,0 +1,189 @@
+"""Choosing, saving and checking masks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from meerkat_engine import SparseMask
+from meerkat_engine.errors import MaskError
+from meerkat_engine.objective import language_model_loss
+from meerkat_engine.parameters import ParameterTable, floating_parameters
+from meerkat_engine.sensitivity import largest
+from tests.conftest import make_model
+
+BATCHES = [torch.arange(i, i + 40).view(2, 20) % 90 + 3 for i in (0, 17, 40)]
+
+
+def explicit(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared and mean gradient over the batches, by plain autograd, all in one vector."""
+    model.requires_grad_(True)
+    gradients = []
+    for batch in BATCHES:
+        model.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        gradients.append(torch.cat([p.grad.view(-1).clone() for _, p in floating_parameters(model)]))  # type: ignore[union-attr]
+    model.zero_grad()
+    model.requires_grad_(False)
+    stacked = torch.stack(gradients)
+    return (stacked**2).mean(0), stacked.mean(0)
+
+
+def test_from_gradients_takes_the_largest_mean_squares(architecture: str) -> None:
+    model = make_model(architecture)
+    squares, means = explicit(model)
+    mask = SparseMask.from_gradients(model, BATCHES, density=0.02)
+    assert len(mask) == round(0.02 * squares.numel())
+    assert mask.scores is not None
+    assert mask.gradient is not None
+    torch.testing.assert_close(mask.scores, squares[mask.ids], rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(mask.gradient, means[mask.ids], rtol=1e-3, atol=1e-7)
+    left_out = squares.clone()
+    left_out[mask.ids] = 0
+    assert left_out.max() <= mask.scores.min() * 1.001
+
+
+def test_calibration_leaves_the_model_as_it_was(llama: nn.Module) -> None:
+    parameter = next(llama.parameters())
+    parameter.requires_grad_(True)
+    parameter.grad = torch.ones_like(parameter)
+    llama.train()
+    before = [p.clone() for p in llama.parameters()]
+    SparseMask.from_gradients(llama, BATCHES)
+    assert llama.training
+    assert [p.requires_grad for p in llama.parameters()].count(True) == 1
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+    assert all(torch.equal(a, b) for a, b in zip(before, llama.parameters(), strict=True))
+
+
+def test_calibration_holds_one_gradient_at_a_time(llama: nn.Module) -> None:
+    alive: list[int] = []
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        for p in model.parameters():
+            p.register_hook(lambda g: alive.append(sum(q.grad is not None for q in model.parameters())))
+        return language_model_loss(model, batch)
+
+    SparseMask.from_gradients(llama, BATCHES[:1], loss=loss)
+    assert len(alive) >= len(list(llama.parameters()))
+    assert max(alive) <= 1
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 1, 6], [1] * 10], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_ties_go_to_the_lower_id(sizes: list[int], k: int) -> None:
+    values = torch.tensor([1.0, 2, 2, 0, 2, 1, 2, 1, 0, 1])
+    ids, best = largest(lambda i: values.split(sizes)[i], len(sizes), k)
+    order = sorted(range(10), key=lambda i: (-values[i].item(), i))
+    assert ids.tolist() == sorted(order[:k])
+    assert torch.equal(best, values[ids])
+
+
+def test_magnitude_takes_the_largest_weights(llama: nn.Module) -> None:
+    everything = torch.cat([p.view(-1).abs() for p in llama.parameters()])
+    mask = SparseMask.magnitude(llama, 0.01)
+    assert set(mask.ids.tolist()) == set(torch.topk(everything, len(mask)).indices.tolist())
+
+
+def test_tied_weights_count_once(llama: nn.Module) -> None:
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight  # type: ignore[union-attr]
+    assert ParameterTable.of(llama).size == sum(p.numel() for p in llama.parameters())
+    assert SparseMask.dense(llama).ids.tolist() == list(range(ParameterTable.of(llama).size))
+
+
+@pytest.mark.parametrize("density", [1e-4, 0.3, 0.5, 0.9, 1.0])
+def test_random_masks_have_the_size_asked_for_and_repeat(llama: nn.Module, density: float) -> None:
+    mask = SparseMask.random(llama, density, seed=5)
+    assert len(mask) == max(1, round(density * mask.table.size))
+    assert torch.equal(mask.ids, SparseMask.random(llama, density, seed=5).ids)
+    if density < 1:
+        assert not torch.equal(mask.ids, SparseMask.random(llama, density, seed=6).ids)
+
+
+def test_random_masks_nest_and_are_uniform(llama: nn.Module) -> None:
+    sparse, dense = (set(SparseMask.random(llama, u, seed=2).ids.tolist()) for u in (0.05, 0.4))
+    assert sparse < dense
+    size = ParameterTable.of(llama).size
+    share = torch.tensor(sorted(dense)).div(size / 10).long().bincount(minlength=10) / len(dense)
+    assert (share - 0.1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan")])
+def test_density_out_of_range(llama: nn.Module, density: float) -> None:
+    with pytest.raises(MaskError, match=r"density must be in \(0, 1\], got"):
+        SparseMask.random(llama, density, seed=0)
+
+
+def test_no_batches(llama: nn.Module) -> None:
+    with pytest.raises(MaskError, match="no calibration batch"):
+        SparseMask.from_gradients(llama, [])
+
+
+def test_loss_that_is_not_finite(llama: nn.Module) -> None:
+    llama.model.norm.weight.data[:] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(MaskError, match="calibration batch 0 is nan"):
+        SparseMask.from_gradients(llama, BATCHES)
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> None:
+    mask = SparseMask.from_gradients(llama, BATCHES, 0.01, calibration="three batches")
+    mask.save(tmp_path / "m.safetensors")
+    loaded = SparseMask.load(tmp_path / "m.safetensors", llama)
+    assert loaded.digest == mask.digest
+    assert torch.equal(loaded.ids, mask.ids)
+    for a, b in ((loaded.gradient, mask.gradient), (loaded.scores, mask.scores)):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+    assert (loaded.density, loaded.source, loaded.calibration) == (0.01, "sensitivity", "three batches")
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "meerkat-mask/1"
+    assert metadata["d"] == str(mask.table.size)
+    assert metadata["table_digest"] == mask.table.digest
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
+
+
+def test_mask_of_another_model_says_what_differs(llama: nn.Module, tmp_path: Path) -> None:
+    SparseMask.random(llama, 0.1, 0).save(tmp_path / "m")
+    with pytest.raises(MaskError, match=r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"):
+        SparseMask.load(tmp_path / "m", make_model("qwen2"))
+
+
+def test_damaged_masks_are_refused(llama: nn.Module, tmp_path: Path) -> None:
+    mask = SparseMask.random(llama, 0.1, 0)
+    mask.save(tmp_path / "m")
+    data = bytearray((tmp_path / "m").read_bytes())
+    data[-9] ^= 1  # inside the ids
+    (tmp_path / "flipped").write_bytes(data)
+    (tmp_path / "short").write_bytes(data[:100])
+    save_file({"ids": mask.ids}, tmp_path / "foreign")
+    with pytest.raises(MaskError, match=r"damaged|ascend"):
+        SparseMask.load(tmp_path / "flipped")
+    with pytest.raises(MaskError, match="cannot read the mask"):
+        SparseMask.load(tmp_path / "short")
+    with pytest.raises(MaskError, match="is not a mask of format"):
+        SparseMask.load(tmp_path / "foreign")
+    with pytest.raises(MaskError, match="cannot read the mask"):
+        SparseMask.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([3, 3]), "position 1 holds 3 after 3"),
+        (torch.tensor([5, 2]), "position 1 holds 2 after 5"),
+        (torch.tensor([-1, 2]), "must be in"),
+        (torch.tensor([1 << 40]), "must be in"),
+        (torch.tensor([1.0]), "must be int64"),
+        (torch.tensor([], dtype=torch.int64), "k > 0"),
+    ],
+    ids=["repeated", "unsorted", "negative", "too large", "float", "empty"],
+)
+def test_ids_that_are_no_mask(llama: nn.Module, ids: torch.Tensor, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        SparseMask(ids=ids, table=ParameterTable.of(llama), density=0.1, source="test")

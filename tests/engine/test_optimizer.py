@@ -1,0 +1,289 @@
+"""``SparseZO``: the arithmetic of a step, its place among torch optimizers, and what it refuses."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from meerkat_engine import SparseMask, SparseZO, replay, stream
+from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
+from meerkat_engine.objective import language_model_loss
+from meerkat_engine.weights import round_fp32
+from tests.conftest import make_model, same_bits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BATCH = torch.arange(60).view(3, 20) % 90 + 3
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+
+def closure_of(model: nn.Module) -> Callable[[], torch.Tensor]:
+    return lambda: language_model_loss(model, BATCH)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype, backend: str) -> None:
+    model = make_model(architecture, dtype)
+    mask = SparseMask.random(model, 0.05, 1)
+    master = flat(model)[mask.ids].float()
+    z = stream.normal(stream.step_seed(9, 0, 0), mask.ids)
+    seen: list[torch.Tensor] = []
+
+    def closure() -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        seen.append(flat(model))
+        return torch.tensor([0.75, 0.625][len(seen) - 1])
+
+    untouched = flat(model)
+    opt = SparseZO(model, mask, lr=0.01, eps=1e-2, seed=9, backend=backend)
+    loss = opt.step(closure)
+    assert loss.item() == 0.6875
+    g = round_fp32(0.125 / 2e-2)
+    assert opt.projected_gradients == [g]
+    for live, scale in zip(seen, (1e-2, -1e-2), strict=True):
+        assert same_bits(live[mask.ids], (master + z * torch.tensor(scale)).to(dtype))
+    c = torch.tensor(0.01 * g, dtype=torch.float32)
+    after = master - z * c
+    assert same_bits(opt.weights.masters(), after)
+    assert same_bits(flat(model)[mask.ids], after.to(dtype))
+    changed = torch.zeros(untouched.numel(), dtype=torch.bool)
+    changed[mask.ids] = True
+    for live in (*seen, flat(model)):
+        assert same_bits(live[~changed], untouched[~changed])
+
+
+def test_backends_take_the_same_path(architecture: str) -> None:
+    ends = []
+    for backend in ("torch", "triton"):
+        model = make_model(architecture, torch.bfloat16)
+        opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=1e-2, backend=backend)
+        for _ in range(5):
+            opt.step(closure_of(model))
+        ends.append(flat(model))
+    assert same_bits(*ends)
+
+
+def test_it_goes_downhill(llama: nn.Module) -> None:
+    opt = SparseZO(llama, SparseMask.from_gradients(llama, [BATCH], 0.05), lr=1e-2)
+    losses = [opt.step(closure_of(llama)).item() for _ in range(60)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_projected_gradient_is_the_directional_derivative(llama: nn.Module) -> None:
+    mask = SparseMask.random(llama, 0.1, 3)
+    opt = SparseZO(llama, mask, lr=0.0, eps=1e-3)
+    opt.step(closure_of(llama))
+    llama.requires_grad_(True)
+    language_model_loss(llama, BATCH).backward()
+    gradient = torch.cat([p.grad.view(-1) for p in llama.parameters()])[mask.ids]  # type: ignore[union-attr]
+    expected = float(gradient.double() @ stream.normal(stream.step_seed(0, 0, 0), mask.ids).double())
+    assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-2)
+
+
+def test_lr_zero_moves_nothing(llama: nn.Module) -> None:
+    before = flat(llama)
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.0)
+    for _ in range(3):
+        opt.step(closure_of(llama))
+    assert same_bits(flat(llama), before)
+
+
+def test_replay_lands_on_the_same_bits(architecture: str, backend: str) -> None:
+    model = make_model(architecture, torch.bfloat16)
+    base = copy.deepcopy(model)
+    mask = SparseMask.random(model, 0.05, 1)
+    opt = SparseZO(model, mask, lr=0.1, seed=4)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, total_iters=6)
+    log = []
+    for step in range(6):
+        lr = opt.param_groups[0]["lr"]
+        opt.step(closure_of(model))
+        log.append((stream.step_seed(4, 0, step), lr, opt.projected_gradients[-1]))
+        schedule.step()
+    assert log[0][1] > log[-1][1]
+    replay(base, mask, log, backend=backend)
+    assert same_bits(flat(base), flat(model))
+
+
+def test_perturb_restore_apply(llama: nn.Module) -> None:
+    before, mask = flat(llama), SparseMask.random(llama, 0.1, 1)
+    opt = SparseZO(llama, mask, lr=0.5)
+    opt.perturb(77, 0.25)
+    assert same_bits(flat(llama)[mask.ids], before[mask.ids] + stream.normal(77, mask.ids) * 0.25)
+    opt.restore()
+    assert same_bits(flat(llama), before)
+    opt.apply(77, 2.0)
+    assert same_bits(flat(llama)[mask.ids], before[mask.ids] - stream.normal(77, mask.ids))
+    assert opt.projected_gradients == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_state_dict_in_the_middle_of_a_run(dtype: torch.dtype) -> None:
+    def fresh() -> tuple[nn.Module, SparseZO, torch.optim.lr_scheduler.StepLR]:
+        model = make_model(dtype=dtype)
+        opt = SparseZO(model, SparseMask.random(model, 0.1, 1), lr=0.1, seed=3)
+        return model, opt, torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+
+    def steps(model: nn.Module, opt: SparseZO, schedule: torch.optim.lr_scheduler.StepLR, n: int) -> None:
+        for _ in range(n):
+            opt.step(closure_of(model))
+            schedule.step()
+
+    straight = fresh()
+    steps(*straight, 8)
+    first = fresh()
+    steps(*first, 5)
+    saved = io.BytesIO()
+    torch.save({"opt": first[1].state_dict(), "schedule": first[2].state_dict()}, saved)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    second = fresh()
+    second[1].load_state_dict(state["opt"])
+    second[2].load_state_dict(state["schedule"])
+    assert same_bits(flat(second[0]), flat(first[0]))
+    assert state["opt"]["state"]["masters"].dtype == torch.float32
+    steps(*second, 3)
+    assert same_bits(flat(second[0]), flat(straight[0]))
+    assert same_bits(second[1].weights.masters(), straight[1].weights.masters())
+
+
+def test_state_of_another_mask_is_refused(llama: nn.Module) -> None:
+    state = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="the state's mask_digest"):
+        SparseZO(llama, SparseMask.random(llama, 0.1, 2), lr=0.1).load_state_dict(state)
+
+
+def test_parameter_groups_have_their_own_lr(llama: nn.Module, backend: str) -> None:
+    before, mask = flat(llama), SparseMask.random(llama, 0.2, 1)
+    norms = [p for name, p in llama.named_parameters() if "norm" in name]
+    others = [p for name, p in llama.named_parameters() if "norm" not in name]
+    opt = SparseZO(
+        llama, mask, lr=0.5, backend=backend, params=[{"params": others}, {"params": norms, "lr": 0.125}]
+    )
+    opt.apply(5, 2.0)
+    rates = torch.cat([torch.full((p.numel(),), 0.125 if "norm" in n else 0.5) for n, p in llama.named_parameters()])
+    expected = before[mask.ids] - stream.normal(5, mask.ids) * (rates[mask.ids] * 2.0)
+    assert same_bits(flat(llama)[mask.ids], expected)
+    assert same_bits(opt.weights.masters(), expected)
+
+
+def test_groups_must_cover_the_mask(llama: nn.Module) -> None:
+    mask = SparseMask.dense(llama)
+    with pytest.raises(ValueError, match="has masked elements and is in no parameter group"):
+        SparseZO(llama, mask, lr=0.1, params=[{"params": [llama.model.norm.weight]}])  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="holds a tensor .* that the model does not"):
+        SparseZO(llama, mask, lr=0.1, params=[{"params": [nn.Parameter(torch.zeros(3))]}])
+    with pytest.raises(ValueError, match="groups are fixed"):
+        SparseZO(llama, mask, lr=0.1).add_param_group({"params": []})
+
+
+def test_mixed_dtypes_in_one_model(llama: nn.Module, backend: str) -> None:
+    llama.model.layers[0].mlp.to(torch.bfloat16)  # type: ignore[union-attr, index]
+    mask = SparseMask.random(llama, 0.2, 1)
+    masters = torch.cat([p.detach().float().view(-1) for p in llama.parameters()])[mask.ids]
+    opt = SparseZO(llama, mask, lr=0.5, backend=backend)
+    opt.apply(5, 2.0)
+    assert same_bits(opt.weights.masters(), masters - stream.normal(5, mask.ids))
+
+
+@pytest.mark.parametrize("change", ["cast", "move", "replace", "resize"])
+def test_a_changed_model_is_named(llama: nn.Module, change: str) -> None:
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
+    if change == "cast":
+        llama.to(torch.bfloat16)
+        message = r"'model\.embed_tokens\.weight' was moved or cast: located as torch\.float32 on cpu, now torch\.bfloat16"
+    elif change == "move":
+        weight = llama.model.layers[1].mlp.up_proj.weight  # type: ignore[union-attr, index]
+        weight.data = weight.data.clone()
+        message = r"'model\.layers\.1\.mlp\.up_proj\.weight' was moved .* at another address"
+    elif change == "replace":
+        llama.model.norm.weight = nn.Parameter(torch.ones(32))  # type: ignore[union-attr]
+        message = r"'model\.norm\.weight' was replaced"
+    else:
+        llama.resize_token_embeddings(120)  # type: ignore[operator]
+        message = r"'model\.embed_tokens\.weight' was (replaced|moved)"
+    before = flat(llama)
+    with pytest.raises(ModelChangedError, match=message):
+        opt.step(closure_of(llama))
+    assert same_bits(flat(llama), before)
+
+
+def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module) -> None:
+    before = flat(llama)
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
+
+    def broken() -> torch.Tensor:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        opt.step(broken)
+    assert same_bits(flat(llama), before)
+    assert opt.steps == 0
+
+
+@pytest.mark.parametrize("losses", [[float("nan"), 1.0], [1.0, float("inf")]], ids=str)
+def test_a_loss_that_is_not_finite_leaves_the_weights_restored(llama: nn.Module, losses: list[float]) -> None:
+    before = flat(llama)
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
+    queue = list(losses)
+    with pytest.raises(NonFiniteLossError, match=r"the loss at [+-]eps is (nan|inf)"):
+        opt.step(lambda: queue.pop(0))
+    assert same_bits(flat(llama), before)
+    assert opt.projected_gradients == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr must be finite and not negative"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"lr": 0.1, "eps": 0.0}, "eps must be finite and positive"),
+        ({"lr": 0.1, "seed": -1}, "seed must be in"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range(llama: nn.Module, arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseZO(llama, SparseMask.dense(llama), **arguments)  # type: ignore[arg-type]
+
+
+def test_mask_of_another_model(llama: nn.Module) -> None:
+    with pytest.raises(MaskError, match="another model"):
+        SparseZO(llama, SparseMask.random(make_model("opt"), 0.1, 0), lr=0.1)
+
+
+def test_unknown_backend(llama: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="unknown backend 'cuda'"):
+        SparseZO(llama, SparseMask.dense(llama), lr=0.1, backend="cuda")
+
+
+def test_weights_that_are_not_contiguous_are_named() -> None:
+    model = nn.Linear(4, 3)
+    model.weight = nn.Parameter(torch.randn(4, 3).T)
+    with pytest.raises(ValueError, match="parameter 'weight' has masked elements and is not contiguous"):
+        SparseZO(model, SparseMask.dense(model), lr=0.1)
+
+
+def test_no_temporary_of_the_size_of_the_model() -> None:
+    """Peak memory of a step beyond its forward, on a model of 8 million elements: a few bytes per masked element."""
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(8)])
+    opt = SparseZO(model, SparseMask.random(model, 1e-3, 0), lr=0.1)
+    opt.step(lambda: 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        opt.step(lambda: 0.0)
+    allocations = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
+    k = len(opt.weights.mask)
+    assert allocations
+    assert max(allocations) <= 8 * (1 << 15)  # one 64-bit temporary of a chunk
+    assert max(allocations) < 8 * 1024 * 1024 * 4 / 100
+    assert k == 8389

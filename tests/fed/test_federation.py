@@ -1,0 +1,251 @@
+"""Rounds from the first request to the last bit: shared and separate replicas, replay, late clients, refused messages."""
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from meerkat_engine import embedded, replay, stream
+from meerkat_engine.errors import DataError, MaskError, MessageError, NonFiniteLossError
+from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
+from meerkat_engine.fed.aggregation import Weighting, client_weights, weighted_mean
+from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
+from meerkat_engine.fed.server import RoundFailedError
+from meerkat_engine.parameters import fingerprint
+from meerkat_engine.tasks import EncodedTask
+from meerkat_engine.weights import round_fp32
+from tests.conftest import same_bits
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighting", list(Weighting))
+@pytest.mark.parametrize("local_steps", [{}, {1: 1}], ids=["all T", "one stops early"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_replaying_the_ledger_gives_the_same_bits(
+    federation: Make, tmp_path: Path, steps: int, local_steps: dict[int, int], weighting: Weighting, dtype: torch.dtype
+) -> None:
+    fed = federation(steps=steps, local_steps=local_steps, weighting=weighting, dtype=dtype, ledger=tmp_path / "l")
+    for _ in range(3):
+        fed.round()
+    assert fed.weights != fingerprint(fed.base.model)
+    ledger = read_ledger(tmp_path / "l")
+    assert [len(g) for g in ledger.rounds[0].clients.values()] == [steps, min(steps, local_steps.get(1, steps)), steps]
+    replay(fed.base.model, fed.mask, ledger.steps())
+    assert fingerprint(fed.base.model) == fed.weights
+
+
+def test_aggregation_is_its_formula(federation: Make, tmp_path: Path) -> None:
+    """w_{r+1} = w_r - lr * sum_t (sum_i p_i g_i^t) z_t, written out with vectors."""
+    fed = federation(steps=2, local_steps={2: 1}, ledger=tmp_path / "l")
+    before = fed.replica.optimizer.weights.masters()
+    fed.round()
+    line = read_ledger(tmp_path / "l").rounds[0]
+    sizes = [len(client.data) for client in fed.clients]
+    p = [n / sum(sizes) for n in sizes]
+    expected = before
+    for t in range(2):
+        g = round_fp32(sum(p[i] * (line.clients[i][t] if t < len(line.clients[i]) else 0.0) for i in range(3)))
+        assert line.scalars[t] == g
+        z = stream.normal(stream.step_seed(11, 1, t), fed.mask.ids)
+        expected = expected - z * torch.tensor(1e-2 * g, dtype=torch.float32)
+    assert same_bits(fed.replica.optimizer.weights.masters(), expected)
+
+
+def test_local_steps_are_the_mean_of_the_clients_paths(federation: Make) -> None:
+    """The aggregate of scalars is the average of the clients' end points, up to rounding."""
+    fed = federation(steps=3, weighting=Weighting.UNIFORM)
+    start, ends = fed.replica.optimizer.weights.masters(), []
+    for client in fed.clients:
+        own = fed.fresh_replica(torch.float32)
+        reply = TrainReply.decode(replace(client, replica=own).handle(fed.server.request(client.id)))
+        for t, g in enumerate(reply.scalars.tolist()):
+            own.set_lr(1e-2)
+            own.optimizer.apply(stream.step_seed(11, 1, t), g)
+        ends.append(own.optimizer.weights.masters())
+        fed.server.receive(reply.encode())
+    fed.server.finish_round()
+    average = torch.stack(ends).double().mean(0)
+    moved = (average - start.double()).abs().max()
+    difference = (fed.replica.optimizer.weights.masters().double() - average).abs().max()
+    assert difference < 1e-4 * moved
+
+
+def test_one_shared_model_gives_the_bits_of_one_model_each(federation: Make) -> None:
+    together, apart = federation(shared=True), federation(shared=False)
+    for members in ([0, 1, 2], [0, 2], [2], [0, 1, 2]):  # client 1 misses two rounds, client 0 one
+        assert together.round(members) == apart.round(members)
+    assert together.weights == apart.weights
+    apart.server.receive(apart.clients[1].handle(apart.server.request(1)))
+    assert fingerprint(apart.clients[1].replica.model) == apart.weights
+
+
+def test_clients_leave_no_trace_on_the_shared_model(federation: Make) -> None:
+    fed = federation(steps=3)
+    before = fed.weights
+    fed.clients[0].handle(fed.server.request(0))
+    assert fed.weights == before
+
+
+def test_late_clients_get_masters_when_those_are_smaller(federation: Make) -> None:
+    fed = federation(shared=False, steps=4, density=1e-4)  # 8 elements: masters are smaller after 3 missed rounds
+    for _ in range(4):
+        fed.round([0, 2])
+    request = TrainRequest.decode(fed.server.request(1))
+    assert request.masters is not None
+    assert len(fed.server.request(1)) == HEADER_BYTES + 4 * len(fed.mask)
+    fed.clients[1].handle(fed.server.request(1))
+    assert fingerprint(fed.clients[1].replica.model) == fed.weights
+
+
+def test_payload_is_four_bytes_a_scalar_each_way(federation: Make) -> None:
+    fed = federation(steps=5)
+    fed.round()
+    request = fed.server.request(0)
+    assert len(request) == HEADER_BYTES + 4 * 5
+    assert len(fed.clients[0].handle(request)) == HEADER_BYTES + 4 * 5
+    assert HEADER_BYTES <= 64
+
+
+def test_order_of_replies_does_not_matter(federation: Make) -> None:
+    a, b = federation(), federation()
+    a.round([0, 1, 2])
+    b.round([2, 0, 1])
+    assert a.weights == b.weights
+
+
+def test_equal_weights_make_equal_means() -> None:
+    assert client_weights({3: 30, 1: 10}, Weighting.EXAMPLES) == {1: 0.25, 3: 0.75}
+    assert client_weights({3: 30, 1: 10}, Weighting.UNIFORM) == {1: 0.5, 3: 0.5}
+    assert weighted_mean({1: [4.0], 3: [8.0, 2.0]}, {1: 0.25, 3: 0.75}, 3) == [7.0, 1.5, 0.0]
+
+
+def reply(client: int = 0, round: int = 1, scalars: tuple[float, ...] = (0.5, 0.5), examples: int = 5) -> bytes:
+    values = np.array(scalars, dtype=np.float32)
+    return TrainReply(client=client, round=round, scalars=values, examples=examples, loss=0.5).encode()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (reply(client=9), "client 9 is unknown"),
+        (reply(round=2), "client 0 answers round 2; round 1 is under way"),
+        (reply(round=0), "client 0 answers round 0"),
+        (reply(client=1), "client 1 has answered round 1 already"),
+        (reply(scalars=(0.5,)), "client 0 sent 1 scalars instead of 2"),
+        (reply(scalars=(0.5, float("nan"))), "scalar 1 is not finite"),
+        (reply(scalars=(float("inf"), 0.5)), "scalar 0 is not finite"),
+        (reply(examples=0), "client 0 has no examples"),
+        (b"", "has 0 bytes"),
+        (reply()[:-1], "claims 2 values"),
+        (reply()[:-1] + b"\0", "checksum"),
+        (b"X" + reply()[1:], "begins"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unfit_messages_are_refused_and_counted_and_the_round_goes_on(
+    federation: Make, message: bytes, reason: str
+) -> None:
+    fed = federation()
+    fed.server.receive(reply(client=1, examples=30))
+    with pytest.raises(MessageError, match=reason):
+        fed.server.receive(message)
+    fed.server.receive(reply(client=2, scalars=(1.0, 2.0), examples=10))
+    result = fed.server.finish_round()
+    assert result.rejected == 1
+    assert result.scalars == [0.625, 0.875]  # weights 3/4 and 1/4: those that answered
+    fed.round()
+    assert fed.server.round == 3
+
+
+def test_a_round_without_answers_stays_open(federation: Make) -> None:
+    fed = federation()
+    with pytest.raises(RoundFailedError, match="round 1: no client gave a usable answer"):
+        fed.server.finish_round()
+    fed.round()
+
+
+def test_requests_a_client_cannot_follow(federation: Make) -> None:
+    fed = federation(shared=False)
+    fed.round()
+    fed.round()
+    late = fed.clients[0]
+    good = TrainRequest.decode(fed.server.request(0))
+    stranger = replace(late, replica=fed.fresh_replica(torch.float32))
+    for client, request, message in (
+        (late, replace(good, client=1), "is for client 1, this is client 0"),
+        (late, replace(good, local_steps=3), "3 local steps were asked for, the terms allow 1 to 2"),
+        (late, replace(good, scalars=good.scalars[:1]), "no whole number of rounds"),
+        (late, replace(good, round=9), "stands at round 3"),
+        (stranger, good, "the scalars begin at round 2, this client stands at round 1"),
+        (late, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
+        (late, replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)), "3 master values for a mask of"),
+    ):
+        before = fingerprint(client.replica.model)
+        with pytest.raises(MessageError, match=message):
+            client.handle(request.encode())
+        if "round" not in message:
+            assert fingerprint(client.replica.model) == before
+
+
+def test_a_loss_that_is_not_finite_names_client_and_round(federation: Make) -> None:
+    fed = federation()
+    # an element outside the mask: every loss is NaN
+    free = next(i for i in range(10**6) if i not in set(fed.mask.ids.tolist()))
+    fed.replica.model.model.embed_tokens.weight.data.view(-1)[free] = float("nan")
+    fed.replica.model.model.norm.weight.data[:] = float("nan")
+    masters = fed.replica.optimizer.weights.masters()
+    with pytest.raises(NonFiniteLossError, match="client 0, round 1: the loss at"):
+        fed.round()
+    assert same_bits(fed.replica.optimizer.weights.masters(), masters)
+
+
+def test_every_example_comes_up_once_an_epoch(task_data: EncodedTask) -> None:
+    data = ClientData(task_data, torch.arange(50, 60), 4, seed=1)
+    drawn = [i for _ in range(10) for i in data.next_indices()]
+    for epoch in range(4):
+        assert sorted(drawn[10 * epoch : 10 * epoch + 10]) == list(range(50, 60))
+    assert drawn[:10] != drawn[10:20]
+
+
+def test_clients_without_enough_data(task_data: EncodedTask) -> None:
+    with pytest.raises(DataError, match="the client has no examples"):
+        ClientData(task_data, torch.arange(0), 4, seed=1)
+    with pytest.raises(DataError, match="the batch size is 4, the client has 3 examples"):
+        ClientData(task_data, torch.arange(3), 4, seed=1)
+
+
+def test_a_replica_checks_the_mask_of_the_terms(federation: Make) -> None:
+    fed = federation()
+    terms: Terms = replace(fed.terms, mask_digest="0" * 64)
+    with pytest.raises(MaskError, match="the federation uses the mask 000000000000"):
+        Replica(embedded.load().model, fed.mask, terms)
+
+
+def test_a_thousand_clients_cost_the_memory_of_one(task_data: EncodedTask) -> None:
+    from tests.fed.conftest import Federation
+
+    def peak(clients: int) -> int:
+        fed = Federation(task_data, clients=1, steps=1)
+        one = fed.clients[0]
+        fed.server._local_steps = dict.fromkeys(range(clients), 1)
+        fed.server._at = dict.fromkeys(range(clients), 1)
+        tracemalloc.start()
+        crowd = [
+            replace(one, id=i, data=ClientData(task_data, torch.arange(16), 8, seed=i)) for i in range(clients)
+        ]
+        list(simulate(fed.server, crowd, 1))
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert all(client.replica is fed.replica for client in crowd)
+        return used
+
+    few, many = peak(10), peak(1000)
+    model = sum(p.numel() * 4 for p in embedded.load().model.parameters())
+    assert (many - few) / 990 < model / 50

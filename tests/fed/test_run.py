@@ -1,0 +1,293 @@
+"""Whole runs through the command line: the embedded default, a model from a directory, and everything that may be wrong."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+from meerkat_engine import SparseMask, embedded
+from meerkat_engine.errors import ConfigError
+from meerkat_engine.fed.cli import main
+from meerkat_engine.fed.config import RunConfig, make_config
+from meerkat_engine.parameters import fingerprint
+from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
+
+SMALL = ("--rounds", "2", "--local-steps", "2", "--calibration-texts", "32", "--eval-examples", "60")
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The embedded default, as a user starts it."""
+    output = tmp_path_factory.mktemp("runs") / "default"
+    return output, call("run", "--output", output)
+
+
+def test_the_embedded_default_learns(finished: tuple[Path, Result]) -> None:
+    output, result = finished
+    assert result.exit_code == 0, result.output
+    summary = metrics_of(output)[-1]["summary"]
+    assert summary["accuracy_before"] < 0.6
+    assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.3
+    assert f"accuracy        {summary['accuracy_before']:.4f} before, {summary['accuracy_after']:.4f} after" in result.output
+    assert "\r" not in result.output  # no progress bar where there is no terminal
+
+
+def test_the_default_clients_are_not_iid(finished: tuple[Path, Result]) -> None:
+    counts = torch.tensor(metrics_of(finished[0])[-1]["summary"]["examples_by_client_and_label"]).double()
+    share = counts[:, 0] / counts.sum(1)
+    assert share.max() - share.min() > 0.4
+
+
+def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -> None:
+    output, _ = finished
+    assert sorted(p.name for p in output.iterdir()) == ["config.toml", "ledger.jsonl", "mask.safetensors", "metrics.jsonl"]
+    settings = tomllib.loads((output / "config.toml").read_text())
+    assert make_config(settings) == make_config({})
+    lines = metrics_of(output)
+    assert [line["round"] for line in lines[:-1]] == list(range(31))
+    for line in lines[:-1]:
+        assert {"round", "loss", "bytes_up", "bytes_down", "seconds"} <= line.keys()
+    summary = lines[-1]["summary"]
+    assert summary["bytes_up"] == sum(line["bytes_up"] for line in lines[:-1]) == 30 * 4 * (40 + 4 * 5)
+    assert summary["steps"] == 30 * 4 * 5
+    assert (output / "ledger.jsonl").stat().st_size < 100_000
+
+
+def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    output, _ = finished
+    result = call("replay", output, "--output", tmp_path / "checkpoint")
+    assert result.exit_code == 0, result.output
+    assert "the same bits as at the end of the run" in result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    summary = metrics_of(output)[-1]["summary"]
+    assert fingerprint(model) == summary["weights"]
+    from meerkat_engine.evaluation import evaluate
+    from meerkat_engine.tasks import EncodedTask
+
+    data = EncodedTask(embedded.TASK, embedded.rows("validation"), embedded.load().tokenizer, 256, "validation")
+    assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
+
+
+def test_replay_notices_another_end(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.toml", "mask.safetensors", "metrics.jsonl"):
+        (copy / name).write_bytes((finished[0] / name).read_bytes())
+    lines = (finished[0] / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (copy / "ledger.jsonl").write_text("".join(lines[:-1]))
+    result = call("replay", copy)
+    assert result.exit_code == 1
+    assert "replayed 29 rounds" in result.output
+    assert "the run ended with other weights" in result.output
+
+
+def test_lr_zero_does_not_move_it(tmp_path: Path) -> None:
+    result = call("run", "--lr", "0", *SMALL, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    summary = metrics_of(tmp_path / "r")[-1]["summary"]
+    assert summary["weights"] == summary["base"]
+    assert summary["accuracy_after"] == summary["accuracy_before"]
+
+
+def test_a_random_mask_beside_it(tmp_path: Path) -> None:
+    result = call("run", "--compare-random", *SMALL, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    masks = [SparseMask.load(tmp_path / at / "mask.safetensors") for at in ("r", "r/random-mask")]
+    assert len(masks[0]) == len(masks[1])
+    assert masks[0].digest != masks[1].digest
+    assert "accuracy after   meerkat 0." in result.output
+
+
+@pytest.mark.parametrize("method", ["weight-magnitude", "random-mask", "full-fedzo"])
+@pytest.mark.parametrize("partition", ["iid", "single-label"])
+def test_methods_and_partitions(tmp_path: Path, method: str, partition: str) -> None:
+    result = call("run", "--method", method, "--partition", partition, "--lr", "1e-4", *SMALL, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert call("replay", tmp_path / "r").exit_code == 0
+
+
+def test_the_same_settings_give_the_same_run(tmp_path: Path) -> None:
+    for name in "ab":
+        assert call("run", *SMALL, "--seed", "5", "--output", tmp_path / name).exit_code == 0
+    assert call("run", *SMALL, "--seed", "6", "--output", tmp_path / "c").exit_code == 0
+    a, b, c = ((tmp_path / name / "ledger.jsonl").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.fixture
+def directory_model(tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path]) -> Callable[[str], list[str | Path]]:
+    """A model of an architecture in a directory, with a task and calibration text."""
+
+    def make(architecture: str) -> list[str | Path]:
+        make_model(architecture, vocabulary=300).save_pretrained(tmp_path / "model")  # type: ignore[operator]
+        # transformers reads any tokenizer of a Qwen2 model as byte-level
+        text = "good bad fine poor film It was terrible great the a"
+        tokenizer = make_byte_tokenizer() if architecture == "qwen2" else make_tokenizer(text)
+        tokenizer.save_pretrained(tmp_path / "model")
+        words = ["good film", "bad film", "a fine film", "the poor film"] * 8
+        rows = [json.dumps({"sentence": f"{text} {'a ' * (i % 5)}", "label": (i + 1) % 2}) for i, text in enumerate(words)]
+        write_jsonl("data/sst2/train.jsonl", rows)
+        write_jsonl("data/sst2/validation.jsonl", rows[:8])
+        write_jsonl("data/c4_sample/train.jsonl", [json.dumps({"text": text * 3}) for text in words])
+        return ["--model", tmp_path / "model", "--task", "sst2", "--data-dir", tmp_path / "data", "--batch-size", "4",
+                "--clients", "2", "--rounds", "2", "--local-steps", "2", "--density", "0.05"]  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_causal_lm_from_a_directory(
+    directory_model: Callable[[str], list[str | Path]], tmp_path: Path, architecture: str, dtype: str
+) -> None:
+    arguments = directory_model(architecture)
+    result = call("run", *arguments, "--dtype", dtype, "--objective", "language-model", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    result = call("replay", tmp_path / "r", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
+    assert fingerprint(saved) == metrics_of(tmp_path / "r")[-1]["summary"]["weights"]
+
+
+def test_a_mask_built_beforehand(directory_model: Callable[[str], list[str | Path]], tmp_path: Path) -> None:
+    arguments = directory_model("llama")
+    result = call("mask", "--model", tmp_path / "model", "--data-dir", tmp_path / "data", "--density", "0.05",
+                  "--output", tmp_path / "m")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert call("run", *arguments, "--output", tmp_path / "own").exit_code == 0
+    assert call("run", *arguments, "--mask", tmp_path / "m", "--output", tmp_path / "given").exit_code == 0
+    own, given = (SparseMask.load(tmp_path / name / "mask.safetensors") for name in ("own", "given"))
+    assert own.digest == given.digest
+    assert "m already" not in call("mask", "--output", tmp_path / "m").output
+    assert "exists already" in call("mask", "--output", tmp_path / "m").output
+
+
+def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('rounds = 1\nlocal_steps = 1\ncalibration_texts = 16\nclients = 3\nlr = 1\n')
+    result = call("run", "--config", tmp_path / "c.toml", "--clients", "2", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    settings = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
+    assert (settings["rounds"], settings["clients"], settings["lr"]) == (1, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: sst2"),
+        (["--task", "sst2"], "give both --model and --task, or neither"),
+        (["--model", "x"], "give both --model and --task, or neither"),
+        (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
+        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label"),
+        (["--density", "0"], "density must be in (0, 1], got 0.0"),
+        (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
+        (["--clients", "0"], "clients must be at least 1, got 0"),
+        (["--eps", "0"], "eps must be finite and positive"),
+        (["--lr", "nan"], "lr must be finite"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+        (["--seed", "-1"], "seed must be in"),
+        (["--device", "cuda"], "torch sees no CUDA or ROCm device"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--backend", "cuda"], "backend must be one of auto, torch, triton, got cuda"),
+        (["--mask", "nowhere"], "mask 'nowhere' does not exist"),
+        (["--batch-size", "900"], "800 examples cannot give 4 clients 900 each"),
+        (["--batch-size", "150", "--alpha", "0.01"], "fewer than the 150 of a batch"),
+        (["--clients", "1", "--partition", "single-label"], "2 labels, 1 clients"),
+        (["--model", "no/where", "--task", "sst2"], "there is no directory 'no/where' here"),
+        (["--model", "no.gguf", "--task", "sst2"], "there is no GGUF file 'no.gguf'"),
+        (["--lr", "1e30", "--rounds", "3"], "the loss at"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings_are_one_clear_error(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = call("run", *SMALL, *arguments, "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert result.output.strip().splitlines()[-1].startswith("Error: ")
+    assert message in result.output
+    if "--lr" not in arguments or "nan" in arguments:
+        assert not (tmp_path / "r").exists()
+
+
+def test_unknown_options_and_keys(tmp_path: Path) -> None:
+    result = call("run", "--learning-rate", "1")
+    assert result.exit_code == 2
+    assert "No such option" in result.output
+    (tmp_path / "c.toml").write_text("learning_rate = 1\n")
+    assert "unknown setting 'learning_rate'; known: alpha" in call("run", "--config", tmp_path / "c.toml").output
+    (tmp_path / "c.toml").write_text("rounds = 'many'\n")
+    assert "rounds must be int, got 'many'" in call("run", "--config", tmp_path / "c.toml").output
+    (tmp_path / "c.toml").write_text("rounds = \n")
+    assert "cannot read the settings in" in call("run", "--config", tmp_path / "c.toml").output
+    assert "cannot read the settings in" in call("run", "--config", tmp_path / "none.toml").output
+
+
+def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
+    SparseMask.random(make_model("opt"), 0.1, 0).save(tmp_path / "m")
+    result = call("run", *SMALL, "--mask", tmp_path / "m", "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "the mask was made for another model: parameter" in result.output
+
+
+def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path, Result]) -> None:
+    output, _ = finished
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    result = call("run", *SMALL, "--output", output)
+    assert result.exit_code == 1
+    assert f"the output directory {output} already holds a run; choose another, nothing was changed" in result.output
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    result = call("run", *SMALL, "--output", output / "config.toml")
+    assert "is a file" in result.output
+
+
+def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Path) -> None:
+    """In a process of its own, whose files may not grow beyond a little more than the mask."""
+    output = tmp_path / "r"
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (17000, 17000))\n"
+        "from meerkat_engine.fed.cli import main\n"
+        f"main(['run', '--rounds', '200', '--local-steps', '1', '--calibration-texts', '16', '--eval-every', '0', '--output', {str(output)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert f"Error: cannot write {output / 'ledger.jsonl'}: " in done.stderr
+    assert "the rounds in it are complete" in done.stderr
+    assert "Traceback" not in done.stderr
+    replayed = call("replay", output)
+    assert "replayed" in replayed.output
+    assert "the run did not finish" in replayed.output
+    assert 10 < int(replayed.output.split()[1]) < 200
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_help_names_every_option() -> None:
+    text = call("run", "--help").output
+    for name in RunConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_options_and_settings_have_the_same_names() -> None:
+    with pytest.raises(ConfigError, match="unknown setting"):
+        make_config({"rnds": 1})
+    assert make_config({"model": "a", "task": "sst2"}).lr == 1e-4
+    assert make_config({"model": "a", "task": "sst2"}).density == 1e-3
+    assert make_config({}).density == 1e-2

@@ -1,0 +1,77 @@
+"""What the package exports, and which part may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import meerkat_engine
+from meerkat_engine import fed
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["triton_kernels", "engine", "fed", "bench"]
+# the command line sits on top of everything
+COMMAND_LINE = {"fed/cli.py", "engine/__main__.py"}
+
+
+def test_public_names() -> None:
+    assert sorted(meerkat_engine.__all__) == [
+        "MeerkatError", "SparseMask", "SparseZO", "__version__", "replay", "stream",
+    ]  # fmt: skip
+    assert sorted(fed.__all__) == [
+        "Client", "ClientData", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest", "execute",
+        "make_config", "read_ledger", "simulate",
+    ]  # fmt: skip
+    assert {"bits", "normal", "step_seed"} <= set(meerkat_engine.stream.__all__)
+
+
+def imported(path: Path, package: list[str]) -> list[str]:
+    """Absolute names of what a module of the given package imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def layer_of(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] != "meerkat_engine":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "engine"
+
+
+MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    if str(relative) in COMMAND_LINE:
+        return
+    inside = list(relative.parts[:-1])
+    package = ["meerkat_engine", *(inside[1:] if inside[0] == "engine" else inside)]
+    here = LAYERS.index(inside[0])
+    for name in imported(path, package):
+        layer = layer_of(name)
+        assert layer is None or LAYERS.index(layer) <= here, f"{relative} imports {name}"
+        assert not name.startswith("tests")
+
+
+def test_kernels_need_torch_and_triton_only() -> None:
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        for name in imported(path, ["meerkat_engine", "triton_kernels"]):
+            assert name.split(".")[0] in {
+                "meerkat_engine", "torch", "triton", "bisect", "collections", "contextlib", "dataclasses",
+            }  # fmt: skip
+
+
+def test_no_global_randomness_in_the_library() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        for call in ("torch.manual_seed", "np.random.seed", "import random", "torch.randn(", "torch.load("):
+            assert call not in text, f"{path} uses {call}"
