@@ -64,7 +64,7 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
     """Pre-training text for the mask, and where it came from.
 
     Args:
-        path: a JSON Lines file with the field ``text``; None looks for DATA_DIR/c4_sample/train.jsonl, then the hub's C4.
+        path: JSON Lines with the field ``text``; None looks for DATA_DIR/c4_sample/train.jsonl, then the hub's C4.
         data_dir: see ``task_rows``.
         count: texts wanted.
 
@@ -79,8 +79,8 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
             return [row["text"] for row, _ in zip(stream, range(count), strict=False)], "C4 (hub), first documents"
         except DataError as error:
             raise DataError(
-                f"no calibration text: give --calibration FILE.jsonl (field text), or --mask FILE, or a --data-dir with "
-                f"c4_sample/train.jsonl ({error})"
+                f"no calibration text: give --calibration FILE.jsonl (field text), or --mask FILE, or a --data-dir "
+                f"with c4_sample/train.jsonl ({error})"
             ) from error
     texts = []
     for number, row in enumerate(read_jsonl(path)[:count], 1):
@@ -93,7 +93,7 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
 
 
 def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int) -> Iterator[dict[str, Tensor]]:
-    """Texts as padded token batches for the language-model loss: ``input_ids`` and ``attention_mask`` [B, <= length]."""
+    """Texts as padded batches for the language-model loss: ``input_ids`` and ``attention_mask`` [B, <= length]."""
     for start in range(0, len(texts), batch_size):
         encoded = tokenizer(
             texts[start : start + batch_size], truncation=True, max_length=length, padding=True, return_tensors="pt"
@@ -112,7 +112,9 @@ def _from_hub(name: tuple[str, ...], split: str, streaming: bool = False) -> Ite
         rows = datasets.load_dataset(*name, split=split, streaming=streaming)
         yield from rows
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load {'/'.join(name)} from the hub: {error}; give --data-dir for local files") from error
+        raise DataError(
+            f"cannot load {'/'.join(name)} from the hub: {error}; give --data-dir for local files"
+        ) from error
 
 
 __all__ = ["calibration_texts", "read_jsonl", "task_rows", "token_batches"]

@@ -105,7 +105,9 @@ class SparseMask:
         table = ParameterTable.of(model)
         k = element_count(density, table.size)
         if loss is None:
-            from .objective import language_model_loss as loss
+            from .objective import language_model_loss  # transformers is imported only where it is needed
+
+            loss = language_model_loss
         found = sensitivity.accumulate(model, batches, loss)
         ids, scores = sensitivity.largest(lambda i: found.squares[i].view(-1), len(table.names), k)
         return cls(
@@ -260,7 +262,8 @@ def _distinct(seed: int, k: int, size: int) -> Tensor:
             first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
                 0, index, torch.arange(drawn.numel()), "amin"
             )
-            return distinct[torch.argsort(first)[:k]].sort().values
+            chosen: Tensor = distinct[torch.argsort(first)[:k]]
+            return chosen.sort().values
 
 
 __all__ = ["FORMAT", "SparseMask", "check_density", "element_count", "write_whole"]

@@ -68,7 +68,7 @@ def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits of the last ``keep`` positions: [N, keep, V]. Batches are padded on the left, so these hold the answers."""
+    """Logits of the last ``keep`` positions, which hold the answers, batches being padded on the left: [N, keep, V]."""
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
     output = model(
         input_ids=batch.input_ids,
@@ -79,7 +79,9 @@ def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     )
     logits = cast(Tensor, output.logits)
     if logits.shape[1] != keep:
-        raise ModelError(f"{type(model).__name__} ignores logits_to_keep: {logits.shape[1]} positions instead of {keep}")
+        raise ModelError(
+            f"{type(model).__name__} ignores logits_to_keep: {logits.shape[1]} positions instead of {keep}"
+        )
     return logits
 
 
@@ -98,7 +100,7 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
     hidden = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     scored = (mask[:, :-1] * mask[:, 1:]).bool()
     hidden, targets = hidden[:, :-1][scored], input_ids[:, 1:][scored]
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
         total = total + checkpoint(_summed_loss, model, decoder, part, wanted, use_reentrant=False)
     return total / targets.numel()
@@ -109,7 +111,9 @@ def _summed_loss(model: nn.Module, decoder: nn.Module, hidden: Tensor, targets: 
     with _returning(decoder, hidden.unsqueeze(0)) as calls:
         logits = model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
     if not calls:
-        raise ModelError(f"{type(model).__name__} does not run its decoder through get_decoder(); its head is out of reach")
+        raise ModelError(
+            f"{type(model).__name__} does not run its decoder through get_decoder(); its head is out of reach"
+        )
     return functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 

@@ -180,7 +180,9 @@ class SparseZO(torch.optim.Optimizer):
         eps = cast(float, self.param_groups[0]["eps"])
         for number, group in enumerate(self.param_groups):
             if group["eps"] != eps:
-                raise ValueError(f"eps is one perturbation's scale: group {number} has {group['eps']}, group 0 has {eps}")
+                raise ValueError(
+                    f"eps is one perturbation's scale: group {number} has {group['eps']}, group 0 has {eps}"
+                )
         _check_eps(eps)
         return eps
 

@@ -64,7 +64,10 @@ class ParameterTable:
 
     def difference(self, other: "ParameterTable") -> str | None:
         """What ``other`` has that this has not, in words; None if they are equal."""
-        mine, theirs = dict(zip(self.names, self.shapes, strict=True)), dict(zip(other.names, other.shapes, strict=True))
+        mine, theirs = (
+            dict(zip(self.names, self.shapes, strict=True)),
+            dict(zip(other.names, other.shapes, strict=True)),
+        )
         for name in self.names:
             if name not in theirs:
                 return f"parameter {name!r} {mine[name]} is missing ({len(theirs)} parameters instead of {len(mine)})"
@@ -88,7 +91,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 __all__ = ["ParameterTable", "fingerprint", "floating_parameters"]

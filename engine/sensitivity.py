@@ -37,8 +37,8 @@ class Sensitivity:
 def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> Sensitivity:
     """Mean and mean square of the gradient of every parameter over some batches.
 
-    Memory beside the model and the activations: 8 bytes an element for the accumulators, and one gradient at a time: each
-    is added up as backpropagation delivers it, and freed.
+    Memory beside the model and the activations: 8 bytes an element for the accumulators, and one gradient at a time:
+    each is added up as backpropagation delivers it, and freed.
 
     Args:
         model: run in evaluation mode; left as it was (mode, ``requires_grad``, ``grad``).
@@ -65,8 +65,10 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> 
             with torch.enable_grad():
                 value = loss(model, batch)
                 if not torch.isfinite(value):
-                    raise MaskError(f"the loss on calibration batch {count} is {value.item()}; the mask needs finite ones")
-                value.backward()  # type: ignore[no-untyped-call]
+                    raise MaskError(
+                        f"the loss on calibration batch {count} is {value.item()}; the mask needs finite ones"
+                    )
+                value.backward()
             count += 1
     finally:
         for hook in hooks:

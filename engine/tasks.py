@@ -52,7 +52,8 @@ class Task:
         label = row[self.label]
         if not isinstance(label, int) or not 0 <= label < len(self.label_words):
             raise DataError(
-                f"{where}: label {label!r} is outside task {self.name!r}, whose labels are 0 to {len(self.label_words) - 1}"
+                f"{where}: label {label!r} is outside task {self.name!r}, "
+                f"whose labels are 0 to {len(self.label_words) - 1}"
             )
 
     def prompt(self, row: Row) -> str:
@@ -124,7 +125,8 @@ class EncodedTask:
         encoded = tokenizer([task.prompt(row) for row in rows])["input_ids"] if rows else []
         self.truncated = sum(len(ids) > self._room for ids in encoded)
         self.prompts: list[list[int]] = [
-            ids if len(ids) <= self._room else self._shortened(row, len(ids)) for ids, row in zip(encoded, rows, strict=True)
+            ids if len(ids) <= self._room else self._shortened(row, len(ids))
+            for ids, row in zip(encoded, rows, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -179,7 +181,7 @@ class EncodedTask:
 
 def _candidates(task: Task, tokenizer: Any) -> list[list[int]]:
     """Token ids of each label word as they follow the prompt."""
-    probe = task.prompt({name: "a" for name in task.fields})
+    probe = task.prompt(dict.fromkeys(task.fields, "a"))
     prompt = tokenizer(probe)["input_ids"]
     special = len(prompt) - len(tokenizer(probe, add_special_tokens=False)["input_ids"])
     # A tokenizer that ends sequences with a special token would put it between prompt and answer.
@@ -189,7 +191,9 @@ def _candidates(task: Task, tokenizer: Any) -> list[list[int]]:
     for word in task.label_words:
         ids = tokenizer(probe + word)["input_ids"]
         if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-            raise ModelError(f"the tokenizer merges the label word {word!r} with the end of the prompt of {task.name!r}")
+            raise ModelError(
+                f"the tokenizer merges the label word {word!r} with the end of the prompt of {task.name!r}"
+            )
         found.append(ids[len(prompt) :])
     if len({tuple(ids) for ids in found}) < len(found):
         words = ", ".join(map(repr, task.label_words))

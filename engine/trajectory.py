@@ -9,7 +9,9 @@ from .mask import SparseMask
 from .weights import MaskedWeights
 
 
-def replay(model: nn.Module, mask: SparseMask, steps: Iterable[tuple[int, float, float]], backend: str = "auto") -> None:
+def replay(
+    model: nn.Module, mask: SparseMask, steps: Iterable[tuple[int, float, float]], backend: str = "auto"
+) -> None:
     """Applies recorded updates in order; lands on the bits of the run that recorded them.
 
     Args:

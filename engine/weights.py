@@ -129,9 +129,11 @@ class MaskedWeights:
             for at in part.members:
                 p = at.parameter
                 if p.data_ptr() != at.address or p.dtype != at.dtype or p.device != at.device:
+                    now = f"{p.dtype} on {p.device}"
+                    if (p.dtype, p.device) == (at.dtype, at.device):
+                        now += " at another address"
                     raise ModelChangedError(
-                        f"parameter {at.name!r} was moved or cast: located as {at.dtype} on {at.device}, now {p.dtype} on "
-                        f"{p.device}{'' if p.dtype != at.dtype or p.device != at.device else ' at another address'}; "
+                        f"parameter {at.name!r} was moved or cast: located as {at.dtype} on {at.device}, now {now}; "
                         f"move and cast the model first, then build the optimizer"
                     )
 

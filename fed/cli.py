@@ -57,7 +57,9 @@ class _Group(click.Group):
         except MeerkatError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            raise click.ClickException(f"cannot write or read {error.filename or 'a file'}: {error.strerror}") from error
+            raise click.ClickException(
+                f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+            ) from error
 
 
 def _settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -69,7 +71,9 @@ def _settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None
             default = fields[name].default
             kind = type(default) if isinstance(default, (int, float)) else str
             shown = "" if default is None or name in ("model", "task") else f" [default: {default}]"
-            option = click.option("--" + name.replace("_", "-"), name, type=kind, default=None, help=_HELP[name] + shown)
+            option = click.option(
+                "--" + name.replace("_", "-"), name, type=kind, default=None, help=_HELP[name] + shown
+            )
             command = option(command)
         return click.option(
             "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings; options go first"
@@ -116,7 +120,9 @@ def run(config_file: Path | None, output: Path | None, compare_random: bool, **o
 
 @main.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="also save the model here, as a Hugging Face checkpoint")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="also save the model here, as a Hugging Face checkpoint"
+)
 def replay(directory: Path, output: Path | None) -> None:
     """Rebuilds a run's model from base, mask and ledger, and checks its bits against the run's."""
     if output is not None and output.exists():
@@ -181,7 +187,9 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
                    f"({full / sent:,.0f} times as much)")  # fmt: skip
     share = s["forward_share_of_step"]
-    click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, everything else {1 - share:.1%}")
+    click.echo(
+        f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, everything else {1 - share:.1%}"
+    )
     click.echo(f"run directory   {output}")
 
 

@@ -97,15 +97,16 @@ class Client:
         if request.client != self.id:
             raise MessageError(f"the request is for client {request.client}, this is client {self.id}")
         if not 1 <= request.local_steps <= self.replica.terms.local_steps:
-            raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to "
-                               f"{self.replica.terms.local_steps}")  # fmt: skip
+            allowed = self.replica.terms.local_steps
+            raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
         if request.masters is not None:
             self.replica.jump(request.round, request.masters)
         elif request.scalars is not None:
             self.replica.catch_up(request.first_round, request.scalars)
         if self.replica.round != request.round:
-            raise MessageError(f"the request is for round {request.round}; with its scalars this client stands at round "
-                               f"{self.replica.round}")  # fmt: skip
+            raise MessageError(
+                f"the request is for round {request.round}; this client stands at round {self.replica.round} with it"
+            )
         scalars, loss = self._train(request.round, request.local_steps)
         return TrainReply(
             client=self.id, round=request.round, scalars=scalars, examples=len(self.data), loss=loss

@@ -1,7 +1,7 @@
-"""The ledger: a header and one line a round, from which base model and mask give the fine-tuned model back, bit for bit.
+"""The ledger: a header and one line a round, from which base and mask give the fine-tuned model back, bit for bit.
 
-JSON Lines; every line ends in the CRC-32 of what stands before it. fp32 scalars are written as the shortest decimal that
-gives the same float64 back, so they survive exactly. The format is described in ``docs/formats.md``.
+JSON Lines; every line ends in the CRC-32 of what stands before it. fp32 scalars are written as the shortest decimal
+that gives the same float64 back, so they survive exactly. The format is described in ``docs/formats.md``.
 """
 
 import errno
@@ -131,7 +131,9 @@ class LedgerWriter:
         except OSError as error:
             self._file.seek(before)
             self._file.truncate(before)
-            raise RunError(f"cannot write {self._file.name}: {error.strerror}; the rounds in it are complete") from error
+            raise RunError(
+                f"cannot write {self._file.name}: {error.strerror}; the rounds in it are complete"
+            ) from error
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -1,8 +1,8 @@
 """What server and clients send each other: a 40-byte header and fp32 scalars. No weights go up, no code comes down.
 
-    header   magic "MKT1", kind, version, two reserved bytes; client, round, local steps, first round, number of fp32
-             values, examples (uint32 each), loss (fp32), CRC-32 of everything else (uint32); little-endian
-    payload  the fp32 values, little-endian
+header   magic "MKT1", kind, version, two reserved bytes; client, round, local steps, first round, number of fp32
+         values, examples (uint32 each), loss (fp32), CRC-32 of everything else (uint32); little-endian
+payload  the fp32 values, little-endian
 """
 
 import math

@@ -49,7 +49,8 @@ def split(
     """
     if labels.numel() < clients * at_least:
         raise DataError(
-            f"{labels.numel()} examples cannot give {clients} clients {at_least} each; use fewer clients or a smaller batch"
+            f"{labels.numel()} examples cannot give {clients} clients {at_least} each; "
+            f"use fewer clients or a smaller batch"
         )
     if partition is Partition.IID:
         shares = list(stream.permutation(stream.derived_seed(seed, "part"), labels.numel()).tensor_split(clients))
@@ -60,8 +61,9 @@ def split(
     smallest = min(range(clients), key=lambda i: shares[i].numel())
     if shares[smallest].numel() < at_least:
         raise DataError(
-            f"client {smallest} of {clients} gets {shares[smallest].numel()} examples under {partition.describe(alpha)}, "
-            f"fewer than the {at_least} of a batch; use fewer clients, a smaller batch or another partition"
+            f"client {smallest} of {clients} gets {shares[smallest].numel()} examples under "
+            f"{partition.describe(alpha)}, fewer than the {at_least} of a batch; "
+            f"use fewer clients, a smaller batch or another partition"
         )
     return [share.sort().values for share in shares]
 

@@ -76,9 +76,7 @@ def execute(
     say(f"choosing the mask ({config.mask or config.method})")
     mask = setup.make_mask(config, lm)
     terms = Terms.of(mask, seed=config.seed, eps=config.eps, lr=config.lr, local_steps=config.local_steps)
-    header = Header(
-        terms=terms, base=base, method=config.method, clients=config.clients, weighting=config.weighting
-    )
+    header = Header(terms=terms, base=base, method=config.method, clients=config.clients, weighting=config.weighting)
     directory = RunDirectory(output)
     with directory.begin(config, mask, header) as ledger:
         federation = _Federation(config, lm.model, mask, terms, data, shares, ledger)
@@ -157,7 +155,11 @@ def _run_rounds(
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
         line |= {"bytes_up": done.traffic.up, "bytes_down": done.traffic.down, "seconds": round(seconds, 3)}
         directory.add_metrics(line | ({"rejected": done.result.rejected} if done.result.rejected else {}))
-        total.up, total.down, steps = total.up + done.traffic.up, total.down + done.traffic.down, steps + done.result.steps
+        total.up, total.down, steps = (
+            total.up + done.traffic.up,
+            total.down + done.traffic.down,
+            steps + done.result.steps,
+        )
         report(
             Progress(
                 round=number,

@@ -75,7 +75,11 @@ class Server:
         if (self.round - first) * steps <= self.replica.terms.elements:
             missed = np.array(self._history[first - 1 :], dtype=np.float32).reshape(-1)
             message = TrainRequest(
-                client=client, round=self.round, local_steps=self._local_steps[client], first_round=first, scalars=missed
+                client=client,
+                round=self.round,
+                local_steps=self._local_steps[client],
+                first_round=first,
+                scalars=missed,
             )
         else:
             message = TrainRequest(
@@ -127,9 +131,7 @@ class Server:
         weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
         own = {i: self._replies[i].scalars.tolist() for i in weights}
         scalars = weighted_mean(own, weights, self.replica.terms.local_steps)
-        line = Round(
-            round=self.round, lr=self.replica.terms.learning_rates(self.round), scalars=scalars, clients=own
-        )
+        line = Round(round=self.round, lr=self.replica.terms.learning_rates(self.round), scalars=scalars, clients=own)
         if self._ledger is not None:
             self._ledger.append(line)
         self.replica.apply_round(scalars)

@@ -29,9 +29,7 @@ class Terms:
     @classmethod
     def of(cls, mask: SparseMask, *, seed: int, eps: float, lr: float, local_steps: int) -> "Terms":
         """The terms of a federation that uses this mask."""
-        return cls(
-            seed=seed, eps=eps, lr=lr, local_steps=local_steps, elements=len(mask), mask_digest=mask.digest
-        )
+        return cls(seed=seed, eps=eps, lr=lr, local_steps=local_steps, elements=len(mask), mask_digest=mask.digest)
 
     def learning_rates(self, round: int) -> list[float]:
         """Learning rate of each of the round's ``T`` steps."""

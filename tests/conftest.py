@@ -1,4 +1,4 @@
-"""Shared fixtures. The kernels run in Triton's interpreter here, which has to be switched on before they are imported."""
+"""Shared fixtures. The kernels run in Triton's interpreter, which has to be switched on before they are imported."""
 
 import os
 

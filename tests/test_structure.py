@@ -3,9 +3,8 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import meerkat_engine
+import pytest
 from meerkat_engine import fed
 
 ROOT = Path(__file__).parents[1]

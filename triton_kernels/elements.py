@@ -1,12 +1,12 @@
 """Where the masked elements of a model live in memory, as kernels and reference need it.
 
 One table covers the masked elements of all tensors of one dtype on one device, so that an operation is one launch.
-The elements are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block, reads
-its four numbers once, and finds every weight at ``address + offset * itemsize`` and its element id at ``base + offset``.
+The elements are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block,
+reads its four numbers once, and finds a weight at ``address + offset * itemsize``, its element id at ``base + offset``.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,20 +39,23 @@ class ElementTable:
         """Number of masked elements."""
         return self.offsets.numel()
 
-    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The tensors that hold the elements ``[start, stop)``: number of the tensor, and its part of that range."""
+    def segments(self, start: int, stop: int) -> tuple[list[int], list[int]]:
+        """The tensors that hold the elements ``[start, stop)``: their numbers, and how many of these each holds."""
+        tensors, counts = [], []
         tensor = bisect_right(self.starts, start) - 1
         while start < stop:
             end = min(self.starts[tensor + 1], stop)
-            yield tensor, start, end
+            tensors.append(tensor)
+            counts.append(end - start)
             start, tensor = end, tensor + 1
+        return tensors, counts
 
     def ids(self, start: int, stop: int) -> Tensor:
         """Element ids of the elements ``[start, stop)``, int64; made anew from the offsets at each call."""
-        parts = list(self.segments(start, stop))
-        bases = torch.tensor([self.bases[tensor] for tensor, _, _ in parts], dtype=torch.int64)
-        counts = torch.tensor([end - begin for _, begin, end in parts], dtype=torch.int64)
-        return self.offsets[start:stop] + bases.repeat_interleave(counts).to(self.offsets.device)
+        tensors, counts = self.segments(start, stop)
+        bases = torch.tensor([self.bases[tensor] for tensor in tensors], dtype=torch.int64)
+        each = bases.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        return self.offsets[start:stop] + each.to(self.offsets.device)
 
 
 def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor]) -> ElementTable:
@@ -70,7 +73,8 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
     for weight in weights:
         if weight.device != device or weight.dtype != dtype:
             raise ValueError(
-                f"one table needs one dtype and device; got {weight.dtype} on {weight.device} beside {dtype} on {device}"
+                f"one table needs one dtype and device; "
+                f"got {weight.dtype} on {weight.device} beside {dtype} on {device}"
             )
         if not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} is not contiguous; call .contiguous() first")

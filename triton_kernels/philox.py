@@ -100,8 +100,7 @@ def round_to(value, dtype: tl.constexpr):
         b = value.to(tl.uint32, bitcast=True)
         rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
         return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
+    return value.to(dtype)
 
 
 __all__ = ["normal_at", "philox4x32", "radius", "round_to", "sin_cos", "words"]

@@ -1,4 +1,4 @@
-"""The embedded default: a small model this project trained itself, and a task for it, with no network and no downloads."""
+"""The embedded default: a small model this project trained itself and a task for it; no network, no downloads."""
 
 from functools import cache
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Made-up reviews: the text the embedded model was pre-trained on, and the task it is fine-tuned for.
 
-A review is a handful of clauses that praise or pan, some of them by negation, and some neutral ones. In pre-training text
-a closing remark agrees with it. The task asks for the verdict in words that pre-training only ever uses for other things:
-the model knows what a review feels like, but not how it is asked here.
+A review is a handful of clauses that praise or pan, some of them by negation, and some neutral ones. In pre-training
+text a closing remark agrees with it. The task asks for the verdict in words that pre-training only ever uses for other
+things: the model knows what a review feels like, but not how it is asked here.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,14 @@ _THINGS = {
     "phone": ("screen", "battery", "sound", "camera", "price", "case"),
     "game": ("story", "controls", "music", "level design", "ending", "art"),
 }
-_GOOD = "great lovely superb charming brilliant delightful excellent clever warm fresh gripping perfect".split()
-_BAD = "awful dull dreadful clumsy terrible boring poor stale cold lazy tedious broken".split()
+_GOOD = (
+    "great", "lovely", "superb", "charming", "brilliant", "delightful",
+    "excellent", "clever", "warm", "fresh", "gripping", "perfect",
+)  # fmt: skip
+_BAD = (
+    "awful", "dull", "dreadful", "clumsy", "terrible", "boring",
+    "poor", "stale", "cold", "lazy", "tedious", "broken",
+)  # fmt: skip
 _DEGREES = ("", "", "really", "rather", "quite", "so")
 _OPENINGS = ("the {} was", "its {} is", "i found the {}", "everyone said the {} was", "we thought the {} was")
 _NEUTRAL = (
@@ -108,7 +114,9 @@ def texts(count: int, seed: int) -> list[str]:
     found = []
     for _ in range(count):
         if draws.below(4) == 0:
-            found.append(" . ".join(draws.one_of(_CHATTER).format(draws.one_of(("yes", "no"))) for _ in range(3)) + " .")
+            found.append(
+                " . ".join(draws.one_of(_CHATTER).format(draws.one_of(("yes", "no"))) for _ in range(3)) + " ."
+            )
             continue
         good = draws.below(2) == 1
         review, thing = _review(draws, good)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-
 from meerkat_engine import SparseMask
 from meerkat_engine.errors import MaskError
 from meerkat_engine.objective import language_model_loss
 from meerkat_engine.parameters import ParameterTable, floating_parameters
 from meerkat_engine.sensitivity import largest
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
 from tests.conftest import make_model
 
 BATCHES = [torch.arange(i, i + 40).view(2, 20) % 90 + 3 for i in (0, 17, 40)]
@@ -150,7 +150,9 @@ def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> N
 
 def test_mask_of_another_model_says_what_differs(llama: nn.Module, tmp_path: Path) -> None:
     SparseMask.random(llama, 0.1, 0).save(tmp_path / "m")
-    with pytest.raises(MaskError, match=r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"):
+    with pytest.raises(
+        MaskError, match=r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"
+    ):
         SparseMask.load(tmp_path / "m", make_model("qwen2"))
 
 

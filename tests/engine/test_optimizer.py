@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
-
 from meerkat_engine import SparseMask, SparseZO, replay, stream
 from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
 from meerkat_engine.objective import language_model_loss
 from meerkat_engine.weights import round_fp32
+from torch import nn
+
 from tests.conftest import make_model, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -167,9 +167,7 @@ def test_parameter_groups_have_their_own_lr(llama: nn.Module, backend: str) -> N
     before, mask = flat(llama), SparseMask.random(llama, 0.2, 1)
     norms = [p for name, p in llama.named_parameters() if "norm" in name]
     others = [p for name, p in llama.named_parameters() if "norm" not in name]
-    opt = SparseZO(
-        llama, mask, lr=0.5, backend=backend, params=[{"params": others}, {"params": norms, "lr": 0.125}]
-    )
+    opt = SparseZO(llama, mask, lr=0.5, backend=backend, params=[{"params": others}, {"params": norms, "lr": 0.125}])
     opt.apply(5, 2.0)
     rates = torch.cat([torch.full((p.numel(),), 0.125 if "norm" in n else 0.5) for n, p in llama.named_parameters()])
     expected = before[mask.ids] - stream.normal(5, mask.ids) * (rates[mask.ids] * 2.0)
@@ -181,7 +179,7 @@ def test_groups_must_cover_the_mask(llama: nn.Module) -> None:
     mask = SparseMask.dense(llama)
     with pytest.raises(ValueError, match="has masked elements and is in no parameter group"):
         SparseZO(llama, mask, lr=0.1, params=[{"params": [llama.model.norm.weight]}])  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="holds a tensor .* that the model does not"):
+    with pytest.raises(ValueError, match=r"holds a tensor .* that the model does not"):
         SparseZO(llama, mask, lr=0.1, params=[{"params": [nn.Parameter(torch.zeros(3))]}])
     with pytest.raises(ValueError, match="groups are fixed"):
         SparseZO(llama, mask, lr=0.1).add_param_group({"params": []})
@@ -201,7 +199,9 @@ def test_a_changed_model_is_named(llama: nn.Module, change: str) -> None:
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     if change == "cast":
         llama.to(torch.bfloat16)
-        message = r"'model\.embed_tokens\.weight' was moved or cast: located as torch\.float32 on cpu, now torch\.bfloat16"
+        message = (
+            r"'model\.embed_tokens\.weight' was moved or cast: located as torch\.float32 on cpu, now torch\.bfloat16"
+        )
     elif change == "move":
         weight = llama.model.layers[1].mlp.up_proj.weight  # type: ignore[union-attr, index]
         weight.data = weight.data.clone()

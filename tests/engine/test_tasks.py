@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
-
 from meerkat_engine.data import calibration_texts, read_jsonl, task_rows, token_batches
 from meerkat_engine.errors import ConfigError, DataError, ModelError
 from meerkat_engine.evaluation import evaluate
 from meerkat_engine.objective import Objective, candidate_scores, language_model_loss, task_loss
 from meerkat_engine.tasks import SST2, EncodedTask, Task, get_task
+from torch import nn
+from torch.nn import functional
+
 from tests.conftest import make_model, make_tokenizer
 
 ROWS = [
@@ -22,7 +22,9 @@ ROWS = [
     {"sentence": "not a fine and funny film at all", "label": 0},
 ]
 WORDS = "a fine film dull not and funny at all It was terrible great so good indeed"
-LONG = Task(name="long", hub=(), template="{sentence} It was", cut="sentence", label_words=(" terrible", " so good indeed"))
+LONG = Task(
+    name="long", hub=(), template="{sentence} It was", cut="sentence", label_words=(" terrible", " so good indeed")
+)
 CPU = torch.device("cpu")
 
 
@@ -179,7 +181,7 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
 
 
 def test_the_hub_out_of_reach_says_what_to_give() -> None:
-    with pytest.raises(DataError, match="from the hub: .*; give --data-dir"):
+    with pytest.raises(DataError, match=r"from the hub: .*; give --data-dir"):
         task_rows(SST2, "validation", None)
     with pytest.raises(DataError, match=r"no calibration text: give --calibration FILE\.jsonl"):
         calibration_texts(None, None, 3)

@@ -1,4 +1,4 @@
-"""Rounds from the first request to the last bit: shared and separate replicas, replay, late clients, refused messages."""
+"""Rounds from the first request to the last bit: shared and separate replicas, replay, late clients, refusals."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import DataError, MaskError, MessageError, NonFiniteLossError
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
@@ -19,6 +18,7 @@ from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.tasks import EncodedTask
 from meerkat_engine.weights import round_fp32
+
 from tests.conftest import same_bits
 
 Make = Callable[..., Any]
@@ -182,7 +182,7 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
         (late, replace(good, client=1), "is for client 1, this is client 0"),
         (late, replace(good, local_steps=3), "3 local steps were asked for, the terms allow 1 to 2"),
         (late, replace(good, scalars=good.scalars[:1]), "no whole number of rounds"),
-        (late, replace(good, round=9), "stands at round 3"),
+        (late, replace(good, round=9), "stands at round 3 with it"),
         (stranger, good, "the scalars begin at round 2, this client stands at round 1"),
         (late, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
         (late, replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)), "3 master values for a mask of"),
@@ -237,9 +237,7 @@ def test_a_thousand_clients_cost_the_memory_of_one(task_data: EncodedTask) -> No
         fed.server._local_steps = dict.fromkeys(range(clients), 1)
         fed.server._at = dict.fromkeys(range(clients), 1)
         tracemalloc.start()
-        crowd = [
-            replace(one, id=i, data=ClientData(task_data, torch.arange(16), 8, seed=i)) for i in range(clients)
-        ]
+        crowd = [replace(one, id=i, data=ClientData(task_data, torch.arange(16), 8, seed=i)) for i in range(clients)]
         list(simulate(fed.server, crowd, 1))
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from meerkat_engine.errors import LedgerError
 from meerkat_engine.fed.ledger import Header, LedgerWriter, Round, read_ledger
 from meerkat_engine.fed.terms import Terms

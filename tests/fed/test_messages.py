@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from meerkat_engine.errors import MessageError
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
 
@@ -38,7 +37,13 @@ def test_requests_survive_the_round_trip(client: int, round: int, steps: int, va
     assert got.scalars.tobytes() == np.array(values, np.float32).tobytes()
 
 
-@given(client=UINT, round=UINT, examples=UINT, loss=st.floats(width=32, allow_nan=False, allow_infinity=False), values=FLOATS)
+@given(
+    client=UINT,
+    round=UINT,
+    examples=UINT,
+    loss=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    values=FLOATS,
+)
 def test_replies_survive_the_round_trip(
     client: int, round: int, examples: int, loss: float, values: list[float]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: the embedded default, a model from a directory, and everything that may be wrong."""
+"""Whole runs through the command line: the embedded default, a model from a directory, and what may be wrong."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM
-
 from meerkat_engine import SparseMask, embedded
 from meerkat_engine.errors import ConfigError
 from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.parameters import fingerprint
+from transformers import AutoModelForCausalLM
+
 from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
@@ -48,7 +48,10 @@ def test_the_embedded_default_learns(finished: tuple[Path, Result]) -> None:
     summary = metrics_of(output)[-1]["summary"]
     assert summary["accuracy_before"] < 0.6
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.3
-    assert f"accuracy        {summary['accuracy_before']:.4f} before, {summary['accuracy_after']:.4f} after" in result.output
+    assert (
+        f"accuracy        {summary['accuracy_before']:.4f} before, {summary['accuracy_after']:.4f} after"
+        in result.output
+    )
     assert "\r" not in result.output  # no progress bar where there is no terminal
 
 
@@ -60,7 +63,12 @@ def test_the_default_clients_are_not_iid(finished: tuple[Path, Result]) -> None:
 
 def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -> None:
     output, _ = finished
-    assert sorted(p.name for p in output.iterdir()) == ["config.toml", "ledger.jsonl", "mask.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "config.toml",
+        "ledger.jsonl",
+        "mask.safetensors",
+        "metrics.jsonl",
+    ]
     settings = tomllib.loads((output / "config.toml").read_text())
     assert make_config(settings) == make_config({})
     lines = metrics_of(output)
@@ -121,7 +129,9 @@ def test_a_random_mask_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["weight-magnitude", "random-mask", "full-fedzo"])
 @pytest.mark.parametrize("partition", ["iid", "single-label"])
 def test_methods_and_partitions(tmp_path: Path, method: str, partition: str) -> None:
-    result = call("run", "--method", method, "--partition", partition, "--lr", "1e-4", *SMALL, "--output", tmp_path / "r")
+    result = call(
+        "run", "--method", method, "--partition", partition, "--lr", "1e-4", *SMALL, "--output", tmp_path / "r"
+    )
     assert result.exit_code == 0, result.output
     assert call("replay", tmp_path / "r").exit_code == 0
 
@@ -145,7 +155,9 @@ def directory_model(tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path
         tokenizer = make_byte_tokenizer() if architecture == "qwen2" else make_tokenizer(text)
         tokenizer.save_pretrained(tmp_path / "model")
         words = ["good film", "bad film", "a fine film", "the poor film"] * 8
-        rows = [json.dumps({"sentence": f"{text} {'a ' * (i % 5)}", "label": (i + 1) % 2}) for i, text in enumerate(words)]
+        rows = [
+            json.dumps({"sentence": f"{text} {'a ' * (i % 5)}", "label": (i + 1) % 2}) for i, text in enumerate(words)
+        ]
         write_jsonl("data/sst2/train.jsonl", rows)
         write_jsonl("data/sst2/validation.jsonl", rows[:8])
         write_jsonl("data/c4_sample/train.jsonl", [json.dumps({"text": text * 3}) for text in words])
@@ -182,7 +194,7 @@ def test_a_mask_built_beforehand(directory_model: Callable[[str], list[str | Pat
 
 
 def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('rounds = 1\nlocal_steps = 1\ncalibration_texts = 16\nclients = 3\nlr = 1\n')
+    (tmp_path / "c.toml").write_text("rounds = 1\nlocal_steps = 1\ncalibration_texts = 16\nclients = 3\nlr = 1\n")
     result = call("run", "--config", tmp_path / "c.toml", "--clients", "2", "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     settings = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
@@ -265,9 +277,12 @@ def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Pa
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (17000, 17000))\n"
         "from meerkat_engine.fed.cli import main\n"
-        f"main(['run', '--rounds', '200', '--local-steps', '1', '--calibration-texts', '16', '--eval-every', '0', '--output', {str(output)!r}])\n"
+        "settings = '--rounds 200 --local-steps 1 --calibration-texts 16 --eval-every 0'.split()\n"
+        f"main(['run', *settings, '--output', {str(output)!r}])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 1
     assert f"Error: cannot write {output / 'ledger.jsonl'}: " in done.stderr
     assert "the rounds in it are complete" in done.stderr

@@ -1,15 +1,15 @@
-"""The Gaussian of the stream: the specified bits over every argument, the right distribution, no dependence on anything else."""
+"""The Gaussian of the stream: the specified bits for every argument, the right distribution, nothing else in it."""
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from scipy import stats
-
 from meerkat_engine import stream
 from meerkat_engine.triton_kernels import normal as kernels
 from meerkat_engine.triton_kernels import philox, reference
+from scipy import stats
+
 from tests.conftest import same_bits
 
 F = np.float32
