@@ -182,6 +182,7 @@ class Timed:
     seconds: float = 0.0
 
     def __call__(self) -> Tensor:
+        """The closure's loss."""
         begun = time.perf_counter()
         loss = self.closure()
         self.seconds += time.perf_counter() - begun

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import meerkat_engine
 import pytest
+
+import meerkat_engine
 from meerkat_engine import fed
 
 ROOT = Path(__file__).parents[1]

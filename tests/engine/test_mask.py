@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
 from meerkat_engine import SparseMask
 from meerkat_engine.errors import MaskError
 from meerkat_engine.objective import language_model_loss
 from meerkat_engine.parameters import ParameterTable, floating_parameters
 from meerkat_engine.sensitivity import largest
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-
 from tests.conftest import make_model
 
 BATCHES = [torch.arange(i, i + 40).view(2, 20) % 90 + 3 for i in (0, 17, 40)]

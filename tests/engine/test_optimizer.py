@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from meerkat_engine import SparseMask, SparseZO, replay, stream
 from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
 from meerkat_engine.objective import language_model_loss
 from meerkat_engine.weights import round_fp32
-from torch import nn
-
 from tests.conftest import make_model, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from meerkat_engine.data import calibration_texts, read_jsonl, task_rows, token_batches
 from meerkat_engine.errors import ConfigError, DataError, ModelError
 from meerkat_engine.evaluation import evaluate
 from meerkat_engine.objective import Objective, candidate_scores, language_model_loss, task_loss
 from meerkat_engine.tasks import SST2, EncodedTask, Task, get_task
-from torch import nn
-from torch.nn import functional
-
 from tests.conftest import make_model, make_tokenizer
 
 ROWS = [

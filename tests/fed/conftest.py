@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from meerkat_engine import SparseMask, embedded, stream
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
 from meerkat_engine.fed.aggregation import Weighting

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import DataError, MaskError, MessageError, NonFiniteLossError
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
@@ -18,7 +19,6 @@ from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.tasks import EncodedTask
 from meerkat_engine.weights import round_fp32
-
 from tests.conftest import same_bits
 
 Make = Callable[..., Any]

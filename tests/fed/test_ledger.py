@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from meerkat_engine.errors import LedgerError
 from meerkat_engine.fed.ledger import Header, LedgerWriter, Round, read_ledger
 from meerkat_engine.fed.terms import Terms

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meerkat_engine.errors import MessageError
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
 

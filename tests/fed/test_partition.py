@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from meerkat_engine.errors import DataError
 from meerkat_engine.fed.partition import Partition, histogram, split
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
 from meerkat_engine import SparseMask, embedded
 from meerkat_engine.errors import ConfigError
 from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.parameters import fingerprint
-from transformers import AutoModelForCausalLM
-
 from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")

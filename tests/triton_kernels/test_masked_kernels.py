@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meerkat_engine.triton_kernels import BLOCK, ElementTable, build_table, perturb, philox, reference, restore, update
 
+from meerkat_engine.triton_kernels import BLOCK, ElementTable, build_table, perturb, philox, reference, restore, update
 from tests.conftest import same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

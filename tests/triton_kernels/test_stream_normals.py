@@ -5,11 +5,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from scipy import stats
+
 from meerkat_engine import stream
 from meerkat_engine.triton_kernels import normal as kernels
 from meerkat_engine.triton_kernels import philox, reference
-from scipy import stats
-
 from tests.conftest import same_bits
 
 F = np.float32
