@@ -202,7 +202,7 @@ def inside(step: Callable[[Closure, int], object], closure: Closure, seeds: Iter
 
 def closure_of(net: nn.Module, batch_size: int, length: int) -> Closure:
     """Loss of a batch of random tokens, at the last position."""
-    vocabulary = net.config.vocab_size  # type: ignore[union-attr]
+    vocabulary: int = net.config.vocab_size  # type: ignore[union-attr, assignment]
     words = stream.bits(SEED, torch.arange(batch_size * length))[:, 0] % vocabulary
     ids = words.view(batch_size, length)
 
