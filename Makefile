@@ -9,12 +9,11 @@ test:  ## Runs the tests.
 test-slow:  ## Runs the tests that take minutes; MEERKAT_GGUF names SmolLM2's GGUF file.
 	$(PYTHON) -m pytest -m slow
 
-check:  ## Format, lint, types, examples in docstrings.
+check:  ## Format, lint, types.
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	rm -rf .types && $(PYTHON) -m pip install -q --no-deps --target .types . && \
 		MYPYPATH=.types $(PYTHON) -m mypy; status=$$?; rm -rf .types build; exit $$status
-	$(PYTHON) -m pytest -q --doctest-modules --pyargs meerkat_engine.stream meerkat_engine.optimizer
 
 format:  ## Formats the code.
 	$(PYTHON) -m ruff format .

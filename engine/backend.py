@@ -71,10 +71,16 @@ class TritonBackend:
             from .triton_kernels import normal, perturb, restore, update
         except ImportError as error:
             raise ConfigError(f"backend 'triton' needs the package triton: {error}; use backend='torch'") from error
-        if device.type == "cpu" and isinstance(perturb._perturb_kernel, JITFunction):
+        interpreted = not isinstance(perturb._perturb_kernel, JITFunction)
+        if device.type == "cpu" and not interpreted:
             raise ConfigError(
                 "backend 'triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before the first "
                 "import of the kernels, or use backend='torch'"
+            )
+        if device.type != "cpu" and interpreted:
+            raise ConfigError(
+                f"Triton's interpreter cannot write through {device.type} addresses: unset TRITON_INTERPRET and start "
+                f"a new process"
             )
         self.normal = normal.normal
         self.perturb_ = perturb.perturb_

@@ -86,6 +86,13 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))
+
+
 @pytest.fixture(params=sorted(_ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -1,14 +1,35 @@
 """What the package exports, and which part may import which."""
 
 import ast
+import doctest
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import meerkat_engine
+import meerkat_engine.optimizer
 from meerkat_engine import fed
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("module", [meerkat_engine.stream, meerkat_engine.optimizer], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted >= 2
+    assert result.failed == 0
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    """It is cut out of the README, between these two lines."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## Tests\n")[1].split("\nApache-2.0")[0]
+    assert section.count("```") == 2
+    assert "python -m pytest" in section
+    assert "sed -n '/^## Tests/,/^Apache/p' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
 LAYERS = ["triton_kernels", "engine", "fed", "bench"]
 # the command line sits on top of everything
 COMMAND_LINE = {"fed/cli.py", "engine/__main__.py"}
