@@ -186,6 +186,9 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
                    f"({full / sent:,.0f} times as much)")  # fmt: skip
+    click.echo(
+        f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
+    )
     share = s["forward_share_of_step"]
     click.echo(
         f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, everything else {1 - share:.1%}"

@@ -181,6 +181,7 @@ def _run_rounds(
         "bytes_up": total.up,
         "bytes_down": total.down,
         "bytes_each_way_if_weights_were_sent": weights * config.clients * config.rounds,
+        "mask_bytes": 8 * federation.server.replica.terms.elements,
         "masked_elements": federation.server.replica.terms.elements,
         "elements": sum(p.numel() for _, p in floating_parameters(model)),
         "rejected_messages": dict(federation.server.rejected),

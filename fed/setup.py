@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .. import embedded, stream
 from ..data import calibration_texts, task_rows, token_batches
 from ..errors import ConfigError
@@ -61,9 +63,10 @@ def make_mask(config: RunConfig, lm: LanguageModel) -> SparseMask:
         return SparseMask.random(lm.model, config.density, stream.derived_seed(config.seed, "mask"))
     texts, where = _texts(config)
     size, length = config.calibration_batch_size, config.calibration_length
+    batches = list(token_batches(texts, lm.tokenizer, size, length))
     return SparseMask.from_gradients(
         lm.model,
-        token_batches(texts, lm.tokenizer, size, length),
+        tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None),
         config.density,
         calibration=f"{where}; batches of {size}, at most {length} tokens a text",
     )
