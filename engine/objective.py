@@ -90,16 +90,26 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
 
     Args:
         model: a transformers causal LM.
-        batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask``.
+        batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask`` and
+            ``labels`` (-100 where nothing is to be predicted), as tokenizers and collators make them.
+
+    Raises:
+        ModelError: if the model is no transformers causal LM, or the batch holds anything else.
     """
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    unknown = inputs.keys() - {"input_ids", "attention_mask", "labels"}
+    if unknown or "input_ids" not in inputs:
+        raise ModelError(f"a text batch holds input_ids, attention_mask and labels; got {', '.join(sorted(inputs))}")
+    if not hasattr(model, "get_decoder"):
+        raise ModelError(f"{type(model).__name__} is no transformers causal LM; give a loss of your own")
     device = next(model.parameters()).device
     input_ids = inputs["input_ids"].to(device)
     mask = inputs.get("attention_mask", torch.ones_like(input_ids)).to(device)
+    labels = inputs.get("labels", input_ids).to(device)
     decoder = cast(Any, model).get_decoder()
     hidden = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    scored = (mask[:, :-1] * mask[:, 1:]).bool()
-    hidden, targets = hidden[:, :-1][scored], input_ids[:, 1:][scored]
+    scored = (mask[:, :-1] * mask[:, 1:]).bool() & (labels[:, 1:] != -100)
+    hidden, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
         total = total + checkpoint(_summed_loss, model, decoder, part, wanted, use_reentrant=False)

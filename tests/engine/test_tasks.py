@@ -83,12 +83,23 @@ def test_language_model_loss_is_transformers(architecture: str) -> None:
     expected.backward()
     wanted = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
     model.zero_grad()
+    labels[1, 5:9] = -100
+    with_labels = language_model_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    wanted_loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert with_labels.item() == pytest.approx(wanted_loss.item(), abs=1e-5)
     loss = language_model_loss(model, {"input_ids": ids, "attention_mask": mask})
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert sum(w.abs().sum() for w in wanted) > 0
     for p, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_and_models_that_are_not_for_the_text_loss(llama: nn.Module) -> None:
+    with pytest.raises(ModelError, match="a text batch holds input_ids, attention_mask and labels; got ids"):
+        language_model_loss(llama, {"ids": torch.ones(1, 3)})
+    with pytest.raises(ModelError, match="Linear is no transformers causal LM; give a loss of your own"):
+        language_model_loss(nn.Linear(2, 2), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("what", ["candidates", "language-model", "text"])
