@@ -60,14 +60,7 @@ def mezo_step(model: nn.Module, closure: Closure, seed: int) -> float:
             z = torch.normal(0.0, 1.0, size=p.shape, generator=generator, dtype=p.dtype)
             p.data = p.data + scale * z
 
-    add(EPS)
-    plus = closure().item()
-    add(-2 * EPS)
-    minus = closure().item()
-    add(EPS)
-    g = projected_gradient(plus, minus, EPS)
-    add(-LR * g)
-    return g
+    return _two_point(add, closure)
 
 
 def indexing_step(places: list[tuple[Tensor, Tensor]], closure: Closure, seed: int) -> float:
@@ -79,6 +72,11 @@ def indexing_step(places: list[tuple[Tensor, Tensor]], closure: Closure, seed: i
             z = torch.normal(0.0, 1.0, size=offsets.shape, generator=generator)
             flat[offsets] += scale * z
 
+    return _two_point(add, closure)
+
+
+def _two_point(add: Callable[[float], None], closure: Closure) -> float:
+    """A step that restores by arithmetic: ``add(s)`` adds ``s * z`` to the weights."""
     add(EPS)
     plus = closure().item()
     add(-2 * EPS)

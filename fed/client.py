@@ -47,6 +47,7 @@ class ClientData:
         self.batch_size = batch_size
         self.seen = 0  # the data pointer: examples taken since the beginning
         self._seed = seed
+        self._epoch, self._order = -1, indices
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -56,8 +57,10 @@ class ClientData:
         found: list[int] = []
         while len(found) < self.batch_size:
             epoch, at = divmod(self.seen, len(self))
-            order = stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
-            part = order[at : at + self.batch_size - len(found)]
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
+            part = self._order[at : at + self.batch_size - len(found)]
             found += self.indices[part].tolist()
             self.seen += part.numel()
         return found
@@ -126,8 +129,8 @@ class Client:
 
         with self.replica.trial() as optimizer:
             for seed, lr in list(zip(terms.seeds(round), terms.learning_rates(round), strict=True))[:steps]:
-                batch = self.data.next_batch(self.objective, device)
                 begun = time.perf_counter()
+                batch = self.data.next_batch(self.objective, device)
                 self.replica.set_lr(lr)
                 try:
                     losses.append(optimizer.step(closure, seed).item())

@@ -2,11 +2,12 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .elements import BLOCK
+from .elements import BLOCK, ElementTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +45,17 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-__all__ = ["MASKED", "LaunchConfig", "on_device_of", "seed_words"]
+def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **scalars: float) -> None:
+    """Launches a kernel once over all elements of a table; ``scalars`` are its per-step arguments."""
+    with on_device_of(master):
+        kernel[(table.blocks.shape[0],)](
+            w_like_ptr=table.weights[0],
+            blocks_ptr=table.blocks,
+            offsets_ptr=table.offsets,
+            master_ptr=master,
+            **scalars,
+            **MASKED.options(),
+        )
+
+
+__all__ = ["MASKED", "LaunchConfig", "launch_masked", "on_device_of", "seed_words"]

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block import load_block, round_to
 from .elements import ElementTable
-from .launch import MASKED, on_device_of, seed_words
-from .philox import normal_at, round_to
+from .launch import launch_masked, seed_words
+from .philox import normal_at
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
@@ -24,29 +25,14 @@ def _perturb_kernel(
     scale: tl.float32,
     BLOCK: tl.constexpr,
 ):
-    block = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
-    w_ptr = tl.load(block).to(w_like_ptr.dtype)
-    base, start, count = tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
-    lane = tl.arange(0, BLOCK)
-    live = lane < count
-    offsets = tl.load(offsets_ptr + start + lane, mask=live, other=0).to(tl.int64)
-    master = tl.load(master_ptr + start + lane, mask=live, other=0.0)
-    value = master + normal_at(seed_low, seed_high, base + offsets) * scale
-    tl.store(w_ptr + offsets, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
+    w_ptr, ids, _, master, live = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK)
+    value = master + normal_at(seed_low, seed_high, ids) * scale
+    tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 
 def perturb_(table: ElementTable, master: Tensor, seed: int, scale: float) -> None:
     """See ``reference.perturb_``."""
-    with on_device_of(master):
-        _perturb_kernel[(table.blocks.shape[0],)](
-            w_like_ptr=table.weights[0],
-            blocks_ptr=table.blocks,
-            offsets_ptr=table.offsets,
-            master_ptr=master,
-            **seed_words(seed),
-            scale=scale,
-            **MASKED.options(),
-        )
+    launch_masked(_perturb_kernel, table, master, scale=scale, **seed_words(seed))
 
 
 __all__ = ["perturb_"]

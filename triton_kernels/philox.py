@@ -89,18 +89,4 @@ def normal_at(seed_low, seed_high, ids):
     return radius(tl.where(upper, x2, x0)) * tl.where((ids & 1) != 0, sin, cos)
 
 
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """fp32 to the live weight's dtype, to nearest, ties to even.
-
-    bfloat16 is rounded in integers: Triton's interpreter does not round its bfloat16 cast correctly, and every backend
-    has to give the same bits. NaN stays NaN.
-    """
-    if dtype == tl.bfloat16:
-        b = value.to(tl.uint32, bitcast=True)
-        rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
-        return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
-
-
-__all__ = ["normal_at", "philox4x32", "radius", "round_to", "sin_cos", "words"]
+__all__ = ["normal_at", "philox4x32", "radius", "sin_cos", "words"]

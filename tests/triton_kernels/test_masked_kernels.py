@@ -10,7 +10,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_engine.triton_kernels import BLOCK, ElementTable, build_table, perturb, philox, reference, restore, update
+from meerkat_engine.triton_kernels import BLOCK, ElementTable, block, build_table, perturb, reference, restore, update
 from tests.conftest import same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,7 +119,7 @@ def test_restore_is_exact_after_many_cycles(dtype: torch.dtype) -> None:
 @triton.jit
 def _round_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + at, philox.round_to(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+    tl.store(y_ptr + at, block.round_to(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy, on the way to an infinite float16
