@@ -74,7 +74,6 @@ class SparseZO(torch.optim.Optimizer):
         self.projected_gradients: list[float] = []
         self._closed = False
         names = {id(p): name for name, p in floating_parameters(model)}
-        mask.check(model)
         if params is None:
             params = [{"params": [p for _, p in floating_parameters(model)]}]
         super().__init__(params, {"lr": lr, "eps": eps})

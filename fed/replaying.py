@@ -57,10 +57,10 @@ def replay_run(directory: Path) -> Replayed:
 
 def _recorded(path: Path) -> str | None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
+    try:
+        return str(json.loads(lines[-1])["summary"]["weights"])
+    except (IndexError, KeyError, json.JSONDecodeError):  # no line, a round's line, or a torn one
         return None
-    weights = json.loads(lines[-1]).get("summary", {}).get("weights")
-    return None if weights is None else str(weights)
 
 
 __all__ = ["Replayed", "replay_run"]
