@@ -126,6 +126,13 @@ def test_equal_weights_make_equal_means() -> None:
     assert weighted_mean({1: [4.0], 3: [8.0, 2.0]}, {1: 0.25, 3: 0.75}, 3) == [7.0, 1.5, 0.0]
 
 
+def test_the_mean_is_summed_in_client_order_whatever_order_it_is_given_in() -> None:
+    scalars = {0: [1e16], 1: [1.0], 2: [-1e16], 3: [3.0]}  # in float64, 1e16 + 1 is 1e16
+    weights = dict.fromkeys(scalars, 1.0)
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
+        assert weighted_mean({i: scalars[i] for i in order}, weights, 1) == [3.0]
+
+
 def reply(client: int = 0, round: int = 1, scalars: tuple[float, ...] = (0.5, 0.5), examples: int = 5) -> bytes:
     values = np.array(scalars, dtype=np.float32)
     return TrainReply(client=client, round=round, scalars=values, examples=examples, loss=0.5).encode()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import struct
@@ -52,6 +53,16 @@ def test_fp32_scalars_survive_exactly(tmp_path_factory: pytest.TempPathFactory, 
             return
         writer.append(line(1, [value, 0.0]))
     assert struct.pack("<f", read_ledger(path).rounds[0].scalars[0]) == struct.pack("<I", pattern)
+
+
+def test_a_round_is_fsynced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    path = tmp_path / "ledger.jsonl"
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    with LedgerWriter(path, HEADER) as writer:
+        writer.append(line(1))
+        assert synced[-1] == path.read_bytes()
+        assert len(synced) == 2  # header and round
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning(ledger: Path) -> None:
