@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from .errors import ModelError
 from .tasks import Batch
@@ -107,18 +107,21 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
     mask = inputs.get("attention_mask", torch.ones_like(input_ids)).to(device)
     labels = inputs.get("labels", input_ids).to(device)
     decoder = cast(Any, model).get_decoder()
-    hidden = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    hidden = output.last_hidden_state
     scored = (mask[:, :-1] * mask[:, 1:]).bool() & (labels[:, 1:] != -100)
     hidden, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
-        total = total + checkpoint(_summed_loss, model, decoder, part, wanted, use_reentrant=False)
+        total = total + checkpoint(_summed_loss, model, decoder, type(output), part, wanted, use_reentrant=False)
     return total / targets.numel()
 
 
-def _summed_loss(model: nn.Module, decoder: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _summed_loss(
+    model: nn.Module, decoder: nn.Module, kind: type[ModelOutput], hidden: Tensor, targets: Tensor
+) -> Tensor:
     """Summed cross-entropy at some positions, through the model's own head (scaling and soft caps included)."""
-    with _returning(decoder, hidden.unsqueeze(0)) as calls:
+    with _returning(decoder, kind(last_hidden_state=hidden.unsqueeze(0))) as calls:
         logits = model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
     if not calls:
         raise ModelError(
@@ -128,13 +131,13 @@ def _summed_loss(model: nn.Module, decoder: nn.Module, hidden: Tensor, targets: 
 
 
 @contextmanager
-def _returning(module: nn.Module, hidden: Tensor) -> Iterator[list[None]]:
-    """Within this context the module returns the given hidden states; yields a list with an entry per call."""
+def _returning(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
+    """Within this context the module returns the given output; yields a list with an entry per call."""
     calls: list[None] = []
 
-    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+    def forward(*_: Any, **__: Any) -> ModelOutput:
         calls.append(None)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return output
 
     module.forward = forward
     try:

@@ -37,6 +37,7 @@ _ARCHITECTURES = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 8}),
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {}),  # absolute positions, left to the caller
     "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 from meerkat_engine import SparseMask, SparseZO, replay, stream
 from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
 from meerkat_engine.objective import language_model_loss
+from meerkat_engine.optimizer import projected_gradient
 from meerkat_engine.weights import round_fp32
 from tests.conftest import make_model, same_bits
 
@@ -88,6 +89,13 @@ def test_the_projected_gradient_is_the_directional_derivative(llama: nn.Module) 
     gradient = torch.cat([p.grad.view(-1) for p in llama.parameters()])[mask.ids]  # type: ignore[union-attr]
     expected = float(gradient.double() @ stream.normal(stream.step_seed(0, 0, 0), mask.ids).double())
     assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_projected_gradient_is_rounded_once() -> None:
+    plus, minus, eps = 0.7637010216712952, 0.18783339858055115, 1e-3  # found by search
+    assert (torch.tensor(plus) - torch.tensor(minus)).item() != plus - minus
+    assert projected_gradient(plus, minus, eps) == round_fp32((plus - minus) / (2 * eps))
+    assert projected_gradient(plus, minus, eps) != round_fp32(round_fp32(plus - minus) / (2 * eps))
 
 
 def test_lr_zero_moves_nothing(llama: nn.Module) -> None:
@@ -218,14 +226,15 @@ def test_a_changed_model_is_named(llama: nn.Module, change: str) -> None:
     assert same_bits(flat(llama), before)
 
 
-def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module) -> None:
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module, error: type[BaseException]) -> None:
     before = flat(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
 
     def broken() -> torch.Tensor:
-        raise KeyError("x")
+        raise error("x")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(error):
         opt.step(broken)
     assert same_bits(flat(llama), before)
     assert opt.steps == 0
