@@ -20,44 +20,58 @@ class Backend(Protocol):
     def normal(self, seed: int, ids: Tensor) -> Tensor:
         """``z`` at element ids: float32 [n]."""
 
-    def perturb_(self, table: ElementTable, master: Tensor, seed: int, scale: float) -> None:
+    def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+        """``<gradient, z>`` for each seed: float64 [n]."""
+
+    def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
         """``w <- cast(master + scale * z)``."""
 
     def restore_(self, table: ElementTable, master: Tensor) -> None:
         """``w <- cast(master)``."""
 
-    def update_(self, table: ElementTable, master: Tensor, seed: int, c: float) -> None:
+    def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
         """``master <- master - c * z``, ``w <- cast(master)``."""
+
+    def update_perturb_(
+        self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+    ) -> None:
+        """``update_``, then ``perturb_`` with the next seed, in one pass."""
+
+    def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+        """``update_`` for each (seed, c) in order, in one pass."""
 
 
 class TorchBackend:
     """The reference, drawing the normals of a step once: +eps, -eps and the update share them."""
 
     def __init__(self) -> None:
-        self._drawn: dict[int, tuple[int, Tensor]] = {}  # id(table) -> seed, z [nnz]
+        self._drawn: dict[int, tuple[int, Tensor]] = {}  # id(table) -> seed, z [slots]
+        self.normal = reference.normal
+        self.inner = reference.inner
+        self.restore_ = reference.restore_
+        self.replay_ = reference.replay_
 
-    def normal(self, seed: int, ids: Tensor) -> Tensor:
-        """See ``reference.normal``."""
-        return reference.normal(seed, ids)
-
-    def perturb_(self, table: ElementTable, master: Tensor, seed: int, scale: float) -> None:
+    def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
         """See ``reference.perturb_``."""
         reference.perturb_(table, master, seed, scale, self._z(table, seed))
 
-    def restore_(self, table: ElementTable, master: Tensor) -> None:
-        """See ``reference.restore_``."""
-        reference.restore_(table, master)
-
-    def update_(self, table: ElementTable, master: Tensor, seed: int, c: float) -> None:
+    def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
         """See ``reference.update_``."""
         reference.update_(table, master, seed, c, self._z(table, seed))
 
-    def _z(self, table: ElementTable, seed: int) -> Tensor | None:
-        if table.nnz > _KEEP:
+    def update_perturb_(
+        self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+    ) -> None:
+        """See ``reference.update_perturb_``."""
+        z, next_z = self._z(table, seed), self._z(table, next_seed)
+        reference.update_perturb_(table, master, seed, c, next_seed, scale, z, next_z)
+
+    def _z(self, table: ElementTable, seed: Tensor) -> Tensor | None:
+        if table.slots > _KEEP:
             return None
-        known = self._drawn.get(id(table))
-        if known is None or known[0] != seed:
-            self._drawn[id(table)] = known = seed, reference.normal(seed, table.ids(0, table.nnz))
+        wanted, known = reference.seed_of(seed), self._drawn.get(id(table))
+        if known is None or known[0] != wanted:
+            self._drawn[id(table)] = known = wanted, reference.normals_of(table, seed, 0, table.slots)
         return known[1]
 
 
@@ -68,7 +82,7 @@ class TritonBackend:
         try:
             from triton.runtime.jit import JITFunction
 
-            from .triton_kernels import normal, perturb, restore, update
+            from .triton_kernels import inner, normal, perturb, replay, restore, update
         except ImportError as error:
             raise ConfigError(f"backend 'triton' needs the package triton: {error}; use backend='torch'") from error
         interpreted = not isinstance(perturb._perturb_kernel, JITFunction)
@@ -83,9 +97,12 @@ class TritonBackend:
                 f"a new process"
             )
         self.normal = normal.normal
+        self.inner = inner.inner
         self.perturb_ = perturb.perturb_
         self.restore_ = restore.restore_
         self.update_ = update.update_
+        self.update_perturb_ = update.update_perturb_
+        self.replay_ = replay.replay_
 
 
 def resolve(backend: str, device: torch.device) -> Backend:

@@ -107,22 +107,55 @@ class SparseZO(torch.optim.Optimizer):
                 restored and the step not taken.
             ModelChangedError: if the model was moved, cast or rebuilt since the optimizer was.
         """
-        seed = step_seed(self.seed, 0, self.steps) if seed is None else check_seed(seed)
-        eps = self._eps()
+        return self.step_many([closure], None if seed is None else [seed])[0]
+
+    @torch.no_grad()
+    def step_many(
+        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Iterable[int] | None = None
+    ) -> list[Tensor]:
+        """Several steps, the update of each in one pass with the first perturbation of the next.
+
+        The weights and scalars are those of ``step`` called for each, bit for bit.
+
+        Args:
+            closures: one a step, as for ``step``; each is asked for when the step before it is known, so a generator
+                may choose its batch and the learning rate then.
+            seeds: one a step at least; None is as for ``step``.
+
+        Returns:
+            Mean of the two losses of each step, float32 scalars.
+
+        Raises:
+            NonFiniteLossError: as ``step``; the steps before it stay taken.
+            ModelChangedError: as ``step``.
+        """
+        given = None if seeds is None else iter(seeds)
+        pending: tuple[int, list[float]] | None = None
+        losses = []
         self.weights.check_same_parameters()
         try:
-            self.perturb(seed, eps)
-            plus = _loss(closure, "+eps")
-            self.perturb(seed, -eps)
-            minus = _loss(closure, "-eps")
-        except BaseException:
-            self.restore()
-            raise
-        g = projected_gradient(plus, minus, eps)
-        self.apply(seed, g)
-        self.steps += 1
-        self.projected_gradients.append(g)
-        return torch.tensor((plus + minus) / 2, dtype=torch.float32)
+            for closure in closures:
+                seed = step_seed(self.seed, 0, self.steps) if given is None else check_seed(next(given))
+                eps = self._eps()
+                if pending is None:
+                    self.perturb(seed, eps)
+                else:
+                    self.weights.update_perturb_(*pending, seed, eps)
+                    pending = None
+                plus = _loss(closure, "+eps")
+                self.perturb(seed, -eps)
+                minus = _loss(closure, "-eps")
+                g = projected_gradient(plus, minus, eps)
+                pending = seed, self._coefficients(g)
+                self.steps += 1
+                self.projected_gradients.append(g)
+                losses.append(torch.tensor((plus + minus) / 2, dtype=torch.float32))
+        finally:
+            if pending is None:
+                self.restore()
+            else:
+                self.weights.update_(*pending)
+        return losses
 
     def perturb(self, seed: int, scale: float) -> None:
         """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters stay."""
@@ -140,7 +173,7 @@ class SparseZO(torch.optim.Optimizer):
         """
         if not math.isfinite(g):
             raise ValueError(f"projected gradient must be finite, got {g}")
-        self.weights.update_(seed, [float(group["lr"]) * g for group in self.param_groups])
+        self.weights.update_(seed, self._coefficients(g))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: mask and groups are static."""
@@ -174,6 +207,10 @@ class SparseZO(torch.optim.Optimizer):
         self.weights.set_masters_(state["masters"])
         self.steps = int(state["steps"])
         self.seed = check_seed(state["seed"])
+
+    def _coefficients(self, g: float) -> list[float]:
+        """``lr * g`` of each group, in float64."""
+        return [float(group["lr"]) * g for group in self.param_groups]
 
     def _eps(self) -> float:
         eps = cast(float, self.param_groups[0]["eps"])

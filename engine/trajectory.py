@@ -25,10 +25,13 @@ def replay(
         ValueError: if a scalar is not finite.
     """
     weights = MaskedWeights(model, mask, backend)
+    seeds, c = [], []
     for seed, lr, g in steps:
         if not math.isfinite(g) or not math.isfinite(lr):
             raise ValueError(f"lr and projected gradient must be finite, got lr {lr} and g {g}")
-        weights.update_(seed, [lr * g])
+        seeds.append(seed)
+        c.append(lr * g)
+    weights.replay_(seeds, c)
 
 
 __all__ = ["replay"]

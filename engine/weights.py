@@ -19,7 +19,7 @@ from .errors import MaskError, ModelChangedError
 from .mask import SparseMask
 from .parameters import floating_parameters
 from .stream import check_seed
-from .triton_kernels import ElementTable, build_table
+from .triton_kernels import ElementTable, build_table, can_be_dense, reference
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,34 @@ class _Located:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def dense(self) -> bool:
+        """Whether the mask holds all its elements, and they need no offsets."""
+        return self.stop - self.start == self.parameter.numel() and can_be_dense(self.parameter, self.base)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What the parameters of one table have in common."""
+        return self.group, self.dtype, self.device, self.dense
+
 
 @dataclass(frozen=True)
 class _Part:
-    """The parameters of one group, dtype and device: one table, one launch an operation."""
+    """The parameters of one group, dtype and device, all dense or all sparse: one table, one launch an operation."""
 
     group: int
     members: tuple[_Located, ...]
     table: ElementTable
-    master: Tensor  # float32 [nnz] on the weights' device
+    master: Tensor  # float32 [slots] on the weights' device
     backend: Backend
+
+    def seed(self, seed: int) -> Tensor:
+        """A seed as the operations take it."""
+        return reference.seed_tensor(seed, self.master.device)
+
+    def scalar(self, value: float) -> Tensor:
+        """A scale or coefficient as the operations take it, rounded to fp32."""
+        return torch.full((1,), value, dtype=torch.float32, device=self.master.device)
 
 
 def round_fp32(value: float) -> float:
@@ -56,7 +74,8 @@ def round_fp32(value: float) -> float:
 class MaskedWeights:
     """The masked elements of one model in memory.
 
-    Holds 8 bytes per masked element (master and offset), on the device of the weights.
+    Holds 8 bytes per masked element (master and offset) on the device of the weights; 4 where the mask holds a whole
+    parameter.
 
     Args:
         model: its parameters with masked elements must be contiguous; they are written by every operation.
@@ -77,10 +96,8 @@ class MaskedWeights:
         self.mask = mask
         self._model = model
         located = _locate(model, mask, groups or {})
-        keys = dict.fromkeys((at.group, at.dtype, at.device) for at in located)
-        self._parts = [
-            _part([at for at in located if (at.group, at.dtype, at.device) == key], mask.ids, backend) for key in keys
-        ]
+        keys = dict.fromkeys(at.key for at in located)
+        self._parts = [_part([at for at in located if at.key == key], mask.ids, backend) for key in keys]
 
     def names(self) -> list[str]:
         """The parameters that have masked elements, in id order."""
@@ -88,23 +105,38 @@ class MaskedWeights:
 
     def perturb_(self, seed: int, scale: float) -> None:
         """``w <- cast(master + scale * z(seed))``; ``scale`` is rounded to fp32."""
-        check_seed(seed)
-        self.check_unmoved()
-        for part in self._parts:
-            part.backend.perturb_(part.table, part.master, seed, round_fp32(scale))
+        for part in self._checked(seed):
+            part.backend.perturb_(part.table, part.master, part.seed(seed), part.scalar(scale))
 
     def restore_(self) -> None:
         """``w <- cast(master)``: exact."""
-        self.check_unmoved()
-        for part in self._parts:
+        for part in self._checked():
             part.backend.restore_(part.table, part.master)
 
     def update_(self, seed: int, c: Sequence[float]) -> None:
         """``master <- master - c * z(seed)``, ``w <- cast(master)``; one coefficient per group, rounded to fp32."""
-        check_seed(seed)
-        self.check_unmoved()
-        for part in self._parts:
-            part.backend.update_(part.table, part.master, seed, round_fp32(c[part.group]))
+        for part in self._checked(seed):
+            part.backend.update_(part.table, part.master, part.seed(seed), part.scalar(c[part.group]))
+
+    def update_perturb_(self, seed: int, c: Sequence[float], next_seed: int, scale: float) -> None:
+        """``update_(seed, c)``, then ``perturb_(next_seed, scale)``, in one pass over the weights."""
+        for part in self._checked(seed, next_seed):
+            part.backend.update_perturb_(
+                part.table,
+                part.master,
+                part.seed(seed),
+                part.scalar(c[part.group]),
+                part.seed(next_seed),
+                part.scalar(scale),
+            )
+
+    def replay_(self, seeds: Sequence[int], c: Sequence[float]) -> None:
+        """``update_`` for each seed and its coefficient (that of all groups) in order, in one pass over the weights."""
+        for part in self._checked(*seeds):
+            of_steps = torch.cat([part.seed(seed) for seed in seeds]) if seeds else torch.empty(0, dtype=torch.int64)
+            coefficients = torch.tensor(c, dtype=torch.float32)
+            device = part.master.device
+            part.backend.replay_(part.table, part.master, of_steps.to(device), coefficients.to(device))
 
     def masters(self) -> Tensor:
         """A copy of the masters: float32 [k] in mask order, on the device of the first masked parameter."""
@@ -122,6 +154,12 @@ class MaskedWeights:
             for at, begin, end in _ranges(part):
                 part.master[begin:end] = values[at.start : at.stop]
         self.restore_()
+
+    def _checked(self, *seeds: int) -> list[_Part]:
+        for seed in seeds:
+            check_seed(seed)
+        self.check_unmoved()
+        return self._parts
 
     def check_unmoved(self) -> None:
         """Raises ``ModelChangedError`` naming the first parameter that is no longer where it was located."""
@@ -164,16 +202,22 @@ def _locate(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> li
 
 
 def _part(members: list[_Located], ids: Tensor, backend: str) -> _Part:
-    offsets = [ids[at.start : at.stop] - at.base for at in members]
     weights = [at.parameter.detach() for at in members]
+    offsets = None if members[0].dense else [ids[at.start : at.stop] - at.base for at in members]
     device = weights[0].device
-    master = [w.view(-1)[o.to(device)].float() for w, o in zip(weights, offsets, strict=True)]
     table = build_table(weights, [at.base for at in members], offsets)
-    return _Part(members[0].group, tuple(members), table, torch.cat(master), backends.resolve(backend, device))
+    master = torch.zeros(table.slots, dtype=torch.float32, device=device)
+    part = _Part(members[0].group, tuple(members), table, master, backends.resolve(backend, device))
+    for i, (_, begin, end) in enumerate(_ranges(part)):
+        weight = table.weights[i]
+        master[begin:end] = weight if offsets is None else weight[offsets[i].to(device)]
+    return part
 
 
 def _ranges(part: _Part) -> list[tuple[_Located, int, int]]:
-    return list(zip(part.members, part.table.starts[:-1], part.table.starts[1:], strict=True))
+    """Each member and the slots of its elements."""
+    starts, counts = part.table.starts, part.table.counts
+    return [(at, start, start + count) for at, start, count in zip(part.members, starts, counts, strict=False)]
 
 
 __all__ = ["MaskedWeights", "round_fp32"]

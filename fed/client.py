@@ -1,6 +1,7 @@
 """A client: catches up, takes its local steps on its own data, and answers with scalars."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,31 +117,33 @@ class Client:
         ).encode()
 
     def _train(self, round: int, steps: int) -> tuple[np.ndarray, float]:
-        terms, model = self.replica.terms, self.replica.model
-        device = next(model.parameters()).device
-        losses = []
-
-        def closure() -> Tensor:
-            begun = time.perf_counter()
-            loss = task_loss(model, batch, self.objective)
-            _finish(device)
-            self.timing.forward += time.perf_counter() - begun
-            return loss
-
+        terms, device = self.replica.terms, next(self.replica.model.parameters()).device
+        begun = time.perf_counter()
         with self.replica.trial() as optimizer:
-            for seed, lr in list(zip(terms.seeds(round), terms.learning_rates(round), strict=True))[:steps]:
-                begun = time.perf_counter()
-                batch = self.data.next_batch(self.objective, device)
-                self.replica.set_lr(lr)
-                try:
-                    losses.append(optimizer.step(closure, seed).item())
-                except NonFiniteLossError as error:
-                    raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
-                _finish(device)
-                self.timing.total += time.perf_counter() - begun
-                self.timing.steps += 1
+            try:
+                losses = optimizer.step_many(self._closures(round, steps, device), terms.seeds(round))
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
+            _finish(device)
+            self.timing.total += time.perf_counter() - begun
+            self.timing.steps += steps
             scalars = np.array(optimizer.projected_gradients, dtype=np.float32)
-        return scalars, sum(losses) / len(losses)
+        return scalars, sum(map(float, losses)) / steps
+
+    def _closures(self, round: int, steps: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
+        """The loss on each step's batch; sets the step's learning rate."""
+        for lr in self.replica.terms.learning_rates(round)[:steps]:
+            self.replica.set_lr(lr)
+            batch = self.data.next_batch(self.objective, device)
+
+            def closure(batch: Batch = batch) -> Tensor:
+                begun = time.perf_counter()
+                loss = task_loss(self.replica.model, batch, self.objective)
+                _finish(device)
+                self.timing.forward += time.perf_counter() - begun
+                return loss
+
+            yield closure
 
 
 def _finish(device: torch.device) -> None:

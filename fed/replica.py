@@ -37,13 +37,14 @@ class Replica:
         self.optimizer = SparseZO(model, mask, lr=terms.lr, eps=terms.eps, seed=terms.seed, backend=backend)
         self.round = 1
 
-    def apply_round(self, scalars: Sequence[float]) -> None:
-        """Moves on to the next round by this round's aggregated scalars, [T]."""
-        rates, seeds = self.terms.learning_rates(self.round), self.terms.seeds(self.round)
-        for seed, lr, g in zip(seeds, rates, scalars, strict=True):
-            self.set_lr(lr)
-            self.optimizer.apply(seed, g)
-        self.round += 1
+    def apply_rounds(self, scalars: Sequence[Sequence[float]]) -> None:
+        """Moves on over some rounds by their aggregated scalars, [rounds][T], in one pass over the masked weights."""
+        seeds, c = [], []
+        for row in scalars:
+            seeds += self.terms.seeds(self.round)
+            c += [lr * g for lr, g in zip(self.terms.learning_rates(self.round), row, strict=True)]
+            self.round += 1
+        self.optimizer.weights.replay_(seeds, c)
 
     def catch_up(self, first_round: int, scalars: np.ndarray) -> None:
         """Applies the rounds from ``first_round`` on that this replica has not applied yet.
@@ -58,8 +59,7 @@ class Replica:
             raise MessageError(f"the scalars begin at round {first_round}, this client stands at round {self.round}")
         if not np.isfinite(scalars).all():
             raise MessageError("an aggregated scalar is not finite")
-        for row in scalars.reshape(-1, steps)[self.round - first_round :]:
-            self.apply_round(row.tolist())
+        self.apply_rounds(scalars.reshape(-1, steps)[self.round - first_round :].tolist())
 
     def jump(self, round: int, masters: np.ndarray) -> None:
         """Takes over the masters at the beginning of a round, float32 [k]."""

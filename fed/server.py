@@ -134,7 +134,7 @@ class Server:
         line = Round(round=self.round, lr=self.replica.terms.learning_rates(self.round), scalars=scalars, clients=own)
         if self._ledger is not None:
             self._ledger.append(line)
-        self.replica.apply_round(scalars)
+        self.replica.apply_rounds([scalars])
         self._history.append(scalars)
         refused = self.rejected.total()
         result = RoundResult(

@@ -1,18 +1,22 @@
 """Where the masked elements of a model live in memory, as kernels and reference need it.
 
 One table covers the masked elements of all tensors of one dtype on one device, so that an operation is one launch.
-The elements are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block,
-reads its four numbers once, and finds a weight at ``address + offset * itemsize``, its element id at ``base + offset``.
+An element has a slot: its place in ``offsets`` and in the masters. The slots of a tensor begin at a multiple of 4, so
+that four neighbours are one 16-byte load; the up to three slots left over belong to no element and reach no weight.
+
+The slots are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block, reads its
+four numbers once, and finds a weight at ``address + offset * itemsize``, its element id at ``base + offset``.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK = 1024
+ALIGN = 4
 _INT32_MAX = 2**31 - 1
 
 
@@ -23,54 +27,75 @@ class ElementTable:
     Args:
         weights: flat views (one dimension, contiguous) of the live tensors, all of one dtype and device.
         bases: element id of each tensor's first element.
-        starts: where each tensor's elements begin in ``offsets``; one more entry than tensors, the last is nnz.
-        offsets: int32 [nnz] (int64 if a tensor has over 2**31 elements), flat offset of each element in its tensor.
-        blocks: int64 [n_blocks, 4]: address of the tensor, its base id, first element, number of elements (<= BLOCK).
+        starts: first slot of each tensor, a multiple of ``ALIGN``; one more entry than tensors, the last is ``slots``.
+        counts: number of masked elements of each tensor.
+        offsets: int32 [slots] (int64 if a tensor has over 2**31 elements), flat offset in its tensor of each slot's
+            element; None where all elements of all tensors are masked.
+        blocks: int64 [n_blocks, 4]: address of the tensor, its base id, first slot, number of elements (<= ``BLOCK``).
+            Without offsets: address and id of the block's own first element.
     """
 
     weights: tuple[Tensor, ...]
     bases: tuple[int, ...]
     starts: tuple[int, ...]
-    offsets: Tensor
+    counts: tuple[int, ...]
+    offsets: Tensor | None
     blocks: Tensor
 
     @property
     def nnz(self) -> int:
         """Number of masked elements."""
-        return self.offsets.numel()
+        return sum(self.counts)
 
-    def segments(self, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """The tensors that hold the elements ``[start, stop)``: their numbers, and how many of these each holds."""
-        tensors, counts = [], []
-        tensor = bisect_right(self.starts, start) - 1
-        while start < stop:
-            end = min(self.starts[tensor + 1], stop)
-            tensors.append(tensor)
-            counts.append(end - start)
-            start, tensor = end, tensor + 1
-        return tensors, counts
+    @property
+    def slots(self) -> int:
+        """Length of the masters."""
+        return self.starts[-1]
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The elements in the slots ``[start, stop)``: tensor, and the slots ``[low, high)`` of it that hold some."""
+        for tensor in range(bisect_right(self.starts, start) - 1, len(self.counts)):
+            low, high = self.starts[tensor], self.starts[tensor] + self.counts[tensor]
+            if low >= stop:
+                return
+            if max(low, start) < min(high, stop):
+                yield tensor, max(low, start), min(high, stop)
 
     def ids(self, start: int, stop: int) -> Tensor:
-        """Element ids of the elements ``[start, stop)``, int64; made anew from the offsets at each call."""
-        tensors, counts = self.segments(start, stop)
-        bases = torch.tensor([self.bases[tensor] for tensor in tensors], dtype=torch.int64)
-        each = bases.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-        return self.offsets[start:stop] + each.to(self.offsets.device)
+        """Element ids of the slots ``[start, stop)``, int64, 0 where there is none; made anew at each call."""
+        ids = torch.zeros(stop - start, dtype=torch.int64, device=self.blocks.device)
+        for tensor, low, high in self.pieces(start, stop):
+            first = self.bases[tensor]
+            part = ids[low - start : high - start]
+            if self.offsets is None:
+                torch.arange(first + low - self.starts[tensor], first + high - self.starts[tensor], out=part)
+            else:
+                part.copy_(self.offsets[low:high]).add_(first)
+        return ids
 
 
-def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor]) -> ElementTable:
+def can_be_dense(weight: Tensor, base: int) -> bool:
+    """Whether a tensor of which every element is masked may do without offsets.
+
+    Four neighbours then share a Philox block and a 16-byte access: first id, address and size must allow it.
+    """
+    return base % ALIGN == 0 and weight.numel() % ALIGN == 0 and weight.data_ptr() % 16 == 0
+
+
+def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor] | None) -> ElementTable:
     """The table of some tensors' masked elements.
 
     Args:
         weights: contiguous tensors of one dtype and device; their memory is what the operations write.
         bases: element id of each tensor's first element.
-        offsets: per tensor, int64 [n_i], sorted flat offsets of its masked elements; n_i > 0.
+        offsets: per tensor, int64 [n_i], sorted flat offsets of its masked elements; n_i > 0. None: all elements of
+            all tensors, each of which ``can_be_dense``.
 
     Raises:
-        ValueError: if the tensors differ in dtype or device, or one is not contiguous.
+        ValueError: if the tensors differ in dtype or device, one is not contiguous, or one cannot be dense.
     """
     device, dtype = weights[0].device, weights[0].dtype
-    for weight in weights:
+    for weight, base in zip(weights, bases, strict=True):
         if weight.device != device or weight.dtype != dtype:
             raise ValueError(
                 f"one table needs one dtype and device; "
@@ -78,29 +103,42 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
             )
         if not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} is not contiguous; call .contiguous() first")
-    counts = [o.numel() for o in offsets]
+        if offsets is None and not can_be_dense(weight, base):
+            raise ValueError(
+                f"{weight.numel()} elements at id {base} and address {weight.data_ptr():#x} need offsets: not aligned"
+            )
+    flat = tuple(w.detach().view(-1) for w in weights)
+    counts = tuple(w.numel() for w in flat) if offsets is None else tuple(o.numel() for o in offsets)
     starts = [0]
     for count in counts:
-        starts.append(starts[-1] + count)
-    flat = tuple(w.detach().view(-1) for w in weights)
-    small = max(w.numel() for w in flat) <= _INT32_MAX
+        starts.append(starts[-1] + -(-count // ALIGN) * ALIGN)
+    blocks = [
+        _blocks_of(w, base, start, count, dense=offsets is None)
+        for w, base, start, count in zip(flat, bases, starts, counts, strict=False)
+    ]
     return ElementTable(
         weights=flat,
         bases=tuple(bases),
         starts=tuple(starts),
-        offsets=torch.cat([o.to(torch.int32 if small else torch.int64) for o in offsets]).to(device),
-        blocks=torch.cat(
-            [_blocks_of(w.data_ptr(), b, s, n) for w, b, s, n in zip(flat, bases, starts, counts, strict=False)]
-        ).to(device),
+        counts=counts,
+        offsets=None if offsets is None else _padded(flat, offsets, starts).to(device),
+        blocks=torch.cat(blocks).to(device),
     )
 
 
-def _blocks_of(address: int, base: int, start: int, count: int) -> Tensor:
+def _padded(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    small = max(w.numel() for w in weights) <= _INT32_MAX
+    out = torch.zeros(starts[-1], dtype=torch.int32 if small else torch.int64)
+    for start, each in zip(starts, offsets, strict=False):
+        out[start : start + each.numel()] = each
+    return out
+
+
+def _blocks_of(weight: Tensor, base: int, start: int, count: int, *, dense: bool) -> Tensor:
     first = torch.arange(0, count, BLOCK)
-    blocks = torch.empty(first.numel(), 4, dtype=torch.int64)
-    blocks[:, 0], blocks[:, 1] = address, base
-    blocks[:, 2], blocks[:, 3] = first + start, (count - first).clamp(max=BLOCK)
-    return blocks
+    own = first if dense else torch.zeros_like(first)
+    addresses = weight.data_ptr() + own * weight.element_size()
+    return torch.stack((addresses, base + own, first + start, (count - first).clamp(max=BLOCK)), dim=1)
 
 
-__all__ = ["BLOCK", "ElementTable", "build_table"]
+__all__ = ["ALIGN", "BLOCK", "ElementTable", "build_table", "can_be_dense"]

@@ -31,31 +31,26 @@ class LaunchConfig:
 MASKED = LaunchConfig(block=BLOCK, num_warps=4)
 
 
-def seed_words(seed: int) -> dict[str, int]:
-    """The seed's 64 bits as the two int32 arguments that kernels take.
-
-    Two words, because Triton's interpreter gives a number from 2**31 to 2**32 - 1 the type int64 over 32 bits of data.
-    """
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    return {"seed_low": low - (low >> 31 << 32), "seed_high": high - (high >> 31 << 32)}
-
-
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU current: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **scalars: float) -> None:
-    """Launches a kernel once over all elements of a table; ``scalars`` are its per-step arguments."""
+def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments: Tensor | int) -> None:
+    """Launches a kernel once over all elements of a table; ``arguments`` are the kernel's own.
+
+    Seeds, scales and coefficients are tensors on the device: a captured launch reads what they hold when it runs.
+    """
     with on_device_of(master):
         kernel[(table.blocks.shape[0],)](
             w_like_ptr=table.weights[0],
             blocks_ptr=table.blocks,
-            offsets_ptr=table.offsets,
+            offsets_ptr=master if table.offsets is None else table.offsets,
             master_ptr=master,
-            **scalars,
+            **arguments,
+            DENSE=table.offsets is None,
             **MASKED.options(),
         )
 
 
-__all__ = ["MASKED", "LaunchConfig", "launch_masked", "on_device_of", "seed_words"]
+__all__ = ["MASKED", "LaunchConfig", "launch_masked", "on_device_of"]

@@ -5,23 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MASKED, on_device_of, seed_words
+from .launch import MASKED, on_device_of
 from .philox import normal_at, words
+from .reference import seed_tensor
 
 
-@triton.jit(do_not_specialize=["n", "seed_low", "seed_high"])
-def _normal_kernel(z_ptr, ids_ptr, n: tl.int64, seed_low: tl.int32, seed_high: tl.int32, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def _normal_kernel(z_ptr, ids_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
     ids = tl.load(ids_ptr + at, mask=live, other=0)
-    tl.store(z_ptr + at, normal_at(seed_low, seed_high, ids), mask=live)
+    tl.store(z_ptr + at, normal_at(tl.load(seed_ptr), ids), mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "seed_low", "seed_high"])
-def _bits_kernel(words_ptr, blocks_ptr, n: tl.int64, seed_low: tl.int32, seed_high: tl.int32, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def _bits_kernel(words_ptr, blocks_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
-    x0, x1, x2, x3 = words(seed_low, seed_high, tl.load(blocks_ptr + at, mask=live, other=0))
+    x0, x1, x2, x3 = words(tl.load(seed_ptr), tl.load(blocks_ptr + at, mask=live, other=0))
     tl.store(words_ptr + at * 4, x0.to(tl.int64), mask=live)
     tl.store(words_ptr + at * 4 + 1, x1.to(tl.int64), mask=live)
     tl.store(words_ptr + at * 4 + 2, x2.to(tl.int64), mask=live)
@@ -37,8 +38,8 @@ def normal(seed: int, ids: Tensor) -> Tensor:
             _normal_kernel[(triton.cdiv(ids.numel(), MASKED.block),)](
                 z_ptr=z,
                 ids_ptr=ids,
+                seed_ptr=seed_tensor(seed, ids.device),
                 n=ids.numel(),
-                **seed_words(seed),
                 **MASKED.options(),
             )
     return z
@@ -53,8 +54,8 @@ def bits(seed: int, blocks: Tensor) -> Tensor:
             _bits_kernel[(triton.cdiv(blocks.numel(), MASKED.block),)](
                 words_ptr=out,
                 blocks_ptr=blocks,
+                seed_ptr=seed_tensor(seed, blocks.device),
                 n=blocks.numel(),
-                **seed_words(seed),
                 **MASKED.options(),
             )
     return out

@@ -8,31 +8,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import load_block, round_to
+from .block import block_normals, load_block, round_to
 from .elements import ElementTable
-from .launch import launch_masked, seed_words
-from .philox import normal_at
+from .launch import launch_masked
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit
 def _perturb_kernel(
     w_like_ptr,
     blocks_ptr,
     offsets_ptr,
     master_ptr,
-    seed_low: tl.int32,
-    seed_high: tl.int32,
-    scale: tl.float32,
+    seed_ptr,
+    scale_ptr,
     BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,
 ):
-    w_ptr, ids, _, master, live = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK)
-    value = master + normal_at(seed_low, seed_high, ids) * scale
+    w_ptr, ids, _, master, live, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
+    value = master + block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 
-def perturb_(table: ElementTable, master: Tensor, seed: int, scale: float) -> None:
+def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
     """See ``reference.perturb_``."""
-    launch_masked(_perturb_kernel, table, master, scale=scale, **seed_words(seed))
+    launch_masked(_perturb_kernel, table, master, seed_ptr=seed, scale_ptr=scale)
 
 
 __all__ = ["perturb_"]

@@ -25,18 +25,17 @@ def philox4x32(k0, k1, c0, c1, c2, c3):
 
 
 @triton.jit
-def words(seed_low, seed_high, block):
+def words(seed, block):
     """The four words of each block.
 
     Args:
-        seed_low: int32 scalar, the seed's lower 32 bits.
-        seed_high: int32 scalar, its upper 32 bits.
+        seed: int64 scalar, the seed's 64 bits.
         block: int64 tensor of block numbers.
     """
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
     zero = c0 * 0
-    return philox4x32(seed_low.to(tl.uint32), seed_high.to(tl.uint32), c0, c1, zero, zero)
+    return philox4x32(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), c0, c1, zero, zero)
 
 
 @triton.jit
@@ -81,12 +80,24 @@ def sin_cos(xb):
 
 
 @triton.jit
-def normal_at(seed_low, seed_high, ids):
+def normal_at(seed, ids):
     """``z`` at int64 element ids: fp32."""
-    x0, x1, x2, x3 = words(seed_low, seed_high, ids >> 2)
+    x0, x1, x2, x3 = words(seed, ids >> 2)
     upper = (ids & 2) != 0
     sin, cos = sin_cos(tl.where(upper, x3, x1))
     return radius(tl.where(upper, x2, x0)) * tl.where((ids & 1) != 0, sin, cos)
 
 
-__all__ = ["normal_at", "philox4x32", "radius", "sin_cos", "words"]
+@triton.jit
+def normal_run(seed, first, N: tl.constexpr):
+    """``z`` at the ``N`` element ids from ``first`` on, a multiple of 4: fp32, four from each Philox block."""
+    x0, x1, x2, x3 = words(seed, (first >> 2) + tl.arange(0, N // 4))
+    lower, upper = radius(x0), radius(x2)
+    sin_lower, cos_lower = sin_cos(x1)
+    sin_upper, cos_upper = sin_cos(x3)
+    even = tl.join(lower * cos_lower, upper * cos_upper)  # lanes 0 and 2
+    odd = tl.join(lower * sin_lower, upper * sin_upper)  # lanes 1 and 3
+    return tl.reshape(tl.join(even, odd), [N])
+
+
+__all__ = ["normal_at", "normal_run", "philox4x32", "radius", "sin_cos", "words"]

@@ -136,6 +136,31 @@ def _normal_chunk(seed: int, ids: Tensor) -> Tensor:
     return radius(torch.where(upper, x2, x0)) * torch.where((ids & 1) != 0, sin, cos)
 
 
+def _run_chunk(seed: int, blocks: Tensor) -> Tensor:
+    zero = torch.zeros_like(blocks)
+    x0, x1, x2, x3 = philox4x32((seed & _MASK32, seed >> 32), (blocks & _MASK32, (blocks >> 32) & _MASK32, zero, zero))
+    z = torch.empty(blocks.numel(), 4, dtype=torch.float32, device=blocks.device)
+    for lane, xa, xb in ((0, x0, x1), (2, x2, x3)):
+        r, (sin, cos) = radius(xa), sin_cos(xb)
+        torch.mul(r, cos, out=z[:, lane])
+        torch.mul(r, sin, out=z[:, lane + 1])
+    return z.view(-1)
+
+
+def normal_run(seed: int, first: int, out: Tensor) -> None:
+    """``z`` at consecutive element ids: four normals from each Philox block.
+
+    Args:
+        seed: in [0, 2**64).
+        first: element id of the first, a multiple of 4.
+        out: float32 [n], written.
+    """
+    for start in range(0, out.numel(), _CHUNK):
+        part = out[start : start + _CHUNK]
+        blocks = torch.arange((first + start) // 4, (first + start + part.numel() + 3) // 4, device=out.device)
+        part.copy_(_run_chunk(seed, blocks)[: part.numel()])
+
+
 def normal(seed: int, ids: Tensor) -> Tensor:
     """``z`` at the given element ids.
 
@@ -153,23 +178,46 @@ def normal(seed: int, ids: Tensor) -> Tensor:
     return z
 
 
+def seed_tensor(seed: int, device: torch.device) -> Tensor:
+    """The 64 bits of a seed in [0, 2**64) as the kernels read them: int64 [1]; does not wait for the device."""
+    return torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def seed_of(seed: Tensor) -> int:
+    """The seed in [0, 2**64) that an int64 [1] holds."""
+    return int(seed) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
+    """``z`` at the slots ``[start, stop)`` of a table: float32, of no meaning in slots without an element."""
+    if table.offsets is not None:
+        return normal(seed_of(seed), table.ids(start, stop))
+    z = torch.zeros(stop - start, dtype=torch.float32, device=table.blocks.device)
+    for tensor, low, high in table.pieces(start, stop):
+        normal_run(seed_of(seed), table.bases[tensor] + low - table.starts[tensor], z[low - start : high - start])
+    return z
+
+
 def _windows(table: ElementTable) -> Iterator[tuple[int, int]]:
-    for start in range(0, table.nnz, _WINDOW):
-        yield start, min(start + _WINDOW, table.nnz)
+    for start in range(0, table.slots, _WINDOW):
+        yield start, min(start + _WINDOW, table.slots)
 
 
 def _write(table: ElementTable, start: int, values: Tensor) -> None:
-    """Casts float32 values of the elements from ``start`` on to the live weights."""
+    """Casts float32 values of the slots from ``start`` on to the live weights."""
     stop = start + values.numel()
-    tensors, counts = table.segments(start, stop)
-    offsets = table.offsets[start:stop].long().split(counts)
-    cast = values.to(table.weights[0].dtype).split(counts)
-    for tensor, at, value in zip(tensors, offsets, cast, strict=True):
-        table.weights[tensor].index_copy_(0, at, value)
+    cast = values.to(table.weights[0].dtype)
+    offsets = None if table.offsets is None else table.offsets[start:stop].long()
+    for tensor, low, high in table.pieces(start, stop):
+        value = cast[low - start : high - start]
+        if offsets is None:
+            table.weights[tensor][low - table.starts[tensor] : high - table.starts[tensor]] = value
+        else:
+            table.weights[tensor].index_copy_(0, offsets[low - start : high - start], value)
 
 
-def _normal_of(table: ElementTable, seed: int, start: int, stop: int, z: Tensor | None) -> Tensor:
-    return normal(seed, table.ids(start, stop)) if z is None else z[start:stop]
+def _z(table: ElementTable, seed: Tensor, start: int, stop: int, z: Tensor | None) -> Tensor:
+    return normals_of(table, seed, start, stop) if z is None else z[start:stop]
 
 
 def restore_(table: ElementTable, master: Tensor) -> None:
@@ -177,40 +225,129 @@ def restore_(table: ElementTable, master: Tensor) -> None:
 
     Args:
         table: where the masked elements of the model live. Their weights are written.
-        master: float32 [nnz].
+        master: float32 [slots].
     """
     for start, stop in _windows(table):
         _write(table, start, master[start:stop])
 
 
-def perturb_(table: ElementTable, master: Tensor, seed: int, scale: float, z: Tensor | None = None) -> None:
+def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, z: Tensor | None = None) -> None:
     """``w <- cast(master + scale * z)`` on the masked elements.
 
     Args:
         table: where the masked elements of the model live. Their weights are written.
-        master: float32 [nnz].
-        seed: of ``z``, in [0, 2**64).
-        scale: ``+eps`` or ``-eps``; rounded to fp32.
-        z: float32 [nnz], the normals of this seed if they are at hand.
+        master: float32 [slots].
+        seed: int64 [1], the 64 bits of the seed of ``z``.
+        scale: float32 [1], ``+eps`` or ``-eps``.
+        z: float32 [slots], the normals of this seed if they are at hand.
     """
     for start, stop in _windows(table):
-        _write(table, start, master[start:stop] + _normal_of(table, seed, start, stop, z) * scale)
+        _write(table, start, master[start:stop] + _z(table, seed, start, stop, z) * scale)
 
 
-def update_(table: ElementTable, master: Tensor, seed: int, c: float, z: Tensor | None = None) -> None:
+def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, z: Tensor | None = None) -> None:
     """``master <- master - c * z``, then ``w <- cast(master)``.
 
     Args:
         table: where the masked elements of the model live. Their weights are written.
-        master: float32 [nnz], written.
-        seed: of ``z``, in [0, 2**64).
-        c: learning rate times projected gradient; rounded to fp32.
-        z: float32 [nnz], the normals of this seed if they are at hand.
+        master: float32 [slots], written.
+        seed: int64 [1], the 64 bits of the seed of ``z``.
+        c: float32 [1], learning rate times projected gradient.
+        z: float32 [slots], the normals of this seed if they are at hand.
     """
     for start, stop in _windows(table):
         part = master[start:stop]
-        part -= _normal_of(table, seed, start, stop, z) * c
+        part -= _z(table, seed, start, stop, z) * c
         _write(table, start, part)
 
 
-__all__ = ["bits", "normal", "perturb_", "philox4x32", "radius", "restore_", "sin_cos", "update_"]
+def update_perturb_(
+    table: ElementTable,
+    master: Tensor,
+    seed: Tensor,
+    c: Tensor,
+    next_seed: Tensor,
+    scale: Tensor,
+    z: Tensor | None = None,
+    next_z: Tensor | None = None,
+) -> None:
+    """``update_`` and the next step's ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
+
+    Args:
+        table: where the masked elements of the model live. Their weights are written.
+        master: float32 [slots], written.
+        seed: int64 [1], of ``z``.
+        c: float32 [1], learning rate times projected gradient.
+        next_seed: int64 [1], of the next step's ``z``.
+        scale: float32 [1], of the next perturbation.
+        z: float32 [slots], the normals of ``seed`` if they are at hand.
+        next_z: float32 [slots], the normals of ``next_seed`` if they are at hand.
+    """
+    for start, stop in _windows(table):
+        part = master[start:stop]
+        part -= _z(table, seed, start, stop, z) * c
+        _write(table, start, part + _z(table, next_seed, start, stop, next_z) * scale)
+
+
+def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+    """Many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
+
+    Args:
+        table: where the masked elements of the model live. Their weights are written.
+        master: float32 [slots], written.
+        seeds: int64 [n].
+        c: float32 [n].
+    """
+    for start, stop in _windows(table):
+        part = master[start:stop]
+        for seed, each in zip(seeds, c, strict=True):
+            part -= normals_of(table, seed, start, stop) * each
+        _write(table, start, part)
+
+
+def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+    """``<gradient, z>`` over some elements, for many seeds.
+
+    Each product is exact in float64. The sum is the binary tree over the elements in order, padded with zeros to a
+    power of two: neighbours are added, then neighbouring sums, and so on. So it has the same bits on every device.
+
+    Args:
+        gradient: float32 [k].
+        ids: int64 [k], element ids.
+        seeds: int64 [n].
+
+    Returns:
+        float64 [n].
+    """
+    g = gradient.double()
+    sums = [tree_sum(g * normal(seed_of(seed), ids).double()) for seed in seeds]
+    return torch.stack(sums) if sums else g.new_empty(0)
+
+
+def tree_sum(values: Tensor) -> Tensor:
+    """The binary-tree sum along the last dimension (see ``inner``)."""
+    while values.shape[-1] > 1:
+        if values.shape[-1] % 2:
+            values = torch.nn.functional.pad(values, (0, 1))
+        values = values[..., 0::2] + values[..., 1::2]
+    return values.sum(-1) + 0.0  # of one value, or of none; a zero is positive, as after padding
+
+
+__all__ = [
+    "bits",
+    "inner",
+    "normal",
+    "normal_run",
+    "normals_of",
+    "perturb_",
+    "philox4x32",
+    "radius",
+    "replay_",
+    "restore_",
+    "seed_of",
+    "seed_tensor",
+    "sin_cos",
+    "tree_sum",
+    "update_",
+    "update_perturb_",
+]

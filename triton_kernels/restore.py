@@ -10,8 +10,8 @@ from .launch import launch_masked
 
 
 @triton.jit
-def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr):
-    w_ptr, _, _, master, live = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK)
+def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    w_ptr, _, _, master, live, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 

@@ -1,38 +1,71 @@
 """``master <- master - c * z``, then ``w <- cast(master)``, on the masked elements of all tensors, in one launch.
 
-``c = lr * g``, the learning rate times the projected gradient (Meerkat, arXiv 2506.03337, section 3).
+``c = lr * g``, the learning rate times the projected gradient (Meerkat, arXiv 2506.03337, section 3). The fused variant
+goes on to the first point of the next step: ``w <- cast(master + scale * next z)``.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import load_block, round_to
+from .block import block_normals, load_block, round_to
 from .elements import ElementTable
-from .launch import launch_masked, seed_words
-from .philox import normal_at
+from .launch import launch_masked
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit
 def _update_kernel(
     w_like_ptr,
     blocks_ptr,
     offsets_ptr,
     master_ptr,
-    seed_low: tl.int32,
-    seed_high: tl.int32,
-    c: tl.float32,
+    seed_ptr,
+    c_ptr,
     BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,
 ):
-    w_ptr, ids, masters_ptr, master, live = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK)
-    master = master - normal_at(seed_low, seed_high, ids) * c
-    tl.store(masters_ptr, master, mask=live)
+    w_ptr, ids, masters_ptr, master, live, slots = load_block(
+        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
+    )
+    master = master - block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(c_ptr)
+    tl.store(masters_ptr, master, mask=slots)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 
-def update_(table: ElementTable, master: Tensor, seed: int, c: float) -> None:
+@triton.jit
+def _update_perturb_kernel(
+    w_like_ptr,
+    blocks_ptr,
+    offsets_ptr,
+    master_ptr,
+    seed_ptr,
+    c_ptr,
+    next_seed_ptr,
+    scale_ptr,
+    BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    w_ptr, ids, masters_ptr, master, live, slots = load_block(
+        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
+    )
+    master = master - block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(c_ptr)
+    tl.store(masters_ptr, master, mask=slots)
+    value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
+    tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
+
+
+def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
     """See ``reference.update_``."""
-    launch_masked(_update_kernel, table, master, c=c, **seed_words(seed))
+    launch_masked(_update_kernel, table, master, seed_ptr=seed, c_ptr=c)
 
 
-__all__ = ["update_"]
+def update_perturb_(
+    table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+) -> None:
+    """See ``reference.update_perturb_``."""
+    launch_masked(
+        _update_perturb_kernel, table, master, seed_ptr=seed, c_ptr=c, next_seed_ptr=next_seed, scale_ptr=scale
+    )
+
+
+__all__ = ["update_", "update_perturb_"]

@@ -1,5 +1,6 @@
-"""perturb, restore and update: the kernels against the plain-torch twins, bit for bit, and against the formula."""
+"""The masked kernels against their plain-torch twins, bit for bit, and against their formulas."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -10,11 +11,39 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_engine.triton_kernels import BLOCK, ElementTable, block, build_table, perturb, reference, restore, update
+from meerkat_engine.triton_kernels import (
+    BLOCK,
+    ElementTable,
+    block,
+    build_table,
+    inner,
+    perturb,
+    reference,
+    replay,
+    restore,
+    update,
+)
+from meerkat_engine.triton_kernels.reference import seed_tensor
 from tests.conftest import same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = SimpleNamespace(perturb_=perturb.perturb_, restore_=restore.restore_, update_=update.update_)
+CPU = torch.device("cpu")
+KERNELS = SimpleNamespace(
+    inner=inner.inner,
+    perturb_=perturb.perturb_,
+    replay_=replay.replay_,
+    restore_=restore.restore_,
+    update_=update.update_,
+    update_perturb_=update.update_perturb_,
+)
+
+
+def bits64(*seeds: int) -> torch.Tensor:
+    return torch.cat([seed_tensor(seed, CPU) for seed in seeds])
+
+
+def fp32(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def weights_of(shapes: list[int], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -32,26 +61,36 @@ def layout(name: str, n: int) -> torch.Tensor:
     return choices[name]()
 
 
-def masters_of(weights: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
-    # away from the weights' own grid, as after some updates
-    return torch.cat([w[o].float() for w, o in zip(weights, offsets, strict=True)]) + 1e-5
+def masters_of(table: ElementTable) -> torch.Tensor:
+    """Away from the weights' own grid, as after some updates."""
+    master = torch.full((table.slots,), float("nan"))  # in slots that hold no element
+    for tensor, low, high in table.pieces(0, table.slots):
+        at = slice(None) if table.offsets is None else table.offsets[low:high].long()
+        master[low:high] = table.weights[tensor][at].float() + 1e-5
+    return master
 
 
-def run(ops: object, weights: list[torch.Tensor], bases: list[int], offsets: list[torch.Tensor]) -> list[torch.Tensor]:
+def elements_of(table: ElementTable, slots: torch.Tensor) -> torch.Tensor:
+    return torch.cat([slots[low:high] for _, low, high in table.pieces(0, table.slots)])
+
+
+def run(
+    ops: object, weights: list[torch.Tensor], bases: list[int], offsets: list[torch.Tensor] | None
+) -> list[torch.Tensor]:
     """All operations one after the other; the weights after each, and the masters."""
     live = [w.clone() for w in weights]
     table = build_table(live, bases, offsets)
-    master = masters_of(weights, offsets)
+    master = masters_of(table)
     seen = []
-    ops.perturb_(table, master, 2**63 + 5, 1e-3)  # type: ignore[attr-defined]
+    ops.perturb_(table, master, bits64(2**63 + 5), fp32(1e-3))  # type: ignore[attr-defined]
     seen += [w.clone() for w in live]
-    ops.perturb_(table, master, 2**63 + 5, -1e-3)  # type: ignore[attr-defined]
+    ops.perturb_(table, master, bits64(2**63 + 5), fp32(-1e-3))  # type: ignore[attr-defined]
     seen += [w.clone() for w in live]
-    ops.update_(table, master, 7, 0.0371)  # type: ignore[attr-defined]
+    ops.update_(table, master, bits64(7), fp32(0.0371))  # type: ignore[attr-defined]
     seen += [w.clone() for w in live]
-    ops.perturb_(table, master, 1, 0.5)  # type: ignore[attr-defined]
+    ops.perturb_(table, master, bits64(1), fp32(0.5))  # type: ignore[attr-defined]
     ops.restore_(table, master)  # type: ignore[attr-defined]
-    return [*seen, *live, master]
+    return [*seen, *live, elements_of(table, master)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,13 +104,95 @@ def test_kernels_match_the_reference(sizes: list[int], elements: str, dtype: tor
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [[4], [1000], [BLOCK, BLOCK + 4, 8], [4096, 2000]], ids=str)
+def test_whole_tensors_need_no_offsets(sizes: list[int], dtype: torch.dtype) -> None:
+    """Four normals from each Philox call, and the bits of the same elements with offsets."""
+    weights = weights_of(sizes, dtype)
+    bases = [2**32 - 8 + sum(sizes[:i]) for i in range(len(sizes))]
+    offsets = [torch.arange(n) for n in sizes]
+    runs = [run(ops, weights, bases, at) for ops in (KERNELS, reference) for at in (None, offsets)]
+    for found in zip(*runs, strict=True):
+        assert all(same_bits(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize(("base", "size", "shift"), [(2, 8, 0), (4, 7, 0), (4, 8, 1)], ids=["id", "size", "address"])
+def test_tensors_that_are_not_aligned_need_offsets(base: int, size: int, shift: int) -> None:
+    weight = torch.zeros(16)[shift : shift + size]
+    with pytest.raises(ValueError, match="need offsets"):
+        build_table([weight], [base], None)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pass_has_the_bits_of_step_by_step(dtype: torch.dtype, ops: object, dense: bool) -> None:
+    sizes, steps = [2000, BLOCK + 4], [(2**63 + 5, 0.03), (2**64 - 1, -0.5), (3, 1e-7)]
+    ends = []
+    for fused in (True, False):
+        live = weights_of(sizes, dtype)
+        table = build_table(live, [0, 2**33], None if dense else [torch.arange(0, n, 3) for n in sizes])
+        master = masters_of(table)
+        if fused:
+            ops.replay_(table, master, bits64(*[s for s, _ in steps]), fp32(*[c for _, c in steps]))  # type: ignore[attr-defined]
+            seen = [w.clone() for w in live]
+            ops.update_perturb_(table, master, bits64(8), fp32(0.1), bits64(9), fp32(0.2))  # type: ignore[attr-defined]
+        else:
+            for seed, c in steps:
+                reference.update_(table, master, bits64(seed), fp32(c))
+            seen = [w.clone() for w in live]
+            reference.update_(table, master, bits64(8), fp32(0.1))
+            reference.perturb_(table, master, bits64(9), fp32(0.2))
+        ends.append([*seen, *live, elements_of(table, master)])
+    assert all(same_bits(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+def test_replaying_nothing_changes_nothing(ops: object) -> None:
+    (live,) = weights_of([100], torch.float32)
+    table = build_table([live], [0], [torch.arange(0, 100, 3)])
+    before, master = live.clone(), live[::3].clone()
+    master = torch.cat([master, torch.zeros(table.slots - master.numel())])
+    ops.replay_(table, master, bits64(1)[:0], fp32())  # type: ignore[attr-defined]
+    assert same_bits(live, before)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, BLOCK, 3 * BLOCK + 1], ids=str)
+def test_inner_products(k: int, generator: torch.Generator) -> None:
+    gradient, ids = torch.randn(k, generator=generator), torch.arange(k) * 5 + 2**32 - 7
+    seeds = [0, 2**63 + 1, 2**64 - 1]
+    found = [ops.inner(gradient, ids, bits64(*seeds)) for ops in (KERNELS, reference)]
+    assert same_bits(*found)
+    wanted = [float((gradient.double() * reference.normal(seed, ids).double()).sum()) for seed in seeds]
+    assert found[0].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def test_the_tree_adds_neighbours() -> None:
+    big = torch.tensor([1.0, 1e16, -1e16, 3.0, 5.0], dtype=torch.float64)
+    assert reference.tree_sum(big).item() == ((1.0 + 1e16) + (-1e16 + 3.0)) + 5.0
+    assert math.copysign(1.0, reference.tree_sum(-torch.zeros(4)).item()) == 1.0
+
+
+def test_a_launch_reads_its_values_when_it_runs() -> None:
+    """Seed and scale come from memory, as a captured graph needs: the same arguments, other contents."""
+    (live,) = weights_of([64], torch.float32)
+    table = build_table([live], [0], None)
+    seed, scale, master = bits64(1), fp32(0.5), live.clone()
+    KERNELS.perturb_(table, master, seed, scale)
+    first = live.clone()
+    seed.fill_(2)
+    KERNELS.perturb_(table, master, seed, scale)
+    assert not torch.equal(live, first)
+    assert same_bits(live, master + reference.normal(2, torch.arange(64)) * 0.5)
+
+
 @pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operations_are_their_formulas(dtype: torch.dtype, ops: object) -> None:
     weights, offsets = weights_of([3000], dtype), [torch.arange(0, 3000, 3)]
     z = reference.normal(2**63 + 5, offsets[0] + 100)
     plus, minus, updated, restored, master = run(ops, weights, [100], offsets)
-    before = masters_of(weights, offsets)
+    before = weights[0][::3].float() + 1e-5
     assert same_bits(plus[::3], (before + z * torch.tensor(1e-3)).to(dtype))
     assert same_bits(minus[::3], (before + z * torch.tensor(-1e-3)).to(dtype))
     after = before - reference.normal(7, offsets[0] + 100) * torch.tensor(0.0371)
@@ -86,8 +207,7 @@ def test_nothing_outside_the_mask_is_written(ops: object) -> None:
     weight = guarded[1024:3072]
     offsets = torch.arange(1, 2048, 5)
     table = build_table([weight], [0], [offsets])
-    master = torch.zeros(offsets.numel())
-    ops.perturb_(table, master, 3, 1.0)  # type: ignore[attr-defined]
+    ops.perturb_(table, torch.zeros(table.slots), bits64(3), fp32(1.0))  # type: ignore[attr-defined]
     touched = torch.zeros(4096, dtype=torch.bool)
     touched[1024 + offsets] = True
     assert torch.equal(guarded != 7.0, touched)
@@ -97,8 +217,9 @@ def test_masks_nest_and_sparse_is_dense_on_the_mask() -> None:
     n = 5000
     dense_weight, sparse_weight = torch.zeros(n), torch.zeros(n)
     some = torch.arange(0, n, 11)
-    KERNELS.perturb_(build_table([dense_weight], [40], [torch.arange(n)]), torch.zeros(n), 8, 1.0)
-    KERNELS.perturb_(build_table([sparse_weight], [40], [some]), torch.zeros(some.numel()), 8, 1.0)
+    for weight, offsets in ((dense_weight, None), (sparse_weight, [some])):
+        table = build_table([weight], [40], offsets)
+        KERNELS.perturb_(table, torch.zeros(table.slots), bits64(8), fp32(1.0))
     assert same_bits(sparse_weight[some], dense_weight[some])
     assert sparse_weight.count_nonzero() == some.numel()
 
@@ -110,8 +231,8 @@ def test_restore_is_exact_after_many_cycles(dtype: torch.dtype) -> None:
     table = build_table([weight], [0], [offsets])
     master = weight[offsets].float()
     for seed in range(1000):
-        reference.perturb_(table, master, seed, 1e-3)
-        reference.perturb_(table, master, seed, -1e-3)
+        reference.perturb_(table, master, bits64(seed), fp32(1e-3))
+        reference.perturb_(table, master, bits64(seed), fp32(-1e-3))
         reference.restore_(table, master)
     assert same_bits(weight, before)
 
@@ -152,16 +273,18 @@ def test_any_layout_and_scale(counts: list[int], share: float, seed: int, scale:
     bases = [sum(counts[:i]) for i in range(len(counts))]
     live = [[w.clone() for w in weights] for _ in range(2)]
     for ops, mine in zip((KERNELS, reference), live, strict=True):
-        ops.perturb_(build_table(mine, bases, offsets), masters_of(weights, offsets), seed, scale)  # type: ignore[attr-defined]
+        table = build_table(mine, bases, offsets)
+        ops.perturb_(table, masters_of(table), bits64(seed), fp32(scale))  # type: ignore[attr-defined]
     assert all(same_bits(a, b) for a, b in zip(*live, strict=True))
 
 
-def test_windows_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = weights_of([700, 900, 5], torch.float32)
-    offsets = [torch.arange(0, n, 2) for n in (700, 900, 5)]
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_windows_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    weights = weights_of([700, 900, 8], torch.float32)
+    offsets = None if dense else [torch.arange(0, n, 2) for n in (700, 900, 8)]
     whole = run(reference, weights, [0, 700, 1600], offsets)
-    monkeypatch.setattr(reference, "_WINDOW", 97)
-    monkeypatch.setattr(reference, "_CHUNK", 13)
+    monkeypatch.setattr(reference, "_WINDOW", 96)
+    monkeypatch.setattr(reference, "_CHUNK", 12)
     assert all(same_bits(a, b) for a, b in zip(run(reference, weights, [0, 700, 1600], offsets), whole, strict=True))
 
 
@@ -170,20 +293,25 @@ def test_blocks_never_straddle_tensors() -> None:
     table = build_table([torch.zeros(n) for n in sizes], [0, 10**10, 2 * 10**10], [torch.arange(n) for n in sizes])
     covered = []
     for address, base, start, count in table.blocks.tolist():
-        ((tensor,), _) = table.segments(start, start + count)
-        assert (address, base) == (table.weights[tensor].data_ptr(), table.bases[tensor])
+        ((tensor, low, high),) = table.pieces(start, start + count)
+        assert (address, base, low, high) == (
+            table.weights[tensor].data_ptr(), table.bases[tensor], start, start + count
+        )  # fmt: skip
+        assert start % 4 == 0
         assert 0 < count <= BLOCK
         covered += range(start, start + count)
-    assert covered == list(range(table.nnz))
+    assert covered == [slot for _, low, high in table.pieces(0, table.slots) for slot in range(low, high)]
+    assert table.nnz == sum(sizes)
 
 
 def test_ids_of_a_range() -> None:
     table: ElementTable = build_table(
         [torch.zeros(50), torch.zeros(9)], [7, 2**40], [torch.tensor([0, 3, 49]), torch.tensor([8])]
     )
-    assert table.ids(0, 4).tolist() == [7, 10, 56, 2**40 + 8]
-    assert table.ids(2, 4).tolist() == [56, 2**40 + 8]
+    assert table.ids(0, 8).tolist() == [7, 10, 56, 0, 2**40 + 8, 0, 0, 0]  # four slots each
+    assert table.ids(2, 5).tolist() == [56, 0, 2**40 + 8]
     assert table.ids(1, 1).tolist() == []
+    assert build_table([torch.zeros(8)], [2**40], None).ids(3, 6).tolist() == [2**40 + 3, 2**40 + 4, 2**40 + 5]
 
 
 def test_mixed_dtypes_are_refused() -> None:

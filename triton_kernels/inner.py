@@ -1,0 +1,65 @@
+"""``<gradient, z_s>`` over the mask for many seeds, in one pass: GradIP (Meerkat, arXiv 2506.03337, section 4).
+
+Each program holds its elements' gradient and ids while it goes through all seeds, and leaves one float64 per seed.
+``reference.inner`` says in which order the sum is taken; a program's share of it is a subtree.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import MASKED, on_device_of
+from .philox import normal_at
+from .reference import tree_sum
+
+
+@triton.jit
+def _tree_sum(values, N: tl.constexpr, LEVELS: tl.constexpr):
+    """Neighbours are added until one is left: [1]. A sum over two has one order, whatever the layout."""
+    for level in tl.static_range(LEVELS):
+        values = tl.sum(tl.reshape(values, [N >> (level + 1), 2]), axis=1)
+    return values
+
+
+@triton.jit(do_not_specialize=["k", "n"])
+def _inner_kernel(
+    sums_ptr,
+    gradient_ptr,
+    ids_ptr,
+    seeds_ptr,
+    k: tl.int64,
+    n: tl.int32,
+    BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    at = chunk * BLOCK + tl.arange(0, BLOCK)
+    live = at < k
+    gradient = tl.load(gradient_ptr + at, mask=live, other=0.0).to(tl.float64)
+    ids = tl.load(ids_ptr + at, mask=live, other=0)
+    for t in range(n):
+        products = gradient * normal_at(tl.load(seeds_ptr + t), ids).to(tl.float64)
+        total = _tree_sum(tl.where(live, products, 0.0), BLOCK, LEVELS)
+        tl.store(sums_ptr + t * tl.num_programs(0).to(tl.int64) + chunk + tl.arange(0, 1), total)
+
+
+def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+    """See ``reference.inner``."""
+    chunks = triton.cdiv(ids.numel(), MASKED.block)
+    sums = gradient.new_empty((seeds.numel(), chunks), dtype=torch.float64)
+    with on_device_of(gradient):
+        _inner_kernel[(chunks,)](
+            sums_ptr=sums,
+            gradient_ptr=gradient.contiguous(),
+            ids_ptr=ids.contiguous(),
+            seeds_ptr=seeds,
+            k=ids.numel(),
+            n=seeds.numel(),
+            LEVELS=MASKED.block.bit_length() - 1,
+            **MASKED.options(),
+        )
+    return tree_sum(sums)
+
+
+__all__ = ["inner"]
