@@ -7,6 +7,7 @@ For each kernel, target and weight dtype: registers, spills, local memory (NVIDI
 notes), and fused multiply-adds, of which the arithmetic of the stream allows none outside the square root's expansion.
 """
 
+import functools
 import json
 import os
 import re
@@ -26,11 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ..triton_kernels import build_table
+from ..triton_kernels.inner import inner
 from ..triton_kernels.launch import MASKED
 from ..triton_kernels.normal import bits, normal
 from ..triton_kernels.perturb import perturb_
+from ..triton_kernels.replay import replay_
 from ..triton_kernels.restore import restore_
-from ..triton_kernels.update import update_
+from ..triton_kernels.update import update_, update_perturb_
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,10 +103,13 @@ class KernelReport:
         kernel: its name.
         target: sm_80, sm_90 or gfx942.
         dtype: of the live weights.
+        dense: whether the kernel is the variant for tensors of which every element is masked.
         registers: per thread (NVIDIA registers, AMD vector registers).
         spills: instructions (NVIDIA) or registers (AMD) that spill.
         local_bytes: stack, local or scratch memory per thread.
         fused: fused multiply-adds outside the expansion of the correctly rounded square root.
+        wide_loads: load instructions of 16 bytes a thread from global memory.
+        wide_stores: store instructions of 16 bytes a thread to global memory.
         compilations: how many it took to serve all the seeds, scales and counts tried.
         arguments: name and type of what the compiled code takes at run time.
     """
@@ -111,10 +117,13 @@ class KernelReport:
     kernel: str
     target: str
     dtype: str
+    dense: bool
     registers: int
     spills: int
     local_bytes: int
     fused: int
+    wide_loads: int
+    wide_stores: int
     compilations: int
     arguments: dict[str, str]
 
@@ -155,22 +164,50 @@ def _fused(kernel: Any, code: str) -> int:
     return ptx + scalar + 2 * len(re.findall(r"\bv_pk_(?:fma|mad|fmac)_f32", code))
 
 
-def _has_root(code: str) -> bool:
-    return re.search(r"MUFU\.RSQ|v_(?:sqrt|rsq)_f32", code) is not None
+def _is_dense(kernel: Any) -> bool:
+    names = kernel.src.fn.arg_names
+    return "DENSE" in names and bool(kernel.src.constants[(names.index("DENSE"),)])
+
+
+def _roots(kernel: Any) -> int:
+    """Square roots a thread takes."""
+    return len(re.findall(r"= (?:tail )?call .*sqrt", kernel.asm["llir"]))
+
+
+@functools.cache
+def _fused_by_roots(target: str, roots: int) -> int:
+    """Fused multiply-adds of a kernel that does nothing but take so many correctly rounded square roots a thread."""
+    if not roots:
+        return 0
+    n = roots * MASKED.num_warps * TARGETS[target].warp_size
+    with compiling_for(TARGETS[target]) as compiled:
+        _root_kernel[(1,)](torch.zeros(n), torch.zeros(n), **MASKED.options() | {"BLOCK": n})
+    (kernel,) = compiled
+    if _roots(kernel) != roots:
+        raise RuntimeError(
+            f"{target}: the calibration kernel takes {_roots(kernel)} square roots a thread, not {roots}"
+        )
+    return _fused(kernel, _machine_code(kernel))
 
 
 def _launch_everything(dtype: torch.dtype) -> None:
-    """Every launcher, over seeds, scales and counts of every kind that a specializing compiler might tell apart."""
+    """Every launcher, over counts and lists of every size that a specializing compiler might tell apart."""
     for size in (5000, 16 * 1024):
         weight = torch.zeros(size, dtype=dtype)
-        table = build_table([weight], [0], [torch.arange(0, size, 3)])
-        master = torch.zeros(table.nnz)
-        for seed, scale in ((0, 0.0), (1, 1.0), (16, -1e-3), (2**31, 16.0), (2**40, 2.5), (2**64 - 1, -0.5)):
-            perturb_(table, master, seed, scale)
-            update_(table, master, seed, scale)
-            normal(seed, table.ids(0, table.nnz))
-            bits(seed, table.ids(0, table.nnz))
-        restore_(table, master)
+        sparse = build_table([weight], [0], [torch.arange(0, size, 3)])
+        for table in (sparse, build_table([weight], [0], None)):
+            master = torch.zeros(table.slots)
+            for steps in (1, 2, 16):
+                seeds, c = torch.zeros(steps, dtype=torch.int64), torch.zeros(steps)
+                perturb_(table, master, seeds[:1], c[:1])
+                update_(table, master, seeds[:1], c[:1])
+                update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1])
+                replay_(table, master, seeds, c)
+                if table is sparse:
+                    inner(master, table.ids(0, table.slots), seeds)
+            restore_(table, master)
+        normal(0, sparse.ids(0, sparse.slots))
+        bits(0, sparse.ids(0, sparse.slots))
 
 
 def examine(target: str, dtype: str) -> list[KernelReport]:
@@ -180,12 +217,9 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
         target: a key of ``TARGETS``.
         dtype: a key of ``DTYPES``.
     """
-    with compiling_for(TARGETS[target]) as compiled:
-        _root_kernel[(1,)](torch.zeros(MASKED.block), torch.zeros(MASKED.block), **MASKED.options())
+    with compiling_for(TARGETS[target]) as kernels:
         _launch_everything(DTYPES[dtype])
-    root, *kernels = compiled
-    root_fused = _fused(root, _machine_code(root))
-    names = [kernel.name for kernel in kernels]
+    variants = [(kernel.name, _is_dense(kernel)) for kernel in kernels]
     reports = []
     for kernel in kernels:
         code = _machine_code(kernel)
@@ -195,11 +229,14 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 kernel=kernel.name,
                 target=target,
                 dtype=dtype,
+                dense=_is_dense(kernel),
                 registers=registers,
                 spills=spills,
                 local_bytes=local,
-                fused=_fused(kernel, code) - (root_fused if _has_root(code) else 0),
-                compilations=names.count(kernel.name),
+                fused=_fused(kernel, code) - _fused_by_roots(target, _roots(kernel)),
+                wide_loads=len(re.findall(r"\bLDG\.E\.128|(?:global|buffer)_load_dwordx4", code)),
+                wide_stores=len(re.findall(r"\bSTG\.E\.128|(?:global|buffer)_store_dwordx4", code)),
+                compilations=variants.count((kernel.name, _is_dense(kernel))),
                 arguments={name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"},
             )
         )
@@ -211,11 +248,12 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
 def main(path: Path | None) -> None:
     """Compiles every kernel for sm_80, sm_90 and gfx942 and prints what came out. Needs no GPU."""
     reports = [report for target in TARGETS for dtype in DTYPES for report in examine(target, dtype)]
-    click.echo(f"{'kernel':<16} {'target':<7} {'dtype':<5} registers spills local fused compilations")
+    click.echo(f"{'kernel':<29} {'target':<7} {'dtype':<5} registers spills local fused 16-byte loads, stores")
     for r in reports:
+        name = r.kernel + (", dense" if r.dense else "")
         click.echo(
-            f"{r.kernel:<16} {r.target:<7} {r.dtype:<5} {r.registers:>9} {r.spills:>6} {r.local_bytes:>5} "
-            f"{r.fused:>5} {r.compilations:>12}"
+            f"{name:<29} {r.target:<7} {r.dtype:<5} {r.registers:>9} {r.spills:>6} "
+            f"{r.local_bytes:>5} {r.fused:>5} {r.wide_loads:>13} {r.wide_stores:>7}"
         )
     if path is not None:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
