@@ -4,7 +4,8 @@ Every launcher is called as the engine calls it, under a driver that names a GPU
 launch. So the types, specializations and options examined here are those of a real launch.
 
 For each kernel, target and weight dtype: registers, spills, local memory (NVIDIA: ptxas; AMD: the assembler's own
-notes), and fused multiply-adds, of which the arithmetic of the stream allows none outside the square root's expansion.
+notes), and fused multiply-adds, of which the arithmetic of the stream allows none but those that a square root or a
+division consists of.
 """
 
 import functools
@@ -27,8 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ..triton_kernels import build_table
+from ..triton_kernels.coefficients import coefficients
 from ..triton_kernels.inner import inner
-from ..triton_kernels.launch import MASKED
+from ..triton_kernels.launch import masked_config
 from ..triton_kernels.normal import bits, normal
 from ..triton_kernels.perturb import perturb_
 from ..triton_kernels.replay import replay_
@@ -95,6 +97,11 @@ def _root_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.sqrt_rn(tl.load(x_ptr + at)))
 
 
+@triton.jit
+def _quotient_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr) / tl.load(y_ptr))
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelReport:
     """What one compilation came out as.
@@ -107,7 +114,7 @@ class KernelReport:
         registers: per thread (NVIDIA registers, AMD vector registers).
         spills: instructions (NVIDIA) or registers (AMD) that spill.
         local_bytes: stack, local or scratch memory per thread.
-        fused: fused multiply-adds outside the expansion of the correctly rounded square root.
+        fused: fused multiply-adds that no correctly rounded square root or float64 division consists of.
         wide_loads: load instructions of 16 bytes a thread from global memory.
         wide_stores: store instructions of 16 bytes a thread to global memory.
         compilations: how many it took to serve all the seeds, scales and counts tried.
@@ -174,20 +181,28 @@ def _roots(kernel: Any) -> int:
     return len(re.findall(r"= (?:tail )?call .*sqrt", kernel.asm["llir"]))
 
 
+def _quotients(kernel: Any) -> int:
+    """float64 divisions a thread makes."""
+    return len(re.findall(r"= (?:tail )?call double @llvm\.nvvm\.div|= fdiv double", kernel.asm["llir"]))
+
+
 @functools.cache
-def _fused_by_roots(target: str, roots: int) -> int:
-    """Fused multiply-adds of a kernel that does nothing but take so many correctly rounded square roots a thread."""
-    if not roots:
-        return 0
-    n = roots * MASKED.num_warps * TARGETS[target].warp_size
+def _expanded(target: str, roots: int, quotients: int) -> int:
+    """Fused multiply-adds that correctly rounded square roots and float64 divisions consist of.
+
+    Counted in kernels that do nothing but take so many square roots a thread, and one division.
+    """
+    config = masked_config(TARGETS[target].warp_size)
+    n = roots * config.num_warps * TARGETS[target].warp_size
     with compiling_for(TARGETS[target]) as compiled:
-        _root_kernel[(1,)](torch.zeros(n), torch.zeros(n), **MASKED.options() | {"BLOCK": n})
-    (kernel,) = compiled
-    if _roots(kernel) != roots:
-        raise RuntimeError(
-            f"{target}: the calibration kernel takes {_roots(kernel)} square roots a thread, not {roots}"
-        )
-    return _fused(kernel, _machine_code(kernel))
+        if roots:
+            _root_kernel[(1,)](torch.zeros(n), torch.zeros(n), **config.options() | {"BLOCK": n})
+        if quotients:
+            double = torch.zeros(1, dtype=torch.float64)
+            _quotient_kernel[(1,)](double, double.clone(), num_warps=1, enable_fp_fusion=False)
+    if (sum(map(_roots, compiled)), sum(map(_quotients, compiled))) != (roots, quotients):
+        raise RuntimeError(f"{target}: the calibration kernels do not take {roots} roots and {quotients} quotients")
+    return sum(_fused(kernel, _machine_code(kernel)) for kernel in compiled)
 
 
 def _launch_everything(dtype: torch.dtype) -> None:
@@ -206,6 +221,8 @@ def _launch_everything(dtype: torch.dtype) -> None:
                 if table is sparse:
                     inner(master, table.ids(0, table.slots), seeds)
             restore_(table, master)
+        for groups in (1, 2, 16):
+            coefficients(torch.zeros(2), torch.zeros(1, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64))
         normal(0, sparse.ids(0, sparse.slots))
         bits(0, sparse.ids(0, sparse.slots))
 
@@ -233,7 +250,7 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 registers=registers,
                 spills=spills,
                 local_bytes=local,
-                fused=_fused(kernel, code) - _fused_by_roots(target, _roots(kernel)),
+                fused=_fused(kernel, code) - _expanded(target, _roots(kernel), _quotients(kernel)),
                 wide_loads=len(re.findall(r"\bLDG\.E\.128|(?:global|buffer)_load_dwordx4", code)),
                 wide_stores=len(re.findall(r"\bSTG\.E\.128|(?:global|buffer)_store_dwordx4", code)),
                 compilations=variants.count((kernel.name, _is_dense(kernel))),

@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from .. import SparseMask, SparseZO, embedded, stream
 from ..models import load_model
-from ..optimizer import projected_gradient
 
 Closure = Callable[[], Tensor]
 LR, EPS, SEED = 1e-6, 1e-3, 17
@@ -82,7 +81,7 @@ def _two_point(add: Callable[[float], None], closure: Closure) -> float:
     add(-2 * EPS)
     minus = closure().item()
     add(EPS)
-    g = projected_gradient(plus, minus, EPS)
+    g = (plus - minus) / (2 * EPS)
     add(-LR * g)
     return g
 

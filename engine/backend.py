@@ -29,6 +29,9 @@ class Backend(Protocol):
     def restore_(self, table: ElementTable, master: Tensor) -> None:
         """``w <- cast(master)``."""
 
+    def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
+        """Mean loss, projected gradient and coefficients: float32 [2 + groups]."""
+
     def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
         """``master <- master - c * z``, ``w <- cast(master)``."""
 
@@ -49,6 +52,7 @@ class TorchBackend:
         self.normal = reference.normal
         self.inner = reference.inner
         self.restore_ = reference.restore_
+        self.coefficients = reference.coefficients
         self.replay_ = reference.replay_
 
     def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
@@ -82,7 +86,7 @@ class TritonBackend:
         try:
             from triton.runtime.jit import JITFunction
 
-            from .triton_kernels import inner, normal, perturb, replay, restore, update
+            from .triton_kernels import coefficients, inner, normal, perturb, replay, restore, update
         except ImportError as error:
             raise ConfigError(f"backend 'triton' needs the package triton: {error}; use backend='torch'") from error
         interpreted = not isinstance(perturb._perturb_kernel, JITFunction)
@@ -100,6 +104,7 @@ class TritonBackend:
         self.inner = inner.inner
         self.perturb_ = perturb.perturb_
         self.restore_ = restore.restore_
+        self.coefficients = coefficients.coefficients
         self.update_ = update.update_
         self.update_perturb_ = update.update_perturb_
         self.replay_ = replay.replay_

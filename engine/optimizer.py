@@ -8,7 +8,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,8 @@ from .parameters import floating_parameters
 from .stream import VERSION, check_seed, step_seed
 from .weights import MaskedWeights, round_fp32
 
-
-def projected_gradient(loss_plus: float, loss_minus: float, eps: float) -> float:
-    """``(loss+ - loss-) / (2 eps)`` in float64 from two fp32 losses, rounded to fp32."""
-    return round_fp32((loss_plus - loss_minus) / (2 * eps))
+# Seeds put on a GPU at a time.
+_SEEDS = 64
 
 
 class SparseZO(torch.optim.Optimizer):
@@ -38,9 +36,6 @@ class SparseZO(torch.optim.Optimizer):
         backend: "auto" (Triton on GPUs, torch elsewhere), "torch" or "triton".
         params: parameter groups over the model's parameters, as any torch optimizer takes them; every parameter with
             masked elements must be in one. None is one group of all of these.
-
-    Attributes:
-        projected_gradients: fp32 scalars of the steps taken by ``step``, oldest first; a list, clear it as you like.
 
     Raises:
         ValueError: for a learning rate, eps, seed or group out of range.
@@ -71,7 +66,8 @@ class SparseZO(torch.optim.Optimizer):
         _check_eps(eps)
         self.seed = check_seed(seed)
         self.steps = 0
-        self.projected_gradients: list[float] = []
+        self._projected_gradients: list[float] = []
+        self._records: list[Tensor] = []  # of the latest steps; still on the device
         self._closed = False
         names = {id(p): name for name, p in floating_parameters(model)}
         if params is None:
@@ -88,6 +84,8 @@ class SparseZO(torch.optim.Optimizer):
         missing = [name for name in self.weights.names() if name not in groups]
         if missing:
             raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
+        self._values = self.weights.values
+        self._at_once = self._values.device.type != "cuda"  # whether a look at a loss is free; on a GPU it would wait
         self._closed = True
 
     @torch.no_grad()
@@ -102,16 +100,18 @@ class SparseZO(torch.optim.Optimizer):
         Returns:
             Mean of the two losses, float32 scalar.
 
+        On a GPU nothing here waits for it, unless the closure does.
+
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. This and whatever the closure raises leave the weights
-                restored and the step not taken.
+                restored and the step not taken. On a GPU, it is raised when ``projected_gradients`` is next read.
             ModelChangedError: if the model was moved, cast or rebuilt since the optimizer was.
         """
         return self.step_many([closure], None if seed is None else [seed])[0]
 
     @torch.no_grad()
     def step_many(
-        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Iterable[int] | None = None
+        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Several steps, the update of each in one pass with the first perturbation of the next.
 
@@ -129,27 +129,32 @@ class SparseZO(torch.optim.Optimizer):
             NonFiniteLossError: as ``step``; the steps before it stay taken.
             ModelChangedError: as ``step``.
         """
+        if seeds is not None:
+            self._values.seeds(seeds)
         given = None if seeds is None else iter(seeds)
-        pending: tuple[int, list[float]] | None = None
+        pending: tuple[Tensor, Tensor] | None = None
         losses = []
         self.weights.check_same_parameters()
         try:
             for closure in closures:
-                seed = step_seed(self.seed, 0, self.steps) if given is None else check_seed(next(given))
+                seed = self._values.seed(self._next_seed() if given is None else next(given))
                 eps = self._eps()
                 if pending is None:
-                    self.perturb(seed, eps)
+                    self.weights.perturb_(seed, self._fp32(eps))
                 else:
-                    self.weights.update_perturb_(*pending, seed, eps)
+                    self.weights.update_perturb_(*pending, seed, self._fp32(eps))
                     pending = None
-                plus = _loss(closure, "+eps")
-                self.perturb(seed, -eps)
-                minus = _loss(closure, "-eps")
-                g = projected_gradient(plus, minus, eps)
-                pending = seed, self._coefficients(g)
+                pair = torch.empty(2, dtype=torch.float32, device=self._values.device)
+                self._evaluate(closure, pair[:1], "+eps")
+                self.weights.perturb_(seed, self._fp32(-eps))
+                self._evaluate(closure, pair[1:], "-eps")
+                record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*self._rates()))
+                if self._at_once:
+                    _check_taken(record[None], self.steps)
+                self._records.append(record)
+                pending = seed, record[2:]
                 self.steps += 1
-                self.projected_gradients.append(g)
-                losses.append(torch.tensor((plus + minus) / 2, dtype=torch.float32))
+                losses.append(record[0])
         finally:
             if pending is None:
                 self.restore()
@@ -157,9 +162,23 @@ class SparseZO(torch.optim.Optimizer):
                 self.weights.update_(*pending)
         return losses
 
+    @property
+    def projected_gradients(self) -> list[float]:
+        """fp32 scalars of the steps taken by ``step``, oldest first; a list, clear it as you like.
+
+        Raises:
+            NonFiniteLossError: once, if a loss on the GPU was NaN or infinite; the step was not taken and its scalar
+                is in the list as it was.
+        """
+        if self._records:
+            records, self._records = torch.stack(self._records).cpu(), []
+            self._projected_gradients += records[:, 1].tolist()
+            _check_taken(records, self.steps - len(records))
+        return self._projected_gradients
+
     def perturb(self, seed: int, scale: float) -> None:
         """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters stay."""
-        self.weights.perturb_(seed, scale)
+        self.weights.perturb_(self._values.seed(seed), self._fp32(scale))
 
     def restore(self) -> None:
         """Sets the masked weights back to ``cast(master)``, bit for bit."""
@@ -169,11 +188,12 @@ class SparseZO(torch.optim.Optimizer):
         """The update of a step whose scalar is known: ``master <- master - fp32(lr * g) * z(seed)``.
 
         Raises:
-            ValueError: if ``g`` is not finite.
+            ValueError: if ``g`` or ``lr * g`` is not finite in fp32.
         """
-        if not math.isfinite(g):
-            raise ValueError(f"projected gradient must be finite, got {g}")
-        self.weights.update_(seed, self._coefficients(g))
+        c = [lr * g for lr in self._rates()]
+        if not all(math.isfinite(round_fp32(value)) for value in (g, *c)):
+            raise ValueError(f"projected gradient and lr * g must be finite in fp32, got {g} and {c}")
+        self.weights.update_(self._values.seed(seed), self._fp32(*c))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: mask and groups are static."""
@@ -208,9 +228,35 @@ class SparseZO(torch.optim.Optimizer):
         self.steps = int(state["steps"])
         self.seed = check_seed(state["seed"])
 
-    def _coefficients(self, g: float) -> list[float]:
-        """``lr * g`` of each group, in float64."""
-        return [float(group["lr"]) * g for group in self.param_groups]
+    def _next_seed(self) -> int:
+        """Of the next step; a batch of them goes to the device at a time."""
+        if self.steps % _SEEDS == 0 and not self._at_once:
+            self._values.seeds([step_seed(self.seed, 0, self.steps + i) for i in range(_SEEDS)])
+        return step_seed(self.seed, 0, self.steps)
+
+    def _rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.param_groups]
+
+    def _fp32(self, *values: float) -> Tensor:
+        return self._values.numbers(values, torch.float32)
+
+    def _fp64(self, *values: float) -> Tensor:
+        return self._values.numbers(values, torch.float64)
+
+    def _evaluate(self, closure: Callable[[], Tensor | float], out: Tensor, where: str) -> None:
+        """Writes the closure's loss to ``out``, float32 [1]: a copy, since the closure may use its tensor again."""
+        with torch.inference_mode():
+            value = closure()
+        if not isinstance(value, Tensor):
+            out.fill_(value)
+        elif value.numel() == 1:
+            out.copy_(value.detach().reshape(1))
+        else:
+            raise ValueError(f"the closure must return one loss, got a tensor of shape {list(value.shape)}")
+        if self._at_once and not math.isfinite(out.item()):
+            raise NonFiniteLossError(
+                f"the loss at {where} is {out.item()}; the weights are restored (try a smaller lr or eps)"
+            )
 
     def _eps(self) -> float:
         eps = cast(float, self.param_groups[0]["eps"])
@@ -223,13 +269,15 @@ class SparseZO(torch.optim.Optimizer):
         return eps
 
 
-def _loss(closure: Callable[[], Tensor | float], where: str) -> float:
-    with torch.inference_mode():
-        value = closure()
-    loss = float(value.detach().float().item()) if isinstance(value, Tensor) else round_fp32(value)
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the loss at {where} is {loss}; the weights are restored (try a smaller lr or eps)")
-    return loss
+def _check_taken(records: Tensor, first: int) -> None:
+    """Raises ``NonFiniteLossError`` for the first record that is not finite; ``first`` numbers the first of them."""
+    bad = (~records.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        loss, g, *c = records[bad[0]].tolist()
+        raise NonFiniteLossError(
+            f"step {first + bad[0]} was not taken: mean loss {loss}, projected gradient {g}, lr * g {c} "
+            f"(try a smaller lr or eps)"
+        )
 
 
 def _check_lr(lr: float | Tensor) -> None:
@@ -242,4 +290,4 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps must be finite and positive, got {eps}")
 
 
-__all__ = ["SparseZO", "projected_gradient"]
+__all__ = ["SparseZO"]

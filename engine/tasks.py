@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, DataError, ModelError
+from .values import send
 
 Row = Mapping[str, Any]
 
@@ -159,7 +160,7 @@ class EncodedTask:
         labels = self.labels[torch.as_tensor(indices)]
         if answers == "all" and all(len(ids) == 1 for ids in self.candidates):
             rows = [self.prompts[i] for i in indices]
-            candidate_ids = torch.tensor([ids[0] for ids in self.candidates], device=device)
+            candidate_ids = send(torch.tensor([ids[0] for ids in self.candidates]), device)
             tails = [0] * len(rows)
         else:
             chosen = [self.candidates if answers == "all" else [self.candidates[label]] for label in labels.tolist()]
@@ -171,10 +172,10 @@ class EncodedTask:
         attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         answer_mask = torch.arange(tail, 0, -1) <= torch.tensor(tails).unsqueeze(1)
         return Batch(
-            input_ids=input_ids.to(device),
-            attention_mask=attention.to(device),
-            answer_mask=answer_mask.to(device),
-            labels=labels.to(device),
+            input_ids=send(input_ids, device),
+            attention_mask=send(attention, device),
+            answer_mask=send(answer_mask, device),
+            labels=send(labels, device),
             candidate_ids=candidate_ids,
         )
 

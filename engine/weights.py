@@ -18,8 +18,8 @@ from .backend import Backend
 from .errors import MaskError, ModelChangedError
 from .mask import SparseMask
 from .parameters import floating_parameters
-from .stream import check_seed
-from .triton_kernels import ElementTable, build_table, can_be_dense, reference
+from .triton_kernels import ElementTable, build_table, can_be_dense
+from .values import DeviceValues, send
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class _Part:
     master: Tensor  # float32 [slots] on the weights' device
     backend: Backend
 
-    def seed(self, seed: int) -> Tensor:
-        """A seed as the operations take it."""
-        return reference.seed_tensor(seed, self.master.device)
+    def here(self, value: Tensor) -> Tensor:
+        """A seed or scale on the device of this part."""
+        return value.to(self.master.device, non_blocking=True)
 
-    def scalar(self, value: float) -> Tensor:
-        """A scale or coefficient as the operations take it, rounded to fp32."""
-        return torch.full((1,), value, dtype=torch.float32, device=self.master.device)
+    def own(self, c: Tensor) -> Tensor:
+        """Of one coefficient a group, the one of this part's."""
+        return self.here(c[self.group : self.group + 1])
 
 
 def round_fp32(value: float) -> float:
@@ -83,6 +83,9 @@ class MaskedWeights:
         backend: "auto", "torch" or "triton".
         groups: group number of each parameter name, for updates with a coefficient per group; None: all in group 0.
 
+    Attributes:
+        values: seeds and scales as the operations take them, on the device of the first masked parameter.
+
     Raises:
         MaskError: if the mask is another model's.
         ValueError: if a masked parameter is not contiguous.
@@ -98,45 +101,55 @@ class MaskedWeights:
         located = _locate(model, mask, groups or {})
         keys = dict.fromkeys(at.key for at in located)
         self._parts = [_part([at for at in located if at.key == key], mask.ids, backend) for key in keys]
+        self.values = DeviceValues(self._parts[0].master.device)
 
     def names(self) -> list[str]:
         """The parameters that have masked elements, in id order."""
         return [at.name for at in sorted((at for part in self._parts for at in part.members), key=lambda at: at.base)]
 
-    def perturb_(self, seed: int, scale: float) -> None:
-        """``w <- cast(master + scale * z(seed))``; ``scale`` is rounded to fp32."""
-        for part in self._checked(seed):
-            part.backend.perturb_(part.table, part.master, part.seed(seed), part.scalar(scale))
+    def perturb_(self, seed: Tensor, scale: Tensor) -> None:
+        """``w <- cast(master + scale * z)``: seed int64 [1], scale float32 [1] (see ``values``).
+
+        This and the other operations read such values when the device gets to them, so that a captured launch may be
+        replayed with others.
+        """
+        for part in self._checked():
+            part.backend.perturb_(part.table, part.master, part.here(seed), part.here(scale))
 
     def restore_(self) -> None:
         """``w <- cast(master)``: exact."""
         for part in self._checked():
             part.backend.restore_(part.table, part.master)
 
-    def update_(self, seed: int, c: Sequence[float]) -> None:
-        """``master <- master - c * z(seed)``, ``w <- cast(master)``; one coefficient per group, rounded to fp32."""
-        for part in self._checked(seed):
-            part.backend.update_(part.table, part.master, part.seed(seed), part.scalar(c[part.group]))
+    def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
+        """Mean loss, projected gradient and ``c`` of each group from two losses; ``reference.coefficients``."""
+        return self._parts[0].backend.coefficients(losses, eps, lr)
 
-    def update_perturb_(self, seed: int, c: Sequence[float], next_seed: int, scale: float) -> None:
+    def update_(self, seed: Tensor, c: Tensor) -> None:
+        """``master <- master - c * z``, ``w <- cast(master)``: seed int64 [1], c float32 [groups]."""
+        for part in self._checked():
+            part.backend.update_(part.table, part.master, part.here(seed), part.own(c))
+
+    def update_perturb_(self, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor) -> None:
         """``update_(seed, c)``, then ``perturb_(next_seed, scale)``, in one pass over the weights."""
-        for part in self._checked(seed, next_seed):
+        for part in self._checked():
             part.backend.update_perturb_(
-                part.table,
-                part.master,
-                part.seed(seed),
-                part.scalar(c[part.group]),
-                part.seed(next_seed),
-                part.scalar(scale),
+                part.table, part.master, part.here(seed), part.own(c), part.here(next_seed), part.here(scale)
             )
 
     def replay_(self, seeds: Sequence[int], c: Sequence[float]) -> None:
-        """``update_`` for each seed and its coefficient (that of all groups) in order, in one pass over the weights."""
-        for part in self._checked(*seeds):
-            of_steps = torch.cat([part.seed(seed) for seed in seeds]) if seeds else torch.empty(0, dtype=torch.int64)
-            coefficients = torch.tensor(c, dtype=torch.float32)
-            device = part.master.device
-            part.backend.replay_(part.table, part.master, of_steps.to(device), coefficients.to(device))
+        """``update_`` for each seed in [0, 2**64) and its coefficient in order, in one pass over the weights.
+
+        Raises:
+            ValueError: if a coefficient is not finite, or does not stay so in fp32.
+        """
+        coefficients = torch.tensor(c, dtype=torch.float32)
+        if not coefficients.isfinite().all():
+            at = int((~coefficients.isfinite()).nonzero()[0])
+            raise ValueError(f"the coefficient lr * g of update {at} is {c[at]}, which fp32 cannot hold")
+        of_updates, coefficients = self.values.seeds(seeds), send(coefficients, self.values.device)
+        for part in self._checked():
+            part.backend.replay_(part.table, part.master, part.here(of_updates), part.here(coefficients))
 
     def masters(self) -> Tensor:
         """A copy of the masters: float32 [k] in mask order, on the device of the first masked parameter."""
@@ -155,9 +168,7 @@ class MaskedWeights:
                 part.master[begin:end] = values[at.start : at.stop]
         self.restore_()
 
-    def _checked(self, *seeds: int) -> list[_Part]:
-        for seed in seeds:
-            check_seed(seed)
+    def _checked(self) -> list[_Part]:
         self.check_unmoved()
         return self._parts
 

@@ -1,14 +1,15 @@
 """A client: catches up, takes its local steps on its own data, and answers with scalars."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import stream
+from ..clock import Clock
 from ..errors import DataError, MessageError, NonFiniteLossError
 from ..objective import Objective, task_loss
 from ..tasks import Batch, EncodedTask
@@ -118,38 +119,38 @@ class Client:
 
     def _train(self, round: int, steps: int) -> tuple[np.ndarray, float]:
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
-        begun = time.perf_counter()
+        clock = Clock(device)
+        forwards: list[tuple[Any, Any]] = []
+        begun = clock.now()
         with self.replica.trial() as optimizer:
             try:
-                losses = optimizer.step_many(self._closures(round, steps, device), terms.seeds(round))
+                losses = optimizer.step_many(
+                    self._closures(round, steps, device, clock, forwards), terms.seeds(round)[:steps]
+                )
+                ended = clock.now()
+                scalars = np.array(optimizer.projected_gradients, dtype=np.float32)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
-            _finish(device)
-            self.timing.total += time.perf_counter() - begun
-            self.timing.steps += steps
-            scalars = np.array(optimizer.projected_gradients, dtype=np.float32)
-        return scalars, sum(map(float, losses)) / steps
+        self.timing.total += clock.seconds(begun, ended)
+        self.timing.forward += sum(clock.seconds(*forward) for forward in forwards)
+        self.timing.steps += steps
+        return scalars, torch.stack(losses).double().mean().item()
 
-    def _closures(self, round: int, steps: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
-        """The loss on each step's batch; sets the step's learning rate."""
+    def _closures(
+        self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
+    ) -> Iterator[Callable[[], Tensor]]:
+        """The loss on each step's batch; sets the step's learning rate and notes begin and end of each forward."""
         for lr in self.replica.terms.learning_rates(round)[:steps]:
             self.replica.set_lr(lr)
             batch = self.data.next_batch(self.objective, device)
 
             def closure(batch: Batch = batch) -> Tensor:
-                begun = time.perf_counter()
+                begun = clock.now()
                 loss = task_loss(self.replica.model, batch, self.objective)
-                _finish(device)
-                self.timing.forward += time.perf_counter() - begun
+                forwards.append((begun, clock.now()))
                 return loss
 
             yield closure
-
-
-def _finish(device: torch.device) -> None:
-    """Waits for the device, so that the clock sees its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 __all__ = ["Client", "ClientData", "Timing"]

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # 0 on a GPU: see the tests marked so
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,10 +88,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))
+    compiled = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))
+        if "gpu" in item.keywords and not compiled:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; run with TRITON_INTERPRET=0 and -m gpu"))
 
 
 @pytest.fixture(params=sorted(_ARCHITECTURES))

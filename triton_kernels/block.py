@@ -52,6 +52,12 @@ def block_normals(seed, ids, BLOCK: tl.constexpr, DENSE: tl.constexpr):
 
 
 @triton.jit
+def stepped(master, z, c):
+    """``master - c * z``, or the master where the coefficient is not finite: a step that is not taken."""
+    return tl.where(tl.abs(c) < float("inf"), master - z * c, master)
+
+
+@triton.jit
 def round_to(value, dtype: tl.constexpr):
     """fp32 to the live weight's dtype, to nearest, ties to even.
 
@@ -65,4 +71,4 @@ def round_to(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-__all__ = ["block_normals", "load_block", "round_to"]
+__all__ = ["block_normals", "load_block", "round_to", "stepped"]

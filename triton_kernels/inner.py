@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MASKED, on_device_of
+from .elements import BLOCK
+from .launch import config_of, on_device_of
 from .philox import normal_at
 from .reference import tree_sum
 
@@ -46,7 +47,7 @@ def _inner_kernel(
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
     """See ``reference.inner``."""
-    chunks = triton.cdiv(ids.numel(), MASKED.block)
+    chunks = triton.cdiv(ids.numel(), BLOCK)
     sums = gradient.new_empty((seeds.numel(), chunks), dtype=torch.float64)
     with on_device_of(gradient):
         _inner_kernel[(chunks,)](
@@ -56,8 +57,8 @@ def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
             seeds_ptr=seeds,
             k=ids.numel(),
             n=seeds.numel(),
-            LEVELS=MASKED.block.bit_length() - 1,
-            **MASKED.options(),
+            LEVELS=BLOCK.bit_length() - 1,
+            **config_of(_inner_kernel).options(),
         )
     return tree_sum(sums)
 

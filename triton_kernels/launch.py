@@ -1,13 +1,16 @@
 """Launch configuration: pure functions from the size of the work to a frozen ``LaunchConfig``."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from .elements import BLOCK, ElementTable
+from .elements import ALIGN, BLOCK, ElementTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,28 @@ class LaunchConfig:
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
-# 8 elements a thread at 128 threads. Not tuned on a device yet: no GPU was at hand when it was written.
-MASKED = LaunchConfig(block=BLOCK, num_warps=4)
+def masked_config(warp_size: int) -> LaunchConfig:
+    """Of every kernel here: ``ALIGN`` elements a thread, what one 16-byte load of offsets or of masters brings.
+
+    Chosen from the compilers' output (``bench/results/codegen.md``), not yet by a clock. With 8 elements a thread, on
+    sm_90 the fused update takes 124 registers and ``inner`` 144, which leaves 16 and 12 warps a multiprocessor to hide
+    the latency of scattered stores; with 4 they take 64 and 72, for 32 and 24 warps, at 2% to 11% more instructions an
+    element.
+    """
+    return LaunchConfig(block=BLOCK, num_warps=BLOCK // ALIGN // warp_size)
+
+
+def config_of(kernel: Any) -> LaunchConfig:
+    """The configuration of a kernel on the current device."""
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter, which has no warps
+        return masked_config(32)
+    driver = triton.runtime.driver.active
+    return masked_config(_warp_size(driver, driver.get_current_device()))
+
+
+@functools.cache
+def _warp_size(driver: Any, device: int) -> int:
+    return int(driver.get_current_target().warp_size)  # too slow to ask at every launch
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -49,8 +72,8 @@ def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments:
             master_ptr=master,
             **arguments,
             DENSE=table.offsets is None,
-            **MASKED.options(),
+            **config_of(kernel).options(),
         )
 
 
-__all__ = ["MASKED", "LaunchConfig", "launch_masked", "on_device_of"]
+__all__ = ["LaunchConfig", "config_of", "launch_masked", "masked_config", "on_device_of"]

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MASKED, on_device_of
+from .elements import BLOCK
+from .launch import config_of, on_device_of
 from .philox import normal_at, words
 from .reference import seed_tensor
 
@@ -35,12 +36,12 @@ def normal(seed: int, ids: Tensor) -> Tensor:
     z = torch.empty(ids.numel(), dtype=torch.float32, device=ids.device)
     if ids.numel():
         with on_device_of(ids):
-            _normal_kernel[(triton.cdiv(ids.numel(), MASKED.block),)](
+            _normal_kernel[(triton.cdiv(ids.numel(), BLOCK),)](
                 z_ptr=z,
                 ids_ptr=ids,
                 seed_ptr=seed_tensor(seed, ids.device),
                 n=ids.numel(),
-                **MASKED.options(),
+                **config_of(_normal_kernel).options(),
             )
     return z
 
@@ -51,12 +52,12 @@ def bits(seed: int, blocks: Tensor) -> Tensor:
     out = torch.empty(blocks.numel(), 4, dtype=torch.int64, device=blocks.device)
     if blocks.numel():
         with on_device_of(blocks):
-            _bits_kernel[(triton.cdiv(blocks.numel(), MASKED.block),)](
+            _bits_kernel[(triton.cdiv(blocks.numel(), BLOCK),)](
                 words_ptr=out,
                 blocks_ptr=blocks,
                 seed_ptr=seed_tensor(seed, blocks.device),
                 n=blocks.numel(),
-                **MASKED.options(),
+                **config_of(_bits_kernel).options(),
             )
     return out
 

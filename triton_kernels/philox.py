@@ -16,9 +16,10 @@ import triton.language as tl
 def philox4x32(k0, k1, c0, c1, c2, c3):
     """Philox4x32-10. All arguments and results are uint32; the key words are scalars."""
     for _ in tl.static_range(10):
-        hi0, lo0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        hi1, lo1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3

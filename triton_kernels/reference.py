@@ -245,8 +245,27 @@ def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, z
         _write(table, start, master[start:stop] + _z(table, seed, start, stop, z) * scale)
 
 
+def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
+    """What two losses make of a step, where the losses are: nothing waits for the host.
+
+    Args:
+        losses: float32 [2], at ``+eps`` and ``-eps``.
+        eps: float64 [1].
+        lr: float64 [groups], learning rates.
+
+    Returns:
+        float32 [2 + groups]: mean of the losses; projected gradient ``g = (loss+ - loss-) / (2 eps)``; then ``lr * g``
+        of each group. Each is computed in float64 and rounded once.
+    """
+    plus, minus = losses.double().split(1)
+    g = ((plus - minus) / (2 * eps)).float()
+    return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
+
+
 def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, z: Tensor | None = None) -> None:
     """``master <- master - c * z``, then ``w <- cast(master)``.
+
+    A coefficient that is not finite is a step that is not taken: the masters stay.
 
     Args:
         table: where the masked elements of the model live. Their weights are written.
@@ -257,7 +276,8 @@ def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, z: Ten
     """
     for start, stop in _windows(table):
         part = master[start:stop]
-        part -= _z(table, seed, start, stop, z) * c
+        if torch.isfinite(c):
+            part -= _z(table, seed, start, stop, z) * c
         _write(table, start, part)
 
 
@@ -285,7 +305,8 @@ def update_perturb_(
     """
     for start, stop in _windows(table):
         part = master[start:stop]
-        part -= _z(table, seed, start, stop, z) * c
+        if torch.isfinite(c):
+            part -= _z(table, seed, start, stop, z) * c
         _write(table, start, part + _z(table, next_seed, start, stop, next_z) * scale)
 
 
@@ -301,7 +322,8 @@ def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> No
     for start, stop in _windows(table):
         part = master[start:stop]
         for seed, each in zip(seeds, c, strict=True):
-            part -= normals_of(table, seed, start, stop) * each
+            if torch.isfinite(each):
+                part -= normals_of(table, seed, start, stop) * each
         _write(table, start, part)
 
 
@@ -335,6 +357,7 @@ def tree_sum(values: Tensor) -> Tensor:
 
 __all__ = [
     "bits",
+    "coefficients",
     "inner",
     "normal",
     "normal_run",

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to
+from .block import block_normals, load_block, round_to, stepped
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -28,7 +28,7 @@ def _replay_kernel(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
     for t in range(n):
-        master = master - block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE) * tl.load(c_ptr + t)
+        master = stepped(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
     tl.store(masters_ptr, master, mask=slots)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 

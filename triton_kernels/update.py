@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to
+from .block import block_normals, load_block, round_to, stepped
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -27,7 +27,7 @@ def _update_kernel(
     w_ptr, ids, masters_ptr, master, live, slots = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
-    master = master - block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(c_ptr)
+    master = stepped(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
@@ -48,7 +48,7 @@ def _update_perturb_kernel(
     w_ptr, ids, masters_ptr, master, live, slots = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
-    master = master - block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(c_ptr)
+    master = stepped(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)

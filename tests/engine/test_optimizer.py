@@ -2,16 +2,16 @@
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meerkat_engine import SparseMask, SparseZO, replay, stream
 from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
 from meerkat_engine.objective import language_model_loss
-from meerkat_engine.optimizer import projected_gradient
 from meerkat_engine.weights import round_fp32
 from tests.conftest import make_model, same_bits
 
@@ -91,11 +91,126 @@ def test_the_projected_gradient_is_the_directional_derivative(llama: nn.Module) 
     assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-2)
 
 
-def test_the_projected_gradient_is_rounded_once() -> None:
-    plus, minus, eps = 0.7637010216712952, 0.18783339858055115, 1e-3  # found by search
-    assert (torch.tensor(plus) - torch.tensor(minus)).item() != plus - minus
-    assert projected_gradient(plus, minus, eps) == round_fp32((plus - minus) / (2 * eps))
-    assert projected_gradient(plus, minus, eps) != round_fp32(round_fp32(plus - minus) / (2 * eps))
+def trained(model: nn.Module, closures: list[Callable[[], object]], *, many: bool, backend: str) -> SparseZO:
+    """An optimizer with two groups, after one step for each closure, the learning rate halved at each."""
+    first, *rest = model.parameters()
+    groups = [{"params": [first], "lr": 0.3}, {"params": rest}]
+    opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.1, seed=4, backend=backend, params=groups)
+
+    def prepared() -> Iterator[Callable[[], object]]:
+        for closure in closures:
+            for group in opt.param_groups:
+                group["lr"] /= 2
+            yield closure
+
+    opt.losses = opt.step_many(prepared()) if many else [opt.step(closure) for closure in prepared()]
+    return opt
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_steps_in_one_call_have_the_bits_of_each_alone(dtype: torch.dtype, backend: str) -> None:
+    models = [make_model("llama", dtype) for _ in range(2)]
+    a, b = (
+        trained(model, [closure_of(model)] * 4, many=many, backend=backend)
+        for model, many in zip(models, (True, False), strict=True)
+    )
+    assert a.steps == b.steps == 4
+    assert a.projected_gradients == b.projected_gradients
+    assert same_bits(torch.stack(a.losses), torch.stack(b.losses))
+    assert same_bits(a.weights.masters(), b.weights.masters())
+    assert same_bits(flat(models[0]), flat(models[1]))
+
+
+def test_steps_before_the_one_that_failed_stay_taken() -> None:
+    model, other = make_model(), make_model()
+    opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.1)
+    with pytest.raises(NonFiniteLossError, match=r"the loss at \+eps is nan"):
+        opt.step_many([closure_of(model), closure_of(model), lambda: float("nan")])
+    replayed = SparseZO(other, SparseMask.random(other, 0.05, 1), lr=0.1)
+    replayed.step_many([closure_of(other)] * 2)
+    assert opt.steps == 2
+    assert opt.projected_gradients == replayed.projected_gradients
+    assert same_bits(flat(model), flat(other))
+
+
+def test_a_step_that_overflows_is_not_taken(llama: nn.Module) -> None:
+    before, queue = flat(llama), [3e38, -3e38]
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
+    with pytest.raises(NonFiniteLossError, match=r"step 0 was not taken: mean loss 0\.0, projected gradient inf"):
+        opt.step(lambda: queue.pop(0))
+    assert same_bits(flat(llama), before)
+    assert (opt.steps, opt.projected_gradients) == (0, [])
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """Refuses what makes the host wait for a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step does on a GPU, done here by the interpreter: the same bits, and nothing is read back."""
+    models = [make_model("llama", torch.bfloat16) for _ in range(2)]
+    wanted = trained(models[0], [closure_of(models[0])] * 3, many=True, backend="triton")
+    set_up = SparseZO.__init__
+
+    def as_on_a_gpu(self: SparseZO, *arguments: object, **more: object) -> None:
+        set_up(self, *arguments, **more)  # type: ignore[arg-type]
+        self._at_once = False
+
+    monkeypatch.setattr(SparseZO, "__init__", as_on_a_gpu)
+    step_many, seeds = SparseZO.step_many, [stream.step_seed(4, 0, t) for t in range(3)]
+
+    def watched(self: SparseZO, closures: object) -> list[torch.Tensor]:
+        with NothingIsReadBack():
+            return step_many(self, closures, seeds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SparseZO, "step_many", watched)
+    opt = trained(models[1], [closure_of(models[1])] * 3, many=True, backend="triton")
+    assert same_bits(flat(models[0]), flat(models[1]))
+    assert opt.projected_gradients == wanted.projected_gradients
+    with pytest.raises(AssertionError, match="read back"), NothingIsReadBack():
+        torch.ones(1).item()
+
+
+def test_on_a_gpu_a_loss_that_is_not_finite_is_told_when_the_scalars_are_read(backend: str) -> None:
+    model, other = make_model(), make_model()
+    opt, clean = (SparseZO(m, SparseMask.random(m, 0.05, 1), lr=0.1, backend=backend) for m in (model, other))
+    opt._at_once = False
+    opt.step_many([closure_of(model), lambda: torch.tensor(float("nan")), closure_of(model)])
+    clean.step(closure_of(other))
+    clean.step(closure_of(other), seed=stream.step_seed(0, 0, 2))
+    assert same_bits(flat(model), flat(other))
+    with pytest.raises(NonFiniteLossError, match="step 1 was not taken: mean loss nan"):
+        _ = opt.projected_gradients
+    found = opt.projected_gradients
+    assert [found[0], found[2]] == clean.projected_gradients
+    assert found[1] != found[1]
+
+
+def test_a_closure_may_return_the_same_tensor_twice(llama: nn.Module) -> None:
+    out = torch.zeros(())
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.0, eps=0.5)
+    opt._at_once = False
+    opt.step(lambda: out.add_(1))
+    assert opt.projected_gradients == [-1.0]
+
+
+def test_a_loss_of_many_numbers_is_refused(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"one loss, got a tensor of shape \[3\]"):
+        SparseZO(llama, SparseMask.dense(llama), lr=0.1).step(lambda: torch.zeros(3))
+
+
+@pytest.mark.parametrize(("lr", "g"), [(0.1, float("nan")), (0.1, float("inf")), (1e10, 1e30)], ids=str)
+def test_an_update_that_fp32_cannot_hold_is_refused(llama: nn.Module, lr: float, g: float) -> None:
+    before, mask = flat(llama), SparseMask.dense(llama)
+    with pytest.raises(ValueError, match="finite"):
+        SparseZO(llama, mask, lr=lr).apply(1, g)
+    with pytest.raises(ValueError, match=r"finite|which fp32 cannot hold"):
+        replay(llama, mask, [(1, lr, g)])
+    assert same_bits(flat(llama), before)
 
 
 def test_lr_zero_moves_nothing(llama: nn.Module) -> None:

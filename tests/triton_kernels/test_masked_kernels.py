@@ -16,6 +16,7 @@ from meerkat_engine.triton_kernels import (
     ElementTable,
     block,
     build_table,
+    coefficients,
     inner,
     perturb,
     reference,
@@ -29,6 +30,7 @@ from tests.conftest import same_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 KERNELS = SimpleNamespace(
+    coefficients=coefficients.coefficients,
     inner=inner.inner,
     perturb_=perturb.perturb_,
     replay_=replay.replay_,
@@ -165,6 +167,51 @@ def test_inner_products(k: int, generator: torch.Generator) -> None:
     assert same_bits(*found)
     wanted = [float((gradient.double() * reference.normal(seed, ids).double()).sum()) for seed in seeds]
     assert found[0].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def fp64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    losses=st.tuples(*[st.floats(width=32)] * 2),
+    eps=st.floats(1e-8, 1.0),
+    lr=st.lists(st.floats(0, 1e3), min_size=1, max_size=3),
+)
+def test_coefficients_of_any_losses(losses: tuple[float, float], eps: float, lr: list[float]) -> None:
+    found = [ops.coefficients(fp32(*losses), fp64(eps), fp64(*lr)) for ops in (KERNELS, reference)]
+    assert [x.isnan().tolist() for x in found] == [found[0].isnan().tolist()] * 2  # a NaN has no sign to compare
+    assert same_bits(*(x.nan_to_num(0.5) for x in found))
+
+
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+def test_the_projected_gradient_is_rounded_once(ops: object) -> None:
+    plus, minus, eps = 0.7637010216712952, 0.18783339858055115, 1e-3  # found by search
+    assert (fp32(plus) - fp32(minus)).item() != plus - minus
+    loss, g, *c = ops.coefficients(fp32(plus, minus), fp64(eps), fp64(0.1, 3e-5))  # type: ignore[attr-defined]
+    wanted = fp32((plus - minus) / (2 * eps))[0]
+    assert torch.equal(g, wanted)
+    assert not torch.equal(g, fp32((fp32(plus) - fp32(minus)).item() / (2 * eps))[0])
+    assert loss.item() == fp32((plus + minus) / 2).item()
+    assert [x.item() for x in c] == fp32(0.1 * wanted.item(), 3e-5 * wanted.item()).tolist()
+
+
+@pytest.mark.parametrize("c", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+def test_a_coefficient_that_is_not_finite_is_a_step_not_taken(ops: object, c: float) -> None:
+    live = -torch.zeros(64)  # subtracting even 0 * z would lose these signs
+    before = live.clone()
+    table = build_table([live], [0], None)
+    master = live.clone()
+    ops.update_(table, master, bits64(1), fp32(c))  # type: ignore[attr-defined]
+    assert same_bits(live, before)
+    ops.replay_(table, master, bits64(1, 2), fp32(c, 0.5))  # type: ignore[attr-defined]
+    after = before - reference.normal(2, torch.arange(64)) * 0.5
+    assert same_bits(live, after)
+    ops.update_perturb_(table, master, bits64(1), fp32(c), bits64(3), fp32(0.25))  # type: ignore[attr-defined]
+    assert same_bits(live, after + reference.normal(3, torch.arange(64)) * 0.25)
+    assert same_bits(master, after)
 
 
 def test_the_tree_adds_neighbours() -> None:
