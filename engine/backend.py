@@ -1,5 +1,11 @@
-"""Which code runs the masked operations: the Triton kernels or the plain-torch reference. Same bits either way."""
+"""Which code runs the masked operations. The bits are the same whichever it is.
 
+triton   the kernels
+torch    the reference
+numba    the reference, its normals drawn by compiled code: many times faster on a CPU
+"""
+
+import functools
 from typing import Protocol
 
 import torch
@@ -8,7 +14,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .triton_kernels import ElementTable, reference
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "numba", "triton")
 
 # Normals kept from the first perturbation of a step to its update, at most: 64 MiB. A larger mask draws them anew.
 _KEEP = 1 << 24
@@ -45,38 +51,49 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The reference, drawing the normals of a step once: +eps, -eps and the update share them."""
+    """The reference, drawing the normals of a step once: +eps, -eps and the update share them.
 
-    def __init__(self) -> None:
+    Args:
+        source: of the normals.
+    """
+
+    def __init__(self, source: reference.Source) -> None:
+        self._source = source
         self._drawn: dict[int, tuple[int, Tensor]] = {}  # id(table) -> seed, z [slots]
-        self.normal = reference.normal
-        self.inner = reference.inner
+        self.normal = source.normal
         self.restore_ = reference.restore_
         self.coefficients = reference.coefficients
-        self.replay_ = reference.replay_
+
+    def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+        """See ``reference.inner``."""
+        return reference.inner(gradient, ids, seeds, self.normal)
 
     def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
         """See ``reference.perturb_``."""
-        reference.perturb_(table, master, seed, scale, self._z(table, seed))
+        reference.perturb_(table, master, seed, scale, self._draw)
 
     def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
         """See ``reference.update_``."""
-        reference.update_(table, master, seed, c, self._z(table, seed))
+        reference.update_(table, master, seed, c, self._draw)
 
     def update_perturb_(
         self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
     ) -> None:
         """See ``reference.update_perturb_``."""
-        z, next_z = self._z(table, seed), self._z(table, next_seed)
-        reference.update_perturb_(table, master, seed, c, next_seed, scale, z, next_z)
+        reference.update_perturb_(table, master, seed, c, next_seed, scale, self._draw)
 
-    def _z(self, table: ElementTable, seed: Tensor) -> Tensor | None:
+    def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+        """See ``reference.replay_``."""
+        reference.replay_(table, master, seeds, c, functools.partial(reference.normals_of, source=self._source))
+
+    def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
         if table.slots > _KEEP:
-            return None
+            return reference.normals_of(table, seed, start, stop, self._source)
         wanted, known = reference.seed_of(seed), self._drawn.get(id(table))
         if known is None or known[0] != wanted:
-            self._drawn[id(table)] = known = wanted, reference.normals_of(table, seed, 0, table.slots)
-        return known[1]
+            z = reference.normals_of(table, seed, 0, table.slots, self._source)
+            self._drawn[id(table)] = known = wanted, z
+        return known[1][start:stop]
 
 
 class TritonBackend:
@@ -110,20 +127,46 @@ class TritonBackend:
         self.replay_ = replay.replay_
 
 
+def _numba_backend(device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise ConfigError(f"backend 'numba' works on CPU tensors, these are on {device}; use backend='auto'")
+    try:
+        from .triton_kernels import compiled
+    except ImportError as error:
+        raise ConfigError(
+            f"backend 'numba' needs the package numba: {error}; "
+            f"pip install 'meerkat-engine[cpu]', or use backend='torch'"
+        ) from error
+    return TorchBackend(reference.Source(compiled.normal, compiled.normal_run))
+
+
+@functools.cache
+def _have_numba() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def resolve(backend: str, device: torch.device) -> Backend:
     """The backend of that name for tensors on that device.
 
     Args:
-        backend: "triton", "torch", or "auto": triton on GPUs (CUDA or ROCm), torch elsewhere.
+        backend: "triton", "torch", "numba", or "auto": triton on GPUs (CUDA or ROCm); on CPUs numba where it is
+            installed; torch elsewhere.
         device: of the weights.
 
     Raises:
-        ConfigError: if the name is unknown, or triton is not to be had for this device.
+        ConfigError: if the name is unknown, or the backend is not to be had for this device.
     """
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "torch"
+        on_cpu = "numba" if device.type == "cpu" and _have_numba() else "torch"
+        backend = "triton" if device.type == "cuda" else on_cpu
     if backend == "torch":
-        return TorchBackend()
+        return TorchBackend(reference.TORCH)
+    if backend == "numba":
+        return _numba_backend(device)
     if backend == "triton":
         return TritonBackend(device)
     raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")

@@ -33,7 +33,7 @@ class SparseZO(torch.optim.Optimizer):
         lr: learning rate (eta), not negative. One per parameter group; schedulers may change it.
         eps: perturbation scale, positive; the same in every group.
         seed: root seed in [0, 2**64); step ``t`` uses ``step_seed(seed, 0, t)`` unless it is given one.
-        backend: "auto" (Triton on GPUs, torch elsewhere), "torch" or "triton".
+        backend: "auto" (Triton on GPUs; on CPUs numba where it is installed, else torch), "torch", "numba", "triton".
         params: parameter groups over the model's parameters, as any torch optimizer takes them; every parameter with
             masked elements must be in one. None is one group of all of these.
 

@@ -53,7 +53,7 @@ def normal(seed: int, ids: Tensor, backend: str = "auto") -> Tensor:
     Args:
         seed: in [0, 2**64).
         ids: int64 [n], element ids, not negative, in any order.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Returns:
         float32 [n] on the device of ``ids``; each value depends on the seed and its own id only.

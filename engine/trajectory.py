@@ -18,7 +18,7 @@ def replay(
         model: the base model the run started from; its masked weights are written.
         mask: the run's mask.
         steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Raises:
         MaskError: if the mask is another model's.

@@ -80,7 +80,7 @@ class MaskedWeights:
     Args:
         model: its parameters with masked elements must be contiguous; they are written by every operation.
         mask: of this model.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
         groups: group number of each parameter name, for updates with a coefficient per group; None: all in group 0.
 
     Attributes:

@@ -44,7 +44,7 @@ _HELP = {
     "seed": "root seed",
     "device": "cpu or cuda",
     "dtype": "float32, bfloat16 or float16",
-    "backend": "auto, torch or triton",
+    "backend": "auto, torch, numba or triton",
 }
 
 

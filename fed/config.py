@@ -62,7 +62,7 @@ class RunConfig:
         seed: root seed in [0, 2**64).
         device: cpu or cuda.
         dtype: of the weights.
-        backend: auto, torch or triton.
+        backend: auto, torch, numba or triton.
     """
 
     model: str = embedded.NAME

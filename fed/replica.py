@@ -23,7 +23,7 @@ class Replica:
         model: the base model; its masked weights are written.
         mask: of this model, the one the terms name.
         terms: of the federation.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Raises:
         MaskError: if the mask is not the one the terms name, or another model's.

@@ -16,7 +16,8 @@ References:
     Moshier, Cephes mathematical library (the polynomials of logf, sinf and cosf).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,13 +189,27 @@ def seed_of(seed: Tensor) -> int:
     return int(seed) & 0xFFFF_FFFF_FFFF_FFFF
 
 
-def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
-    """``z`` at the slots ``[start, stop)`` of a table: float32, of no meaning in slots without an element."""
+class Source(NamedTuple):
+    """Functions that draw normals: these here, or some with the same bits."""
+
+    normal: Callable[[int, Tensor], Tensor]
+    normal_run: Callable[[int, int, Tensor], None]
+
+
+TORCH = Source(normal, normal_run)
+
+# The normals of a table's slots [start, stop): float32, of no meaning in slots without an element.
+Draw = Callable[[ElementTable, Tensor, int, int], Tensor]
+
+
+def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source: Source = TORCH) -> Tensor:
+    """``z`` at some slots of a table; a ``Draw``."""
     if table.offsets is not None:
-        return normal(seed_of(seed), table.ids(start, stop))
+        return source.normal(seed_of(seed), table.ids(start, stop))
     z = torch.zeros(stop - start, dtype=torch.float32, device=table.blocks.device)
     for tensor, low, high in table.pieces(start, stop):
-        normal_run(seed_of(seed), table.bases[tensor] + low - table.starts[tensor], z[low - start : high - start])
+        first = table.bases[tensor] + low - table.starts[tensor]
+        source.normal_run(seed_of(seed), first, z[low - start : high - start])
     return z
 
 
@@ -216,10 +231,6 @@ def _write(table: ElementTable, start: int, values: Tensor) -> None:
             table.weights[tensor].index_copy_(0, offsets[low - start : high - start], value)
 
 
-def _z(table: ElementTable, seed: Tensor, start: int, stop: int, z: Tensor | None) -> Tensor:
-    return normals_of(table, seed, start, stop) if z is None else z[start:stop]
-
-
 def restore_(table: ElementTable, master: Tensor) -> None:
     """``w <- cast(master)`` on the masked elements: exact, nothing drifts.
 
@@ -231,7 +242,7 @@ def restore_(table: ElementTable, master: Tensor) -> None:
         _write(table, start, master[start:stop])
 
 
-def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, z: Tensor | None = None) -> None:
+def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: Draw = normals_of) -> None:
     """``w <- cast(master + scale * z)`` on the masked elements.
 
     Args:
@@ -239,10 +250,10 @@ def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, z
         master: float32 [slots].
         seed: int64 [1], the 64 bits of the seed of ``z``.
         scale: float32 [1], ``+eps`` or ``-eps``.
-        z: float32 [slots], the normals of this seed if they are at hand.
+        draw: of the normals.
     """
     for start, stop in _windows(table):
-        _write(table, start, master[start:stop] + _z(table, seed, start, stop, z) * scale)
+        _write(table, start, master[start:stop] + draw(table, seed, start, stop) * scale)
 
 
 def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
@@ -262,7 +273,7 @@ def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
-def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, z: Tensor | None = None) -> None:
+def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: Draw = normals_of) -> None:
     """``master <- master - c * z``, then ``w <- cast(master)``.
 
     A coefficient that is not finite is a step that is not taken: the masters stay.
@@ -272,12 +283,12 @@ def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, z: Ten
         master: float32 [slots], written.
         seed: int64 [1], the 64 bits of the seed of ``z``.
         c: float32 [1], learning rate times projected gradient.
-        z: float32 [slots], the normals of this seed if they are at hand.
+        draw: of the normals.
     """
     for start, stop in _windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
-            part -= _z(table, seed, start, stop, z) * c
+            part -= draw(table, seed, start, stop) * c
         _write(table, start, part)
 
 
@@ -288,8 +299,7 @@ def update_perturb_(
     c: Tensor,
     next_seed: Tensor,
     scale: Tensor,
-    z: Tensor | None = None,
-    next_z: Tensor | None = None,
+    draw: Draw = normals_of,
 ) -> None:
     """``update_`` and the next step's ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
 
@@ -300,17 +310,16 @@ def update_perturb_(
         c: float32 [1], learning rate times projected gradient.
         next_seed: int64 [1], of the next step's ``z``.
         scale: float32 [1], of the next perturbation.
-        z: float32 [slots], the normals of ``seed`` if they are at hand.
-        next_z: float32 [slots], the normals of ``next_seed`` if they are at hand.
+        draw: of the normals.
     """
     for start, stop in _windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
-            part -= _z(table, seed, start, stop, z) * c
-        _write(table, start, part + _z(table, next_seed, start, stop, next_z) * scale)
+            part -= draw(table, seed, start, stop) * c
+        _write(table, start, part + draw(table, next_seed, start, stop) * scale)
 
 
-def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: Draw = normals_of) -> None:
     """Many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
 
     Args:
@@ -318,16 +327,17 @@ def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> No
         master: float32 [slots], written.
         seeds: int64 [n].
         c: float32 [n].
+        draw: of the normals.
     """
     for start, stop in _windows(table):
         part = master[start:stop]
         for seed, each in zip(seeds, c, strict=True):
             if torch.isfinite(each):
-                part -= normals_of(table, seed, start, stop) * each
+                part -= draw(table, seed, start, stop) * each
         _write(table, start, part)
 
 
-def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, Tensor], Tensor] = normal) -> Tensor:
     """``<gradient, z>`` over some elements, for many seeds.
 
     Each product is exact in float64. The sum is the binary tree over the elements in order, padded with zeros to a
@@ -337,6 +347,7 @@ def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
         gradient: float32 [k].
         ids: int64 [k], element ids.
         seeds: int64 [n].
+        normal: draws ``z`` at element ids.
 
     Returns:
         float64 [n].
@@ -356,6 +367,9 @@ def tree_sum(values: Tensor) -> Tensor:
 
 
 __all__ = [
+    "TORCH",
+    "Draw",
+    "Source",
     "bits",
     "coefficients",
     "inner",

@@ -7,13 +7,35 @@ import sys
 import pytest
 import torch
 
-from meerkat_engine.backend import TorchBackend, TritonBackend, resolve
+from meerkat_engine.backend import TritonBackend, resolve
 from meerkat_engine.errors import ConfigError
+from meerkat_engine.triton_kernels import compiled, reference
 
 
-def test_auto_is_torch_on_cpu() -> None:
-    assert isinstance(resolve("auto", torch.device("cpu")), TorchBackend)
-    assert isinstance(resolve("triton", torch.device("cpu")), TritonBackend)
+def test_auto_draws_with_numba_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert resolve("auto", cpu).normal is resolve("numba", cpu).normal is compiled.normal
+    assert resolve("torch", cpu).normal is reference.normal
+    assert isinstance(resolve("triton", cpu), TritonBackend)
+
+
+def test_numba_is_for_cpus() -> None:
+    with pytest.raises(ConfigError, match="works on CPU tensors, these are on cuda"):
+        resolve("numba", torch.device("cuda"))
+
+
+def test_without_numba_auto_is_torch() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['numba'] = None\n"
+        "import torch\n"
+        "from meerkat_engine import stream\n"
+        "print(stream.normal(0, torch.arange(3)).numel())\n"
+        "stream.normal(0, torch.arange(3), backend='numba')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout == "3\n"
+    assert "pip install 'meerkat-engine[cpu]', or use backend='torch'" in done.stderr
 
 
 def test_triton_on_cpu_needs_the_interpreter() -> None:

@@ -1,5 +1,8 @@
 """The Gaussian of the stream: the specified bits for every argument, the right distribution, nothing else in it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,8 @@ import triton.language as tl
 from scipy import stats
 
 from meerkat_engine import stream
+from meerkat_engine.triton_kernels import compiled, philox, reference
 from meerkat_engine.triton_kernels import normal as kernels
-from meerkat_engine.triton_kernels import philox, reference
 from tests.conftest import same_bits
 
 F = np.float32
@@ -55,6 +58,16 @@ def _gaussian_kernel(r_ptr, s_ptr, c_ptr, BLOCK: tl.constexpr):
     tl.store(c_ptr + at, cos)
 
 
+@numba.njit
+def gaussian_compiled(n: int, r: np.ndarray, s: np.ndarray, c: np.ndarray) -> None:
+    for i in range(n):
+        word = numba.uint32(i << 8)
+        bits = np.array([compiled._uniform(word)]).view(np.int32)
+        e, bits[0] = compiled._split(bits[0])
+        r[i] = compiled._radius(bits.view(np.float32)[0], e)
+        s[i], c[i] = compiled._sin_cos(word)
+
+
 def test_radius_and_angle_have_the_specified_bits_for_every_argument() -> None:
     numbers = np.arange(EVERY)
     expected = [spec_radius(numbers), *spec_sin_cos(numbers)]
@@ -62,9 +75,10 @@ def test_radius_and_angle_have_the_specified_bits_for_every_argument() -> None:
     from_reference = [reference.radius(words), *reference.sin_cos(words)]
     from_kernel = [torch.empty(EVERY) for _ in range(3)]
     _gaussian_kernel[(EVERY >> 18,)](*from_kernel, BLOCK=1 << 18)
-    for wanted, torch_bits, kernel_bits in zip(expected, from_reference, from_kernel, strict=True):
-        assert same_bits(torch_bits, torch.from_numpy(wanted.astype(F)))
-        assert same_bits(kernel_bits, torch_bits)
+    from_numba = [torch.empty(EVERY) for _ in range(3)]
+    gaussian_compiled(EVERY, *[x.numpy() for x in from_numba])
+    for wanted, *found in zip(expected, from_reference, from_kernel, from_numba, strict=True):
+        assert all(same_bits(bits, torch.from_numpy(wanted.astype(F))) for bits in found)
 
 
 def test_radius_and_angle_are_accurate_for_every_argument() -> None:
@@ -88,7 +102,36 @@ IDS = torch.cat([torch.arange(3000), torch.arange(2**33 - 5, 2**33 + 2000), torc
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
 def test_kernel_and_reference_give_the_same_bits(seed: int) -> None:
-    assert same_bits(stream.normal(seed, IDS, backend="triton"), stream.normal(seed, IDS, backend="torch"))
+    wanted = stream.normal(seed, IDS, backend="torch")
+    assert same_bits(stream.normal(seed, IDS, backend="triton"), wanted)
+    assert same_bits(stream.normal(seed, IDS, backend="numba"), wanted)
+
+
+@pytest.mark.parametrize("first", [0, 8, 2**32 - 8, 2**62])
+@pytest.mark.parametrize("n", [1, 3, 4, 2047, 2048, 5001])
+def test_a_run_of_ids_in_compiled_code(first: int, n: int) -> None:
+    runs = [torch.full((n,), float("nan")) for _ in range(2)]
+    for out, source in zip(runs, (compiled, reference), strict=True):
+        source.normal_run(2**63 + 11, first, out)  # type: ignore[attr-defined]
+    assert same_bits(*runs)
+    assert same_bits(runs[0], reference.normal(2**63 + 11, torch.arange(n) + first))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_matter(threads: int) -> None:
+    """Neither how many share one call, nor how many call at a time."""
+    ids = torch.arange(0, 3 * (1 << 18), 3) + 5
+    wanted, before = reference.normal(77, ids), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: compiled.normal(77, ids), range(4)))
+        run = torch.empty(ids.numel() + 3)
+        compiled.normal_run(77, 4, run)
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(z, wanted) for z in found)
+    assert same_bits(run, reference.normal(77, torch.arange(run.numel()) + 4))
 
 
 def test_golden_values() -> None:
