@@ -5,6 +5,6 @@ the reference and the element table need torch alone.
 """
 
 from . import reference
-from .elements import BLOCK, ElementTable, build_table, can_be_dense
+from .elements import ALIGN, BLOCK, ElementTable, build_table, can_be_dense
 
-__all__ = ["BLOCK", "ElementTable", "build_table", "can_be_dense", "reference"]
+__all__ = ["ALIGN", "BLOCK", "ElementTable", "build_table", "can_be_dense", "reference"]

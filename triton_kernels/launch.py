@@ -35,7 +35,7 @@ def masked_config(warp_size: int) -> LaunchConfig:
 
     Chosen from the compilers' output (``bench/results/codegen.md``), not yet by a clock. With 8 elements a thread, on
     sm_90 the fused update takes 124 registers and ``inner`` 144, which leaves 16 and 12 warps a multiprocessor to hide
-    the latency of scattered stores; with 4 they take 64 and 72, for 32 and 24 warps, at 2% to 11% more instructions an
+    the latency of scattered stores; with 4 they take 66 and 72, for 24 warps, at 2% to 11% more instructions an
     element.
     """
     return LaunchConfig(block=BLOCK, num_warps=BLOCK // ALIGN // warp_size)

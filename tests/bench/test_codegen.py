@@ -5,24 +5,62 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from meerkat_engine.bench.assembly import Assembly
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 TABLE = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
 LISTS = {"_normal_kernel", "_bits_kernel", "_inner_kernel", "_coefficients_kernel"}
 
 
+def compiled(*command: str, **environment: str) -> str:
+    """Output of a Python process of its own: this one has the interpreter switched on, which compiles nothing."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], env=kept | environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """In a process of its own: this one has the interpreter switched on, which compiles nothing."""
-    path: Path = tmp_path_factory.mktemp("codegen") / "codegen.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(path.parent / "cache")
-    command = [sys.executable, "-m", "meerkat_engine.bench.codegen", "--json", str(path)]
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("codegen")
+    cache = str(path / "cache")
+    compiled("-m", "meerkat_engine.bench.codegen", "--output", str(path), TRITON_CACHE_DIR=cache)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reports(directory: Path) -> list[dict[str, Any]]:
+    kernels: list[dict[str, Any]] = json.loads((directory / "codegen.json").read_text())["kernels"]
     return kernels
+
+
+@pytest.mark.parametrize("name", ["codegen.json", "codegen.md"])
+def test_the_recorded_table_is_what_the_compiler_makes(directory: Path, name: str) -> None:
+    recorded, made = (json.loads((d / "codegen.json").read_text()) for d in (RESULTS, directory))
+    if recorded["triton"] != made["triton"]:
+        pytest.skip(f"recorded with triton {recorded['triton']}, this is {made['triton']}")
+    if name == "codegen.json":
+        assert made["kernels"] == recorded["kernels"]
+    else:
+        assert (directory / name).read_text() == (RESULTS / name).read_text()
+
+
+def test_every_instruction_is_of_a_known_kind(reports: list[dict[str, Any]]) -> None:
+    assert [r for r in reports if r["mix"]["other"]] == []
+    perturb = {(r["target"], r["dense"]): r["mix"] for r in reports if r["kernel"] == "_perturb_kernel"}
+    for (target, dense), mix in perturb.items():
+        # four elements: a square root each where they are scattered; offsets, masters, and four weights
+        assert mix["special"] >= (2 if dense else 4), target
+        assert mix["memory"] >= (3 if dense else 6), target
+        assert mix["float64"] == 0
+        # four normals of one Philox block are far cheaper than one normal of each of four
+        assert sum(mix.values()) < (100 if dense else 210) * 4, target
 
 
 def test_every_kernel_target_and_dtype_was_compiled(reports: list[dict[str, Any]]) -> None:
@@ -67,8 +105,32 @@ def test_fusion_is_seen_when_it_is_there() -> None:
         "found = [r for t in ('sm_90', 'gfx942') for r in examine(t, 'fp32')]\n"
         "print([r.fused for r in found if r.kernel == '_update_kernel' and not r.dense])\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
-    nvidia, amd = json.loads(out.stdout)
+    nvidia, amd = json.loads(compiled("-c", script))
     assert nvidia > 50
     assert amd > 50
+
+
+@pytest.mark.parametrize(
+    ("amd", "text", "mix"),
+    [
+        (
+            False,
+            "        /*0000*/                   LDC R1, c[0x0][0x28] ;\n        /*0010*/              @!P0 EXIT ;\n"
+            "        /*0020*/                   IMAD.WIDE.U32 R4, R2, -0x2daee0ad, RZ ;\n"
+            "        /*0030*/              @P1 FADD R3, R3, R5 ;\n        /*0040*/                   NOP;\n",
+            {"memory": 1, "control": 1, "integer": 1, "float32": 1},
+        ),
+        (
+            True,
+            "kernel:\n\ts_load_dwordx2 s[0:1], s[4:5], 0x0\n\tv_mad_u64_u32 v[2:3], s[0:1], v1, s2, 0\n"
+            "\tv_pk_mul_f32 v[2:3], v[2:3], v[4:5]\n\tv_strange_thing v1\n\ts_endpgm\n\t.section\t.rodata\n"
+            "\tv_not_code\n",
+            {"memory": 1, "integer": 2, "float32": 1, "control": 1},
+        ),
+    ],
+    ids=["nvidia", "amd"],
+)
+def test_instructions_are_counted_by_kind(amd: bool, text: str, mix: dict[str, int]) -> None:
+    assembly = Assembly(SimpleNamespace(asm={"amdgcn": text} if amd else {}))
+    assembly.text = text  # type: ignore[misc]
+    assert {kind: count for kind, count in assembly.mix().items() if count} == mix

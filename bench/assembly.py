@@ -1,0 +1,114 @@
+"""Reading machine code: NVIDIA's through cuobjdump, AMD's as the compiler's own assembly."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+
+# What an instruction is for, by the first pattern that its name matches.
+_NVIDIA = {
+    "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.\w*64\w*",
+    "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)",
+    "special": r"MUFU",
+    "convert": r"(I2F|I2FP|F2F|F2FP|F2I)",
+    "memory": r"(LD|ST|ULDC|ATOM|RED)",
+    "control": r"(BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|CALL|RET|DEPBAR|YIELD)",
+    "uniform": r"U[A-Z0-9]+|S2UR|R2UR",
+    "move": r"(MOV|CS2R|S2R|P2R|R2P|PLOP3|SHFL|HFMA2\.MMA)",  # the last adds constants to zero: there is no half here
+    "integer": r"(IMAD|IADD|LOP|SHF|LEA|ISETP|SEL|PRMT|VIADD|IABS|IMNMX|VIMNMX|SGXT|BMSK|I2I|FLO|POPC)",
+}
+_AMD = {
+    "memory": r"(global|buffer|flat|ds|scratch)_|s_(load|buffer_load|store)",
+    "control": r"s_(branch|cbranch|endpgm|waitcnt|nop|barrier|setpc|swappc|getpc|sleep)|s_set_gpr|s_code_end",
+    "uniform": r"s_|v_readfirstlane",
+    "convert": r"v_cvt",
+    "special": r"v_(sqrt|rsq|rcp|log|exp|sin|cos)_",
+    "float64": r"v_\w+_f64",
+    "float32": r"v_\w+_f32",
+    "move": r"v_(mov|accvgpr|swap|perm|readlane|writelane)",
+    "integer": r"v_",
+}
+
+
+class Assembly:
+    """The machine code of one compiled kernel.
+
+    Args:
+        kernel: what Triton's compiler returned.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.amd = "amdgcn" in kernel.asm
+
+    @cached_property
+    def text(self) -> str:
+        """The disassembly."""
+        return str(self._kernel.asm["amdgcn"]) if self.amd else self._cuobjdump("-sass")
+
+    def usage(self) -> tuple[int, int, int]:
+        """Registers a thread (AMD: vector registers), spills, and bytes of stack, local or scratch memory a thread."""
+        if self.amd:
+            spills = self._number(r"\.vgpr_spill_count:\s+(\d+)") + self._number(r"\.sgpr_spill_count:\s+(\d+)")
+            return self._number(r"\.vgpr_count:\s+(\d+)"), spills, self._number(r"ScratchSize: (\d+)")
+        usage = self._cuobjdump("-res-usage")
+        local = self._number(r"LOCAL:(\d+)", usage) + self._number(r"STACK:(\d+)", usage)
+        return self._number(r"REG:(\d+)", usage), len(re.findall(r"\b(?:STL|LDL)\b", self.text)), local
+
+    def fused(self) -> int:
+        """Fused multiply-adds in the machine code, and in the PTX, where the square root is still one instruction."""
+        ptx = len(re.findall(r"\bfma\.", self._kernel.asm.get("ptx", "")))
+        names = r"\bFFMA\b|\bv_(?:fma|mad|fmac|mac|fmaak|fmamk|madak|madmk)_(?:mix_)?f(?:16|32)"
+        return ptx + len(re.findall(names, self.text)) + 2 * len(re.findall(r"\bv_pk_(?:fma|mad|fmac)_f32", self.text))
+
+    def square_roots(self) -> int:
+        """Square roots a thread takes."""
+        return len(re.findall(r"= (?:tail )?call .*sqrt", self._kernel.asm["llir"]))
+
+    def quotients(self) -> int:
+        """float64 divisions a thread makes."""
+        return len(re.findall(r"= (?:tail )?call double @llvm\.nvvm\.div|= fdiv double", self._kernel.asm["llir"]))
+
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes a thread from global memory."""
+        return len(re.findall(r"\bLDG\.E\.128|(?:global|buffer)_load_dwordx4", self.text))
+
+    def wide_stores(self) -> int:
+        """Stores of 16 bytes a thread to global memory."""
+        return len(re.findall(r"\bSTG\.E\.128|(?:global|buffer)_store_dwordx4", self.text))
+
+    def mix(self) -> dict[str, int]:
+        """Instructions of each kind; a loop's body counts once. "other" is what no pattern knows."""
+        kinds = _AMD if self.amd else _NVIDIA
+        found = Counter(
+            next((kind for kind, pattern in kinds.items() if re.match(pattern, name)), "other")
+            for name in self._instructions()
+        )
+        return {kind: found[kind] for kind in sorted([*kinds, "other"])}
+
+    def _instructions(self) -> list[str]:
+        if self.amd:
+            return re.findall(r"^\t([a-z]\w+)\b", self.text.split("\t.section\t.rodata")[0], re.M)
+        names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", self.text, re.M)
+        return [name for name in names if name != "NOP"]  # what fills up the last line
+
+    def _cuobjdump(self, option: str) -> str:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self._kernel.asm["cubin"])
+            file.flush()
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+    def _number(self, pattern: str, text: str | None = None) -> int:
+        found = re.search(pattern, self.text if text is None else text)
+        if found is None:
+            raise RuntimeError(f"the compiler's output has no line like {pattern!r}")
+        return int(found[1])
+
+
+__all__ = ["Assembly"]

@@ -1,0 +1,132 @@
+"""Compiling the kernels for GPUs that are not there.
+
+Every launcher is called as the engine calls it, under a driver that names a GPU target and compiles but does not
+launch. So the types, specializations and options of what comes out are those of a real launch.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ..triton_kernels import build_table
+from ..triton_kernels.coefficients import coefficients
+from ..triton_kernels.inner import inner
+from ..triton_kernels.launch import masked_config
+from ..triton_kernels.normal import bits, normal
+from ..triton_kernels.perturb import perturb_
+from ..triton_kernels.replay import replay_
+from ..triton_kernels.restore import restore_
+from ..triton_kernels.update import update_, update_perturb_
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _CompileOnlyDriver:
+    """Stands in for the GPU driver: it names a target and has no device behind it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        # Triton caches compiled kernels by device number: a number of its own for each target.
+        return list(TARGETS.values()).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
+    """Within this context a launch compiles for the target and does nothing; yields the list of what was compiled.
+
+    Raises:
+        RuntimeError: under Triton's interpreter, which compiles nothing.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it and start a new process")
+    compiled: list[Any] = []
+    run = JITFunction.run
+    config = triton.runtime.driver
+    before = config._active
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if all(kernel is not seen for seen in compiled):
+            compiled.append(kernel)
+        return kernel
+
+    config.set_active(_CompileOnlyDriver(target))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        config._active = before
+
+
+@triton.jit
+def _root_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.sqrt_rn(tl.load(x_ptr + at)))
+
+
+@triton.jit
+def _quotient_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr) / tl.load(y_ptr))
+
+
+def launch_everything(dtype: torch.dtype) -> None:
+    """Every launcher, over counts and lists of every size that a specializing compiler might tell apart."""
+    for size in (5000, 16 * 1024):
+        weight = torch.zeros(size, dtype=dtype)
+        sparse = build_table([weight], [0], [torch.arange(0, size, 3)])
+        for table in (sparse, build_table([weight], [0], None)):
+            master = torch.zeros(table.slots)
+            for steps in (1, 2, 16):
+                seeds, c = torch.zeros(steps, dtype=torch.int64), torch.zeros(steps)
+                perturb_(table, master, seeds[:1], c[:1])
+                update_(table, master, seeds[:1], c[:1])
+                update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1])
+                replay_(table, master, seeds, c)
+                if table is sparse:
+                    inner(master, table.ids(0, table.slots), seeds)
+            restore_(table, master)
+        for groups in (1, 2, 16):
+            coefficients(torch.zeros(2), torch.zeros(1, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64))
+        normal(0, sparse.ids(0, sparse.slots))
+        bits(0, sparse.ids(0, sparse.slots))
+
+
+def square_roots(target: str, roots: int) -> Any:
+    """A kernel that does nothing but take so many correctly rounded square roots a thread."""
+    config = masked_config(TARGETS[target].warp_size)
+    n = roots * config.num_warps * TARGETS[target].warp_size
+    with compiling_for(TARGETS[target]) as compiled:
+        _root_kernel[(1,)](torch.zeros(n), torch.zeros(n), **config.options() | {"BLOCK": n})
+    return compiled[0]
+
+
+def quotient(target: str) -> Any:
+    """A kernel that does nothing but one float64 division."""
+    double = torch.zeros(1, dtype=torch.float64)
+    with compiling_for(TARGETS[target]) as compiled:
+        _quotient_kernel[(1,)](double, double.clone(), num_warps=1, enable_fp_fusion=False)
+    return compiled[0]
+
+
+__all__ = ["DTYPES", "TARGETS", "compiling_for", "launch_everything", "quotient", "square_roots"]
