@@ -17,7 +17,7 @@ from .triton_kernels import ElementTable, reference
 BACKENDS = ("auto", "torch", "numba", "triton")
 
 # Normals kept from the first perturbation of a step to its update, at most: 64 MiB. A larger mask draws them anew.
-_KEEP = 1 << 24
+KEPT_NORMALS = 1 << 24
 
 
 class Backend(Protocol):
@@ -87,7 +87,7 @@ class TorchBackend:
         reference.replay_(table, master, seeds, c, functools.partial(reference.normals_of, source=self._source))
 
     def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
-        if table.slots > _KEEP:
+        if table.slots > KEPT_NORMALS:
             return reference.normals_of(table, seed, start, stop, self._source)
         wanted, known = reference.seed_of(seed), self._drawn.get(id(table))
         if known is None or known[0] != wanted:
@@ -172,4 +172,4 @@ def resolve(backend: str, device: torch.device) -> Backend:
     raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
-__all__ = ["BACKENDS", "Backend", "TorchBackend", "TritonBackend", "resolve"]
+__all__ = ["BACKENDS", "KEPT_NORMALS", "Backend", "TorchBackend", "TritonBackend", "resolve"]

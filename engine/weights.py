@@ -107,6 +107,10 @@ class MaskedWeights:
         """The parameters that have masked elements, in id order."""
         return [at.name for at in sorted((at for part in self._parts for at in part.members), key=lambda at: at.base)]
 
+    def tables(self) -> list[ElementTable]:
+        """Where the masked elements are; each operation goes over all of them."""
+        return [part.table for part in self._parts]
+
     def perturb_(self, seed: Tensor, scale: Tensor) -> None:
         """``w <- cast(master + scale * z)``: seed int64 [1], scale float32 [1] (see ``values``).
 

@@ -11,6 +11,7 @@ import click
 from tqdm import tqdm
 
 from .. import __version__
+from ..bench.command import bench
 from ..errors import ConfigError, MeerkatError
 from . import setup
 from .config import Method, RunConfig, make_config, read_toml
@@ -158,6 +159,9 @@ def mask(config_file: Path | None, output: Path, **options: Any) -> None:
     made.save(output)
     click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
     click.echo(f"digest {made.digest}\nsaved to {output}")
+
+
+main.add_command(bench)
 
 
 def _run(config: RunConfig, output: Path) -> dict[str, Any]:

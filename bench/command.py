@@ -1,0 +1,213 @@
+"""``meerkat-engine bench``: the kernels and the step against dense zeroth-order fine-tuning.
+
+Every row is checked to compute its update before the clock starts; a row that does not gets no numbers.
+"""
+
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+
+from .. import embedded
+from ..errors import ConfigError
+from ..models import DTYPES, check_device
+from . import kernels, lists, measure, report, shapes, step
+
+_CPU = {
+    "kernels": [
+        (embedded.NAME, "float32"),
+        ("pythia-14m", "float32"),
+        ("pythia-31m", "float32"),
+        ("pythia-31m", "bfloat16"),
+        ("smollm2-135m", "float32"),
+    ],
+    "steps": [(embedded.NAME, "float32"), ("smollm2-135m", "float32")],
+}
+_GPU = {
+    "kernels": [(m, dtype) for m in ("llama-3.2-1b", "qwen2-1.5b", "gemma-2-2b") for dtype in ("bfloat16", "float32")],
+    "steps": [("llama-3.2-1b", "bfloat16")],
+}
+_DENSITIES = (1e-2, 1e-3, 1e-4)
+_REPLAYED = {"cpu": 100, "cuda": 10_000}  # steps
+
+
+def run_all(
+    cases: dict[str, list[tuple[str, str]]],
+    *,
+    command: str,
+    device: torch.device,
+    densities: list[float],
+    repeats: int,
+    batch: tuple[int, int],
+) -> report.Result:
+    """Measures everything.
+
+    Args:
+        cases: under "kernels" and "steps", names of models (``shapes.SHAPES``) and dtypes.
+        command: that asked for it, kept with the result.
+        device: where.
+        densities: of the masks; ratios are taken to the one nearest 1e-3.
+        repeats: of each row, at least 3; slow rows take part in 3.
+        batch: examples and tokens of a step.
+
+    Returns:
+        What was measured, ready for JSON.
+    """
+    base = min(densities, key=lambda density: abs(density - 1e-3))
+    result: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "machine": _machine(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")},
+        "kernels": [],
+        "steps": [],
+    }
+    for name, dtype in cases["kernels"]:
+        click.echo(f"measuring the weight passes of {name}, {dtype}", err=True)
+        model = shapes.build(name, DTYPES[dtype], device)
+        case = {
+            "model": name,
+            "dtype": dtype,
+            "elements": sum(p.numel() for p in model.parameters()),
+            "base_density": base,
+            "copy_bytes_per_second": measure.copy_bandwidth(device),
+            "empty_launch_seconds": measure.empty_launch(device),
+        }
+        result["kernels"].append(case | {"rows": kernels.matrix(model, densities, repeats, base)})
+    for name, dtype in cases["steps"]:
+        click.echo(f"measuring the step of {name}, {dtype}", err=True)
+        model = shapes.build(name, DTYPES[dtype], device)
+        rows = step.split(model, base, step.closure_of(model, *batch), repeats)
+        passes: dict[str, Any]
+        try:
+            passes = lists.in_one_pass(model, base, _REPLAYED[device.type])
+        except kernels.CheckError as error:
+            passes = {"failed": str(error)}
+        result["steps"].append({"model": name, "dtype": dtype, "batch": list(batch), "rows": rows, "one_pass": passes})
+    return result
+
+
+def failures(result: report.Result) -> list[str]:
+    """What the checks of the rows without numbers said."""
+    found = [(case, row) for case in result["kernels"] + result["steps"] for row in case["rows"]]
+    found += [(case, case["one_pass"]) for case in result["steps"]]
+    return [f"{case['model']}, {case['dtype']}: {row['failed']}" for case, row in found if "failed" in row]
+
+
+def write(result: report.Result, directory: Path) -> list[Path]:
+    """Writes ``result.json``, ``result.md`` and the figures into a directory that exists."""
+    (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return [directory / "result.json", *_render(result, directory)]
+
+
+def _render(result: report.Result, directory: Path) -> list[Path]:
+    (directory / "result.md").write_text(report.markdown(result))
+    return [directory / "result.md", *report.draw(result, directory)]
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
+    return {"device": f"{_processor()} CPU", "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or f"unknown (version {version('meerkat-engine')})"
+
+
+def _as_given(context: click.Context) -> str:
+    """The command with the options that were given."""
+    words = ["meerkat-engine", "bench"]
+    for option in context.command.params:
+        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            value = context.params[str(option.name)]
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0], str(each)]
+    return shlex.join(words)
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto is cuda where there is one")
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(shapes.SHAPES), help="[default: a set that suits it]"
+)
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="[default: a set that suits it]"
+)
+@click.option("--density", "densities", multiple=True, type=click.FloatRange(0, 1, min_open=True), default=_DENSITIES,
+              show_default=True)  # fmt: skip
+@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples of a step")
+@click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens of an example")
+@click.option("--output", type=click.Path(path_type=Path), help="directory for result.json, result.md and the figures")
+@click.option("--render", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="measure nothing: make result.md and the figures from this result.json, beside it")  # fmt: skip
+@click.pass_context
+def bench(
+    context: click.Context,
+    device: str,
+    models: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    densities: tuple[float, ...],
+    repeats: int,
+    batch_size: int,
+    length: int,
+    output: Path | None,
+    render: Path | None,
+) -> None:
+    """Times this engine's passes over the weights, and a whole step, against dense zeroth-order fine-tuning.
+
+    Every row is checked to compute its update before it is timed. On two CPU cores it takes under five minutes.
+    """
+    if render is not None:
+        for path in _render(json.loads(render.read_text()), render.parent):
+            click.echo(path)
+        return
+    if output is not None:
+        report.require_matplotlib()
+        if output.exists():
+            raise ConfigError(f"{str(output)!r} exists; give --output a new directory")
+        output.mkdir(parents=True)
+    where = check_device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    cases = _CPU if where.type == "cpu" else _GPU
+    if models or dtypes:
+        kinds = dtypes or ("float32",)
+        named = [(m, dtype) for m in models or dict.fromkeys(m for m, _ in cases["kernels"]) for dtype in kinds]
+        cases = {"kernels": named, "steps": named}
+    result = run_all(
+        cases,
+        command=_as_given(context),
+        device=where,
+        densities=list(densities),
+        repeats=repeats,
+        batch=(batch_size, length),
+    )
+    click.echo(report.markdown(result))
+    if output is not None:
+        for path in write(result, output):
+            click.echo(f"wrote {path}", err=True)
+    failed = failures(result)
+    if failed:
+        raise kernels.CheckError("; ".join(failed))
+
+
+__all__ = ["bench", "failures", "run_all", "write"]

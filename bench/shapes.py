@@ -1,0 +1,58 @@
+"""Models of published shapes with random weights: what an operation on the weights costs depends on nothing else."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import transformers
+from torch import nn
+
+from .. import embedded
+
+_LLAMA_1B = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN2_1B5 = {
+    "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+_GEMMA2_2B = {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+}  # fmt: skip
+_SMOLLM2_135M = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+_PYTHIA_14M = {
+    "vocab_size": 50304, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}  # fmt: skip
+_PYTHIA_31M = {
+    "vocab_size": 50304, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+}  # fmt: skip
+
+_CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "pythia-14m": lambda: transformers.GPTNeoXConfig(**_PYTHIA_14M),
+    "pythia-31m": lambda: transformers.GPTNeoXConfig(**_PYTHIA_31M),
+    "smollm2-135m": lambda: transformers.LlamaConfig(**_SMOLLM2_135M),
+    "llama-3.2-1b": lambda: transformers.LlamaConfig(**_LLAMA_1B),
+    "qwen2-1.5b": lambda: transformers.Qwen2Config(**_QWEN2_1B5),
+    "gemma-2-2b": lambda: transformers.Gemma2Config(**_GEMMA2_2B),
+}
+SHAPES = (embedded.NAME, *_CONFIGS)
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of one of ``SHAPES``, in evaluation mode; the embedded one with its own weights, the others random."""
+    if name == embedded.NAME:
+        return embedded.load(dtype, device).model
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(_CONFIGS[name](), dtype=dtype)
+    model.eval().requires_grad_(False)
+    return cast(nn.Module, model)
+
+
+__all__ = ["SHAPES", "build"]

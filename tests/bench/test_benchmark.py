@@ -1,0 +1,282 @@
+"""``meerkat-engine bench``: it times what it checked, refuses what is wrong, and counts what it says it counts."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from meerkat_engine import SparseMask, embedded
+from meerkat_engine.bench import kernels, lists, measure, report, rows, shapes, step
+from meerkat_engine.bench.measure import Spread
+from meerkat_engine.fed.cli import main
+from meerkat_engine.triton_kernels import ElementTable, reference
+from tests.conftest import same_bits
+
+ROWS = [*rows.SPARSE, *rows.SPARSE_ONCE, *rows.DENSE]
+CPU = torch.device("cpu")
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def entry_of(name: str, model: nn.Module, density: float = 0.01) -> kernels.Entry:
+    made = [make() for make in kernels.entries(model, [density], density)]
+    return next(entry for entry in made if entry.name == name)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return embedded.load(request.param).model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    output: Path = tmp_path_factory.mktemp("bench") / "out"
+    arguments = ["bench", "--model", "embedded", "--repeats", "3", "--density", "0.01", "--output", str(output)]
+    return CliRunner().invoke(main, arguments), output
+
+
+def test_one_command_prints_and_writes_everything(finished: tuple[Result, Path]) -> None:
+    result, output = finished
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "result.json").read_text())
+    assert record["command"] == f"meerkat-engine bench --model embedded --density 0.01 --repeats 3 --output {output}"
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["commit"]
+    (case,) = record["kernels"]
+    assert case["elements"] == 83776
+    assert case["copy_bytes_per_second"] > 1e8
+    assert case["empty_launch_seconds"] is None
+    assert [row["row"] for row in case["rows"]] == ROWS
+    for row in case["rows"]:
+        assert row["row"] in result.output
+        assert row["elements"] == (838 if row["density"] < 1 else 83776)
+        for operation in ("perturb", "flip", "update", "step"):
+            spread = row["seconds"][operation]
+            assert 0 < spread["p20"] <= spread["median"] <= spread["p80"]
+    assert case["rows"][0]["ratio"]["perturb"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    (whole,) = record["steps"]
+    assert whole["rows"][0]["over_forwards"]["median"] > 1
+    assert sum(s["median"] for s in whole["rows"][0]["share"].values()) == pytest.approx(1, abs=0.1)
+    assert 0 < whole["one_pass"]["replay"]["ratio"]["median"] < 1
+    assert (output / "result.md").read_text() in result.output
+    for name in ("density.png", "size.png", "step.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_and_figures_are_made_from_the_json(finished: tuple[Result, Path], tmp_path: Path) -> None:
+    _, output = finished
+    (tmp_path / "result.json").write_text((output / "result.json").read_text())
+    again = CliRunner().invoke(main, ["bench", "--render", str(tmp_path / "result.json")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "result.md").read_text() == (output / "result.md").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in output.iterdir()}
+
+
+def test_nothing_is_overwritten(finished: tuple[Result, Path]) -> None:
+    _, output = finished
+    before = (output / "result.json").read_text()
+    again = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(output)])
+    assert again.exit_code == 1
+    assert "exists; give --output a new directory" in again.output
+    assert (output / "result.json").read_text() == before
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "meerkat_engine.bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: meerkat-engine bench")
+
+
+def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "pip install 'meerkat-engine[bench]'" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_computes_its_update_and_leaves_the_weights(name: str, model: nn.Module) -> None:
+    before, addresses = flat(model), [p.data_ptr() for p in model.parameters()]
+    entry = entry_of(name, model)
+    assert kernels.check(entry, model) > 0
+    assert same_bits(flat(model), before)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+class _Wrong(rows.Row):
+    """A row with one thing wrong."""
+
+    def __init__(self, row: rows.Row, fault: str) -> None:
+        self._row, self._fault = row, fault
+        self.exact = row.exact
+
+    def perturb(self, seed: int, eps: float) -> None:
+        self._row.perturb(seed + (self._fault == "seed"), eps * (1.01 if self._fault == "scale" else 1))
+
+    def flip(self, seed: int, eps: float) -> None:
+        if self._fault != "flip":
+            self._row.flip(seed, eps)
+
+    def update(self, seed: int, eps: float, c: float) -> None:
+        self._row.update(seed, eps, -c if self._fault == "sign" else c)
+
+    def noise(self, seed: int) -> Iterator[torch.Tensor]:
+        for z in self._row.noise(seed):
+            yield z * 1.2 if self._fault == "noise" else z
+
+    def settle(self) -> None:
+        self._row.settle()
+
+
+FAULTS = {"seed": "perturb is not", "scale": "perturb is not", "flip": "flip is not", "sign": "update is not",
+          "noise": "is not standard normal"}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_that_computes_something_else_is_seen(name: str, fault: str) -> None:
+    model = embedded.load().model
+    before, entry = flat(model), entry_of(name, model)
+    wrong = dataclasses.replace(entry, row=_Wrong(entry.row, fault))
+    with pytest.raises(kernels.CheckError, match=FAULTS[fault]):
+        kernels.check(wrong, model)
+    assert same_bits(flat(model), before)
+
+
+def test_a_row_that_fails_gets_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(model: nn.Module) -> rows.Row:
+        return _Wrong(rows.MeZO(model), "sign")
+
+    monkeypatch.setitem(rows.DENSE, "dense, MeZO's loop", wrong)
+    monkeypatch.setattr(lists.MaskedWeights, "replay_", lambda *_: None)
+    arguments = ["bench", "--model", "embedded", "--repeats", "3", "--density", "0.01", "--output", str(tmp_path / "o")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    record = json.loads((tmp_path / "o" / "result.json").read_text())
+    for case in record["kernels"] + record["steps"]:
+        (failed,) = [row for row in case["rows"] if row["row"] == "dense, MeZO's loop"]
+        assert set(failed) == {"row", "density", "failed"}
+    assert 'no numbers: row "dense, MeZO\'s loop" at density 1: update is not its formula' in done.output
+    assert "Many steps in one pass: no numbers: replay: one pass and a pass a step end on other bits" in done.output
+    assert "Error: embedded, float32: row" in done.output
+
+
+def test_ratios_are_taken_within_a_repetition(model: nn.Module) -> None:
+    entry = entry_of("meerkat", model)
+    base = {"perturb": [1.0, 2.0, 4.0], "flip": [1.0, 2.0, 4.0], "update": [2.0, 4.0, 8.0]}
+    mine = {"perturb": [3.0, 6.0, 12.0], "flip": [1.0, 2.0, 4.0], "update": [4.0, 8.0, 16.0]}
+    record: dict[str, Any] = kernels._record(entry, 0, mine, base)
+    assert record["ratio"] == {
+        "perturb": {"median": 3.0, "p20": 3.0, "p80": 3.0},
+        "step": {"median": 2.0, "p20": 2.0, "p80": 2.0},
+    }
+    assert record["seconds"]["step"]["median"] == 16.0
+
+
+def test_bytes_that_must_move() -> None:
+    """64 bfloat16 weights in four 32-byte sectors, of which the mask touches two; one slot of padding."""
+    model = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
+    mask = dataclasses.replace(SparseMask.random(model, 3 / 64, 0), ids=torch.tensor([0, 15, 40]))
+    row = rows.Engine(model, mask)
+    offsets, masters, block = 4 * 4, 4 * 4, 32
+    assert row.moved["perturb"] == 2 * 2 * 32 + offsets + masters + block
+    assert row.moved["update"] == row.moved["perturb"] + masters
+    assert row.held == offsets + masters
+    assert rows.Indexing(model, mask).moved["perturb"] == 2 * 2 * 32 + 3 * 8
+    dense = rows.DenseFused(model)
+    assert dense.moved["perturb"] == 64 * 2 + 64 * 4 + 32
+    assert rows.MeZO(model).moved == {"perturb": 256, "flip": 256, "update": 512}
+    assert rows.FlatNoise(model).moved["flip"] == 256 + 128
+    assert rows.MaskedDense(model, mask).moved["perturb"] == 256 + 64
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_normals_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row says it draws, against what it asks torch or the stream for."""
+    row, drawn = entry_of(name, embedded.load().model).row, [0]
+    if isinstance(row, rows._Additive):
+        draw = row._normal
+
+        def normal(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+            z = draw(shape, dtype)
+            drawn[0] += z.numel()
+            return z
+
+        monkeypatch.setattr(row, "_normal", normal)
+    else:
+        normals_of = reference.normals_of
+
+        def counted(table: ElementTable, seed: torch.Tensor, start: int, stop: int, source: Any) -> torch.Tensor:
+            drawn[0] += sum(high - low for _, low, high in table.pieces(start, stop))
+            return normals_of(table, seed, start, stop, source)
+
+        monkeypatch.setattr(reference, "normals_of", counted)
+    for operation in rows.OPERATIONS:
+        before = drawn[0]
+        getattr(row, operation)(5, 1e-3, *([1e-3] if operation == "update" else []))
+        assert drawn[0] - before == row.normals[operation], operation
+    assert drawn[0] > 0
+
+
+def test_peak_memory_is_what_is_held_at_a_time() -> None:
+    def action() -> None:
+        for _ in range(5):
+            torch.zeros(1 << 18)
+
+    assert 4 << 18 <= measure.peak_bytes(action, CPU) < 2 * (4 << 18)
+
+
+def test_percentiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(median=3.5, p20=2.0, p80=5.0)
+
+
+def test_a_slow_row_leaves_after_three_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedded.load().model
+    monkeypatch.setattr(kernels, "_SLOW", 0.0)
+    (seconds,) = kernels.time_rows([entry_of("meerkat", model).row], CPU, 5)
+    assert [len(values) for values in seconds.values()] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [
+        ("embedded", 83_776),
+        ("pythia-14m", 14_067_712),
+        ("pythia-31m", 30_494_720),
+        ("smollm2-135m", 134_515_008),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2-1.5b", 1_543_714_304),
+        ("gemma-2-2b", 2_614_341_888),
+    ],
+)
+def test_shapes_have_the_published_number_of_elements(name: str, elements: int) -> None:
+    device = CPU if name == "embedded" else torch.device("meta")
+    assert sum(p.numel() for p in shapes.build(name, torch.bfloat16, device).parameters()) == elements
+    assert name in shapes.SHAPES
+
+
+def test_amounts_are_readable() -> None:
+    assert [report._amount(x) for x in (0, 999, 1000, 134_515_008, 2.5e12)] == [
+        "0 B", "999 B", "1 kB", "135 MB", "2.5e+03 GB",
+    ]  # fmt: skip
+    assert report._density(1e-3) == "0.001"
+    assert report._density(1.0) == "dense"
+
+
+def test_a_step_has_five_parts() -> None:
+    net = embedded.load().model
+    found = step.split(net, 0.01, step.closure_of(net, 2, 8), 3)
+    assert all(set(row["seconds"]) == set(step.PARTS) for row in found)
