@@ -3,12 +3,13 @@
 Every row is checked to compute its update before the clock starts; a row that does not gets no numbers.
 """
 
+import contextlib
 import datetime
 import json
 import platform
 import shlex
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run_all(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "machine": _machine(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")},
+        "versions": _versions(device),
         "kernels": [],
         "steps": [],
     }
@@ -118,6 +119,15 @@ def _machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
     return {"device": f"{_processor()} CPU", "threads": torch.get_num_threads()}
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
+    if device.type == "cuda":
+        return found | {"CUDA" if torch.version.hip is None else "HIP": torch.version.cuda or str(torch.version.hip)}
+    with contextlib.suppress(PackageNotFoundError):
+        found["numba"] = version("numba")
+    return found
 
 
 def _processor() -> str:

@@ -48,8 +48,12 @@ def entries(model: nn.Module, densities: list[float], base_density: float) -> li
     params = list(model.parameters())
     d, on_cpu = sum(p.numel() for p in params), params[0].device.type == "cpu"
 
+    @functools.cache
+    def mask_of(density: float) -> SparseMask:
+        return SparseMask.random(model, density, SEED)
+
     def sparse(name: str, density: float, kind: Callable[[nn.Module, SparseMask], Row]) -> Entry:
-        mask = SparseMask.random(model, density, SEED)
+        mask = mask_of(density)
         return Entry(name=name, density=density, elements=len(mask), row=kind(model, mask))
 
     def dense(name: str, kind: Callable[[nn.Module], Row]) -> Entry:

@@ -150,7 +150,7 @@ class Engine(_Kernels):
     def __init__(self, model: nn.Module, mask: SparseMask, backend: str = "auto") -> None:
         self._weights = MaskedWeights(model, mask, backend)
         super().__init__(self._weights.tables(), self._weights.values)
-        self._mask, self._sizes = mask, [p.numel() for p in model.parameters()]
+        self._mask, self._params = mask, list(model.parameters())
 
     def _perturb(self, seed: Tensor, scale: Tensor) -> None:
         self._weights.perturb_(seed, scale)
@@ -159,7 +159,7 @@ class Engine(_Kernels):
         self._weights.update_(seed, c)
 
     def noise(self, seed: int) -> Iterator[Tensor]:
-        return _masked_noise(self._mask, self._sizes, seed)
+        return _masked_noise(self._mask, self._params, seed)
 
 
 class PlainTorch(Engine):
@@ -175,20 +175,20 @@ class LaunchPerTensor(_PerTable):
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
         found = zip(model.parameters(), mask.table.bases, places_of(model, mask), strict=True)
         super().__init__([build_table([p.detach()], [base], [at]) for p, base, at in found if at.numel()])
-        self._mask, self._sizes = mask, [p.numel() for p in model.parameters()]
+        self._mask, self._params = mask, list(model.parameters())
 
     def noise(self, seed: int) -> Iterator[Tensor]:
-        return _masked_noise(self._mask, self._sizes, seed)
+        return _masked_noise(self._mask, self._params, seed)
 
 
-def _masked_noise(mask: SparseMask, sizes: Sequence[int], seed: int) -> Iterator[Tensor]:
+def _masked_noise(mask: SparseMask, params: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
     """The stream's ``z * m`` of each parameter, by the plain-torch reference on the CPU."""
     z = stream.normal(seed, mask.ids, backend="torch")
     at = 0
-    for size, base in zip(sizes, mask.table.bases, strict=True):
-        out = torch.zeros(size)
-        stop = int(torch.searchsorted(mask.ids, base + size))
-        out[mask.ids[at:stop] - base] = z[at:stop]
+    for p, base in zip(params, mask.table.bases, strict=True):
+        out = torch.zeros(p.numel(), device=p.device)
+        stop = int(torch.searchsorted(mask.ids, base + p.numel()))
+        out[(mask.ids[at:stop] - base).to(p.device)] = z[at:stop].to(p.device)
         at = stop
         yield out
 
