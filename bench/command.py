@@ -122,11 +122,12 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numba"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     if device.type == "cuda":
-        return found | {"CUDA" if torch.version.hip is None else "HIP": torch.version.cuda or str(torch.version.hip)}
-    with contextlib.suppress(PackageNotFoundError):
-        found["numba"] = version("numba")
+        found["HIP" if torch.version.hip else "CUDA"] = str(torch.version.hip or torch.version.cuda)
     return found
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..clock import Clock
@@ -109,18 +108,15 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * _COPY / statistics.median(seconds)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _nothing_kernel(x_ptr: Any) -> None:
-    pass
-
-
 def empty_launch(device: torch.device) -> float | None:
     """Seconds on the device of a kernel that does nothing; None on a CPU."""
     if device.type != "cuda":
         return None
+    from .empty import nothing_kernel  # triton is there on Linux only
+
     x: Tensor = torch.zeros(1, device=device)
     watch = Stopwatch(device)
-    seconds = [watch.seconds(watch.cold(lambda: _nothing_kernel[(1,)](x))) for _ in range(21)][1:]
+    seconds = [watch.seconds(watch.cold(lambda: nothing_kernel[(1,)](x))) for _ in range(21)][1:]
     return statistics.median(seconds)
 
 

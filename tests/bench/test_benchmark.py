@@ -99,6 +99,18 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout.startswith("Usage: meerkat-engine bench")
 
 
+def test_it_runs_without_triton_numba_and_matplotlib() -> None:
+    """Triton is there on Linux only, the others are extras."""
+    script = (
+        "import sys\n"
+        "for name in ('triton', 'numba', 'matplotlib'): sys.modules[name] = None\n"
+        "from meerkat_engine.fed.cli import main\n"
+        "main(['bench', '--model', 'embedded', '--repeats', '3', '--density', '0.01'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "meerkat, plain torch" in done.stdout
+
+
 def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(tmp_path / "out")])
