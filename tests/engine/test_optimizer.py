@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meerkat_engine import SparseMask, SparseZO, replay, stream
+from meerkat_engine.bench.measure import peak_bytes
 from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
 from meerkat_engine.objective import language_model_loss
-from meerkat_engine.weights import round_fp32
+from meerkat_engine.weights import MaskedWeights, round_fp32
 from tests.conftest import make_model, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -396,6 +397,21 @@ def test_weights_that_are_not_contiguous_are_named() -> None:
     model.weight = nn.Parameter(torch.randn(4, 3).T)
     with pytest.raises(ValueError, match="parameter 'weight' has masked elements and is not contiguous"):
         SparseZO(model, SparseMask.dense(model), lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_temporaries_are_few_bytes_a_masked_element(name: str) -> None:
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(4)])
+    weights = MaskedWeights(model, SparseMask.random(model, 0.3, 0), name)
+    seed, eps = weights.values.seed(1), weights.values.numbers([1e-3], torch.float32)
+
+    def step() -> None:
+        for scale in (eps, -eps):
+            weights.perturb_(seed, scale)
+        weights.update_(seed, eps)
+
+    assert len(weights.mask) == 1_258_291
+    assert 4 <= peak_bytes(step, torch.device("cpu")) / len(weights.mask) <= 40
 
 
 def test_no_temporary_of_the_size_of_the_model() -> None:

@@ -118,8 +118,9 @@ def test_a_run_of_ids_in_compiled_code(first: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_matter(threads: int) -> None:
+def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither how many share one call, nor how many call at a time."""
+    monkeypatch.setattr(compiled, "_PER_THREAD", 1 << 16)
     ids = torch.arange(0, 3 * (1 << 18), 3) + 5
     wanted, before = reference.normal(77, ids), torch.get_num_threads()
     torch.set_num_threads(threads)
