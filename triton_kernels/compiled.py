@@ -24,8 +24,8 @@ _M0, _M1, _W0, _W1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1), np.uint32(PHILO
 _LOG = tuple(np.float32(c) for c in _LOG_COEFFICIENTS)
 # Normals drawn at a time: 16 bytes each, in the first-level cache.
 _BLOCK = 1024
-# Normals that are worth a thread. Right after a torch operation, whose own threads still spin for work, two threads were
-# slower than one for 140,000 normals, as fast for 1.2 M, and 1.3 times as fast for 5 M (2 cores, 2026-11-25).
+# Normals that are worth a thread. Right after a torch operation, whose own threads still spin for work, two threads
+# were slower than one for 140,000 normals, as fast for 1.2 M, 1.3 times as fast for 5 M (2 cores, 2026-11-25).
 _PER_THREAD = 1 << 20
 
 
