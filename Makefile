@@ -19,8 +19,13 @@ format:  ## Formats the code.
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench:  ## Times a step beside its forwards, and compiles the kernels for three GPUs.
-	$(PYTHON) -m meerkat_engine.bench.step
-	$(PYTHON) -m meerkat_engine.bench.codegen
+test-gpu:  ## On a machine with a GPU: compares its bits with the CPU's.
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu
 
-.PHONY: help test test-slow check format bench
+bench:  ## Measures the kernels and the step against dense zeroth-order fine-tuning: a few minutes.
+	$(PYTHON) -m meerkat_engine.bench
+
+codegen:  ## Compiles the kernels for three GPUs and records what came out.
+	$(PYTHON) -m meerkat_engine.bench.codegen --output bench/results
+
+.PHONY: help test test-slow test-gpu check format bench codegen

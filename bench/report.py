@@ -75,11 +75,11 @@ def _one_pass(case: dict[str, Any]) -> str:
     passes = case["one_pass"]
     if "failed" in passes:
         return f"Many steps in one pass: no numbers: {passes['failed']}"
-    found = ", ".join(f"{name} {_spread(passes[name]['ratio'])}" for name in ("replay", "inner"))
-    return (
-        f"{passes['steps']:,} steps over {passes['elements']:,} masked elements in one pass, over the time of a pass a "
-        f"step: {found}."
-    )
+    lines = [
+        [name, way, _spread(found["ratio"])] for name in ("replay", "inner") for way, found in passes[name].items()
+    ]
+    title = f"{passes['steps']:,} steps over {passes['elements']:,} masked elements, times over those of one pass:"
+    return f"{title}\n\n{_table(['operation', 'way', 'time'], lines)}"
 
 
 def _table(columns: list[str], lines: list[list[str]]) -> str:

@@ -68,7 +68,8 @@ def test_one_command_prints_and_writes_everything(finished: tuple[Result, Path])
     (whole,) = record["steps"]
     assert whole["rows"][0]["over_forwards"]["median"] > 1
     assert sum(s["median"] for s in whole["rows"][0]["share"].values()) == pytest.approx(1, abs=0.1)
-    assert 0 < whole["one_pass"]["replay"]["ratio"]["median"] < 1
+    assert whole["one_pass"]["replay"]["a pass a step"]["ratio"]["median"] > 1
+    assert whole["one_pass"]["inner"]["one pass, plain torch"]["seconds"]["median"] > 0
     assert (output / "result.md").read_text() in result.output
     for name in ("density.png", "size.png", "step.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
