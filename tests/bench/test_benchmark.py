@@ -22,6 +22,7 @@ from tests.conftest import same_bits
 
 ROWS = [*rows.SPARSE, *rows.SPARSE_ONCE, *rows.DENSE]
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -279,6 +280,15 @@ def test_shapes_have_the_published_number_of_elements(name: str, elements: int) 
     device = CPU if name == "embedded" else torch.device("meta")
     assert sum(p.numel() for p in shapes.build(name, torch.bfloat16, device).parameters()) == elements
     assert name in shapes.SHAPES
+
+
+def test_the_readme_shows_the_recorded_result() -> None:
+    directory = ROOT / "bench" / "results" / "cpu-2-cores"
+    recorded = (directory / "result.md").read_text()
+    assert report.markdown(json.loads((directory / "result.json").read_text())) == recorded
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| meerkat")]
+    assert len(shown) > 5
+    assert all(line in recorded for line in shown)
 
 
 def test_amounts_are_readable() -> None:
