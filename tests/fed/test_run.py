@@ -218,7 +218,7 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
         (["--seed", "-1"], "seed must be in"),
         (["--device", "cuda"], "torch sees no CUDA or ROCm device"),
         (["--device", "abacus"], "unknown device 'abacus'"),
-        (["--backend", "cuda"], "backend must be one of auto, torch, triton, got cuda"),
+        (["--backend", "cuda"], "backend must be one of auto, torch, numba, triton, got cuda"),
         (["--mask", "nowhere"], "mask 'nowhere' does not exist"),
         (["--batch-size", "900"], "800 examples cannot give 4 clients 900 each"),
         (["--batch-size", "150", "--alpha", "0.01"], "fewer than the 150 of a batch"),
