@@ -87,13 +87,24 @@ def run_all(
     for name, dtype in cases["steps"]:
         click.echo(f"measuring the step of {name}, {dtype}", err=True)
         model = shapes.build(name, DTYPES[dtype], device)
-        rows = step.split(model, base, step.closure_of(model, *batch), repeats)
+        closure = step.closure_of(model, *batch)
+        rows = step.split(model, base, closure, repeats)
+        whole = step.of_optimizer(model, base, closure, repeats)
         passes: dict[str, Any]
         try:
             passes = lists.in_one_pass(model, base, _REPLAYED[device.type])
         except kernels.CheckError as error:
             passes = {"failed": str(error)}
-        result["steps"].append({"model": name, "dtype": dtype, "batch": list(batch), "rows": rows, "one_pass": passes})
+        result["steps"].append(
+            {
+                "model": name,
+                "dtype": dtype,
+                "batch": list(batch),
+                "rows": rows,
+                "optimizer": whole,
+                "one_pass": passes,
+            }
+        )
     return result
 
 
@@ -113,6 +124,16 @@ def write(result: report.Result, directory: Path) -> list[Path]:
 def _render(result: report.Result, directory: Path) -> list[Path]:
     (directory / "result.md").write_text(report.markdown(result))
     return [directory / "result.md", *report.draw(result, directory)]
+
+
+def _read(path: Path) -> report.Result:
+    try:
+        result: report.Result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no result of this command: {error}") from error
+    if not isinstance(result, dict) or not {"kernels", "steps", "machine", "versions"} <= result.keys():
+        raise ConfigError(f"{path} is no result of this command: it lacks kernels, steps, machine or versions")
+    return result
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -157,15 +178,16 @@ def _as_given(context: click.Context) -> str:
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto is cuda where there is one")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="auto is cuda where there is one")  # fmt: skip
 @click.option(
     "--model", "models", multiple=True, type=click.Choice(shapes.SHAPES), help="[default: a set that suits it]"
 )
 @click.option(
     "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="[default: a set that suits it]"
 )
-@click.option("--density", "densities", multiple=True, type=click.FloatRange(0, 1, min_open=True), default=_DENSITIES,
-              show_default=True)  # fmt: skip
+@click.option("--density", "densities", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              default=_DENSITIES, show_default=True)  # fmt: skip
 @click.option("--repeats", type=click.IntRange(3), default=9, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples of a step")
 @click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens of an example")
@@ -190,14 +212,14 @@ def bench(
     Every row is checked to compute its update before it is timed. On two CPU cores it takes under five minutes.
     """
     if render is not None:
-        for path in _render(json.loads(render.read_text()), render.parent):
+        for path in _render(_read(render), render.parent):
             click.echo(path)
         return
     if output is not None:
         report.require_matplotlib()
-        if output.exists():
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise ConfigError(f"{str(output)!r} exists; give --output a new directory")
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
     where = check_device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     cases = _CPU if where.type == "cpu" else _GPU
     if models or dtypes:

@@ -68,7 +68,7 @@ def entries(model: nn.Module, densities: list[float], base_density: float) -> li
 
 
 def check(entry: Entry, model: nn.Module) -> int:
-    """Runs each operation once, compares the weights with their formula, and puts them back.
+    """Runs each operation once, compares the weights with their formula, and puts the weights back, not the row.
 
     Returns:
         Most memory that an operation held, in bytes.
@@ -99,10 +99,15 @@ def check(entry: Entry, model: nn.Module) -> int:
     return peak
 
 
+def bits_of(values: torch.Tensor) -> torch.Tensor:
+    """The bits of some floating-point numbers as integers: -0 differs from +0, NaN equals itself."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
 def _moved_by(new: torch.Tensor, old: torch.Tensor, z: torch.Tensor, scale: float, *, exact: bool) -> bool:
     wanted = old.float() + z * torch.tensor(scale, dtype=torch.float32)
     if exact:
-        return torch.equal(new, wanted.to(new.dtype))
+        return torch.equal(bits_of(new), bits_of(wanted.to(new.dtype)))
     # Up to four roundings of numbers as large as the weight and three perturbations.
     rounding = 4 * torch.finfo(new.dtype).eps * (old.float().abs() + 3 * abs(scale) * z.abs())
     return bool(((new.float() - wanted).abs() <= rounding).all())
@@ -147,7 +152,7 @@ def matrix(model: nn.Module, densities: list[float], repeats: int, base_density:
     """Checks and times every row of a model.
 
     Args:
-        model: its weights are restored, up to the rounding of rows that restore by arithmetic.
+        model: its weights are moved by a few small updates.
         densities: of the masks.
         repeats: at least 3.
         base_density: the density of this engine's row that ratios are taken to; one of ``densities``.
@@ -161,7 +166,8 @@ def matrix(model: nn.Module, densities: list[float], repeats: int, base_density:
     for make in entries(model, densities, base_density):
         entry = make()
         try:
-            passed.append((entry, check(entry, model)))
+            peak = check(entry, model)
+            passed.append((make(), peak))  # anew: the checked one's own state has moved on
         except CheckError as error:
             failed.append({"row": entry.name, "density": entry.density, "failed": str(error)})
     seconds = time_rows([entry.row for entry, _ in passed], device, repeats)
@@ -202,4 +208,4 @@ def _sums(seconds: dict[str, list[float]]) -> list[float]:
     return [sum(values) for values in zip(*seconds.values(), strict=True)]
 
 
-__all__ = ["CheckError", "check", "entries", "matrix", "time_rows"]
+__all__ = ["CheckError", "bits_of", "check", "entries", "matrix", "time_rows"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import SparseMask, stream
 from ..backend import resolve
 from ..weights import MaskedWeights
-from .kernels import SEED, CheckError
+from .kernels import SEED, CheckError, bits_of
 from .measure import Spread, Stopwatch
 
 _REPEATS = 5
@@ -65,7 +65,7 @@ def in_one_pass(model: nn.Module, density: float, steps: int) -> dict[str, Any]:
     record: dict[str, Any] = {"density": density, "elements": len(mask), "steps": steps}
     for name, of_name in ways.items():
         ends = [end(way) for way in of_name.values()]
-        if not all(torch.equal(ends[0], other) for other in ends[1:]):
+        if not all(torch.equal(bits_of(ends[0]), bits_of(other)) for other in ends[1:]):
             raise CheckError(f"{name}: one pass and a pass a step end on other bits")
         record[name] = _timed(of_name, Stopwatch(device))
     weights.set_masters_(masters)

@@ -68,7 +68,11 @@ def _step(case: dict[str, Any]) -> str:
     batch, length = case["batch"]
     title = f"**A step on {case['model']}**, {case['dtype']}, batch of {batch} x {length} tokens:"
     columns = ["row", "density", "step over its forwards", "forwards", "perturb and flip", "update"]
-    return f"{title}\n\n{_table(columns, lines)}\n\n{_one_pass(case)}"
+    whole = (
+        "`SparseZO.step` itself, with its seeds, scalars and checks: "
+        f"{_spread(case['optimizer']['over_forwards'])} of the two forwards in it."
+    )
+    return f"{title}\n\n{_table(columns, lines)}\n\n{whole}\n\n{_one_pass(case)}"
 
 
 def _one_pass(case: dict[str, Any]) -> str:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import SparseMask, stream
+from .. import SparseMask, SparseZO, stream
+from ..clock import Clock
 from .kernels import EPS, SEED, C, CheckError, Entry, check
 from .measure import Spread, Stopwatch
 from .rows import DENSE, SPARSE
 
 PARTS = ("perturb", "forward", "flip", "second forward", "update")
 _SLOW, _REPEATS_OF_SLOW = 2.0, 3  # seconds of a step
-_SPARSE_ROWS = ("meerkat", "torch indexing")
-_DENSE_ROWS = ("dense, fused noise", "dense, one flat noise vector", "dense, MeZO's loop")
+_ROWS = ("meerkat", "torch indexing", "dense, fused noise", "dense, one flat noise vector", "dense, MeZO's loop")
 
 
 def closure_of(net: nn.Module, batch_size: int, length: int) -> Callable[[], Tensor]:
@@ -38,7 +38,7 @@ def split(model: nn.Module, density: float, closure: Callable[[], Tensor], repea
     """Checks some rows and times the parts of their steps, all in turn within every repetition.
 
     Args:
-        model: its weights are restored, up to the rounding of rows that restore by arithmetic.
+        model: its weights are moved by a few small updates.
         density: of the mask of the sparse rows.
         closure: one forward pass.
         repeats: at least 3; a slow row takes part in 3.
@@ -48,17 +48,20 @@ def split(model: nn.Module, density: float, closure: Callable[[], Tensor], repea
         check failed, what failed and no number.
     """
     mask, d = SparseMask.random(model, density, SEED), sum(p.numel() for p in model.parameters())
-    made = [
-        *(Entry(name=n, density=density, elements=len(mask), row=SPARSE[n](model, mask)) for n in _SPARSE_ROWS),
-        *(Entry(name=n, density=1.0, elements=d, row=DENSE[n](model)) for n in _DENSE_ROWS),
-    ]
+
+    def made(name: str) -> Entry:
+        if name in SPARSE:
+            return Entry(name=name, density=density, elements=len(mask), row=SPARSE[name](model, mask))
+        return Entry(name=name, density=1.0, elements=d, row=DENSE[name](model))
+
     watch = Stopwatch(next(model.parameters()).device)
     records: list[dict[str, Any]] = []
     passed: list[tuple[Entry, dict[str, list[float]]]] = []
-    for entry in made:
+    for name in _ROWS:
+        entry = made(name)
         try:
             check(entry, model)
-            passed.append((entry, {part: [] for part in PARTS}))
+            passed.append((made(name), {part: [] for part in PARTS}))  # anew: the checked one's own state has moved on
         except CheckError as error:
             records.append({"row": entry.name, "density": entry.density, "failed": str(error)})
     closure()
@@ -98,4 +101,34 @@ def _record(entry: Entry, seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["PARTS", "closure_of", "split"]
+def of_optimizer(model: nn.Module, density: float, closure: Callable[[], Tensor], repeats: int) -> dict[str, Any]:
+    """Times ``SparseZO.step`` itself, with its seeds, coefficients and checks, over the two forwards in it.
+
+    Args:
+        model: its weights are moved by a few small updates.
+        density: of the mask.
+        closure: one forward pass.
+        repeats: at least 3.
+    """
+    clock = Clock(next(model.parameters()).device)
+    optimizer = SparseZO(model, SparseMask.random(model, density, SEED), lr=C, eps=EPS, seed=SEED)
+    forwards: list[tuple[Any, Any]] = []
+
+    def timed() -> Tensor:
+        begun = clock.now()
+        loss = closure()
+        forwards.append((begun, clock.now()))
+        return loss
+
+    steps = []
+    for _ in range(1 + repeats):  # the first one warms up
+        begun = clock.now()
+        optimizer.step(timed)
+        steps.append((begun, clock.now()))
+    seconds = [clock.seconds(*step) for step in steps]
+    in_forwards = [clock.seconds(*forwards[2 * i]) + clock.seconds(*forwards[2 * i + 1]) for i in range(1 + repeats)]
+    ratios = [step / two for step, two in zip(seconds, in_forwards, strict=True)]
+    return {"over_forwards": asdict(Spread.of(ratios[1:]))}
+
+
+__all__ = ["PARTS", "closure_of", "of_optimizer", "split"]

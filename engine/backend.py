@@ -6,6 +6,7 @@ numba    the reference, its normals drawn by compiled code: many times faster on
 """
 
 import functools
+import importlib.util
 from typing import Protocol
 
 import torch
@@ -137,16 +138,17 @@ def _numba_backend(device: torch.device) -> Backend:
             f"backend 'numba' needs the package numba: {error}; "
             f"pip install 'meerkat-engine[cpu]', or use backend='torch'"
         ) from error
+    except RuntimeError as error:  # numba finds no directory for its cache when a function is declared
+        raise ConfigError(
+            f"backend 'numba' cannot keep what it compiles: {error}; "
+            f"set NUMBA_CACHE_DIR to a directory that can be written, or use backend='torch'"
+        ) from error
     return TorchBackend(reference.Source(compiled.normal, compiled.normal_run))
 
 
 @functools.cache
 def _have_numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("numba") is not None
 
 
 def resolve(backend: str, device: torch.device) -> Backend:

@@ -103,8 +103,8 @@ def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
     for value in counter:
         if not 0 <= value < 1 << 32:
             raise ValueError(f"round, step and query must be in [0, 2**32), got {value}")
-    words = reference.philox4x32((root & 0xFFFFFFFF, root >> 32), tuple(torch.tensor(value) for value in counter))
-    return int(words[0]) | int(words[1]) << 32
+    words = reference.philox4x32((root & 0xFFFFFFFF, root >> 32), counter)
+    return words[0] | words[1] << 32
 
 
 __all__ = ["VERSION", "bits", "check_seed", "derived_seed", "normal", "permutation", "step_seed"]

@@ -46,7 +46,7 @@ class DeviceValues:
 
     def numbers(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers rounded to a dtype: [n]."""
-        key = (dtype, *values)
+        key = (dtype, *map(repr, values))  # -0.0 equals 0.0, and is another number here
         if key not in self._kept:
             self._keep(key, self._put(values, dtype))
         return self._kept[key]

@@ -17,7 +17,7 @@ References:
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 
 _MASK32 = 0xFFFFFFFF
+_Words = TypeVar("_Words", Tensor, int)
 # Elements drawn at a time, at most: enough for torch to use its threads, few enough to stay in a shared cache
 # (1.7 times faster than 2**15, as fast as 2**18, at 1.2 M elements; 2 cores, torch 2.13, 2026-11-24).
 _CHUNK = 1 << 17
@@ -48,15 +49,15 @@ _LOG_COEFFICIENTS = (
 )
 
 
-def philox4x32(key: tuple[int, int], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def philox4x32(key: tuple[int, int], counter: tuple[_Words, ...]) -> tuple[_Words, ...]:
     """Philox4x32-10 of four counter words under one key.
 
     Args:
         key: two words, each in [0, 2**32).
-        counter: four int64 tensors of one shape, values in [0, 2**32).
+        counter: four int64 tensors of one shape, or four ints; values in [0, 2**32).
 
     Returns:
-        Four int64 tensors of that shape, values in [0, 2**32).
+        Four of the same kind and shape, values in [0, 2**32).
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -64,12 +65,20 @@ def philox4x32(key: tuple[int, int], counter: tuple[Tensor, ...]) -> tuple[Tenso
         # 64-bit products, whose sign bit may be set. c1 and c3 carry their upper halves along until a mask drops them.
         p0 = c0 * PHILOX_M0
         p1 = c2 * PHILOX_M1
-        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK32)
-        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK32)
+        c0 = p1 >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _MASK32
+        c2 = p0 >> 32
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _MASK32
         c1, c3 = p1, p0
         k0 = (k0 + PHILOX_W0) & _MASK32
         k1 = (k1 + PHILOX_W1) & _MASK32
-    return c0, c1.bitwise_and_(_MASK32), c2, c3.bitwise_and_(_MASK32)
+    c1 &= _MASK32
+    c3 &= _MASK32
+    return c0, c1, c2, c3
 
 
 def bits(seed: int, blocks: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def test_one_command_prints_and_writes_everything(finished: tuple[Result, Path])
     (whole,) = record["steps"]
     assert whole["rows"][0]["over_forwards"]["median"] > 1
     assert sum(s["median"] for s in whole["rows"][0]["share"].values()) == pytest.approx(1, abs=0.1)
+    assert whole["optimizer"]["over_forwards"]["median"] > 1
     assert whole["one_pass"]["replay"]["a pass a step"]["ratio"]["median"] > 1
     assert whole["one_pass"]["inner"]["one pass, plain torch"]["seconds"]["median"] > 0
     assert (output / "result.md").read_text() in result.output
@@ -92,6 +93,25 @@ def test_nothing_is_overwritten(finished: tuple[Result, Path]) -> None:
     assert again.exit_code == 1
     assert "exists; give --output a new directory" in again.output
     assert (output / "result.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "1"], "Invalid value for '--density'"),
+        (["--device", "mps"], "Invalid value for '--device'"),
+        (["--render", "BROKEN"], "is no result of this command"),
+        (["--render", "OTHER"], "it lacks kernels, steps, machine or versions"),
+    ],
+    ids=str,
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
+    for name, text in (("BROKEN", "{"), ("OTHER", "[]")):
+        (tmp_path / name).write_text(text)
+    arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code in (1, 2)
+    assert message in done.output
 
 
 def test_the_module_is_the_command() -> None:

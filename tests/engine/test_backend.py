@@ -12,6 +12,13 @@ from meerkat_engine.errors import ConfigError
 from meerkat_engine.triton_kernels import compiled, reference
 
 
+def run_script(*lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, with some environment variables changed."""
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
 def test_auto_draws_with_numba_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert resolve("auto", cpu).normal is resolve("numba", cpu).normal is compiled.normal
@@ -25,28 +32,38 @@ def test_numba_is_for_cpus() -> None:
 
 
 def test_without_numba_auto_is_torch() -> None:
-    script = (
-        "import sys\n"
-        "sys.modules['numba'] = None\n"
-        "import torch\n"
-        "from meerkat_engine import stream\n"
-        "print(stream.normal(0, torch.arange(3)).numel())\n"
-        "stream.normal(0, torch.arange(3), backend='numba')\n"
+    done = run_script(
+        "import sys",
+        "sys.modules['numba'] = None",
+        "import torch",
+        "from meerkat_engine import stream",
+        "print(stream.normal(0, torch.arange(3)).numel())",
+        "stream.normal(0, torch.arange(3), backend='numba')",
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout == "3\n"
     assert "pip install 'meerkat-engine[cpu]', or use backend='torch'" in done.stderr
 
 
-def test_triton_on_cpu_needs_the_interpreter() -> None:
-    script = (
-        "import torch\n"
-        "from meerkat_engine import stream\n"
-        "stream.normal(0, torch.arange(3))\n"
-        "stream.normal(0, torch.arange(3), backend='triton')\n"
+def test_numba_without_a_directory_for_its_cache_says_so() -> None:
+    """As in a container with a read-only installation and no home."""
+    done = run_script(
+        "from numba.core.caching import CacheImpl",
+        "CacheImpl._locator_classes = []",  # no directory of any kind can be written
+        "import torch",
+        "from meerkat_engine import stream",
+        "stream.normal(0, torch.arange(3))",
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "set NUMBA_CACHE_DIR to a directory that can be written, or use backend='torch'" in done.stderr
+
+
+def test_triton_on_cpu_needs_the_interpreter() -> None:
+    done = run_script(
+        "import torch",
+        "from meerkat_engine import stream",
+        "stream.normal(0, torch.arange(3))",
+        "stream.normal(0, torch.arange(3), backend='triton')",
+        TRITON_INTERPRET="0",
+    )
     assert done.returncode == 1
     assert "set TRITON_INTERPRET=1 before the first import of the kernels" in done.stderr
 
@@ -58,16 +75,15 @@ def test_the_interpreter_refuses_gpu_addresses() -> None:
 
 def test_the_engine_imports_without_triton_and_without_transformers() -> None:
     """Triton is there on Linux only; a CPU client elsewhere needs neither it nor, for its own models, transformers."""
-    script = (
-        "import sys\n"
-        "sys.modules['triton'] = sys.modules['transformers'] = None\n"
-        "import torch\n"
-        "from meerkat_engine import SparseMask, SparseZO, replay, stream\n"
-        "model = torch.nn.Linear(30, 3)\n"
-        "opt = SparseZO(model, SparseMask.magnitude(model, 0.1), lr=0.1)\n"
-        "print(opt.step(lambda: model(torch.ones(2, 30)).square().mean()).item() > 0)\n"
-        "stream.normal(0, torch.arange(3), backend='triton')\n"
+    done = run_script(
+        "import sys",
+        "sys.modules['triton'] = sys.modules['transformers'] = None",
+        "import torch",
+        "from meerkat_engine import SparseMask, SparseZO, replay, stream",
+        "model = torch.nn.Linear(30, 3)",
+        "opt = SparseZO(model, SparseMask.magnitude(model, 0.1), lr=0.1)",
+        "print(opt.step(lambda: model(torch.ones(2, 30)).square().mean()).item() > 0)",
+        "stream.normal(0, torch.arange(3), backend='triton')",
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout == "True\n"
     assert "backend 'triton' needs the package triton" in done.stderr
