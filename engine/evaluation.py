@@ -6,9 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .examples import EncodedTask
 from .objective import candidate_scores
-from .tasks import EncodedTask
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -24,7 +23,6 @@ class Evaluation:
     loss: float
     examples: int
 
-
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: EncodedTask, batch_size: int = 32) -> Evaluation:
     """Evaluates on all examples; the shortest prompts go together, so that little is padded."""
@@ -37,6 +35,5 @@ def evaluate(model: nn.Module, data: EncodedTask, batch_size: int = 32) -> Evalu
         correct += int((scores.argmax(-1) == batch.labels).sum())
         loss += float(functional.cross_entropy(scores, batch.labels, reduction="sum"))
     return Evaluation(correct / len(order), loss / len(order), len(order))
-
 
 __all__ = ["Evaluation", "evaluate"]

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from .. import embedded, stream
 from ..data import calibration_texts, task_rows, token_batches
 from ..errors import ConfigError
+from ..examples import EncodedTask
 from ..mask import SparseMask
 from ..models import DTYPES, LanguageModel, load_model
-from ..tasks import EncodedTask, Row, Task, get_task
+from ..tasks import Row, Task, get_task
 from .config import Method, RunConfig
 
 

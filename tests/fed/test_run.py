@@ -90,7 +90,7 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     summary = metrics_of(output)[-1]["summary"]
     assert fingerprint(model) == summary["weights"]
     from meerkat_engine.evaluation import evaluate
-    from meerkat_engine.tasks import EncodedTask
+    from meerkat_engine.examples import EncodedTask
 
     data = EncodedTask(embedded.TASK, embedded.rows("validation"), embedded.load().tokenizer, 256, "validation")
     assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
@@ -204,7 +204,7 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: sst2"),
+        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: ag_news, boolq"),
         (["--task", "sst2"], "give both --model and --task, or neither"),
         (["--model", "x"], "give both --model and --task, or neither"),
         (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
