@@ -1,13 +1,16 @@
-"""Rows of a task and calibration text: JSON Lines on disk, or the hub's copy through ``datasets``."""
+"""Rows of a task and calibration text: JSON Lines on disk, or the hub's copy."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from . import stream
 from .errors import DataError
+from .hub import HubSource
 from .tasks import Row, Task
 
 
@@ -41,23 +44,63 @@ def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
     Args:
         task: which task.
         split: "train" or "validation".
-        data_dir: holds TASK/SPLIT.jsonl; None loads the hub's copy.
+        data_dir: holds TASK/SPLIT.jsonl, or TASK_DOMAIN/SPLIT.jsonl for each domain; None loads the hub's copy.
+
+    Returns:
+        The rows as they come; those of several domains in turn, so that the first ones hold something of each.
 
     Raises:
         DataError: if they cannot be had, or a row (named) does not fit the task.
     """
-    rows: list[Row]
-    if data_dir is not None:
-        where = data_dir / task.name / f"{split}.jsonl"
-        rows = list(read_jsonl(where))
-    else:
-        where = Path("/".join((*task.hub, split)))
-        rows = list(_from_hub(task.hub, split))
-    if not rows:
-        raise DataError(f"{where} holds no examples")
+    if data_dir is None:
+        if task.hub is None:
+            raise DataError(f"the task {task.name!r} is not on the hub; give --data-dir")
+        return _checked(task, task.hub.rows(split), f"{task.hub}, {split}")
+    if not task.domains:
+        return _from_file(task, data_dir / task.name / f"{split}.jsonl")
+    parts = [
+        [{**row, "domain": domain} for row in _from_file(task, data_dir / f"{task.name}_{domain}" / f"{split}.jsonl")]
+        for domain in task.domains
+    ]
+    return [row for turn in zip_longest(*parts) for row in turn if row is not None]
+
+
+def own_rows(task: Task, data: Path, validation: Path | None, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows from files of the user's own.
+
+    Args:
+        task: made for them; see ``tasks.own_task``.
+        data: JSON Lines.
+        validation: JSON Lines; None holds out a fifth of the data.
+        seed: chooses that fifth, in [0, 2**64).
+
+    Raises:
+        DataError: if a file cannot be read, a row (named) does not fit the task, or there is nothing to hold out.
+    """
+    rows = _from_file(task, data)
+    if validation is not None:
+        return rows, _from_file(task, validation)
+    if len(rows) < 2:
+        raise DataError(f"{data} holds one example, of which none can be held out; give more, or --validation")
+    order = stream.permutation(stream.derived_seed(seed, "held"), len(rows)).tolist()
+    held = order[: max(1, len(rows) // 5)]
+    left = sorted(order[len(held) :])
+    return [rows[i] for i in left], [rows[i] for i in held]
+
+
+def _checked(task: Task, rows: Iterable[Row], where: str) -> list[Row]:
+    """The rows as a list; raises ``DataError`` if there are none, or one of them does not fit the task."""
+    found = []
     for number, row in enumerate(rows, 1):
         task.check(row, f"{where}, example {number}")
-    return rows
+        found.append(row)
+    if not found:
+        raise DataError(f"{where} holds no examples")
+    return found
+
+
+def _from_file(task: Task, path: Path) -> list[Row]:
+    return _checked(task, read_jsonl(path), str(path))
 
 
 def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> tuple[list[str], str]:
@@ -75,7 +118,7 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
         path = data_dir / "c4_sample" / "train.jsonl"
     if path is None:
         try:
-            stream = _from_hub(("allenai/c4", "en"), "train", streaming=True)
+            stream = HubSource(path="allenai/c4", config="en").rows("train", streaming=True)
             return [row["text"] for row, _ in zip(stream, range(count), strict=False)], "C4 (hub), first documents"
         except DataError as error:
             raise DataError(
@@ -103,18 +146,4 @@ def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int
             yield batch
 
 
-def _from_hub(name: tuple[str, ...], split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-    if not name:
-        raise DataError("this data set is not on the hub; give --data-dir")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(*name, split=split, streaming=streaming)
-        yield from rows
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"cannot load {'/'.join(name)} from the hub: {error}; give --data-dir for local files"
-        ) from error
-
-
-__all__ = ["calibration_texts", "read_jsonl", "task_rows", "token_batches"]
+__all__ = ["calibration_texts", "own_rows", "read_jsonl", "task_rows", "token_batches"]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from .errors import ModelError
-from .tasks import Batch
+from .examples import Batch
 
 # Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
 _POSITIONS = 128

@@ -1,18 +1,16 @@
 """Classification tasks as prompts: a template, the field that may be cut, and one label word per class.
 
-The wording of SST-2 is MeZO's (arXiv 2305.17333, table 13): the sentence, "It was", and great or terrible.
+The wording of SST-2 is MeZO's (arXiv 2305.17333, table 13): the sentence, "It was", and great or terrible. The others
+are this project's own. Label words were chosen short, because a word of one token costs one forward for all classes.
 """
 
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .errors import ConfigError, DataError, ModelError
-from .values import send
+from .errors import ConfigError, DataError
+from .hub import HubSource
+from .template import fields_of, fill
 
 Row = Mapping[str, Any]
 
@@ -23,24 +21,42 @@ class Task:
 
     Args:
         name: as ``--task`` takes it, and the folder under ``--data-dir``.
-        hub: data set and configuration on the Hugging Face hub; empty where there is none.
+        hub: its source on the Hugging Face hub; None where there is none.
         template: the prompt with its fields in braces; the label word follows it.
         cut: the field that is shortened when the prompt is too long.
-        label_words: one per class, with the space that goes before it.
-        label: name of the field that holds the class, an integer from 0.
+        label_words: at least two, one per class, with the space that goes before it.
+        label: name of the field that holds the class: an integer from 0, a bool, or a label word.
+        client_field: the field that names the client an example belongs to, for the partition "natural"; or None.
+        domains: the task's rows are those of the folders NAME_DOMAIN, with the added field ``domain``.
+
+    Raises:
+        ConfigError: if the template is malformed, ``cut`` is not in it, or there are no two different label words.
     """
 
     name: str
-    hub: tuple[str, ...]
+    hub: HubSource | None = None
     template: str
     cut: str
     label_words: tuple[str, ...]
     label: str = "label"
+    client_field: str | None = None
+    domains: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields = self.fields
+        if self.cut not in fields:
+            raise ConfigError(f"cut {self.cut!r} is not a field of the template, whose fields are {', '.join(fields)}")
+        plain = [_plain(word) for word in self.label_words]
+        listed = ", ".join(map(repr, plain))
+        if len(plain) < 2 or not all(plain):
+            raise ConfigError(f"task {self.name!r} needs at least two label words, none of them empty; got {listed}")
+        if len(set(plain)) < len(plain):
+            raise ConfigError(f"task {self.name!r} needs different label words; got {listed}")
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Fields of a row that the template uses."""
-        return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None)
+        return fields_of(self.template)
 
     def check(self, row: Row, where: str) -> None:
         """Raises ``DataError`` saying where, unless the row has the fields and a label of this task."""
@@ -50,27 +66,125 @@ class Task:
         for name in self.fields:
             if not isinstance(row[name], str):
                 raise DataError(f"{where}: field {name!r} must be text, got {type(row[name]).__name__}")
-        label = row[self.label]
-        if not isinstance(label, int) or not 0 <= label < len(self.label_words):
+        try:
+            self.class_of(row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def class_of(self, row: Row) -> int:
+        """The class of a row; raises ``DataError`` if its label is none, or could be read in two ways."""
+        label, words = row[self.label], [_plain(word) for word in self.label_words]
+        if isinstance(label, str) and _plain(label) in words:
+            return words.index(_plain(label))
+        if not isinstance(label, int) or not 0 <= label < len(words):
             raise DataError(
-                f"{where}: label {label!r} is outside task {self.name!r}, "
-                f"whose labels are 0 to {len(self.label_words) - 1}"
+                f"label {label!r} is outside task {self.name!r}, "
+                f"whose labels are 0 to {len(words) - 1} or the words {', '.join(words)}"
             )
+        other = [i for i, word in enumerate(words) if word.casefold() == str(label).casefold() and i != label]
+        if other:
+            raise DataError(
+                f"label {label} of task {self.name!r} is the number of one class and the label word of another; "
+                f'if the word is meant, write it as text: "{words[other[0]]}"'
+            )
+        return int(label)
 
     def prompt(self, row: Row) -> str:
         """The prompt of a row, with surrounding white space of its fields removed."""
-        return self.template.format_map({name: row[name].strip() for name in self.fields})
+        return fill(self.template, {name: row[name] for name in self.fields})
+
+
+def _plain(word: str) -> str:
+    return " ".join(word.split())
 
 
 SST2 = Task(
     name="sst2",
-    hub=("nyu-mll/glue", "sst2"),
+    hub=HubSource(path="nyu-mll/glue", config="sst2"),
     template="{sentence} It was",
     cut="sentence",
     label_words=(" terrible", " great"),
 )
 
-TASKS = {task.name: task for task in (SST2,)}
+_SUPER_GLUE = "aps/super_glue"
+
+TASKS = {
+    task.name: task
+    for task in (
+        SST2,
+        Task(
+            name="ag_news",
+            hub=HubSource(path="fancyzhx/ag_news", validation="test"),
+            template="{text}\nSection of the newspaper:",
+            cut="text",
+            label_words=(" World", " Sports", " Business", " Technology"),
+        ),
+        Task(
+            name="yelp_polarity",
+            hub=HubSource(path="fancyzhx/yelp_polarity", validation="test"),
+            template="{text}\nOn the whole, the experience was",
+            cut="text",
+            label_words=(" bad", " good"),
+        ),
+        Task(
+            name="boolq",
+            hub=HubSource(path="google/boolq"),
+            template="{passage}\nGoing by this text, {question}? The answer is",
+            cut="passage",
+            label_words=(" no", " yes"),
+            label="answer",
+        ),
+        Task(
+            name="rte",
+            hub=HubSource(path=_SUPER_GLUE, config="rte"),
+            template="{premise}\nClaim: {hypothesis}\nThe text supports the claim:",
+            cut="premise",
+            label_words=(" yes", " no"),
+        ),
+        Task(
+            name="wsc",
+            hub=HubSource(path=_SUPER_GLUE, config="wsc"),
+            template='{text}\nHere "{span2_text}" refers to "{span1_text}". This reading is',
+            cut="text",
+            label_words=(" wrong", " right"),
+        ),
+        Task(
+            name="wic",
+            hub=HubSource(path=_SUPER_GLUE, config="wic"),
+            template='{sentence1}\n{sentence2}\nThe meanings of "{word}" in these two sentences are',
+            cut="sentence1",
+            label_words=(" different", " identical"),
+        ),
+        Task(
+            name="trec",
+            hub=HubSource(path="CogComp/trec", revision="refs/convert/parquet", validation="test"),
+            template="{text}\nType of answer:",
+            cut="text",
+            label_words=(" acronym", " thing", " description", " person", " place", " number"),
+            label="coarse_label",
+        ),
+        Task(
+            name="medical_abstracts",
+            hub=HubSource(
+                path="TimSchopf/medical_abstracts",
+                validation="test",
+                columns={"text": "medical_abstract", "label": "condition_label"},
+                first_label=1,
+            ),
+            template="{text}\nGroup of diseases:",
+            cut="text",
+            label_words=(" cancer", " digestive", " nervous", " heart", " general"),
+        ),
+        Task(
+            name="vader",
+            template="{sentence} All in all, that sounds",
+            cut="sentence",
+            label_words=(" negative", " positive"),
+            client_field="domain",
+            domains=("amazon", "movie", "nyt", "tweets"),
+        ),
+    )
+}
 
 
 def get_task(name: str) -> Task:
@@ -80,126 +194,26 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Token sequences of a batch, padded on the left, so that the answers stand at the end of every row.
+def own_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
+    """A task for a user's own data.
 
     Args:
-        input_ids: int64 [N, L]; N is B, or B * C with the candidates of an example in consecutive rows.
-        attention_mask: int64 [N, L], 0 on padding.
-        answer_mask: bool [N, longest answer], the answer tokens among the last positions; [N, 0] with candidate_ids.
-        labels: int64 [B].
-        candidate_ids: int64 [C] if every candidate is one token and is scored after the prompt; else None.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    answer_mask: Tensor
-    labels: Tensor
-    candidate_ids: Tensor | None
-
-
-class EncodedTask:
-    """The examples of a task as token ids.
-
-    Args:
-        task: of the rows.
-        rows: with the task's fields; checked.
-        tokenizer: of the model; pads on the left.
-        max_length: tokens of prompt and answer together, at most.
-        where: of the rows, for error messages.
+        name: for messages and run directories.
+        template: the prompt; a space at its end is dropped, for one goes before every label word.
+        labels: the label words, separated by commas.
+        label: name of the field that holds the class.
+        cut: the field that may be cut; None is the first one of the template.
 
     Raises:
-        DataError: if a row lacks a field, or its label is outside the task.
-        ModelError: if the tokenizer cannot tell the label words apart or does not keep the prompt's tokens before them.
+        ConfigError: see ``Task``.
     """
-
-    def __init__(self, task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, where: str) -> None:
-        for number, row in enumerate(rows, 1):
-            task.check(row, f"{where}, example {number}")
-        self.task = task
-        self.pad = int(tokenizer.pad_token_id)
-        self.candidates = _candidates(task, tokenizer)
-        self.labels = torch.tensor([row[task.label] for row in rows], dtype=torch.int64)
-        self._tokenizer = tokenizer
-        self._room = max_length - max(len(ids) for ids in self.candidates)
-        encoded = tokenizer([task.prompt(row) for row in rows])["input_ids"] if rows else []
-        self.truncated = sum(len(ids) > self._room for ids in encoded)
-        self.prompts: list[list[int]] = [
-            ids if len(ids) <= self._room else self._shortened(row, len(ids))
-            for ids, row in zip(encoded, rows, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def _shortened(self, row: Row, length: int) -> list[int]:
-        """The prompt's tokens after cutting the end of the field that may be cut."""
-        text = row[self.task.cut].strip()
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        keep = len(offsets) - (length - self._room)
-        while keep > 0:
-            prompt = self.task.prompt({**row, self.task.cut: text[: offsets[keep - 1][1]]})
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-            if len(ids) <= self._room:
-                return ids
-            keep -= len(ids) - self._room
-        raise DataError(
-            f"the prompt of task {self.task.name!r} is longer than {self._room} tokens even without the field "
-            f"{self.task.cut!r}; raise --max-length"
-        )
-
-    def batch(self, indices: Sequence[int], *, answers: str, device: torch.device) -> Batch:
-        """A batch of some examples.
-
-        Args:
-            indices: of the examples.
-            answers: "all" to score every candidate, "gold" for the likelihood of the right one.
-            device: of the tensors.
-        """
-        labels = self.labels[torch.as_tensor(indices)]
-        if answers == "all" and all(len(ids) == 1 for ids in self.candidates):
-            rows = [self.prompts[i] for i in indices]
-            candidate_ids = send(torch.tensor([ids[0] for ids in self.candidates]), device)
-            tails = [0] * len(rows)
-        else:
-            chosen = [self.candidates if answers == "all" else [self.candidates[label]] for label in labels.tolist()]
-            rows = [self.prompts[i] + ids for i, answer in zip(indices, chosen, strict=True) for ids in answer]
-            tails = [len(ids) for answer in chosen for ids in answer]
-            candidate_ids = None
-        width, tail = max(len(row) for row in rows), max(tails)
-        input_ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        answer_mask = torch.arange(tail, 0, -1) <= torch.tensor(tails).unsqueeze(1)
-        return Batch(
-            input_ids=send(input_ids, device),
-            attention_mask=send(attention, device),
-            answer_mask=send(answer_mask, device),
-            labels=send(labels, device),
-            candidate_ids=candidate_ids,
-        )
+    return Task(
+        name=name,
+        template=template.rstrip(" "),
+        cut=cut or fields_of(template)[0],
+        label_words=tuple(" " + word.strip() for word in labels.split(",")),
+        label=label,
+    )
 
 
-def _candidates(task: Task, tokenizer: Any) -> list[list[int]]:
-    """Token ids of each label word as they follow the prompt."""
-    probe = task.prompt(dict.fromkeys(task.fields, "a"))
-    prompt = tokenizer(probe)["input_ids"]
-    special = len(prompt) - len(tokenizer(probe, add_special_tokens=False)["input_ids"])
-    # A tokenizer that ends sequences with a special token would put it between prompt and answer.
-    if special and prompt[-1] in tokenizer.all_special_ids:
-        raise ModelError("the tokenizer ends every prompt with a special token; turn that off (add_eos_token=False)")
-    found = []
-    for word in task.label_words:
-        ids = tokenizer(probe + word)["input_ids"]
-        if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-            raise ModelError(
-                f"the tokenizer merges the label word {word!r} with the end of the prompt of {task.name!r}"
-            )
-        found.append(ids[len(prompt) :])
-    if len({tuple(ids) for ids in found}) < len(found):
-        words = ", ".join(map(repr, task.label_words))
-        raise ModelError(f"the tokenizer gives two of the label words {words} of task {task.name!r} the same tokens")
-    return found
-
-
-__all__ = ["SST2", "TASKS", "Batch", "EncodedTask", "Row", "Task", "get_task"]
+__all__ = ["SST2", "TASKS", "Row", "Task", "get_task", "own_task"]

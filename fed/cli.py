@@ -17,17 +17,25 @@ from . import setup
 from .config import Method, RunConfig, make_config, read_toml
 from .replaying import replay_run
 from .run import Progress, execute
+from .task_choice import chosen_task
 
 _HELP = {
     "model": "Hugging Face id, directory or GGUF file [default: the embedded model]",
     "task": "task to fine-tune for [default: the embedded task]",
     "data_dir": "directory with TASK/{train,validation}.jsonl [default: the hub's copy]",
+    "data": "JSON Lines of your own, in place of a task; needs --template and --labels",
+    "validation": "JSON Lines to evaluate on [default: a fifth of --data, held out]",
+    "template": "the prompt for --data, its fields in braces: '{text} It was'",
+    "labels": "the label words for --data, one per class, separated by commas: terrible,great",
+    "label_field": "field of --data with the class (a number from 0) or the label word",
+    "cut": "field of --data that is cut where a prompt is too long [default: the template's first]",
     "method": "which elements are trained: " + ", ".join(Method),
     "clients": "number of clients K",
     "rounds": "number of rounds R",
     "local_steps": "local steps T of a client in a round",
-    "partition": "how examples are dealt to clients: iid, dirichlet, single-label",
+    "partition": "how examples are dealt to clients: iid, dirichlet, single-label, natural",
     "alpha": "concentration of the dirichlet partition",
+    "client_field": "field that names the client of an example, for natural clients [default: the task's]",
     "weighting": "how clients count: examples, uniform",
     "batch_size": "examples of a step",
     "objective": "loss: candidates (cross-entropy over the label words), language-model (answer tokens)",
@@ -107,7 +115,7 @@ def run(config_file: Path | None, output: Path | None, compare_random: bool, **o
     """Fine-tunes a model across simulated clients and writes a run directory."""
     config = _config(config_file, options)
     if output is None:
-        output = Path("runs") / f"{config.task}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random and config.mask is not None:
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
     summary = _run(config, output)
@@ -151,9 +159,10 @@ def mask(config_file: Path | None, output: Path, **options: Any) -> None:
     if output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
     given = {name: value for name, value in options.items() if value is not None}
-    if "model" in given:
+    settings = read_toml(config_file) if config_file else {}
+    if "model" in given and "data" not in settings:
         given["task"] = "sst2"  # a mask needs no task; any known name passes
-    config = make_config(read_toml(config_file) if config_file else {}, given)
+    config = make_config(settings, given)
     setup.check_files(config)
     made = setup.make_mask(config, setup.load_language_model(config))
     made.save(output)
@@ -184,7 +193,11 @@ def _run(config: RunConfig, output: Path) -> dict[str, Any]:
 def _print_summary(s: dict[str, Any], output: Path) -> None:
     full = s["bytes_each_way_if_weights_were_sent"]
     click.echo(f"accuracy        {s['accuracy_before']:.4f} before, {s['accuracy_after']:.4f} after "
-               f"({s['validation_examples']} held-out examples)")  # fmt: skip
+               f"({s['validation_examples']} held-out examples); "
+               f"macro-F1 {s['macro_f1_before']:.4f}, {s['macro_f1_after']:.4f}")  # fmt: skip
+    if s["truncated_train"] or s["truncated_validation"]:
+        click.echo(f"cut to fit      {s['truncated_train']} training examples, "
+                   f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
     click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import stream
 from ..clock import Clock
 from ..errors import DataError, MessageError, NonFiniteLossError
+from ..examples import Batch, EncodedTask
 from ..objective import Objective, task_loss
-from ..tasks import Batch, EncodedTask
 from .messages import TrainReply, TrainRequest
 from .replica import Replica
 

@@ -17,9 +17,9 @@ from ..errors import ConfigError
 from ..models import DTYPES
 from ..objective import Objective
 from ..stream import check_seed
-from ..tasks import get_task
 from .aggregation import Weighting
 from .partition import Partition
+from .task_choice import chosen_task
 
 
 class Method(StrEnum):
@@ -39,12 +39,19 @@ class RunConfig:
         model: Hugging Face id, directory, GGUF file, or "embedded".
         task: name of the task, or "embedded".
         data_dir: holds TASK/{train,validation}.jsonl; None loads the hub's copy.
+        data: JSON Lines of your own, in place of a task.
+        validation: JSON Lines to evaluate on; None holds out a fifth of ``data``, chosen by the seed.
+        template: the prompt for ``data``, with its fields in braces.
+        labels: the label words for ``data``, separated by commas.
+        label_field: the field of ``data`` that holds the class or the label word.
+        cut: the field of ``data`` that is cut where a prompt is too long; None is the template's first one.
         method: which elements are trained.
         clients: ``K``.
         rounds: ``R``.
         local_steps: ``T``, steps of a client in a round.
         partition: how examples are dealt to clients.
         alpha: concentration of the Dirichlet partition.
+        client_field: the field that names the client of an example, for natural clients; None is the task's own.
         weighting: how ``p_i`` are made.
         batch_size: examples of a step.
         objective: the loss.
@@ -68,12 +75,19 @@ class RunConfig:
     model: str = embedded.NAME
     task: str = embedded.NAME
     data_dir: Path | None = None
+    data: Path | None = None
+    validation: Path | None = None
+    template: str | None = None
+    labels: str | None = None
+    label_field: str = "label"
+    cut: str | None = None
     method: Method = Method.MEERKAT
     clients: int = 4
     rounds: int = 20
     local_steps: int = 10
     partition: Partition = Partition.IID
     alpha: float = 0.5
+    client_field: str | None = None
     weighting: Weighting = Weighting.EXAMPLES
     batch_size: int = 16
     objective: Objective = Objective.CANDIDATES
@@ -94,12 +108,7 @@ class RunConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if (self.model == embedded.NAME) != (self.task == embedded.NAME):
-            raise ConfigError(
-                "the embedded model and the embedded task go together: give both --model and --task, or neither"
-            )
-        if self.task != embedded.NAME:
-            get_task(self.task)
+        chosen_task(self)
         for name in ("clients", "rounds", "local_steps", "batch_size", "calibration_texts", "calibration_batch_size",
                      "calibration_length", "max_length"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -120,7 +129,7 @@ class RunConfig:
         """The settings as TOML; unset ones are left out."""
         plain = {}
         for name, value in dataclasses.asdict(self).items():
-            if value is not None:
+            if value is not None and not (name == "task" and self.data is not None):
                 plain[name] = str(value) if isinstance(value, (Path, StrEnum)) else value
         return tomli_w.dumps(plain)
 
@@ -151,6 +160,8 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     given: dict[str, Any] = {}
     for layer in layers:
         given |= layer
+    if {"data", "task"} <= given.keys():
+        raise ConfigError("give --task or --data, not both: data of your own are a task of their own")
     if embedded.NAME == given.get("model", embedded.NAME) == given.get("task", embedded.NAME):
         given = _EMBEDDED | given
     hints = get_type_hints(RunConfig)

@@ -1,9 +1,10 @@
-"""Which client holds which examples: iid, Dirichlet, single-label. Every example goes to exactly one client.
+"""Which client holds which examples: iid, Dirichlet, single-label, natural. Every example goes to exactly one client.
 
 Dirichlet is drawn per class over clients, as Flower and FedKSeed do (DeComFL draws per client over classes: the same
 alpha is then another split). References: Hsu et al., arXiv 1909.06335; Meerkat, arXiv 2506.03337, section 4.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from .. import stream
 from ..errors import DataError
+from ..tasks import Row
+
+# What a field of the data calls a client.
+Group = str | int
 
 _ATTEMPTS = 100
 
@@ -22,6 +27,7 @@ class Partition(StrEnum):
     IID = "iid"
     DIRICHLET = "dirichlet"
     SINGLE_LABEL = "single-label"
+    NATURAL = "natural"
 
     def describe(self, alpha: float) -> str:
         """The convention in words, for configurations and summaries."""
@@ -29,7 +35,14 @@ class Partition(StrEnum):
 
 
 def split(
-    labels: Tensor, clients: int, partition: Partition, seed: int, *, alpha: float = 0.5, at_least: int = 1
+    labels: Tensor,
+    clients: int,
+    partition: Partition,
+    seed: int,
+    *,
+    alpha: float = 0.5,
+    at_least: int = 1,
+    groups: Sequence[Group] | None = None,
 ) -> list[Tensor]:
     """Deals examples to clients.
 
@@ -40,13 +53,17 @@ def split(
         seed: of the split, in [0, 2**64).
         alpha: concentration of the Dirichlet rule, positive; the smaller, the less alike the clients.
         at_least: examples that every client must get (a batch, say).
+        groups: for the natural rule, n values: what the data call the client of each example.
 
     Returns:
-        For each client the indices of its examples, int64, ascending.
+        For each client the indices of its examples, int64, ascending. Natural clients are in the order of their values.
 
     Raises:
-        DataError: if a client would be left with fewer examples, saying which and what to change.
+        DataError: if a client would be left with fewer examples, or there are not as many natural clients as asked for,
+            saying which and what to change.
     """
+    if partition is Partition.NATURAL:
+        return _natural(groups or (), clients, at_least)
     if labels.numel() < clients * at_least:
         raise DataError(
             f"{labels.numel()} examples cannot give {clients} clients {at_least} each; "
@@ -71,6 +88,43 @@ def split(
 def histogram(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[int]]:
     """Examples of each class that each client holds: [K][classes]."""
     return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
+
+
+def groups_of(rows: Sequence[Row], field: str, where: str) -> list[Group]:
+    """What each row's field says, to deal examples by.
+
+    Raises:
+        DataError: if a row (named) lacks the field, or it is neither text nor a whole number, or not the same for all.
+    """
+    found: list[Group] = []
+    for number, row in enumerate(rows, 1):
+        if field not in row:
+            raise DataError(f"{where}, example {number}: natural clients need the field {field!r}; found {sorted(row)}")
+        value = row[field]
+        if type(value) not in (str, int) or (found and type(value) is not type(found[0])):
+            raise DataError(
+                f"{where}, example {number}: field {field!r} names a client, as text or as a whole number "
+                f"throughout; got {value!r}"
+            )
+        found.append(value)
+    return found
+
+
+def _natural(groups: Sequence[Group], clients: int, at_least: int) -> list[Tensor]:
+    members: dict[Group, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    if len(members) != clients:
+        raise DataError(
+            f"the data name {len(members)} natural clients, and clients is {clients}; set --clients {len(members)}"
+        )
+    for number, name in enumerate(sorted(members)):
+        if len(members[name]) < at_least:
+            raise DataError(
+                f"client {number} ({name}) holds {len(members[name])} examples, fewer than the {at_least} of a batch; "
+                f"use a smaller batch or another partition"
+            )
+    return [torch.tensor(members[name]) for name in sorted(members)]
 
 
 def _of_class(labels: Tensor, label: int, seed: int) -> Tensor:
@@ -110,4 +164,4 @@ def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: 
     return shares
 
 
-__all__ = ["Partition", "histogram", "split"]
+__all__ = ["Group", "Partition", "groups_of", "histogram", "split"]

@@ -23,6 +23,7 @@ from .replica import Replica
 from .rundir import RunDirectory, check_free
 from .server import Server
 from .simulation import Traffic, simulate
+from .task_choice import chosen_task
 from .terms import Terms
 
 
@@ -56,7 +57,7 @@ def execute(
     """
     check_free(output)
     setup.check_files(config)
-    say(f"loading the model {config.model} and the task {config.task}")
+    say(f"loading the model {config.model} and the task {chosen_task(config).name}")
     lm = setup.load_language_model(config)
     data = setup.encode(config, lm.tokenizer)
     shares = split(
@@ -66,10 +67,13 @@ def execute(
         config.seed,
         alpha=config.alpha,
         at_least=config.batch_size,
+        groups=data.groups,
     )
+    names = sorted(set(data.groups or ()))
     labels = histogram(data.train.labels, shares, len(data.train.task.label_words))
     for i, row in enumerate(labels[:8]):
-        say(f"client {i}: {sum(row)} examples, {row} by label")
+        called = f" ({names[i]})" if names else ""
+        say(f"client {i}{called}: {sum(row)} examples, {row} by label")
     if len(labels) > 8:
         say(f"... {len(labels) - 8} more clients")
     base = fingerprint(lm.model)
@@ -84,6 +88,7 @@ def execute(
     summary |= {
         "partition": config.partition.describe(config.alpha),
         "examples_by_client_and_label": labels if len(labels) <= 100 else f"{len(labels)} clients",
+        **({"natural_clients": names if len(names) <= 100 else f"{len(names)} clients"} if names else {}),
         "base": base,
         "mask": mask.digest,
         "weights": fingerprint(lm.model),
@@ -138,6 +143,7 @@ def _run_rounds(
             "loss": before.loss,
             "validation_loss": before.loss,
             "accuracy": before.accuracy,
+            "macro_f1": before.macro_f1,
             "bytes_up": 0,
             "bytes_down": 0,
             "seconds": round(time.perf_counter() - started, 3),
@@ -151,7 +157,7 @@ def _run_rounds(
         evaluated = number == config.rounds or (config.eval_every and number % config.eval_every == 0)
         if evaluated:
             last = evaluate(model, validation)
-            line |= {"validation_loss": last.loss, "accuracy": last.accuracy}
+            line |= {"validation_loss": last.loss, "accuracy": last.accuracy, "macro_f1": last.macro_f1}
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
         line |= {"bytes_up": done.traffic.up, "bytes_down": done.traffic.down, "seconds": round(seconds, 3)}
         directory.add_metrics(line | ({"rejected": done.result.rejected} if done.result.rejected else {}))
@@ -173,10 +179,13 @@ def _run_rounds(
     return {
         "accuracy_before": before.accuracy,
         "accuracy_after": last.accuracy,
+        "macro_f1_before": before.macro_f1,
+        "macro_f1_after": last.macro_f1,
         "validation_loss_before": before.loss,
         "validation_loss_after": last.loss,
         "validation_examples": before.examples,
-        "truncated_examples": federation.data.train.truncated + validation.truncated,
+        "truncated_train": federation.data.train.truncated,
+        "truncated_validation": validation.truncated,
         "steps": steps,
         "bytes_up": total.up,
         "bytes_down": total.down,

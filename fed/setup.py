@@ -7,20 +7,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import embedded, stream
-from ..data import calibration_texts, task_rows, token_batches
+from ..data import calibration_texts, own_rows, task_rows, token_batches
 from ..errors import ConfigError
+from ..examples import EncodedTask
 from ..mask import SparseMask
 from ..models import DTYPES, LanguageModel, load_model
-from ..tasks import EncodedTask, Row, Task, get_task
+from ..tasks import Row, Task
 from .config import Method, RunConfig
+from .partition import Group, Partition, groups_of
+from .task_choice import chosen_task
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Training and validation examples of the run's task."""
+    """Training and validation examples of the run's task.
+
+    Args:
+        train: to be dealt to clients.
+        validation: held out.
+        groups: what the data call the client of each training example, where clients are natural; else None.
+    """
 
     train: EncodedTask
     validation: EncodedTask
+    groups: list[Group] | None = None
 
 
 def load_language_model(config: RunConfig) -> LanguageModel:
@@ -33,21 +43,29 @@ def load_language_model(config: RunConfig) -> LanguageModel:
 
 def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
     """The run's task, and its training and validation rows."""
-    if config.task == embedded.NAME:
-        task, train, validation = embedded.TASK, embedded.rows("train"), embedded.rows("validation")
+    task = chosen_task(config)
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    if config.data is not None:
+        train, validation = own_rows(task, config.data, config.validation, config.seed)
+    elif config.task == embedded.NAME:
+        train, validation = embedded.rows("train"), embedded.rows("validation")
     else:
-        task = get_task(config.task)
-        train = tuple(task_rows(task, "train", config.data_dir))
-        validation = tuple(task_rows(task, "validation", config.data_dir))
+        train = task_rows(task, "train", config.data_dir)
+        validation = task_rows(task, "validation", config.data_dir)
     return task, train, validation[: config.eval_examples or None]
 
 
 def encode(config: RunConfig, tokenizer: object) -> TaskData:
     """The run's examples as tokens."""
     task, train, validation = read_rows(config)
+    groups = None
+    if config.partition is Partition.NATURAL and task.client_field is not None:
+        groups = groups_of(train, task.client_field, f"{task.name}, train")
     return TaskData(
         EncodedTask(task, train, tokenizer, config.max_length, f"{task.name}, train"),
         EncodedTask(task, validation, tokenizer, config.max_length, f"{task.name}, validation"),
+        groups,
     )
 
 
@@ -80,7 +98,8 @@ def _texts(config: RunConfig) -> tuple[list[str], str]:
 
 def check_files(config: RunConfig) -> None:
     """Raises ``ConfigError`` for a file or directory that was named and is not there, before anything slow begins."""
-    for name, path in (("data_dir", config.data_dir), ("mask", config.mask), ("calibration", config.calibration)):
+    for name in ("data_dir", "data", "validation", "mask", "calibration"):
+        path = getattr(config, name)
         if path is not None and not Path(path).exists():
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 

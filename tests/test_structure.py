@@ -9,12 +9,16 @@ import pytest
 
 import meerkat_engine
 import meerkat_engine.optimizer
+import meerkat_engine.template
 from meerkat_engine import fed
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", [meerkat_engine.stream, meerkat_engine.optimizer], ids=lambda m: m.__name__)
+DOCUMENTED = [meerkat_engine.stream, meerkat_engine.optimizer, meerkat_engine.template]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted >= 2

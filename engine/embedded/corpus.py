@@ -14,7 +14,6 @@ from ..tasks import Task
 
 TASK = Task(
     name="embedded",
-    hub=(),
     template="{review} so my answer is",
     cut="review",
     label_words=(" no", " yes"),

@@ -10,8 +10,8 @@ from meerkat_engine import embedded
 from meerkat_engine.embedded import corpus
 from meerkat_engine.embedded.pretrain import main
 from meerkat_engine.evaluation import evaluate
+from meerkat_engine.examples import EncodedTask
 from meerkat_engine.objective import language_model_loss
-from meerkat_engine.tasks import EncodedTask
 
 
 def test_training_and_validation_reviews_are_apart_and_balanced() -> None:

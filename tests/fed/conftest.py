@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meerkat_engine import SparseMask, embedded, stream
+from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
 from meerkat_engine.fed.aggregation import Weighting
 from meerkat_engine.fed.ledger import Header, LedgerWriter
@@ -16,7 +17,6 @@ from meerkat_engine.fed.partition import Partition, split
 from meerkat_engine.models import LanguageModel
 from meerkat_engine.objective import Objective
 from meerkat_engine.parameters import fingerprint
-from meerkat_engine.tasks import EncodedTask
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ import torch
 
 from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import DataError, MaskError, MessageError, NonFiniteLossError
+from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Weighting, client_weights, weighted_mean
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
 from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.parameters import fingerprint
-from meerkat_engine.tasks import EncodedTask
 from meerkat_engine.weights import round_fp32
 from tests.conftest import same_bits
 

@@ -1,16 +1,18 @@
 """Dealing examples to clients."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 from meerkat_engine.errors import DataError
-from meerkat_engine.fed.partition import Partition, histogram, split
+from meerkat_engine.fed.partition import Partition, groups_of, histogram, split
 
 LABELS = torch.arange(600) % 3
 
 
-@pytest.mark.parametrize("partition", list(Partition))
+@pytest.mark.parametrize("partition", [each for each in Partition if each is not Partition.NATURAL])
 @pytest.mark.parametrize("clients", [3, 7])
 def test_every_example_goes_to_one_client(partition: Partition, clients: int) -> None:
     shares = split(LABELS, clients, partition, 5, alpha=1.0)
@@ -56,3 +58,53 @@ def test_partitions_that_cannot_be_made() -> None:
         split(LABELS, 30, Partition.DIRICHLET, 0, alpha=0.01, at_least=16)
     with pytest.raises(DataError, match="3 labels, 2 clients"):
         split(LABELS, 2, Partition.SINGLE_LABEL, 0)
+
+
+def test_the_bits_of_each_partition_stay() -> None:
+    """Ledgers and summaries of earlier runs name partitions by their settings alone."""
+    known = {
+        Partition.IID: "869dce7a07d26761",
+        Partition.DIRICHLET: "307abc7e62ab3e56",
+        Partition.SINGLE_LABEL: "e68e38a074a2c048",
+    }
+    for partition, digest in known.items():
+        shares = split(LABELS, 4, partition, 5, alpha=0.5)
+        text = "|".join(",".join(map(str, share.tolist())) for share in shares)
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+def test_natural_clients_hold_what_the_data_call_theirs() -> None:
+    groups = [("b", "c", "a")[i // 2 % 3] for i in range(600)]
+    shares = split(LABELS, 3, Partition.NATURAL, 5, groups=groups)
+    for name, share in zip("abc", shares, strict=True):
+        assert share.tolist() == [i for i in range(600) if groups[i] == name]
+    by_number = split(LABELS, 12, Partition.NATURAL, 5, groups=[i % 12 for i in range(600)])
+    assert [share[0].item() for share in by_number] == list(range(12))  # 10 comes after 9, not after 1
+
+
+@pytest.mark.parametrize("clients", [2, 4, 700])
+def test_natural_clients_are_as_many_as_the_data_name(clients: int) -> None:
+    with pytest.raises(DataError, match=f"name 3 natural clients, and clients is {clients}; set --clients 3"):
+        split(LABELS, clients, Partition.NATURAL, 0, groups=["a", "b", "c"] * 200)
+
+
+def test_a_natural_client_with_less_than_a_batch_is_named() -> None:
+    groups = ["few"] * 7 + ["many"] * 593
+    with pytest.raises(
+        DataError, match=r"client 0 \(few\) holds 7 examples, fewer than the 8 of a batch; use a smaller"
+    ):
+        split(LABELS, 2, Partition.NATURAL, 0, at_least=8, groups=groups)
+    assert [len(share) for share in split(LABELS, 2, Partition.NATURAL, 0, at_least=7, groups=groups)] == [7, 593]
+
+
+def test_groups_are_text_or_whole_numbers() -> None:
+    assert groups_of([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
+    assert groups_of([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
+    for rows, message in [
+        ([{"site": "a"}, {"ward": "b"}], r"t, example 2: natural clients need the field 'site'; found \['ward'\]"),
+        ([{"site": None}], "t, example 1: field 'site' names a client, .*; got None"),
+        ([{"site": "a"}, {"site": 1}], "t, example 2: field 'site' .*; got 1"),
+        ([{"site": 1}, {"site": True}], "example 2: field 'site' .*; got True"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            groups_of(rows, "site", "t")

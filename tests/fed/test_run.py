@@ -49,9 +49,13 @@ def test_the_embedded_default_learns(finished: tuple[Path, Result]) -> None:
     assert summary["accuracy_before"] < 0.6
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.3
     assert (
-        f"accuracy        {summary['accuracy_before']:.4f} before, {summary['accuracy_after']:.4f} after"
+        f"accuracy        {summary['accuracy_before']:.4f} before, {summary['accuracy_after']:.4f} after "
+        f"(400 held-out examples); macro-F1 {summary['macro_f1_before']:.4f}, {summary['macro_f1_after']:.4f}\n"
         in result.output
     )
+    assert summary["macro_f1_after"] >= summary["macro_f1_before"] + 0.3
+    assert summary["truncated_train"] == summary["truncated_validation"] == 0
+    assert "cut to fit" not in result.output
     assert "\r" not in result.output  # no progress bar where there is no terminal
 
 
@@ -75,6 +79,7 @@ def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -
     assert [line["round"] for line in lines[:-1]] == list(range(31))
     for line in lines[:-1]:
         assert {"round", "loss", "bytes_up", "bytes_down", "seconds"} <= line.keys()
+        assert ("macro_f1" in line) == ("accuracy" in line) == (line["round"] % 5 == 0)
     summary = lines[-1]["summary"]
     assert summary["bytes_up"] == sum(line["bytes_up"] for line in lines[:-1]) == 30 * 4 * (40 + 4 * 5)
     assert summary["steps"] == 30 * 4 * 5
@@ -90,7 +95,7 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     summary = metrics_of(output)[-1]["summary"]
     assert fingerprint(model) == summary["weights"]
     from meerkat_engine.evaluation import evaluate
-    from meerkat_engine.tasks import EncodedTask
+    from meerkat_engine.examples import EncodedTask
 
     data = EncodedTask(embedded.TASK, embedded.rows("validation"), embedded.load().tokenizer, 256, "validation")
     assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
@@ -204,11 +209,11 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: sst2"),
+        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: ag_news, boolq"),
         (["--task", "sst2"], "give both --model and --task, or neither"),
         (["--model", "x"], "give both --model and --task, or neither"),
         (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
-        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label"),
+        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label, natural"),
         (["--density", "0"], "density must be in (0, 1], got 0.0"),
         (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
         (["--clients", "0"], "clients must be at least 1, got 0"),

@@ -1,0 +1,192 @@
+"""Rows of tasks and of the user's own files, from disk and as the hub has them; calibration text."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from meerkat_engine.data import calibration_texts, own_rows, read_jsonl, task_rows, token_batches
+from meerkat_engine.errors import DataError
+from meerkat_engine.examples import EncodedTask
+from meerkat_engine.tasks import SST2, TASKS, Task, get_task, own_task
+from tests.conftest import make_byte_tokenizer, make_tokenizer
+from tests.engine.prompts import WORDS
+
+
+def test_rows_from_a_directory(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    path = write_jsonl("sst2/train.jsonl", ['{"sentence": "good", "label": 1}', "", '{"sentence": "bad", "label": 0}'])
+    assert [row["label"] for row in task_rows(SST2, "train", path.parent.parent)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"sentence": "good", "label": 1}', '{"sentence": '], r"train\.jsonl, line 2: not JSON"),
+        (["[1]"], "line 1: expected an object, got list"),
+        (['{"sentence": "a", "label": 7}'], "example 1: label 7 is outside"),
+        ([], "holds no examples"),
+    ],
+    ids=["broken line", "no object", "label", "empty"],
+)
+def test_broken_data_is_named(write_jsonl: Callable[[str, list[str]], Path], lines: list[str], message: str) -> None:
+    path = write_jsonl("sst2/train.jsonl", lines)
+    with pytest.raises(DataError, match=message):
+        task_rows(SST2, "train", path.parent.parent)
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*sst2/train\.jsonl"):
+        task_rows(SST2, "train", tmp_path)
+
+
+def test_the_hub_out_of_reach_says_what_to_give() -> None:
+    with pytest.raises(DataError, match=r"from the hub: .*; give --data-dir"):
+        task_rows(SST2, "validation", None)
+    with pytest.raises(DataError, match=r"no calibration text: give --calibration FILE\.jsonl"):
+        calibration_texts(None, None, 3)
+
+
+def test_calibration_text_is_found(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    path = write_jsonl("c4_sample/train.jsonl", ['{"text": "a"}', '{"text": "b"}', '{"text": "c"}'])
+    assert calibration_texts(None, path.parent.parent, 2) == (["a", "b"], "c4_sample/train.jsonl, first 2 texts")
+    assert calibration_texts(path, None, 9)[0] == ["a", "b", "c"]
+    bad = write_jsonl("bad.jsonl", ['{"content": "a"}'])
+    with pytest.raises(DataError, match="needs the field 'text'"):
+        calibration_texts(bad, None, 1)
+
+
+def test_token_batches_cut_and_pad() -> None:
+    batches = list(token_batches(["a fine film", "dull", "a film and a film"], make_tokenizer(WORDS), 2, 4))
+    assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 3), (1, 4)]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_read_jsonl_of_real_data(shared_data: Path) -> None:
+    assert len(read_jsonl(shared_data / "sst2" / "validation.jsonl")) == 872
+    rows = task_rows(SST2, "validation", shared_data)
+    assert sum(row["label"] for row in rows) == 444
+
+
+def test_domains_are_read_in_turn(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    for domain, count in {"amazon": 1, "movie": 3, "nyt": 2, "tweets": 2}.items():
+        path = write_jsonl(
+            f"vader_{domain}/train.jsonl", [f'{{"sentence": "{domain} {i}", "label": 1}}' for i in range(count)]
+        )
+    rows = task_rows(get_task("vader"), "train", path.parent.parent)
+    assert [row["sentence"] for row in rows] == [
+        "amazon 0", "movie 0", "nyt 0", "tweets 0", "movie 1", "nyt 1", "tweets 1", "movie 2",
+    ]  # fmt: skip
+    assert [row["domain"] for row in rows[:4]] == ["amazon", "movie", "nyt", "tweets"]
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot read .*vader_tweets/train\.jsonl"):
+        task_rows(get_task("vader"), "train", path.parent.parent)
+
+
+def test_a_task_that_is_not_on_the_hub_says_so() -> None:
+    with pytest.raises(DataError, match="the task 'vader' is not on the hub; give --data-dir"):
+        task_rows(get_task("vader"), "train", None)
+
+
+ON_THE_HUB = {name: task for name, task in TASKS.items() if task.hub is not None}
+CONFIGURED = """configs:
+- config_name: {config}
+  data_files:
+  - split: train
+    path: part/train.parquet
+  - split: {validation}
+    path: part/{validation}.parquet
+"""
+
+
+@pytest.mark.parametrize("task", ON_THE_HUB.values(), ids=ON_THE_HUB)
+def test_the_hub_gives_the_examples_of_the_data_directory(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[[str, list[str]], Path]
+) -> None:
+    """The hub is a local directory here, laid out like its repository, with its names of columns, splits and labels."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert task.hub is not None
+    rows: list[dict[str, Any]] = [
+        {name: f"{name} {i}" for name in task.fields} | {task.label: bool(i % 2) if task.name == "boolq" else i % 2}
+        for i in range(6)
+    ]
+    splits = {"train": (rows[:4], "train"), "validation": (rows[4:], task.hub.validation)}
+    folder = tmp_path / "hub" / "part"
+    folder.mkdir(parents=True)
+    for name, (of_split, hubs_name) in splits.items():
+        write_jsonl(f"data/{task.name}/{name}.jsonl", [json.dumps(row) for row in of_split])
+        columns = {task.hub.columns.get(key, key): [row[key] for row in of_split] for key in rows[0]}
+        if task.name == "medical_abstracts":
+            columns["condition_label"] = [label + 1 for label in columns["condition_label"]]
+        pq.write_table(pa.table(columns | {"idx": list(range(len(of_split)))}), folder / f"{hubs_name}.parquet")
+    configured = CONFIGURED.format(config=task.hub.config or "default", validation=task.hub.validation)
+    (tmp_path / "hub" / "README.md").write_text(f"---\n{configured}---\n")
+    there = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
+    for name, (of_split, _) in splits.items():
+        local, hubs = (
+            EncodedTask(task, rows, make_byte_tokenizer(), 500, "test")
+            for rows in (task_rows(task, name, tmp_path / "data"), task_rows(there, name, None))
+        )
+        assert local.prompts == hubs.prompts
+        assert local.labels.tolist() == hubs.labels.tolist() == [int(row[task.label]) for row in of_split]
+
+
+def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or [])
+    for name, split in (("trec", "validation"), ("rte", "train")):
+        with pytest.raises(DataError, match="holds no examples"):
+            task_rows(get_task(name), split, None)
+    trec = {"split": "test", "revision": "refs/convert/parquet", "streaming": False}
+    assert asked == [
+        (("CogComp/trec", None), trec),
+        (("aps/super_glue", "rte"), {"split": "train", "revision": None, "streaming": False}),
+    ]
+
+
+def test_json_lines_in_place_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[[str, list[str]], Path]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_jsonl("hub/train.jsonl", ['{"text": "a", "label": 3}'])
+    task = get_task("ag_news")
+    assert task.hub is not None
+    there = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
+    assert task_rows(there, "train", None) == [{"text": "a", "label": 3}]
+    with pytest.raises(DataError, match=r"cannot load .*hub from the hub: .*; give --data-dir"):
+        task_rows(there, "validation", None)
+
+
+MAIL = own_task("mail", "{text} This is", "spam,fine")
+
+
+def test_a_fifth_of_own_data_is_held_out(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    path = write_jsonl("mail.jsonl", [json.dumps({"text": str(i), "label": i % 2}) for i in range(52)])
+    train, held = own_rows(MAIL, path, None, 3)
+    assert (len(train), len(held)) == (42, 10)
+    texts = [int(row["text"]) for row in train]
+    assert texts == sorted(texts)
+    assert sorted(texts + [int(row["text"]) for row in held]) == list(range(52))
+    assert own_rows(MAIL, path, None, 3) == (train, held)
+    assert own_rows(MAIL, path, None, 4) != (train, held)
+
+
+def test_own_validation_data_are_taken_as_they_are(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    data = write_jsonl("mail.jsonl", ['{"text": "a", "label": "spam"}'])
+    validation = write_jsonl("other.jsonl", ['{"text": "b", "label": "fine"}'])
+    train, held = own_rows(MAIL, data, validation, 0)
+    assert [row["text"] for row in (*train, *held)] == ["a", "b"]
+    with pytest.raises(DataError, match=r"mail\.jsonl holds one example, of which none can be held out"):
+        own_rows(MAIL, data, None, 0)
+
+
+def test_own_data_without_the_templates_field(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    path = write_jsonl("mail.jsonl", ['{"text": "a", "label": 0}', '{"body": "a", "label": 0}'])
+    wanted = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
+    with pytest.raises(DataError, match=wanted):
+        own_rows(MAIL, path, None, 0)

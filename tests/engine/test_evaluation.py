@@ -1,0 +1,42 @@
+"""Accuracy, macro-F1 and loss over a task's examples."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from meerkat_engine.evaluation import confusion_matrix, evaluate, macro_f1
+from meerkat_engine.objective import candidate_scores
+from tests.engine.prompts import CPU, encoded
+
+
+def test_evaluation_counts_right_answers(llama: nn.Module) -> None:
+    data = encoded()
+    scores = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU))
+    right = (scores.argmax(-1) == data.labels).float().mean().item()
+    for batch_size in (1, 2, 32):
+        result = evaluate(llama, data, batch_size)
+        assert result.accuracy == pytest.approx(right)
+        assert result.loss == pytest.approx(functional.cross_entropy(scores, data.labels).item(), abs=1e-5)
+
+
+def test_macro_f1_by_hand() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 0, 1, 1, 0, 0])
+    confusion = confusion_matrix(labels, predicted, 4)
+    assert confusion.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    # class 0: precision 2/4, recall 2/3; class 1: 1/2 and 1/2; class 2 is never predicted; class 3 does not occur
+    assert macro_f1(confusion) == pytest.approx((4 / 7 + 1 / 2 + 0) / 3, abs=1e-12)
+
+
+def test_a_class_that_is_predicted_but_not_there_counts() -> None:
+    confusion = confusion_matrix(torch.tensor([0, 0]), torch.tensor([0, 1]), 3)
+    assert macro_f1(confusion) == pytest.approx((2 / 3 + 0) / 2, abs=1e-12)
+
+
+def test_macro_f1_is_that_of_the_evaluated_answers(llama: nn.Module) -> None:
+    data = encoded()
+    predicted = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU)).argmax(-1)
+    wanted = macro_f1(confusion_matrix(data.labels, predicted, 2))
+    for batch_size in (1, 2, 32):
+        assert evaluate(llama, data, batch_size).macro_f1 == wanted

@@ -1,0 +1,83 @@
+"""Examples of a task as token ids: which prompts are cut, and where; label words; the tasks' real data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_engine.data import task_rows
+from meerkat_engine.errors import DataError, ModelError
+from meerkat_engine.examples import EncodedTask
+from meerkat_engine.tasks import TASKS, Task
+from tests.conftest import make_byte_tokenizer, make_tokenizer
+from tests.engine.prompts import ROWS, WORDS, encoded
+
+
+def test_long_prompts_lose_the_end_of_the_field_and_keep_the_question() -> None:
+    data = encoded(max_length=7)
+    tokenizer = make_tokenizer(WORDS)
+    assert data.truncated == 1
+    assert tokenizer.decode(data.prompts[2]) == "not a fine and It was"
+    assert tokenizer.decode(data.prompts[0]) == "a fine film It was"
+    with pytest.raises(DataError, match="longer than 2 tokens even without the field 'sentence'"):
+        encoded(max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": "x", "label": 2}, "example 4: label 2 is outside task 'sst2', whose labels are 0 to 1"),
+        ({"sentence": "x", "label": -1}, "label -1 is outside"),
+        ({"sentence": "x", "label": "1"}, "label '1' is outside"),
+        ({"text": "x", "label": 1}, r"needs the field 'sentence'; found \['label', 'text'\]"),
+        ({"sentence": 5, "label": 1}, "field 'sentence' must be text, got int"),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fit(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encoded(rows=[*ROWS, row])
+
+
+def test_label_words_the_tokenizer_cannot_tell_apart() -> None:
+    task = Task(name="t", template="{sentence} It was", cut="sentence", label_words=(" unheard", " unseen"))
+    with pytest.raises(ModelError, match="the same tokens"):
+        encoded(task)
+
+
+@pytest.fixture(params=TASKS.values(), ids=TASKS)
+def real(request: pytest.FixtureRequest, shared_data: Path) -> tuple[Task, list[Any]]:
+    """A task and the first of its real examples."""
+    return request.param, task_rows(request.param, "train", shared_data)[:50]
+
+
+def test_real_rows_fit_their_task(real: tuple[Task, list[Any]]) -> None:
+    task, rows = real
+    data = EncodedTask(task, rows, make_byte_tokenizer(), 10_000, task.name)
+    assert data.truncated == 0
+    assert len(set(data.labels.tolist())) == len(task.label_words) or task.name == "trec"  # abbreviations are rare
+    for ids, row in zip(data.prompts, rows, strict=True):
+        assert make_byte_tokenizer().decode(ids) == task.prompt(row)
+
+
+def test_real_prompts_are_cut_in_the_right_field(real: tuple[Task, list[Any]]) -> None:
+    task, rows = real
+    tokenizer = make_byte_tokenizer()
+    row = max(rows, key=lambda row: len(row[task.cut]))
+    answer = max(len(word) for word in task.label_words)
+    length = len(tokenizer(task.prompt(row))["input_ids"]) + answer - 10
+    data = EncodedTask(task, [row], tokenizer, length, task.name)
+    assert data.truncated == 1
+    assert len(data.prompts[0]) + answer <= length
+    before, after = (part.format_map({**row}) for part in task.template.split(f"{{{task.cut}}}"))
+    prompt = tokenizer.decode(data.prompts[0])
+    assert prompt.startswith(before)
+    assert prompt.endswith(after)
+    kept, whole = prompt[len(before) : len(prompt) - len(after)], row[task.cut].strip()
+    assert whole.startswith(kept)
+    assert 10 <= len(whole.encode()) - len(kept.encode()) < 20
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_field_that_may_be_cut_is_not_the_question(task: Task) -> None:
+    assert task.cut not in {"question", "hypothesis", "word", "span1_text", "span2_text"}

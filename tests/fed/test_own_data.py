@@ -1,0 +1,163 @@
+"""Runs on data of the user's own, and with clients that the data name, through the command line."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from meerkat_engine.errors import ConfigError
+from meerkat_engine.fed.cli import main
+from meerkat_engine.fed.config import RunConfig, make_config
+from tests.conftest import make_model, make_tokenizer
+
+WORDS = "good bad fine poor film It was terrible great the a sounds All in all, that negative positive"
+SHORT = ["--batch-size", "4", "--clients", "2", "--rounds", "1", "--local-steps", "2", "--density", "0.05",
+         "--method", "random-mask"]  # fmt: skip
+OWN = {"template": "{text} It was", "labels": "terrible,great"}
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
+    return found
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer(WORDS).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def films(write_jsonl: Callable[[str, list[str]], Path]) -> Path:
+    """Label words as labels; a field that names two sites of different size."""
+    rows = [
+        {"text": f"a {'good' if i % 2 else 'bad'} film" + " all" * (i % 5),
+         "label": "great" if i % 2 else "terrible", "site": "north" if i % 3 else "south"}
+        for i in range(40)
+    ]  # fmt: skip
+    return write_jsonl("films.jsonl", [json.dumps(row) for row in rows])
+
+
+@pytest.fixture
+def own(model: Path, films: Path) -> list[str | Path]:
+    """Arguments of a run on these films."""
+    return ["run", "--model", model, "--data", films, "--template", OWN["template"], "--labels", OWN["labels"], *SHORT]
+
+
+def test_a_run_on_own_data(own: list[str | Path], films: Path, tmp_path: Path) -> None:
+    result = call(*own, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "and the task films\n" in result.output
+    assert "(8 held-out examples)" in result.output
+    assert sum(map(sum, summary_of(tmp_path / "r")["examples_by_client_and_label"])) == 32
+    settings = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
+    assert settings["data"] == str(films)
+    assert "task" not in settings
+    assert make_config(settings).labels == "terrible,great"
+    again = call("run", "--config", tmp_path / "r" / "config.toml", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert summary_of(tmp_path / "again")["weights"] == summary_of(tmp_path / "r")["weights"]
+    assert "the same bits as at the end of the run" in call("replay", tmp_path / "r").output
+    masked = call("mask", "--config", tmp_path / "r" / "config.toml", "--model", tmp_path / "model",
+                  "--output", tmp_path / "m")  # fmt: skip
+    assert masked.exit_code == 0, masked.output
+
+
+def test_validation_data_of_its_own(own: list[str | Path], films: Path, tmp_path: Path) -> None:
+    result = call(*own, "--validation", films, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "(40 held-out examples)" in result.output
+    missing = call(*own, "--validation", "no.jsonl", "--output", tmp_path / "s")
+    assert "validation 'no.jsonl' does not exist" in missing.output
+
+
+def test_prompts_that_were_cut_are_counted(own: list[str | Path], tmp_path: Path) -> None:
+    result = call(*own, "--max-length", "8", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    summary = summary_of(tmp_path / "r")
+    cut = [summary["truncated_train"], summary["truncated_validation"]]
+    assert sum(cut) == 16  # 3 + 2 + 1 tokens and "all" three or four times, for 16 of 40
+    assert min(cut) > 0
+    assert f"cut to fit      {cut[0]} training examples, {cut[1]} held-out examples (--max-length)\n" in result.output
+
+
+def test_clients_that_the_data_name(own: list[str | Path], tmp_path: Path) -> None:
+    natural = [*own, "--partition", "natural", "--client-field", "site"]
+    result = call(*natural, "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    summary = summary_of(tmp_path / "r")
+    counts = summary["examples_by_client_and_label"]
+    assert summary["natural_clients"] == ["north", "south"]
+    for i, name in enumerate(("north", "south")):
+        assert f"client {i} ({name}): {sum(counts[i])} examples, {counts[i]} by label\n" in result.output
+    assert sum(counts[0]) > sum(counts[1])
+    for arguments, message in [
+        (["--clients", "3"], "the data name 2 natural clients, and clients is 3; set --clients 2"),
+        (["--batch-size", "20"], "client 1 (south) holds"),
+        (["--client-field", "ward"], "films, train, example 1: natural clients need the field 'ward'; found ['label'"),
+    ]:
+        result = call(*natural, *arguments, "--output", tmp_path / "s")
+        assert result.exit_code == 1
+        assert message in result.output
+    assert not (tmp_path / "s").exists()
+
+
+def test_vaders_domains_are_its_clients(
+    model: Path, tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path]
+) -> None:
+    for domain in ("amazon", "movie", "nyt", "tweets"):
+        for split in ("train", "validation"):
+            rows = [{"sentence": "a good film", "label": i % 2} for i in range(6 if domain == "nyt" else 5)]
+            write_jsonl(f"data/vader_{domain}/{split}.jsonl", [json.dumps(row) for row in rows])
+    arguments = ["run", "--model", model, "--task", "vader", "--data-dir", tmp_path / "data", *SHORT,
+                 "--partition", "natural"]  # fmt: skip
+    result = call(*arguments, "--clients", "4", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "client 2 (nyt): 6 examples, [3, 3] by label" in result.output
+    assert "set --clients 4" in call(*arguments, "--output", tmp_path / "s").output
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "sst2"}, "give --task or --data, not both"),
+        ({"task": "embedded"}, "give --task or --data, not both"),
+        ({"template": None}, "--data needs --template .* and --labels"),
+        ({"labels": None}, "--data needs --template .* and --labels"),
+        ({"model": None}, "--data needs --model"),
+        ({"labels": "good"}, "task 'films' needs at least two label words"),
+        ({"labels": "good,good"}, "needs different label words"),
+        ({"template": "{text It was"}, "fields stand in braces"),
+        ({"cut": "title"}, "cut 'title' is not a field of the template"),
+        ({"client_field": "site"}, "client_field is for natural clients; add --partition natural"),
+        ({"partition": "natural"}, "the task 'films' has no natural clients of its own; give --client-field"),
+        *(
+            ({"data": None, "template": None, "labels": None, "task": "sst2", name: "x"}, f"{name} describes data of")
+            for name in ("validation", "template", "labels", "label_field", "cut")
+        ),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_go_together(settings: dict[str, str | None], message: str) -> None:
+    given = {"model": "m", "data": "films.jsonl", **OWN, **settings}
+    with pytest.raises(ConfigError, match=message):
+        make_config({name: value for name, value in given.items() if value is not None})
+
+
+def test_a_task_beside_own_data_is_refused_in_python_too() -> None:
+    with pytest.raises(ConfigError, match="give --task or --data, not both"):
+        RunConfig(model="m", task="sst2", data=Path("films.jsonl"), **OWN)
+
+
+def test_the_embedded_task_has_no_natural_clients() -> None:
+    with pytest.raises(ConfigError, match="the task 'embedded' has no natural clients of its own"):
+        make_config({"partition": "natural"})
