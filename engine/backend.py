@@ -28,7 +28,7 @@ class Backend(Protocol):
         """``z`` at element ids: float32 [n]."""
 
     def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
-        """``<gradient, z>`` for each seed: float64 [n]."""
+        """``<gradient, z>`` and ``<z, z>`` for each seed: float64 [n, 2]."""
 
     def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
         """``w <- cast(master + scale * z)``."""

@@ -1,12 +1,13 @@
-"""``SparseZO``: two-point zeroth-order steps on the masked elements of a model, as a ``torch.optim.Optimizer``.
+"""``SparseZO``: zeroth-order steps on the masked elements of a model, as a ``torch.optim.Optimizer``.
 
-    g = (f(w + eps * (z * m)) - f(w - eps * (z * m))) / (2 * eps)          projected gradient, a scalar
-    w <- w - lr * g * (z * m)
+    g_j = (f(w + eps * (z_j * m)) - f(w - eps * (z_j * m))) / (2 * eps)          projected gradient of query j, a scalar
+    w <- w - (lr / q) * g_j * (z_j * m)                                          for each of the q queries, in order
 
 References:
-    Meerkat, arXiv 2506.03337, section 3; MeZO, arXiv 2305.17333, algorithm 1; Spall 1992 (SPSA).
+    Meerkat, arXiv 2506.03337, section 3. ``estimator`` has the estimators and where they come from.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -14,7 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import NonFiniteLossError
+from .estimator import (
+    ESTIMATES,
+    Estimator,
+    Walk,
+    check_eps,
+    check_estimator,
+    check_queries,
+    check_taken,
+    take_loss,
+)
 from .mask import SparseMask
 from .parameters import floating_parameters
 from .stream import VERSION, check_seed, step_seed
@@ -32,13 +42,16 @@ class SparseZO(torch.optim.Optimizer):
         mask: of this model.
         lr: learning rate (eta), not negative. One per parameter group; schedulers may change it.
         eps: perturbation scale, positive; the same in every group.
-        seed: root seed in [0, 2**64); step ``t`` uses ``step_seed(seed, 0, t)`` unless it is given one.
+        seed: root seed in [0, 2**64); query ``j`` of step ``t`` uses ``step_seed(seed, 0, t, j)`` unless it is given
+            one.
         backend: "auto" (Triton on GPUs; on CPUs numba where it is installed, else torch), "torch", "numba", "triton".
         params: parameter groups over the model's parameters, as any torch optimizer takes them; every parameter with
             masked elements must be in one. None is one group of all of these.
+        queries: perturbations a step (q), at least 1; each has a seed, a scalar, and a share ``lr / q`` of the step.
+        estimator: "two-point" or "forward-difference"; see ``Estimator``.
 
     Raises:
-        ValueError: for a learning rate, eps, seed or group out of range.
+        ValueError: for a learning rate, eps, seed, group, number of queries or estimator out of range.
         MaskError: if the mask is another model's.
 
     Example:
@@ -61,9 +74,12 @@ class SparseZO(torch.optim.Optimizer):
         seed: int = 0,
         backend: str = "auto",
         params: Iterable[dict[str, Any]] | None = None,
+        queries: int = 1,
+        estimator: str = Estimator.TWO_POINT,
     ) -> None:
         _check_lr(lr)
-        _check_eps(eps)
+        check_eps(eps)
+        self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
         self.seed = check_seed(seed)
         self.steps = 0
         self._projected_gradients: list[float] = []
@@ -90,90 +106,81 @@ class SparseZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float], seed: int | None = None) -> Tensor:  # type: ignore[override]
-        """One two-point step.
+        """One step of ``queries`` perturbations.
 
         Args:
-            closure: computes the loss of the batch, a scalar; called twice in inference mode, at +eps and at -eps, and
-                must see the same batch both times.
-            seed: of the perturbation; None is ``step_seed(root seed, 0, number of steps taken)``.
+            closure: computes the loss of the batch, a scalar; called in inference mode, and must see the same batch
+                every time. Two-point: at +eps and at -eps of each query. Forward difference: at ``w``, then at +eps of
+                each query.
+            seed: of the perturbation, where there is one a step (see ``step_many`` for more); None is
+                ``step_seed(root seed, 0, number of steps taken, query)``.
 
         Returns:
-            Mean of the two losses, float32 scalar.
+            Two-point: mean of all the losses. Forward difference: the loss at ``w``. Float32 scalar.
 
         On a GPU nothing here waits for it, unless the closure does.
 
         Raises:
+            ValueError: if a seed is given and there are several queries.
             NonFiniteLossError: if a loss is NaN or infinite. This and whatever the closure raises leave the weights
-                restored and the step not taken. On a GPU, it is raised when ``projected_gradients`` is next read.
+                restored and the step not taken. On a GPU, it is raised when ``projected_gradients`` is next read, and
+                what is not taken is the query.
             ModelChangedError: if the model was moved, cast or rebuilt since the optimizer was.
         """
+        if seed is not None and self.queries > 1:
+            raise ValueError(f"a step has {self.queries} queries, each with its own seed: step_many([closure], seeds)")
         return self.step_many([closure], None if seed is None else [seed])[0]
 
     @torch.no_grad()
     def step_many(
         self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Several steps, the update of each in one pass with the first perturbation of the next.
+        """Several steps, the last update of each in one pass with the first perturbation of the next (two-point).
 
         The weights and scalars are those of ``step`` called for each, bit for bit.
 
         Args:
             closures: one a step, as for ``step``; each is asked for when the step before it is known, so a generator
                 may choose its batch and the learning rate then.
-            seeds: one a step at least; None is as for ``step``.
+            seeds: at least ``queries`` a step, in the order (step, query); None is as for ``step``.
 
         Returns:
-            Mean of the two losses of each step, float32 scalars.
+            A loss a step, as ``step`` returns it.
 
         Raises:
+            ValueError: if there are fewer seeds than the steps need.
             NonFiniteLossError: as ``step``; the steps before it stay taken.
             ModelChangedError: as ``step``.
         """
-        if seeds is not None:
-            self._values.seeds(seeds)
-        given = None if seeds is None else iter(seeds)
-        pending: tuple[Tensor, Tensor] | None = None
+        given = None if seeds is None else self._sent(seeds)
+        first, walk = self.steps, Walk(self.weights)
         losses = []
         self.weights.check_same_parameters()
         try:
             for closure in closures:
-                seed = self._values.seed(self._next_seed() if given is None else next(given))
-                eps = self._eps()
-                if pending is None:
-                    self.weights.perturb_(seed, self._fp32(eps))
-                else:
-                    self.weights.update_perturb_(*pending, seed, self._fp32(eps))
-                    pending = None
-                pair = torch.empty(2, dtype=torch.float32, device=self._values.device)
-                self._evaluate(closure, pair[:1], "+eps")
-                self.weights.perturb_(seed, self._fp32(-eps))
-                self._evaluate(closure, pair[1:], "-eps")
-                record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*self._rates()))
-                if self._at_once:
-                    _check_taken(record[None], self.steps)
-                self._records.append(record)
-                pending = seed, record[2:]
+                of_step = self._default_seeds() if given is None else self._given_seeds(given, self.steps - first)
+                evaluate = functools.partial(take_loss, closure, at_once=self._at_once)
+                loss, records = ESTIMATES[self.estimator](walk, of_step, self._eps(), evaluate, self._record)
+                self._records += records
+                walk.pending += [(seed, record[2:]) for seed, record in zip(of_step, records, strict=True)]
                 self.steps += 1
-                losses.append(record[0])
+                losses.append(loss)
         finally:
-            if pending is None:
-                self.restore()
-            else:
-                self.weights.update_(*pending)
+            walk.settle_()
         return losses
 
     @property
     def projected_gradients(self) -> list[float]:
-        """fp32 scalars of the steps taken by ``step``, oldest first; a list, clear it as you like.
+        """fp32 scalars of the steps taken, in the order (step, query); a list, clear it as you like.
 
         Raises:
-            NonFiniteLossError: once, if a loss on the GPU was NaN or infinite; the step was not taken and its scalar
+            NonFiniteLossError: once, if a loss on the GPU was NaN or infinite; the query was not taken and its scalar
                 is in the list as it was.
         """
         if self._records:
             records, self._records = torch.stack(self._records).cpu(), []
             self._projected_gradients += records[:, 1].tolist()
-            _check_taken(records, self.steps - len(records))
+            check_taken(records, self.steps * self.queries - len(records), self.queries)
         return self._projected_gradients
 
     def perturb(self, seed: int, scale: float) -> None:
@@ -185,10 +192,10 @@ class SparseZO(torch.optim.Optimizer):
         self.weights.restore_()
 
     def apply(self, seed: int, g: float) -> None:
-        """The update of a step whose scalar is known: ``master <- master - fp32(lr * g) * z(seed)``.
+        """The update of a query whose scalar is known: ``master <- master - fp32((lr / queries) * g) * z(seed)``.
 
         Raises:
-            ValueError: if ``g`` or ``lr * g`` is not finite in fp32.
+            ValueError: if ``g`` or its product with the learning rate is not finite in fp32.
         """
         c = [lr * g for lr in self._rates()]
         if not all(math.isfinite(round_fp32(value)) for value in (g, *c)):
@@ -228,14 +235,28 @@ class SparseZO(torch.optim.Optimizer):
         self.steps = int(state["steps"])
         self.seed = check_seed(state["seed"])
 
-    def _next_seed(self) -> int:
-        """Of the next step; a batch of them goes to the device at a time."""
-        if self.steps % _SEEDS == 0 and not self._at_once:
-            self._values.seeds([step_seed(self.seed, 0, self.steps + i) for i in range(_SEEDS)])
-        return step_seed(self.seed, 0, self.steps)
+    def _default_seeds(self) -> list[Tensor]:
+        """Of the next step's queries; those of some steps go to the device at a time."""
+        ahead = max(1, _SEEDS // self.queries)
+        if self.steps % ahead == 0 and not self._at_once:
+            steps = range(self.steps, self.steps + ahead)
+            self._values.seeds([step_seed(self.seed, 0, t, j) for t in steps for j in range(self.queries)])
+        return [self._values.seed(step_seed(self.seed, 0, self.steps, j)) for j in range(self.queries)]
+
+    def _sent(self, seeds: Sequence[int]) -> list[Tensor]:
+        on_device = self._values.seeds(seeds)
+        return [on_device[i : i + 1] for i in range(len(seeds))]
+
+    def _given_seeds(self, seeds: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+        """Of the queries of a step, counted from the first of this call."""
+        first, stop = step * self.queries, (step + 1) * self.queries
+        if stop > len(seeds):
+            raise ValueError(f"{len(seeds)} seeds were given; {step + 1} steps of {self.queries} queries need {stop}")
+        return seeds[first:stop]
 
     def _rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self.param_groups]
+        """Learning rate of a query, by group."""
+        return [float(group["lr"]) / self.queries for group in self.param_groups]
 
     def _fp32(self, *values: float) -> Tensor:
         return self._values.numbers(values, torch.float32)
@@ -243,20 +264,12 @@ class SparseZO(torch.optim.Optimizer):
     def _fp64(self, *values: float) -> Tensor:
         return self._values.numbers(values, torch.float64)
 
-    def _evaluate(self, closure: Callable[[], Tensor | float], out: Tensor, where: str) -> None:
-        """Writes the closure's loss to ``out``, float32 [1]: a copy, since the closure may use its tensor again."""
-        with torch.inference_mode():
-            value = closure()
-        if not isinstance(value, Tensor):
-            out.fill_(value)
-        elif value.numel() == 1:
-            out.copy_(value.detach().reshape(1))
-        else:
-            raise ValueError(f"the closure must return one loss, got a tensor of shape {list(value.shape)}")
-        if self._at_once and not math.isfinite(out.item()):
-            raise NonFiniteLossError(
-                f"the loss at {where} is {out.item()}; the weights are restored (try a smaller lr or eps)"
-            )
+    def _record(self, pair: Tensor, eps: float) -> Tensor:
+        """Mean loss, projected gradient and coefficients from the losses at a distance of ``2 * eps``."""
+        record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*self._rates()))
+        if self._at_once:
+            check_taken(record[None], self.steps)
+        return record
 
     def _eps(self) -> float:
         eps = cast(float, self.param_groups[0]["eps"])
@@ -265,19 +278,8 @@ class SparseZO(torch.optim.Optimizer):
                 raise ValueError(
                     f"eps is one perturbation's scale: group {number} has {group['eps']}, group 0 has {eps}"
                 )
-        _check_eps(eps)
+        check_eps(eps)
         return eps
-
-
-def _check_taken(records: Tensor, first: int) -> None:
-    """Raises ``NonFiniteLossError`` for the first record that is not finite; ``first`` numbers the first of them."""
-    bad = (~records.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        loss, g, *c = records[bad[0]].tolist()
-        raise NonFiniteLossError(
-            f"step {first + bad[0]} was not taken: mean loss {loss}, projected gradient {g}, lr * g {c} "
-            f"(try a smaller lr or eps)"
-        )
 
 
 def _check_lr(lr: float | Tensor) -> None:
@@ -285,9 +287,4 @@ def _check_lr(lr: float | Tensor) -> None:
         raise ValueError(f"lr must be finite and not negative, got {lr}")
 
 
-def _check_eps(eps: float) -> None:
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be finite and positive, got {eps}")
-
-
-__all__ = ["SparseZO"]
+__all__ = ["Estimator", "SparseZO"]

@@ -1,7 +1,8 @@
-"""``<gradient, z_s>`` over the mask for many seeds, in one pass: GradIP (Meerkat, arXiv 2506.03337, section 4).
+"""``<gradient, z_s>`` and ``<z_s, z_s>`` over the mask for many seeds, in one pass.
 
-Each program holds its elements' gradient and ids while it goes through all seeds, and leaves one float64 per seed.
-``reference.inner`` says in which order the sum is taken; a program's share of it is a subtree.
+GradIP is the first times the projected gradient; its cosine needs both (Meerkat, arXiv 2506.03337, section 4).
+Each program holds its elements' gradient and ids while it goes through all seeds, and leaves two float64 per seed.
+``reference.inner`` says in which order the sums are taken; a program's share of each is a subtree.
 """
 
 import torch
@@ -40,15 +41,17 @@ def _inner_kernel(
     gradient = tl.load(gradient_ptr + at, mask=live, other=0.0).to(tl.float64)
     ids = tl.load(ids_ptr + at, mask=live, other=0)
     for t in range(n):
-        products = gradient * normal_at(tl.load(seeds_ptr + t), ids).to(tl.float64)
-        total = _tree_sum(tl.where(live, products, 0.0), BLOCK, LEVELS)
-        tl.store(sums_ptr + t * tl.num_programs(0).to(tl.int64) + chunk + tl.arange(0, 1), total)
+        z = normal_at(tl.load(seeds_ptr + t), ids).to(tl.float64)
+        z = tl.where(live, z, 0.0)
+        at_sums = sums_ptr + 2 * t * tl.num_programs(0).to(tl.int64) + chunk + tl.arange(0, 1)
+        tl.store(at_sums, _tree_sum(gradient * z, BLOCK, LEVELS))
+        tl.store(at_sums + tl.num_programs(0), _tree_sum(z * z, BLOCK, LEVELS))
 
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
     """See ``reference.inner``."""
     chunks = triton.cdiv(ids.numel(), BLOCK)
-    sums = gradient.new_empty((seeds.numel(), chunks), dtype=torch.float64)
+    sums = gradient.new_empty((seeds.numel(), 2, chunks), dtype=torch.float64)
     with on_device_of(gradient):
         _inner_kernel[(chunks,)](
             sums_ptr=sums,

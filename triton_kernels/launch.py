@@ -34,8 +34,8 @@ def masked_config(warp_size: int) -> LaunchConfig:
     """Of every kernel here: ``ALIGN`` elements a thread, what one 16-byte load of offsets or of masters brings.
 
     Chosen from the compilers' output (triton 3.7.1), not yet by a clock. With 8 elements a thread, on
-    sm_90 the fused update takes 124 registers and ``inner`` 144, which leaves 16 and 12 warps a multiprocessor to hide
-    the latency of scattered stores; with 4 they take 66 and 72, for 24 warps, at 2% to 11% more instructions an
+    sm_90 the fused update takes 124 registers and ``inner`` 143, which leaves 16 and 12 warps a multiprocessor to hide
+    the latency of scattered stores; with 4 they take 66 and 80, for 24 warps, at 2% to 15% more instructions an
     element.
     """
     return LaunchConfig(block=BLOCK, num_warps=BLOCK // ALIGN // warp_size)

@@ -347,9 +347,9 @@ def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw:
 
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, Tensor], Tensor] = normal) -> Tensor:
-    """``<gradient, z>`` over some elements, for many seeds.
+    """``<gradient, z>`` and ``<z, z>`` over some elements, for many seeds.
 
-    Each product is exact in float64. The sum is the binary tree over the elements in order, padded with zeros to a
+    Each product is exact in float64. Each sum is the binary tree over the elements in order, padded with zeros to a
     power of two: neighbours are added, then neighbouring sums, and so on. So it has the same bits on every device.
 
     Args:
@@ -359,11 +359,15 @@ def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, T
         normal: draws ``z`` at element ids.
 
     Returns:
-        float64 [n].
+        float64 [n, 2]: ``<gradient, z>``, then ``<z, z>``.
     """
     g = gradient.double()
-    sums = [tree_sum(g * normal(seed_of(seed), ids).double()) for seed in seeds]
-    return torch.stack(sums) if sums else g.new_empty(0)
+    sums = g.new_empty(seeds.numel(), 2)
+    for row, seed in zip(sums, seeds, strict=True):
+        z = normal(seed_of(seed), ids).double()
+        row[0] = tree_sum(g * z)
+        row[1] = tree_sum(z * z)
+    return sums
 
 
 def tree_sum(values: Tensor) -> Tensor:

@@ -165,8 +165,22 @@ def test_inner_products(k: int, generator: torch.Generator) -> None:
     seeds = [0, 2**63 + 1, 2**64 - 1]
     found = [ops.inner(gradient, ids, bits64(*seeds)) for ops in (KERNELS, reference)]
     assert same_bits(*found)
-    wanted = [float((gradient.double() * reference.normal(seed, ids).double()).sum()) for seed in seeds]
-    assert found[0].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert found[0].shape == (len(seeds), 2)
+    for row, seed in zip(found[0], seeds, strict=True):
+        z = reference.normal(seed, ids).double()
+        wanted = [float((gradient.double() * z).sum()), float((z * z).sum())]
+        assert row.tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+def test_inner_products_of_no_seed(ops: object) -> None:
+    assert ops.inner(torch.ones(5), torch.arange(5), bits64(1)[:0]).shape == (0, 2)  # type: ignore[attr-defined]
+
+
+def test_inner_products_keep_their_bits() -> None:
+    """Taken from the code before ``<z, z>`` was added, the second as ``<gradient, z>`` of a gradient that is z."""
+    (found,) = reference.inner(torch.arange(1000) / 7, torch.arange(1000) * 3, bits64(11)).tolist()
+    assert [x.hex() for x in found] == ["0x1.4ffa56fa09eb0p+11", "0x1.fba7db876b0e7p+9"]
 
 
 def fp64(*values: float) -> torch.Tensor:

@@ -1,0 +1,195 @@
+"""Several queries a step, and the estimators: bits, replay, forwards, and losses that are not finite."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from meerkat_engine import SparseMask, SparseZO, replay, stream
+from meerkat_engine.errors import NonFiniteLossError
+from meerkat_engine.objective import language_model_loss
+from meerkat_engine.weights import MaskedWeights, round_fp32
+from tests.conftest import make_model, same_bits
+from tests.engine.test_optimizer import BATCH, DTYPES, NothingIsReadBack, flat
+
+ESTIMATORS = ["two-point", "forward-difference"]
+FORWARDS = {"two-point": lambda q: 2 * q, "forward-difference": lambda q: q + 1}
+
+
+@pytest.fixture(params=ESTIMATORS)
+def estimator(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def made(model: nn.Module, q: int, estimator: str, **more: object) -> SparseZO:
+    mask = SparseMask.random(model, 0.05, 1)
+    return SparseZO(model, mask, **{"lr": 0.07, "eps": 1e-2, "seed": 9, "queries": q, "estimator": estimator, **more})  # type: ignore[arg-type]
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return language_model_loss(model, BATCH)
+
+
+def by_hand(model: nn.Module, q: int, estimator: str, steps: int) -> tuple[list[float], list[float]]:
+    """Steps from perturb, restore and apply alone, after the formulas; scalars and losses."""
+    opt, scalars, losses = made(model, 1, "two-point", lr=0.07 / q), [], []
+    for step in range(steps):
+        seeds, found, seen = [stream.step_seed(9, 0, step, j) for j in range(q)], [], []
+        at_w = loss_of(model).item()
+        for seed in seeds:
+            pair = []
+            for scale in (1e-2, -1e-2):
+                opt.perturb(seed, scale)
+                pair.append(loss_of(model).item())
+            seen += pair
+            two = estimator == "two-point"
+            found.append(round_fp32((pair[0] - pair[1]) / (2 * 1e-2) if two else (pair[0] - at_w) / 1e-2))
+        opt.restore()
+        losses.append(round_fp32(sum(seen) / len(seen)) if estimator == "two-point" else at_w)
+        for seed, g in zip(seeds, found, strict=True):
+            opt.apply(seed, g)
+        scalars += found
+    return scalars, losses
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> None:
+    model, other, base = (make_model("llama", dtype) for _ in range(3))
+    opt, calls = made(model, q, estimator), []
+
+    def closure() -> torch.Tensor:
+        calls.append(None)
+        return language_model_loss(model, BATCH)
+
+    losses = opt.step_many([closure] * 3)
+    scalars, wanted = by_hand(other, q, estimator, 3)
+    assert len(calls) == 3 * FORWARDS[estimator](q)
+    assert opt.projected_gradients == scalars
+    assert len(set(scalars)) == 3 * q
+    assert [loss.item() for loss in losses] == pytest.approx(wanted, rel=1e-7)  # a sum in another order
+    assert same_bits(flat(model), flat(other))
+    seeds = [stream.step_seed(9, 0, t, j) for t in range(3) for j in range(q)]
+    replay(base, opt.weights.mask, [(seed, 0.07 / q, g) for seed, g in zip(seeds, scalars, strict=True)])
+    assert same_bits(flat(base), flat(model))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_step_by_step_or_in_one_call_and_with_seeds_of_ones_own(backend: str, estimator: str) -> None:
+    ends = []
+    for many, given in itertools.product((True, False), repeat=2):
+        model = make_model("llama", torch.bfloat16)
+        opt = made(model, 2, estimator, backend=backend)
+        seeds = [stream.step_seed(9, 0, t, j) for t in range(2) for j in range(2)]
+        closure: Callable[[], torch.Tensor] = lambda model=model: language_model_loss(model, BATCH)  # noqa: E731
+        if many:
+            opt.step_many([closure] * 2, seeds if given else None)
+        else:
+            for t in range(2):
+                opt.step_many([closure], seeds[2 * t : 2 * t + 2] if given else None)
+        ends.append((flat(model), opt.projected_gradients))
+    assert all(same_bits(ends[0][0], end) and ends[0][1] == scalars for end, scalars in ends[1:])
+
+
+def test_the_difference_is_taken_in_float64(llama: nn.Module) -> None:
+    plus, at_w, eps = 0.7637010216712952, 0.18783339858055115, 1e-3
+    queue = [at_w, plus]
+    opt = made(llama, 1, "forward-difference", eps=eps)
+    assert opt.step(lambda: queue.pop(0)).item() == round_fp32(at_w)
+    assert opt.projected_gradients == [round_fp32((round_fp32(plus) - round_fp32(at_w)) / eps)]
+
+
+def test_what_is_launched(monkeypatch: pytest.MonkeyPatch, llama: nn.Module, estimator: str) -> None:
+    """Of one two-point query a step, two forwards and three small launches; the last update waits for the next step."""
+    calls: list[str] = []
+    for name in ("perturb_", "update_", "update_perturb_", "restore_", "coefficients"):
+        operation = getattr(MaskedWeights, name)
+
+        def noted(*args: object, _name: str = name, _do: Callable[..., object] = operation) -> object:
+            calls.append(_name)
+            return _do(*args)
+
+        monkeypatch.setattr(MaskedWeights, name, noted)
+    for q in (1, 2):
+        calls.clear()
+        made(llama, q, estimator).step_many([lambda: 0.5] * 2)
+        two, more = ["perturb_", "perturb_", "coefficients"], ["update_"] * (q - 1)
+        if estimator == "two-point":
+            query = ["perturb_", "coefficients"]
+            wanted = [*two * q, *more, "update_perturb_", *query, *two * (q - 1), *more, "update_"]
+        else:
+            each = ["perturb_", "coefficients"] * q
+            wanted = ["restore_", *each, *["update_"] * q, *each, *["update_"] * q]
+        assert calls == wanted
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_takes_nothing_of_its_step(llama: nn.Module, estimator: str, at: int) -> None:
+    n = FORWARDS[estimator](3)
+    opt = made(llama, 3, estimator)
+    queue = [0.1 * i for i in range(n)] + [0.2 * i if i != at else float("nan") for i in range(n)]
+    with pytest.raises(NonFiniteLossError, match=r"the loss at (w|[+-]eps) is nan"):
+        opt.step_many([lambda: queue.pop(0)] * 2)
+    assert (opt.steps, len(opt.projected_gradients)) == (1, 3)
+    other = make_model()
+    for j, g in enumerate(opt.projected_gradients):
+        made(other, 3, estimator).apply(stream.step_seed(9, 0, 0, j), g)
+    assert same_bits(flat(llama), flat(other))
+
+
+def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
+    opt = made(llama, 2, "two-point", backend="triton")
+    opt._at_once = False
+    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    queue = [one, 2 * one, nan, one, one, 3 * one, one, one]
+    opt.step_many([lambda: queue.pop(0)] * 2)
+    with pytest.raises(NonFiniteLossError, match="query 1 of step 0 was not taken: mean loss nan"):
+        _ = opt.projected_gradients
+    g = opt.projected_gradients
+    other = make_model()
+    replay(other, opt.weights.mask, [
+        (stream.step_seed(9, 0, 0, 0), 0.035, g[0]), (stream.step_seed(9, 0, 1, 0), 0.035, g[2]),
+    ])  # fmt: skip
+    assert same_bits(flat(llama), flat(other))
+
+
+def test_on_a_gpu_no_query_waits_for_the_host(llama: nn.Module, estimator: str) -> None:
+    opt, other = made(llama, 3, estimator, backend="triton"), make_model()
+    opt._at_once = False
+    closure, seeds = (
+        (lambda: language_model_loss(llama, BATCH)),
+        [stream.step_seed(9, 0, t, j) for t in (0, 1) for j in range(3)],
+    )
+    with NothingIsReadBack():
+        opt.step_many([closure] * 2, seeds)
+    scalars, _ = by_hand(other, 3, estimator, 2)
+    assert opt.projected_gradients == scalars
+    assert same_bits(flat(llama), flat(other))
+
+
+def test_seeds_must_be_enough(llama: nn.Module) -> None:
+    opt = made(llama, 2, "two-point")
+    with pytest.raises(ValueError, match="a step has 2 queries, each with its own seed"):
+        opt.step(lambda: 0.0, seed=3)
+    before = flat(llama)
+    for seeds in ([], [1]):
+        with pytest.raises(ValueError, match=rf"{len(seeds)} seeds were given; 1 steps of 2 queries need 2"):
+            opt.step_many([lambda: 0.0], seeds)
+    assert same_bits(flat(llama), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": 0}, "queries must be an integer in"),
+        ({"q": 1.5}, "queries must be an integer in"),
+        ({"estimator": "three-point"}, "unknown estimator 'three-point'; known: two-point, forward-difference"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(llama: nn.Module, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(llama, **{"q": 1, "estimator": "two-point", **arguments})  # type: ignore[arg-type]
