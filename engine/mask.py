@@ -6,8 +6,8 @@ metadata (see ``docs/formats.md``).
 
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import sensitivity, stream
 from .errors import MaskError
+from .files import write_whole
 from .parameters import ParameterTable, floating_parameters
 from .sensitivity import LossFunction
 
@@ -28,14 +29,14 @@ FORMAT = "meerkat-mask/1"
 class SparseMask:
     """A static binary mask over the elements of one model.
 
-    Build one with ``from_gradients``, ``magnitude``, ``random`` or ``dense``, or ``load`` it.
+    Build one with ``from_gradients``, ``magnitude``, ``random``, ``dense`` or ``of_parameters``, or ``load`` it.
 
     Args:
         ids: int64 [k] on the CPU, ascending element ids.
         table: of the model it was made for.
         density: ``u`` in (0, 1], as asked for; ``k = round(u * d)``, at least 1.
         source: how the elements were chosen.
-        calibration: what text they were chosen on, in words; empty where none was needed.
+        calibration: what text they were chosen on, or the gradient taken on, in words; empty where none was needed.
         gradient: float32 [k], mean gradient on the calibration text at these elements, or None.
         scores: float32 [k], what the elements were ranked by, or None.
 
@@ -104,10 +105,6 @@ class SparseMask:
         """
         table = ParameterTable.of(model)
         k = element_count(density, table.size)
-        if loss is None:
-            from .objective import language_model_loss  # transformers is imported only where it is needed
-
-            loss = language_model_loss
         found = sensitivity.accumulate(model, batches, loss)
         ids, scores = sensitivity.largest(lambda i: found.squares[i].view(-1), len(table.names), k)
         return cls(
@@ -119,6 +116,32 @@ class SparseMask:
             gradient=_at(found.means, table, ids),
             scores=scores,
         )
+
+    def with_gradient(
+        self, model: nn.Module, batches: Iterable[Any], *, loss: LossFunction | None = None, calibration: str = ""
+    ) -> "SparseMask":
+        """The same mask with the mean gradient over some batches, which GradIP needs.
+
+        Memory: one parameter's gradient at a time, and 4 bytes a masked element. Parameters without masked elements
+        get no gradient.
+
+        Args:
+            model: the mask's; left as it was.
+            batches: as for ``from_gradients``.
+            loss: as for ``from_gradients``.
+            calibration: description of the text; empty keeps the one there is.
+
+        Raises:
+            MaskError: if the mask is another model's, there is no batch, or a loss or gradient is not finite.
+        """
+        self.check(model)
+        wanted = {name: self.ids[start:stop] - base for name, base, start, stop in self.ranges()}
+        found = sensitivity.gradient_at(model, batches, loss, wanted)
+        return replace(self, gradient=torch.cat(found), calibration=calibration or self.calibration)
+
+    def ranges(self) -> list[tuple[str, int, int, int]]:
+        """Name, base id, begin and end in ``ids`` of every parameter that has masked elements, in id order."""
+        return self.table.ranges(self.ids)
 
     @classmethod
     def magnitude(cls, model: nn.Module, density: float) -> "SparseMask":
@@ -135,10 +158,10 @@ class SparseMask:
         table = ParameterTable.of(model)
         k = element_count(density, table.size)
         if 2 * k <= table.size:
-            ids = _distinct(seed, k, table.size)
+            ids = stream.distinct(seed, k, table.size)
         else:  # draw what is left out
             chosen = torch.ones(table.size, dtype=torch.bool)
-            chosen[_distinct(seed, table.size - k, table.size)] = False
+            chosen[stream.distinct(seed, table.size - k, table.size)] = False
             ids = torch.nonzero(chosen).view(-1)
         return cls(ids=ids, table=table, density=density, source=f"random, seed {seed}")
 
@@ -147,6 +170,32 @@ class SparseMask:
         """All elements: zeroth-order fine-tuning without a mask, with 20 bytes of state an element."""
         table = ParameterTable.of(model)
         return cls(ids=torch.arange(table.size), table=table, density=1.0, source="dense")
+
+    @classmethod
+    def of_parameters(cls, model: nn.Module, names: Sequence[str], source: str = "parameters") -> "SparseMask":
+        """All elements of some parameters: adapters, one layer.
+
+        Args:
+            model: the model.
+            names: of the parameters, as in ``model.named_parameters()``, in any order.
+            source: how they were chosen, kept with the mask.
+
+        Raises:
+            MaskError: naming the first that the model has not, or if there is none.
+        """
+        table = ParameterTable.of(model)
+        known = dict(zip(table.names, zip(table.bases, table.shapes, strict=True), strict=True))
+        for name in names:
+            if name not in known:
+                raise MaskError(
+                    f"the model has no floating-point parameter {name!r}; it has {len(known)}, {table.names[0]!r} to "
+                    f"{table.names[-1]!r} (a tied parameter has one name)"
+                )
+        if not names:
+            raise MaskError("a mask of parameters needs at least one parameter name")
+        places = sorted(known[name] for name in set(names))
+        ids = torch.cat([torch.arange(base, base + torch.Size(shape).numel()) for base, shape in places])
+        return cls(ids=ids, table=table, density=ids.numel() / table.size, source=source)
 
     def check(self, model: nn.Module) -> None:
         """Raises ``MaskError`` naming the first difference if the mask was made for another model."""
@@ -226,44 +275,15 @@ def element_count(density: float, size: int) -> int:
     return max(1, round(density * size))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _at(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
-    bounds = torch.searchsorted(ids, torch.tensor([*table.bases, table.size]))
-    parts = []
-    for tensor, base, start, stop in zip(tensors, table.bases, bounds[:-1], bounds[1:], strict=True):
-        parts.append(tensor.view(-1)[(ids[start:stop] - base).to(tensor.device)].cpu())
-    return torch.cat(parts)
-
-
-def _distinct(seed: int, k: int, size: int) -> Tensor:
-    """The first k distinct numbers below ``size`` that the stream draws, ascending: int64 [k]."""
-    drawn = torch.empty(0, dtype=torch.int64)
-    blocks = 0
-    while True:
-        more = torch.arange(blocks, blocks + max(64, k))
-        words = stream.bits(seed, more)
-        numbers = ((words[:, 0::2] << 31) ^ words[:, 1::2]) % size  # 63 bits: the bias is below 2**-20 for any model
-        blocks += more.numel()
-        drawn = torch.cat([drawn, numbers.reshape(-1)])
-        distinct, index = torch.unique(drawn, return_inverse=True)
-        if distinct.numel() >= k:
-            first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
-                0, index, torch.arange(drawn.numel()), "amin"
-            )
-            chosen: Tensor = distinct[torch.argsort(first)[:k]]
-            return chosen.sort().values
+    """Values of chosen elements from a tensor for every parameter: [k] on the CPU."""
+    of = dict(zip(table.names, tensors, strict=True))
+    return torch.cat(
+        [
+            of[name].view(-1)[(ids[start:stop] - base).to(of[name].device)].cpu()
+            for name, base, start, stop in table.ranges(ids)
+        ]
+    )
 
 
 __all__ = ["FORMAT", "SparseMask", "check_density", "element_count", "write_whole"]

@@ -62,6 +62,12 @@ class ParameterTable:
         """SHA-256 of the table, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def ranges(self, ids: Tensor) -> list[tuple[str, int, int, int]]:
+        """Name, base id, begin and end in ``ids`` of every parameter that some of the ascending ids lie in."""
+        bounds = torch.searchsorted(ids, torch.tensor([*self.bases, self.size])).tolist()
+        rows = zip(self.names, self.bases, bounds[:-1], bounds[1:], strict=True)
+        return [row for row in rows if row[2] < row[3]]
+
     def difference(self, other: "ParameterTable") -> str | None:
         """What ``other`` has that this has not, in words; None if they are equal."""
         mine, theirs = (

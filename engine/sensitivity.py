@@ -6,7 +6,7 @@ References:
     Meerkat, arXiv 2506.03337, section 3 (the mask); SensZOQ, arXiv 2406.02913 (sensitive parameters are static).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskError
+from .gradients import LossFunction, Receiver, over_batches
 from .parameters import floating_parameters
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Sensitivity:
     batches: int
 
 
-def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> Sensitivity:
+def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None) -> Sensitivity:
     """Mean and mean square of the gradient of every parameter over some batches.
 
     Memory beside the model and the activations: 8 bytes an element for the accumulators, and one gradient at a time:
@@ -43,7 +42,7 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> 
     Args:
         model: run in evaluation mode; left as it was (mode, ``requires_grad``, ``grad``).
         batches: what ``loss`` takes, at least one.
-        loss: of the model on one batch, a scalar.
+        loss: of the model on one batch, a scalar; None is the language-model loss of a transformers causal LM.
 
     Raises:
         MaskError: if there is no batch, or a loss or gradient is not finite.
@@ -51,34 +50,8 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> 
     named = list(floating_parameters(model))
     squares = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for _, p in named]
     means = [torch.zeros_like(square) for square in squares]
-    before = [(p.requires_grad, p.grad) for _, p in named]
-    training = model.training
-    hooks = []
-    count = 0
-    try:
-        model.eval()
-        for (_, parameter), square, mean in zip(named, squares, means, strict=True):
-            parameter.grad = None
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_collector(square, mean)))
-        for batch in batches:
-            with torch.enable_grad():
-                value = loss(model, batch)
-                if not torch.isfinite(value):
-                    raise MaskError(
-                        f"the loss on calibration batch {count} is {value.item()}; the mask needs finite ones"
-                    )
-                value.backward()
-            count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for (_, parameter), (requires_grad, grad) in zip(named, before, strict=True):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        model.train(training)
-    if count == 0:
-        raise MaskError("no calibration batch was given; a mask from gradients needs at least one")
+    collectors = {name: _collector(*pair) for (name, _), *pair in zip(named, squares, means, strict=True)}
+    count = over_batches(model, batches, loss, collectors)
     for (name, _), square, mean in zip(named, squares, means, strict=True):
         square.div_(count)
         mean.div_(count)
@@ -87,16 +60,48 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction) -> 
     return Sensitivity(squares, means, count)
 
 
-def _collector(square: Tensor, mean: Tensor) -> Callable[[Tensor], None]:
-    def collect(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        gradient = gradient.detach().float()
+def _collector(square: Tensor, mean: Tensor) -> Receiver:
+    def collect(gradient: Tensor) -> None:
+        gradient = gradient.float()
         mean.add_(gradient)
         square.addcmul_(gradient, gradient)
-        parameter.grad = None
 
     return collect
+
+
+def gradient_at(
+    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, wanted: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Mean gradient over some batches at chosen elements; memory for those, and one parameter's gradient at a time.
+
+    Args:
+        model: as for ``accumulate``.
+        batches: as for ``accumulate``.
+        loss: as for ``accumulate``.
+        wanted: by parameter name, int64 [n] flat offsets.
+
+    Returns:
+        Of each, float32 [n] on the CPU; bit for bit what ``accumulate`` has there.
+
+    Raises:
+        MaskError: as ``accumulate``.
+    """
+    places = {name: p.device for name, p in floating_parameters(model)}
+    sums = {name: torch.zeros(at.numel(), device=places[name]) for name, at in wanted.items()}
+
+    def adder(name: str) -> Receiver:
+        at, total = wanted[name].to(places[name]), sums[name]
+
+        def add(gradient: Tensor) -> None:
+            total.add_(gradient.reshape(-1)[at].float())
+
+        return add
+
+    count = over_batches(model, batches, loss, {name: adder(name) for name in wanted})
+    for name, total in sums.items():
+        if not torch.isfinite(total.div_(count)).all():
+            raise MaskError(f"the gradient of {name!r} is not finite; calibrate in float32")
+    return [total.cpu() for total in sums.values()]
 
 
 def largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor, Tensor]:
@@ -136,4 +141,4 @@ def largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor
     return torch.cat(ids), torch.cat(chosen)
 
 
-__all__ = ["LossFunction", "Sensitivity", "accumulate", "largest"]
+__all__ = ["LossFunction", "Sensitivity", "accumulate", "gradient_at", "largest"]

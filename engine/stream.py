@@ -98,6 +98,25 @@ def permutation(seed: int, n: int) -> Tensor:
     return torch.argsort(keys.reshape(-1)[:n], stable=True)
 
 
+def distinct(seed: int, k: int, size: int) -> Tensor:
+    """The first k distinct numbers below ``size`` that the stream draws, ascending: int64 [k]."""
+    drawn = torch.empty(0, dtype=torch.int64)
+    blocks = 0
+    while True:
+        more = torch.arange(blocks, blocks + max(64, k))
+        words = bits(seed, more)
+        numbers = ((words[:, 0::2] << 31) ^ words[:, 1::2]) % size  # 63 bits: the bias is below 2**-20 for any model
+        blocks += more.numel()
+        drawn = torch.cat([drawn, numbers.reshape(-1)])
+        distinct, index = torch.unique(drawn, return_inverse=True)
+        if distinct.numel() >= k:
+            first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
+                0, index, torch.arange(drawn.numel()), "amin"
+            )
+            chosen: Tensor = distinct[torch.argsort(first)[:k]]
+            return chosen.sort().values
+
+
 def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
     check_seed(root)
     for value in counter:
@@ -107,4 +126,4 @@ def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
     return words[0] | words[1] << 32
 
 
-__all__ = ["VERSION", "bits", "check_seed", "derived_seed", "normal", "permutation", "step_seed"]
+__all__ = ["VERSION", "bits", "check_seed", "derived_seed", "distinct", "normal", "permutation", "step_seed"]

@@ -203,13 +203,11 @@ class MaskedWeights:
 
 def _locate(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[_Located]:
     located = []
-    bounds = torch.searchsorted(mask.ids, torch.tensor([*mask.table.bases, mask.table.size])).tolist()
-    for i, (name, p) in enumerate(floating_parameters(model)):
-        if bounds[i] == bounds[i + 1]:
-            continue
+    parameters = dict(floating_parameters(model))
+    for name, base, start, stop in mask.ranges():
+        p = parameters[name]
         if not p.is_contiguous():
             raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
-        base, start, stop = mask.table.bases[i], bounds[i], bounds[i + 1]
         located.append(_Located(name, p, groups.get(name, 0), base, start, stop, p.data_ptr(), p.dtype, p.device))
     if len({at.address for at in located}) < len(located):
         raise MaskError("two parameters share their memory without being the same parameter; tie them as one Parameter")

@@ -1,0 +1,74 @@
+"""The transformer blocks of a causal language model: their names, and the one that matters most."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MaskError, ModelError
+from .gradients import LossFunction, Receiver, over_batches
+from .parameters import floating_parameters
+
+
+def decoder_layers(model: nn.Module) -> list[str]:
+    """Dotted names of the transformer blocks, in order, as in ``model.named_modules()``.
+
+    They are the members of the decoder's largest ``ModuleList`` that lies in no other.
+
+    Args:
+        model: a transformers causal LM.
+
+    Raises:
+        ModelError: if it is none, or its decoder has no list of blocks.
+    """
+    if not hasattr(model, "get_decoder"):
+        raise ModelError(f"{type(model).__name__} is no transformers causal LM: it has no get_decoder()")
+    decoder = cast(Any, model).get_decoder()
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        raise ModelError(f"the decoder {type(decoder).__name__} of {type(model).__name__} has no ModuleList of blocks")
+    name = max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return [f"{prefix}{name}.{i}" for i in range(len(lists[name]))]
+
+
+def parameters_of(model: nn.Module, module: str) -> list[str]:
+    """Names of the floating-point parameters of a module given by its dotted name."""
+    return [name for name, _ in floating_parameters(model) if name.startswith(f"{module}.")]
+
+
+def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None = None) -> str:
+    """The block with the largest total mean squared gradient on calibration text; the first of equals.
+
+    Memory beside the model and the activations: one parameter's gradient at a time, and one number a block.
+
+    Args:
+        model: a transformers causal LM; left as it was.
+        batches: as for ``SparseMask.from_gradients``.
+        loss: as for ``SparseMask.from_gradients``.
+
+    Raises:
+        ModelError: as ``decoder_layers``.
+        MaskError: if there is no batch, or a loss or a gradient is not finite.
+    """
+    layers = decoder_layers(model)
+    totals = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
+
+    def adder(total: Tensor) -> Receiver:
+        return lambda gradient: _add(total, gradient)
+
+    receivers = {name: adder(totals[layer]) for layer in layers for name in parameters_of(model, layer)}
+    over_batches(model, batches, loss, receivers)
+    for layer, total in totals.items():
+        if not torch.isfinite(total):
+            raise MaskError(f"the gradient of block {layer!r} is not finite; calibrate in float32")
+    return max(layers, key=lambda layer: totals[layer].item())
+
+
+def _add(total: Tensor, gradient: Tensor) -> None:
+    total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu()
+
+
+__all__ = ["decoder_layers", "dominant_layer", "parameters_of"]
