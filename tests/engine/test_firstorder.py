@@ -1,0 +1,151 @@
+"""Gradient descent on the masked elements, against autograd by hand and torch.optim.SGD."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from meerkat_engine import SparseMask
+from meerkat_engine.bench.measure import peak_bytes
+from meerkat_engine.errors import MaskError, ModelChangedError, NonFiniteLossError
+from meerkat_engine.firstorder import sgd_steps
+from meerkat_engine.objective import language_model_loss
+from meerkat_engine.weights import MaskedWeights
+from tests.conftest import make_model, same_bits
+from tests.engine.test_optimizer import BATCH, DTYPES, flat
+
+RATES = [0.5, 0.25, 0.125]
+
+
+def closure_of(model: nn.Module) -> Callable[[], torch.Tensor]:
+    return lambda: language_model_loss(model, BATCH)
+
+
+def gradient_of(model: nn.Module, mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor]:
+    model.requires_grad_(True)
+    loss = language_model_loss(model, BATCH)
+    loss.backward()
+    gradient = torch.cat([p.grad.view(-1) for p in model.parameters()])[mask.ids].float()  # type: ignore[union-attr]
+    model.zero_grad()
+    model.requires_grad_(False)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype) -> None:
+    model, other = make_model(architecture, dtype), make_model(architecture, dtype)
+    mask = SparseMask.random(model, 0.05, 1)
+    before = flat(model)
+    weights, by_hand = MaskedWeights(model, mask), MaskedWeights(other, mask)
+    weights.perturb_(weights.values.seed(1), weights.values.numbers([0.5], torch.float32))  # whatever stands there
+    losses = sgd_steps(model, weights, [closure_of(model)] * 3, RATES)
+    for lr, loss in zip(RATES, losses, strict=True):
+        wanted, gradient = gradient_of(other, mask)
+        assert same_bits(loss, wanted)
+        by_hand.set_masters_(by_hand.masters() - gradient * torch.tensor(lr))
+    assert same_bits(weights.masters(), by_hand.masters())
+    assert same_bits(flat(model), flat(other))
+    assert same_bits(flat(model)[mask.ids], weights.masters().to(dtype))
+    outside = torch.ones(before.numel(), dtype=torch.bool)
+    outside[mask.ids] = False
+    assert same_bits(flat(model)[outside], before[outside])
+    assert losses[-1] < losses[0]
+
+
+def test_it_is_torchs_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
+    other, mask = make_model(), SparseMask.random(llama, 0.05, 1)
+    sgd_steps(llama, MaskedWeights(llama, mask), [closure_of(llama)] * 3, [0.5] * 3)
+    ones = torch.zeros(flat(other).numel())
+    ones[mask.ids] = 1
+    opt = torch.optim.SGD(other.requires_grad_(True).parameters(), lr=0.5)
+    for _ in range(3):
+        opt.zero_grad()
+        language_model_loss(other, BATCH).backward()
+        for p, chosen in zip(other.parameters(), ones.split([p.numel() for p in other.parameters()]), strict=True):
+            p.grad *= chosen.view(p.shape)  # type: ignore[operator]
+        opt.step()
+    # torch fuses product and difference; its gradients after the first step are those of weights one rounding apart
+    torch.testing.assert_close(flat(llama), flat(other), rtol=1e-6, atol=1e-8)
+
+
+def test_the_model_is_left_as_it_was(llama: nn.Module) -> None:
+    parameters = dict(llama.named_parameters())
+    one, two = parameters["model.norm.weight"], parameters["model.layers.0.mlp.up_proj.weight"]
+    for p in (one, two):
+        p.requires_grad_(True)
+        p.grad = torch.ones_like(p)
+    mask = SparseMask.of_parameters(llama, ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+    seen = []
+
+    def closure() -> torch.Tensor:
+        seen.append([name for name, p in parameters.items() if p.requires_grad])
+        return language_model_loss(llama, BATCH)
+
+    with torch.no_grad():  # an outer context must not turn the gradients off
+        sgd_steps(llama, MaskedWeights(llama, mask), [closure], [0.1])
+    assert seen == [["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]]
+    assert [name for name, p in parameters.items() if p.requires_grad] == [
+        "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
+    ]  # fmt: skip
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in (one, two))
+    assert all(p.grad is None for p in parameters.values() if p is not one and p is not two)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "error"])
+def test_a_step_that_fails_is_not_taken(llama: nn.Module, what: str) -> None:
+    other, mask = make_model(), SparseMask.random(llama, 0.05, 1)
+    sgd_steps(other, MaskedWeights(other, mask), [closure_of(other)], [0.1])
+
+    def broken() -> torch.Tensor:
+        loss = language_model_loss(llama, BATCH)
+        if what == "error":
+            raise KeyError("x")
+        return loss * float("nan") if what == "loss" else (loss - loss.detach()).sqrt()  # its slope at 0 is infinite
+
+    messages = {"loss": "the loss of step 1 is nan", "gradient": "the gradient of step 1 is not finite", "error": "x"}
+    weights = MaskedWeights(llama, mask)
+    with pytest.raises(KeyError if what == "error" else NonFiniteLossError, match=messages[what]):
+        sgd_steps(llama, weights, [closure_of(llama), broken], [0.1, 0.1])
+    assert same_bits(flat(llama), flat(other))
+    assert same_bits(weights.masters(), flat(other)[mask.ids])
+    assert not any(p.requires_grad for p in llama.parameters())
+
+
+def test_what_is_refused(llama: nn.Module) -> None:
+    weights = MaskedWeights(llama, SparseMask.random(llama, 0.05, 1))
+    for lr in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="a learning rate must be finite and not negative"):
+            sgd_steps(llama, weights, [closure_of(llama)], [lr])
+    with pytest.raises(ValueError, match="1 learning rates were given for more steps"):
+        sgd_steps(llama, weights, [closure_of(llama)] * 2, [0.1])
+    for value in (0.5, torch.zeros(()), torch.zeros(3, requires_grad=True)):
+        with pytest.raises(ValueError, match="the closure of step 0 must return one loss"):
+            sgd_steps(llama, weights, [lambda value=value: value], [0.1])  # type: ignore[misc]
+    with pytest.raises(MaskError, match="another model"):
+        sgd_steps(make_model("opt"), weights, [], [])
+    llama.to(torch.bfloat16)
+    with pytest.raises(ModelChangedError, match="moved or cast"):
+        sgd_steps(llama, weights, [closure_of(llama)], [0.1])
+
+
+def test_memory_is_that_of_one_gradient() -> None:
+    model, x = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)]), torch.ones(1, 512)
+    weights = MaskedWeights(model, SparseMask.random(model, 1e-3, 0))
+    weight = 512 * 512 * 4
+    peak = peak_bytes(lambda: sgd_steps(model, weights, [lambda: model(x).sum()], [0.1]), torch.device("cpu"))
+    assert weight <= peak < 3.5 * weight
+
+
+def test_what_a_loss_does_not_use_stays(llama: nn.Module) -> None:
+    """A gradient of the step before is not taken twice."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    weights, x = MaskedWeights(model, SparseMask.dense(model)), torch.ones(1, 4)
+    seen = []
+
+    def second() -> torch.Tensor:
+        seen.append(model["b"].weight.clone())
+        return model["a"](x).sum()  # type: ignore[no-any-return]
+
+    sgd_steps(model, weights, [lambda: model["b"](model["a"](x)).sum(), second], [0.1, 0.1])
+    assert same_bits(model["b"].weight.detach(), seen[0].detach())
