@@ -4,7 +4,7 @@ Only the logits that a result needs are made: those of the answer positions for 
 at a time for text. There is never a tensor [batch, length, vocabulary].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, cast
@@ -33,17 +33,50 @@ class Objective(StrEnum):
     LANGUAGE_MODEL = "language-model"
 
 
-def task_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+def task_loss(model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective) -> Tensor:
     """Loss of the batch: float32 scalar.
 
     Args:
         model: a transformers causal LM.
-        batch: made for this objective (see ``EncodedTask.batch``).
+        batch: made for this objective (see ``EncodedTask.batch``); or a large batch in parts, which are gone through
+            one after the other, so that activations and logits of one part exist at a time. By autograd too: each
+            part is computed once more for its gradient.
         objective: which loss.
+
+    Returns:
+        The mean over all examples (candidates) or over all answer tokens (language model). That of parts is summed in
+        float64, each weighted by its share; it equals the large batch's but for float rounding.
+
+    Raises:
+        ValueError: if there is no part.
 
     References:
         MeZO, arXiv 2305.17333, appendix E (prompts and the loss on the answer).
     """
+    parts = [batch] if isinstance(batch, Batch) else list(batch)
+    if not parts:
+        raise ValueError("a loss needs at least one batch, got none")
+    if len(parts) == 1:
+        return _batch_loss(model, parts[0], objective)
+    counts = torch.stack([_count(part, objective) for part in parts])
+    total = torch.zeros((), dtype=torch.float64, device=counts.device)
+    for part, share in zip(parts, counts / counts.sum(), strict=True):
+        if torch.is_grad_enabled():
+            loss = cast(Tensor, checkpoint(_batch_loss, model, part, objective, use_reentrant=False))
+        else:
+            loss = _batch_loss(model, part, objective)
+        total = total + loss.double() * share
+    return total.float()
+
+
+def _count(batch: Batch, objective: Objective) -> Tensor:
+    """What the loss is a mean over, float64 scalar: examples or answer tokens."""
+    if objective is Objective.CANDIDATES:
+        return torch.full((), len(batch.labels), dtype=torch.float64, device=batch.labels.device)
+    return batch.answer_mask.sum(dtype=torch.float64)
+
+
+def _batch_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
     if objective is Objective.CANDIDATES:
         return functional.cross_entropy(candidate_scores(model, batch), batch.labels)
     log_likelihoods = _answer_log_likelihoods(model, batch)
