@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .step import PARTS
+from .tables import amount, table
 
 Result = dict[str, Any]
 
@@ -36,10 +37,10 @@ def _kernels(case: dict[str, Any]) -> str:
             _density(r["density"]),
             _spread(r["ratio"]["perturb"]) if "ratio" in r else "",
             _spread(r["ratio"]["step"]) if "ratio" in r else "",
-            _amount(r["bytes"]["perturb"]),
+            amount(r["bytes"]["perturb"]),
             f"{share:.1%}",
-            _amount(r["held_bytes"] + r["peak_bytes"]),
-            _amount(sum(r["normals"].values()), ""),
+            amount(r["held_bytes"] + r["peak_bytes"]),
+            amount(sum(r["normals"].values()), ""),
         ])  # fmt: skip
     columns = ["row", "density", "perturb", "all passes of a step", "perturb must move", "of copy bandwidth",
                "memory beside the weights", "normals drawn a step"]  # fmt: skip
@@ -47,7 +48,7 @@ def _kernels(case: dict[str, Any]) -> str:
         f"**{case['model']}**, {case['elements']:,} elements, {case['dtype']}; times over those of this engine at "
         f"density {_density(case['base_density'])}, over cold caches:"
     )
-    return f"{title}\n\n{_table(columns, lines)}"
+    return f"{title}\n\n{table(columns, lines)}"
 
 
 def _step(case: dict[str, Any]) -> str:
@@ -72,7 +73,7 @@ def _step(case: dict[str, Any]) -> str:
         "`SparseZO.step` itself, with its seeds, scalars and checks: "
         f"{_spread(case['optimizer']['over_forwards'])} of the two forwards in it."
     )
-    return f"{title}\n\n{_table(columns, lines)}\n\n{whole}\n\n{_one_pass(case)}"
+    return f"{title}\n\n{table(columns, lines)}\n\n{whole}\n\n{_one_pass(case)}"
 
 
 def _one_pass(case: dict[str, Any]) -> str:
@@ -83,14 +84,7 @@ def _one_pass(case: dict[str, Any]) -> str:
         [name, way, _spread(found["ratio"])] for name in ("replay", "inner") for way, found in passes[name].items()
     ]
     title = f"{passes['steps']:,} steps over {passes['elements']:,} masked elements, times over those of one pass:"
-    return f"{title}\n\n{_table(['operation', 'way', 'time'], lines)}"
-
-
-def _table(columns: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
-    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
-    rows = [columns, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+    return f"{title}\n\n{table(['operation', 'way', 'time'], lines)}"
 
 
 def _spread(s: dict[str, float]) -> str:
@@ -99,14 +93,6 @@ def _spread(s: dict[str, float]) -> str:
 
 def _density(density: float) -> str:
     return f"{density:g}" if density < 1 else "dense"
-
-
-def _amount(count: float, unit: str = "B") -> str:
-    for prefix in ("", "k", "M", "G"):
-        if count < 1000 or prefix == "G":
-            break
-        count /= 1000
-    return f"{count:.3g} {prefix}{unit}".rstrip()
 
 
 def require_matplotlib() -> Any:

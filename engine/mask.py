@@ -113,7 +113,7 @@ class SparseMask:
             density=density,
             source=source,
             calibration=calibration or f"{found.batches} batches",
-            gradient=_at(found.means, table, ids),
+            gradient=at_ids(found.means, table, ids),
             scores=scores,
         )
 
@@ -275,7 +275,7 @@ def element_count(density: float, size: int) -> int:
     return max(1, round(density * size))
 
 
-def _at(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
+def at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
     """Values of chosen elements from a tensor for every parameter: [k] on the CPU."""
     of = dict(zip(table.names, tensors, strict=True))
     return torch.cat(
@@ -286,4 +286,4 @@ def _at(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
     )
 
 
-__all__ = ["FORMAT", "SparseMask", "check_density", "element_count", "write_whole"]
+__all__ = ["FORMAT", "SparseMask", "at_ids", "check_density", "element_count"]

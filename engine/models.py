@@ -15,11 +15,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model in evaluation mode and its tokenizer, which pads on the left."""
+    """A causal language model in evaluation mode and its tokenizer, which pads on the left.
+
+    Args:
+        model: the model.
+        tokenizer: the model's.
+        source: where it came from.
+        adapters: names of the parameters that ``lora.add_lora`` put in; empty without adapters.
+    """
 
     model: nn.Module
     tokenizer: Any
     source: str
+    adapters: tuple[str, ...] = ()
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LanguageModel:

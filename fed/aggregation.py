@@ -1,4 +1,4 @@
-"""From the clients' scalars to the round's: in float64, in client-id order, rounded to fp32 once.
+"""From the clients' answers to the round's: in float64, in client-id order, rounded to fp32 once.
 
     g^t = sum_i p_i g_i^t          a client that took fewer steps contributes 0 to the rest
 
@@ -7,6 +7,8 @@ Reference: Meerkat, arXiv 2506.03337, section 3.
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+
+import numpy as np
 
 from ..weights import round_fp32
 
@@ -45,4 +47,19 @@ def weighted_mean(scalars: Mapping[int, Sequence[float]], weights: Mapping[int, 
     return [round_fp32(total) for total in totals]
 
 
-__all__ = ["Weighting", "client_weights", "weighted_mean"]
+def mean_masters(masters: Mapping[int, np.ndarray | None], weights: Mapping[int, float]) -> np.ndarray:
+    """The round's weights where clients train by backpropagation: float32 [k].
+
+    Args:
+        masters: of each client, float32 [k].
+        weights: ``p_i`` of each client.
+    """
+    total: np.ndarray | float = 0.0
+    for i in sorted(weights):
+        own = masters[i]
+        assert own is not None
+        total = total + weights[i] * own.astype(np.float64)
+    return np.asarray(total, dtype=np.float32)
+
+
+__all__ = ["Weighting", "client_weights", "mean_masters", "weighted_mean"]

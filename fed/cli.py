@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,16 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..bench.command import bench
+from ..bench.experiments.command import experiment
 from ..errors import ConfigError, MeerkatError
+from ..lora import merge_lora
 from . import setup
-from .config import Method, RunConfig, make_config, read_toml
+from .config import RunConfig, make_config
+from .methods import Elements, Method
+from .options import from_file, given, settings
 from .replaying import replay_run
 from .run import Progress, execute
 from .task_choice import chosen_task
-
-_HELP = {
-    "model": "Hugging Face id, directory or GGUF file [default: the embedded model]",
-    "task": "task to fine-tune for [default: the embedded task]",
-    "data_dir": "directory with TASK/{train,validation}.jsonl [default: the hub's copy]",
-    "data": "JSON Lines of your own, in place of a task; needs --template and --labels",
-    "validation": "JSON Lines to evaluate on [default: a fifth of --data, held out]",
-    "template": "the prompt for --data, its fields in braces: '{text} It was'",
-    "labels": "the label words for --data, one per class, separated by commas: terrible,great",
-    "label_field": "field of --data with the class (a number from 0) or the label word",
-    "cut": "field of --data that is cut where a prompt is too long [default: the template's first]",
-    "method": "which elements are trained: " + ", ".join(Method),
-    "clients": "number of clients K",
-    "rounds": "number of rounds R",
-    "local_steps": "local steps T of a client in a round",
-    "partition": "how examples are dealt to clients: iid, dirichlet, single-label, natural",
-    "alpha": "concentration of the dirichlet partition",
-    "client_field": "field that names the client of an example, for natural clients [default: the task's]",
-    "weighting": "how clients count: examples, uniform",
-    "batch_size": "examples of a step",
-    "objective": "loss: candidates (cross-entropy over the label words), language-model (answer tokens)",
-    "lr": "learning rate",
-    "eps": "perturbation scale",
-    "density": "share of the elements that are trained, in (0, 1]",
-    "mask": "mask file; skips calibration",
-    "calibration": "JSON Lines with the field text [default: DATA_DIR/c4_sample/train.jsonl, else the hub's C4]",
-    "calibration_texts": "calibration texts",
-    "calibration_batch_size": "texts of one gradient",
-    "calibration_length": "tokens of a calibration text, at most",
-    "max_length": "tokens of prompt and answer, at most",
-    "eval_every": "rounds between evaluations; 0: before and after only",
-    "eval_examples": "validation examples; 0: all",
-    "seed": "root seed",
-    "device": "cpu or cuda",
-    "dtype": "float32, bfloat16 or float16",
-    "backend": "auto, torch, numba or triton",
-}
 
 
 class _Group(click.Group):
@@ -71,31 +37,6 @@ class _Group(click.Group):
             ) from error
 
 
-def _settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options for some settings (all, if none is named); they reach the command as ``settings``."""
-    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for name in reversed(names or tuple(fields)):
-            default = fields[name].default
-            kind = type(default) if isinstance(default, (int, float)) else str
-            shown = "" if default is None or name in ("model", "task") else f" [default: {default}]"
-            option = click.option(
-                "--" + name.replace("_", "-"), name, type=kind, default=None, help=_HELP[name] + shown
-            )
-            command = option(command)
-        return click.option(
-            "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings; options go first"
-        )(command)
-
-    return decorate
-
-
-def _config(config_file: Path | None, options: dict[str, Any]) -> RunConfig:
-    given = {name: value for name, value in options.items() if value is not None}
-    return make_config(read_toml(config_file) if config_file else {}, given)
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="meerkat-engine")
 def main() -> None:
@@ -108,12 +49,12 @@ def main() -> None:
 
 
 @main.command()
-@_settings()
+@settings()
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
 def run(config_file: Path | None, output: Path | None, compare_random: bool, **options: Any) -> None:
     """Fine-tunes a model across simulated clients and writes a run directory."""
-    config = _config(config_file, options)
+    config = make_config(from_file(config_file), given(options))
     if output is None:
         output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random and config.mask is not None:
@@ -145,32 +86,47 @@ def replay(directory: Path, output: Path | None) -> None:
     else:
         raise MeerkatError(f"the run ended with other weights: {done.recorded}")
     if output is not None:
+        if done.lm.adapters:
+            merge_lora(done.lm.model)
         done.lm.model.save_pretrained(output)  # type: ignore[operator]
         done.lm.tokenizer.save_pretrained(output)
         click.echo(f"saved to {output}")
 
 
 @main.command()
-@_settings("model", "data_dir", "method", "density", "calibration", "calibration_texts", "calibration_batch_size",
-           "calibration_length", "seed", "device", "dtype")  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="mask file to write")
-def mask(config_file: Path | None, output: Path, **options: Any) -> None:
-    """Builds a mask and saves it."""
-    if output.exists():
+@settings("model", "task", "data_dir", "method", "density", "mask", "calibration", "calibration_texts",
+          "calibration_batch_size", "calibration_length", "layer", "objective", "max_length", "seed", "device",
+          "dtype")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), help="mask file to write")
+@click.option("--check", "checked", multiple=True, metavar="TASK",
+              help="say how much of this task's squared gradient the mask holds; may be repeated")  # fmt: skip
+def mask(config_file: Path | None, output: Path | None, checked: tuple[str, ...], **options: Any) -> None:
+    """Builds a mask and saves it, or says whether it transfers to a task."""
+    if output is None and not checked:
+        raise ConfigError("give --output FILE to save the mask, or --check TASK to see what it holds of a task")
+    if output is not None and output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = read_toml(config_file) if config_file else {}
-    if "model" in given and "data" not in settings:
-        given["task"] = "sst2"  # a mask needs no task; any known name passes
-    config = make_config(settings, given)
+    user = from_file(config_file) | given(options)
+    if "model" in user and "data" not in user:
+        user.setdefault("task", (*checked, "sst2")[0])  # a mask needs no task; any known name passes
+    config = make_config(user)
     setup.check_files(config)
-    made = setup.make_mask(config, setup.load_language_model(config))
-    made.save(output)
+    lm = setup.load_language_model(config)
+    needs_task = config.mask is None and config.method.recipe.elements is Elements.TASK
+    made = setup.make_mask(config, lm, setup.encode(config, lm.tokenizer).train if needs_task else None)
     click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
-    click.echo(f"digest {made.digest}\nsaved to {output}")
+    if output is not None:
+        made.save(output)
+        click.echo(f"digest {made.digest}\nsaved to {output}")
+    for task in checked:
+        found = setup.reach(dataclasses.replace(config, task=task), lm, [made])[0]
+        click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
+                   f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
+                   f"elements")  # fmt: skip
 
 
 main.add_command(bench)
+main.add_command(experiment)
 
 
 def _run(config: RunConfig, output: Path) -> dict[str, Any]:
@@ -203,14 +159,23 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
                    f"({full / sent:,.0f} times as much)")  # fmt: skip
-    click.echo(
-        f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
-    )
+    if s["mask_bytes"]:
+        click.echo(
+            f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
+        )
     share = s["forward_share_of_step"]
     click.echo(
         f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, everything else {1 - share:.1%}"
     )
+    if "stopped" in s:
+        click.echo(f"stopped early   {', '.join(map(str, s['stopped'])) or 'no client'} (single-label clients: "
+                   f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip
     click.echo(f"run directory   {output}")
+
+
+def _quality(s: dict[str, Any]) -> str:
+    found = [f"{name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None]
+    return "".join(f"; {each}" for each in found)
 
 
 def _amount(count: float) -> str:

@@ -12,8 +12,10 @@ from .. import stream
 from ..clock import Clock
 from ..errors import DataError, MessageError, NonFiniteLossError
 from ..examples import Batch, EncodedTask
+from ..firstorder import sgd_steps
 from ..objective import Objective, task_loss
 from .messages import TrainReply, TrainRequest
+from .methods import Gradient
 from .replica import Replica
 
 
@@ -34,12 +36,15 @@ class ClientData:
         indices: int64, those of this client.
         batch_size: at most the number of indices.
         seed: of the order, in [0, 2**64).
+        micro_batch_size: examples that one forward pass takes, at most; 0 is the whole batch.
 
     Raises:
         DataError: if there are fewer examples than a batch takes.
     """
 
-    def __init__(self, task: EncodedTask, indices: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, task: EncodedTask, indices: Tensor, batch_size: int, seed: int, micro_batch_size: int = 0
+    ) -> None:
         if indices.numel() == 0:
             raise DataError("the client has no examples")
         if not 1 <= batch_size <= indices.numel():
@@ -47,6 +52,7 @@ class ClientData:
         self.task = task
         self.indices = indices
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size or batch_size
         self.seen = 0  # the data pointer: examples taken since the beginning
         self._seed = seed
         self._epoch, self._order = -1, indices
@@ -67,10 +73,14 @@ class ClientData:
             self.seen += part.numel()
         return found
 
-    def next_batch(self, objective: Objective, device: torch.device) -> Batch:
-        """The next batch, for the given loss."""
+    def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
+        """The next batch, for the given loss, in micro-batches."""
         answers = "all" if objective is Objective.CANDIDATES else "gold"
-        return self.task.batch(self.next_indices(), answers=answers, device=device)
+        indices, size = self.next_indices(), self.micro_batch_size
+        return [
+            self.task.batch(indices[start : start + size], answers=answers, device=device)
+            for start in range(0, len(indices), size)
+        ]
 
 
 @dataclass
@@ -101,40 +111,60 @@ class Client:
         request = TrainRequest.decode(message)
         if request.client != self.id:
             raise MessageError(f"the request is for client {request.client}, this is client {self.id}")
-        if not 1 <= request.local_steps <= self.replica.terms.local_steps:
-            allowed = self.replica.terms.local_steps
+        allowed = self.replica.terms.steps(request.round)
+        if not 1 <= request.local_steps <= allowed:
             raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
         if request.masters is not None:
             self.replica.jump(request.round, request.masters)
         elif request.scalars is not None:
             self.replica.catch_up(request.first_round, request.scalars)
-        if self.replica.round != request.round:
+        stands_at = max(request.round, 1)  # a calibration path starts from the base model
+        if self.replica.round != stands_at:
             raise MessageError(
                 f"the request is for round {request.round}; this client stands at round {self.replica.round} with it"
             )
-        scalars, loss = self._train(request.round, request.local_steps)
+        found, loss = self.train(request.round, request.local_steps)
         return TrainReply(
-            client=self.id, round=request.round, scalars=scalars, examples=len(self.data), loss=loss
+            client=self.id,
+            round=request.round,
+            local_steps=request.local_steps,
+            examples=len(self.data),
+            loss=loss,
+            **found,
         ).encode()
 
-    def _train(self, round: int, steps: int) -> tuple[np.ndarray, float]:
+    def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float]:
+        """Takes a round's first steps from where the replica stands, which it leaves as it was.
+
+        Returns:
+            What goes up: "scalars" float32 [steps * queries], or "masters" float32 [k]; and the mean loss.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite.
+        """
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
         clock = Clock(device)
         forwards: list[tuple[Any, Any]] = []
         begun = clock.now()
         with self.replica.trial() as optimizer:
+            closures = self._closures(round, steps, device, clock, forwards)
             try:
-                losses = optimizer.step_many(
-                    self._closures(round, steps, device, clock, forwards), terms.seeds(round)[:steps]
-                )
-                ended = clock.now()
-                scalars = np.array(optimizer.projected_gradients, dtype=np.float32)
+                if terms.gradient is Gradient.BACKPROPAGATION:
+                    losses = sgd_steps(
+                        self.replica.model, optimizer.weights, closures, terms.learning_rates(round)[:steps]
+                    )
+                    ended = clock.now()
+                    found = {"masters": optimizer.weights.masters().cpu().numpy()}
+                else:
+                    losses = optimizer.step_many(closures, terms.seeds(round)[: steps * terms.queries])
+                    ended = clock.now()
+                    found = {"scalars": np.array(optimizer.projected_gradients, dtype=np.float32)}
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
         self.timing.total += clock.seconds(begun, ended)
         self.timing.forward += sum(clock.seconds(*forward) for forward in forwards)
         self.timing.steps += steps
-        return scalars, torch.stack(losses).double().mean().item()
+        return found, torch.stack(losses).double().mean().item()
 
     def _closures(
         self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
@@ -142,11 +172,11 @@ class Client:
         """The loss on each step's batch; sets the step's learning rate and notes begin and end of each forward."""
         for lr in self.replica.terms.learning_rates(round)[:steps]:
             self.replica.set_lr(lr)
-            batch = self.data.next_batch(self.objective, device)
+            batches = self.data.next_batches(self.objective, device)
 
-            def closure(batch: Batch = batch) -> Tensor:
+            def closure(batches: list[Batch] = batches) -> Tensor:
                 begun = clock.now()
-                loss = task_loss(self.replica.model, batch, self.objective)
+                loss = task_loss(self.replica.model, batches, self.objective)
                 forwards.append((begun, clock.now()))
                 return loss
 

@@ -18,17 +18,13 @@ from ..models import DTYPES
 from ..objective import Objective
 from ..stream import check_seed
 from .aggregation import Weighting
+from .methods import Gradient, Method
 from .partition import Partition
+from .selection import Thresholds
 from .task_choice import chosen_task
+from .terms import Schedule
 
-
-class Method(StrEnum):
-    """Which elements are trained: the methods differ in the mask alone."""
-
-    MEERKAT = "meerkat"
-    WEIGHT_MAGNITUDE = "weight-magnitude"
-    RANDOM_MASK = "random-mask"
-    FULL_FEDZO = "full-fedzo"
+_THRESHOLDS = ("vp_rho_later", "vp_rho_quie", "vp_sigma")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +41,9 @@ class RunConfig:
         labels: the label words for ``data``, separated by commas.
         label_field: the field of ``data`` that holds the class or the label word.
         cut: the field of ``data`` that is cut where a prompt is too long; None is the template's first one.
-        method: which elements are trained.
+        method: which elements are trained, how, and which clients are stopped early.
         clients: ``K``.
+        clients_per_round: how many of them take part in a round, sampled anew each time; 0 is all.
         rounds: ``R``.
         local_steps: ``T``, steps of a client in a round.
         partition: how examples are dealt to clients.
@@ -54,8 +51,11 @@ class RunConfig:
         client_field: the field that names the client of an example, for natural clients; None is the task's own.
         weighting: how ``p_i`` are made.
         batch_size: examples of a step.
+        micro_batch_size: examples of one forward pass; 0 is the whole batch.
         objective: the loss.
-        lr: learning rate (eta).
+        lr: learning rate (eta) of the first step.
+        schedule: how it falls over the run's steps.
+        queries: perturbations of a step.
         eps: perturbation scale.
         density: ``u`` in (0, 1], share of the elements that the mask holds.
         mask: a mask file instead of calibration.
@@ -64,6 +64,17 @@ class RunConfig:
         calibration_batch_size: texts of one gradient.
         calibration_length: tokens of a text, at most.
         max_length: tokens of a prompt and its answer, at most.
+        layer: of ``layer-zo``: dotted name of a module, or empty for the transformer block with the largest gradient.
+        lora_rank: of ``lora-fedzo``.
+        lora_alpha: its scale is ``lora_alpha / lora_rank``.
+        lora_targets: its modules, separated by commas; empty for those usual for the architecture.
+        vp_steps: ``T_cali``, steps of the path by which ``meerkat-vp`` judges a client.
+        vp_initial: its first steps that are compared with its last ones.
+        vp_later: its last steps.
+        vp_rho_later: threshold of ``rho_later``; this and the next two are all given or none.
+        vp_rho_quie: threshold of ``rho_quie``.
+        vp_sigma: ``|GradIP|`` below which a step is quiet.
+        vp_null_paths: paths on held-out examples that give the thresholds where they are not given.
         eval_every: rounds between evaluations; 0 evaluates before and after only.
         eval_examples: validation examples, from the first on; 0 is all.
         seed: root seed in [0, 2**64).
@@ -83,6 +94,7 @@ class RunConfig:
     cut: str | None = None
     method: Method = Method.MEERKAT
     clients: int = 4
+    clients_per_round: int = 0
     rounds: int = 20
     local_steps: int = 10
     partition: Partition = Partition.IID
@@ -90,8 +102,11 @@ class RunConfig:
     client_field: str | None = None
     weighting: Weighting = Weighting.EXAMPLES
     batch_size: int = 16
+    micro_batch_size: int = 0
     objective: Objective = Objective.CANDIDATES
     lr: float = 1e-4
+    schedule: Schedule = Schedule.CONSTANT
+    queries: int = 1
     eps: float = 1e-3
     density: float = 1e-3
     mask: Path | None = None
@@ -100,6 +115,17 @@ class RunConfig:
     calibration_batch_size: int = 4
     calibration_length: int = 256
     max_length: int = 256
+    layer: str = ""
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_targets: str = ""
+    vp_steps: int = 100
+    vp_initial: int = 20
+    vp_later: int = 50
+    vp_rho_later: float | None = None
+    vp_rho_quie: float | None = None
+    vp_sigma: float | None = None
+    vp_null_paths: int = 4
     eval_every: int = 0
     eval_examples: int = 0
     seed: int = 0
@@ -109,10 +135,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         chosen_task(self)
-        for name in ("clients", "rounds", "local_steps", "batch_size", "calibration_texts", "calibration_batch_size",
-                     "calibration_length", "max_length"):  # fmt: skip
+        for name in ("clients", "rounds", "local_steps", "batch_size", "queries", "calibration_texts",
+                     "calibration_batch_size", "calibration_length", "max_length", "lora_rank", "lora_alpha",
+                     "vp_initial", "vp_later"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_examples"):
+        for name in ("eval_every", "eval_examples", "micro_batch_size"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("eps", "alpha"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and positive")
@@ -120,10 +147,32 @@ class RunConfig:
         _require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(0 <= self.clients_per_round <= self.clients, "clients_per_round", self.clients_per_round,
+                 f"0 (all) to the {self.clients} clients")  # fmt: skip
+        self._check_method()
         try:
             check_seed(self.seed)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
+
+    def _check_method(self) -> None:
+        recipe = self.method.recipe
+        if self.mask is not None and not recipe.elements.ranked:
+            raise ConfigError(f"{self.method} trains {recipe.elements} elements; leave the mask file out")
+        windows = max(self.vp_initial, self.vp_later)
+        _require(self.vp_steps >= windows, "vp_steps", self.vp_steps, f"at least the {windows} steps of a window")
+        _require(self.vp_null_paths >= 3, "vp_null_paths", self.vp_null_paths, "at least 3")
+        given = [name for name in _THRESHOLDS if getattr(self, name) is not None]
+        if given and len(given) < len(_THRESHOLDS):
+            raise ConfigError(f"{', '.join(_THRESHOLDS)} go together; only {', '.join(given)} given")
+        if self.queries > 1 and recipe.gradient is Gradient.BACKPROPAGATION:
+            raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
+
+    def vp_thresholds(self) -> Thresholds | None:
+        """The thresholds of virtual-path selection, where they are given."""
+        if self.vp_rho_later is None or self.vp_rho_quie is None or self.vp_sigma is None:
+            return None
+        return Thresholds(rho_later=self.vp_rho_later, rho_quie=self.vp_rho_quie, sigma=self.vp_sigma)
 
     def to_toml(self) -> str:
         """The settings as TOML; unset ones are left out."""
@@ -146,6 +195,10 @@ _EMBEDDED = {
     "calibration_length": 128,
     "eval_every": 5,
 }
+# What a method uses where nothing else is said.
+_OF_METHOD: dict[Method, dict[str, Any]] = {Method.DECOMFL: {"queries": 5}}
+# And with the embedded model: the learning rates were tuned on its held-out examples.
+_EMBEDDED_OF_METHOD: dict[Method, dict[str, Any]] = {}
 
 
 def make_config(*layers: Mapping[str, Any]) -> RunConfig:
@@ -162,8 +215,10 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
         given |= layer
     if {"data", "task"} <= given.keys():
         raise ConfigError("give --task or --data, not both: data of your own are a task of their own")
-    if embedded.NAME == given.get("model", embedded.NAME) == given.get("task", embedded.NAME):
-        given = _EMBEDDED | given
+    method = _converted("method", given.get("method", Method.MEERKAT), Method)
+    given = _OF_METHOD.get(method, {}) | given
+    if given.get("model", embedded.NAME) == embedded.NAME and given.get("task", embedded.NAME) in embedded.TASKS:
+        given = _EMBEDDED | _EMBEDDED_OF_METHOD.get(method, {}) | given
     hints = get_type_hints(RunConfig)
     for name in given:
         if name not in hints:
@@ -204,4 +259,4 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value}")
 
 
-__all__ = ["Method", "RunConfig", "make_config", "read_toml"]
+__all__ = ["RunConfig", "make_config", "read_toml"]

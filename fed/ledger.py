@@ -4,6 +4,7 @@ JSON Lines; every line ends in the CRC-32 of what stands before it. fp32 scalars
 that gives the same float64 back, so they survive exactly. The format is described in ``docs/formats.md``.
 """
 
+import base64
 import errno
 import json
 import math
@@ -11,15 +12,18 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import numpy as np
+
 from .. import stream
 from ..errors import LedgerError, RunError
-from .terms import Terms
+from .methods import Gradient
+from .terms import CALIBRATION, Schedule, Terms
 
-FORMAT = "meerkat-ledger/1"
+FORMAT = "meerkat-ledger/2"
 _CRC = ',"crc32":"'
 
 
@@ -42,34 +46,58 @@ class Header:
     weighting: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
     """One line: what a round did.
 
     Args:
-        round: from 1.
+        round: from 1; 0 is the calibration of virtual-path selection, which moves nothing.
         lr: of each step, [T].
-        scalars: aggregated, fp32, [T].
-        clients: each client's own scalars, fp32, at most T.
+        scalars: aggregated, fp32, one a step and query, [T * queries]; none in round 0 or with ``masters``.
+        clients: each client's own scalars, fp32, at most as many.
+        stopped: ids of the clients that take one step a round from here on; told in round 0 only.
+        masters: float32 [k], where the clients train by backpropagation; else None.
     """
 
     round: int
     lr: list[float]
     scalars: list[float]
     clients: dict[int, list[float]]
+    stopped: list[int] = field(default_factory=list)
+    masters: np.ndarray | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Round) and self.fields() == other.fields()
+
+    def fields(self) -> dict[str, Any]:
+        """As they stand in the file."""
+        fields: dict[str, Any] = {
+            "round": self.round,
+            "lr": self.lr,
+            "scalars": self.scalars,
+            "clients": {str(i): scalars for i, scalars in self.clients.items()},
+        }
+        if self.round == CALIBRATION:
+            fields["stopped"] = self.stopped
+        if self.masters is not None:
+            fields["masters"] = base64.b64encode(np.ascontiguousarray(self.masters, "<f4").tobytes()).decode()
+        return fields
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A ledger that was read: header and complete rounds."""
+    """A ledger that was read: header and complete rounds; and the calibration line, where there is one."""
 
     header: Header
     rounds: list[Round]
+    calibration: Round | None = None
 
     def steps(self) -> Iterator[tuple[int, float, float]]:
-        """(seed, lr, g) of every update in order, as ``replay`` takes them."""
+        """(seed, lr, g) of every update in order, as ``replay`` takes them; ``lr`` is a query's share."""
+        queries = self.header.terms.queries
         for line in self.rounds:
-            yield from zip(self.header.terms.seeds(line.round), line.lr, line.scalars, strict=True)
+            rates = [lr / queries for lr in line.lr for _ in range(queries)]
+            yield from zip(self.header.terms.seeds(line.round), rates, line.scalars, strict=True)
 
 
 class LedgerWriter:
@@ -90,7 +118,12 @@ class LedgerWriter:
                 "seed": terms.seed,
                 "eps": terms.eps,
                 "lr": terms.lr,
+                "schedule": terms.schedule,
+                "rounds": terms.rounds,
                 "local_steps": terms.local_steps,
+                "queries": terms.queries,
+                "gradient": terms.gradient,
+                "calibration_steps": terms.calibration_steps,
                 "elements": terms.elements,
                 "mask": terms.mask_digest,
                 "base": header.base,
@@ -106,14 +139,7 @@ class LedgerWriter:
         Raises:
             RunError: if that fails; what was written of the round has been taken back.
         """
-        self._write(
-            {
-                "round": line.round,
-                "lr": line.lr,
-                "scalars": line.scalars,
-                "clients": {str(i): scalars for i, scalars in line.clients.items()},
-            }
-        )
+        self._write(line.fields())
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +178,13 @@ def read_ledger(path: Path) -> Ledger:
     if not lines:
         raise LedgerError(f"{path} has no header")
     header = _header(_opened(lines[0], path, 1), path)
-    rounds = [_round(_opened(line, path, n), path, n, header) for n, line in enumerate(lines[1:], 2)]
+    first = CALIBRATION if header.terms.calibration_steps else 1
+    rounds = [
+        _round(_opened(line, path, number), path, number, header, number - 2 + first)
+        for number, line in enumerate(lines[1:], 2)
+    ]
+    if rounds and first == CALIBRATION:
+        return Ledger(header, rounds[1:], rounds[0])
     return Ledger(header, rounds)
 
 
@@ -183,7 +215,12 @@ def _header(fields: dict[str, Any], path: Path) -> Header:
             seed=stream.check_seed(fields["seed"]),
             eps=float(fields["eps"]),
             lr=float(fields["lr"]),
+            schedule=Schedule(fields["schedule"]),
+            rounds=int(fields["rounds"]),
             local_steps=int(fields["local_steps"]),
+            queries=int(fields["queries"]),
+            gradient=Gradient(fields["gradient"]),
+            calibration_steps=int(fields["calibration_steps"]),
             elements=int(fields["elements"]),
             mask_digest=str(fields["mask"]),
         )
@@ -198,24 +235,36 @@ def _header(fields: dict[str, Any], path: Path) -> Header:
         raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
 
 
-def _round(fields: dict[str, Any], path: Path, number: int, header: Header) -> Round:
+def _round(fields: dict[str, Any], path: Path, number: int, header: Header, expected: int) -> Round:
+    terms = header.terms
     try:
         line = Round(
             round=int(fields["round"]),
             lr=[float(value) for value in fields["lr"]],
             scalars=[float(value) for value in fields["scalars"]],
             clients={int(i): [float(g) for g in scalars] for i, scalars in fields["clients"].items()},
+            stopped=[int(i) for i in fields["stopped"]] if expected == CALIBRATION else [],
+            masters=_masters(fields["masters"]) if terms.gradient is Gradient.BACKPROPAGATION else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error
-    if line.round != number - 1:
-        raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {number - 1} belongs")
-    steps = header.terms.local_steps
-    if len(line.lr) != steps or len(line.scalars) != steps or any(len(g) > steps for g in line.clients.values()):
-        raise LedgerError(f"{path}, line {number}: expected {steps} scalars and learning rates")
-    if not all(map(math.isfinite, (*line.lr, *line.scalars))):
+    if line.round != expected:
+        raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {expected} belongs")
+    steps = terms.steps(expected)
+    values = 0 if expected == CALIBRATION or line.masters is not None else terms.values
+    most = steps * terms.queries
+    if len(line.lr) != steps or len(line.scalars) != values or any(len(g) > most for g in line.clients.values()):
+        raise LedgerError(f"{path}, line {number}: expected {steps} learning rates and {values} scalars")
+    if line.masters is not None and len(line.masters) != terms.elements:
+        raise LedgerError(f"{path}, line {number}: {len(line.masters)} master values for {terms.elements} elements")
+    masters = () if line.masters is None else line.masters.tolist()
+    if not all(map(math.isfinite, (*line.lr, *line.scalars, *masters))):
         raise LedgerError(f"{path}, line {number}: a scalar or learning rate is not finite")
     return line
+
+
+def _masters(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
 
 
 __all__ = ["FORMAT", "Header", "Ledger", "LedgerWriter", "Round", "read_ledger"]

@@ -27,6 +27,7 @@ class _Kind(IntEnum):
     SCALARS = 1  # request: catch up by scalars
     MASTERS = 2  # request: catch up by master values
     REPLY = 3
+    MASTERS_REPLY = 4  # of a client that trains by backpropagation: the upper bound, which sends weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class TrainRequest:
 
     Args:
         client: id of the client it is for.
-        round: from 1.
+        round: from 1; 0 asks for the calibration path of virtual-path selection.
         local_steps: steps this client is to take, at most ``T``.
         first_round: round of the first of the scalars.
         scalars: float32, the aggregated scalars of rounds ``first_round`` to ``round - 1``, ``T`` each; or None.
@@ -59,9 +60,9 @@ class TrainRequest:
     def decode(cls, data: bytes) -> "TrainRequest":
         """Reads a message; raises ``MessageError`` saying what is wrong with it."""
         kind, client, round, local_steps, first_round, _, _, values = _decode(data)
-        if kind is _Kind.REPLY:
+        if kind in (_Kind.REPLY, _Kind.MASTERS_REPLY):
             raise MessageError("expected a request, got a reply")
-        if round < 1 or not 1 <= first_round <= round:
+        if not min(round, 1) <= first_round <= round:
             raise MessageError(f"a request for round {round} cannot bring the scalars from round {first_round} on")
         named = {"scalars": values} if kind is _Kind.SCALARS else {"masters": values}
         return cls(client=client, round=round, local_steps=local_steps, first_round=first_round, **named)
@@ -74,34 +75,39 @@ class TrainReply:
     Args:
         client: id of the client.
         round: it answers.
-        scalars: float32, one per step taken.
+        local_steps: steps taken.
+        scalars: float32, one per step taken and query; or None.
+        masters: float32 [k], the masked weights after its steps, where it trains by backpropagation; or None.
         examples: the client's number of examples.
         loss: mean training loss over its steps.
     """
 
     client: int
     round: int
-    scalars: np.ndarray
+    local_steps: int
     examples: int
     loss: float
+    scalars: np.ndarray | None = None
+    masters: np.ndarray | None = None
 
     def encode(self) -> bytes:
         """The message's bytes."""
-        return _encode(
-            _Kind.REPLY, self.client, self.round, len(self.scalars), 0, self.examples, self.loss, self.scalars
-        )
+        kind, values = (_Kind.REPLY, self.scalars) if self.masters is None else (_Kind.MASTERS_REPLY, self.masters)
+        assert values is not None
+        return _encode(kind, self.client, self.round, self.local_steps, 0, self.examples, self.loss, values)
 
     @classmethod
     def decode(cls, data: bytes) -> "TrainReply":
         """Reads a message; raises ``MessageError`` saying what is wrong with it."""
-        kind, client, round, _, _, examples, loss, values = _decode(data)
-        if kind is not _Kind.REPLY:
+        kind, client, round, local_steps, _, examples, loss, values = _decode(data)
+        if kind not in (_Kind.REPLY, _Kind.MASTERS_REPLY):
             raise MessageError("expected a reply, got a request")
         if not math.isfinite(loss):
             raise MessageError(f"the loss is {loss}")
         if not np.isfinite(values).all():
             raise MessageError(f"scalar {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite")
-        return cls(client=client, round=round, scalars=values, examples=examples, loss=loss)
+        named = {"scalars": values} if kind is _Kind.REPLY else {"masters": values}
+        return cls(client=client, round=round, local_steps=local_steps, examples=examples, loss=loss, **named)
 
 
 _Fields = tuple[_Kind, int, int, int, int, int, float, np.ndarray]

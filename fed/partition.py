@@ -1,4 +1,4 @@
-"""Which client holds which examples: iid, Dirichlet, single-label, natural. Every example goes to exactly one client.
+"""Which client holds which examples: iid, Dirichlet, single-label, mixed, natural. Each goes to exactly one client.
 
 Dirichlet is drawn per class over clients, as Flower and FedKSeed do (DeComFL draws per client over classes: the same
 alpha is then another split). References: Hsu et al., arXiv 1909.06335; Meerkat, arXiv 2506.03337, section 4.
@@ -27,10 +27,13 @@ class Partition(StrEnum):
     IID = "iid"
     DIRICHLET = "dirichlet"
     SINGLE_LABEL = "single-label"
+    MIXED = "mixed"
     NATURAL = "natural"
 
     def describe(self, alpha: float) -> str:
         """The convention in words, for configurations and summaries."""
+        if self is Partition.MIXED:
+            return "mixed: the first half of the clients iid, the others of one label each"
         return f"dirichlet({alpha:g}), drawn per class over clients" if self is Partition.DIRICHLET else self.value
 
 
@@ -73,6 +76,8 @@ def split(
         shares = list(stream.permutation(stream.derived_seed(seed, "part"), labels.numel()).tensor_split(clients))
     elif partition is Partition.SINGLE_LABEL:
         shares = _single_label(labels, clients, seed)
+    elif partition is Partition.MIXED:
+        shares = _mixed(labels, clients, seed)
     else:
         shares = _dirichlet(labels, clients, seed, alpha, at_least)
     smallest = min(range(clients), key=lambda i: shares[i].numel())
@@ -143,6 +148,23 @@ def _single_label(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
         holders = range(position, clients, len(classes))
         for holder, share in zip(holders, _of_class(labels, label, seed).tensor_split(len(holders)), strict=True):
             shares[holder] = share
+    return shares
+
+
+def _mixed(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
+    """IID clients, then as many or one fewer of a single label; these take the same share of every class they hold."""
+    iid, classes = clients - clients // 2, labels.unique().tolist()
+    shares: list[Tensor] = [labels.new_empty(0)] * clients
+    rest = []
+    for position, label in enumerate(classes):
+        members, holders = _of_class(labels, label, seed), range(iid + position, clients, len(classes))
+        taken = members.numel() * (clients - iid) // clients if holders else 0
+        for holder, share in zip(holders, members[:taken].tensor_split(max(1, len(holders))), strict=False):
+            shares[holder] = share
+        rest.append(members[taken:])
+    pool = torch.cat(rest)
+    mixed = pool[stream.permutation(stream.derived_seed(seed, "part"), pool.numel())]
+    shares[:iid] = mixed.tensor_split(iid)
     return shares
 
 

@@ -4,11 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..errors import LedgerError
 from ..mask import SparseMask
 from ..models import LanguageModel
 from ..parameters import fingerprint
 from ..trajectory import replay
+from ..weights import MaskedWeights
 from . import setup
 from .config import make_config, read_toml
 from .ledger import read_ledger
@@ -51,7 +54,11 @@ def replay_run(directory: Path) -> Replayed:
             f"{directory / LEDGER} starts from a base model with fingerprint {ledger.header.base[:12]}; "
             f"{config.model} has {base[:12]}"
         )
-    replay(lm.model, mask, ledger.steps(), config.backend)
+    if ledger.rounds and ledger.rounds[-1].masters is not None:  # trained by backpropagation: weights, not scalars
+        weights = MaskedWeights(lm.model, mask, config.backend)
+        weights.set_masters_(torch.from_numpy(ledger.rounds[-1].masters.copy()))
+    else:
+        replay(lm.model, mask, ledger.steps(), config.backend)
     return Replayed(lm, len(ledger.rounds), fingerprint(lm.model), _recorded(directory / METRICS))
 
 

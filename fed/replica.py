@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import MaskError, MessageError
+from ..estimator import Estimator
 from ..mask import SparseMask
 from ..optimizer import SparseZO
+from .methods import Gradient
 from .terms import Terms
 
 
@@ -34,15 +36,26 @@ class Replica:
             raise MaskError(f"the federation uses the mask {terms.mask_digest[:12]}, this is {mask.digest[:12]}")
         self.model = model
         self.terms = terms
-        self.optimizer = SparseZO(model, mask, lr=terms.lr, eps=terms.eps, seed=terms.seed, backend=backend)
+        one_sided = terms.gradient is Gradient.FORWARD_DIFFERENCE
+        self.optimizer = SparseZO(
+            model,
+            mask,
+            lr=terms.lr,
+            eps=terms.eps,
+            seed=terms.seed,
+            backend=backend,
+            queries=terms.queries,
+            estimator=Estimator.FORWARD_DIFFERENCE if one_sided else Estimator.TWO_POINT,
+        )
         self.round = 1
 
     def apply_rounds(self, scalars: Sequence[Sequence[float]]) -> None:
-        """Moves on over some rounds by their aggregated scalars, [rounds][T], in one pass over the masked weights."""
+        """Moves on over some rounds by their aggregated scalars, [rounds][T * queries], in one pass."""
         seeds, c = [], []
         for row in scalars:
-            seeds += self.terms.seeds(self.round)
-            c += [lr * g for lr, g in zip(self.terms.learning_rates(self.round), row, strict=True)]
+            for seed, lr, g in self.terms.updates(self.round, row):
+                seeds.append(seed)
+                c.append(lr * g)
             self.round += 1
         self.optimizer.weights.replay_(seeds, c)
 
@@ -50,16 +63,16 @@ class Replica:
         """Applies the rounds from ``first_round`` on that this replica has not applied yet.
 
         Raises:
-            MessageError: if rounds are missing before them, or the scalars are not ``T`` a round.
+            MessageError: if rounds are missing before them, or the scalars are no whole number of rounds.
         """
-        steps = self.terms.local_steps
-        if len(scalars) % steps:
-            raise MessageError(f"{len(scalars)} scalars are no whole number of rounds of {steps} steps")
+        values = self.terms.values
+        if len(scalars) % values:
+            raise MessageError(f"{len(scalars)} scalars are no whole number of rounds of {values} scalars")
         if first_round > self.round:
             raise MessageError(f"the scalars begin at round {first_round}, this client stands at round {self.round}")
         if not np.isfinite(scalars).all():
             raise MessageError("an aggregated scalar is not finite")
-        self.apply_rounds(scalars.reshape(-1, steps)[self.round - first_round :].tolist())
+        self.apply_rounds(scalars.reshape(-1, values)[self.round - first_round :].tolist())
 
     def jump(self, round: int, masters: np.ndarray) -> None:
         """Takes over the masters at the beginning of a round, float32 [k]."""

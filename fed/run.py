@@ -1,5 +1,6 @@
 """``execute``: a run from its settings to its run directory."""
 
+import dataclasses
 import platform
 import time
 from collections.abc import Callable
@@ -8,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from .. import stream
-from ..evaluation import evaluate
-from ..mask import SparseMask
+from ..evaluation import Evaluation, evaluate
 from ..parameters import fingerprint, floating_parameters
 from . import setup
-from .client import Client, ClientData, Timing
 from .config import RunConfig
-from .ledger import Header, LedgerWriter
+from .federation import Federation, Selection, terms_of
+from .ledger import Header
 from .partition import histogram, split
-from .replica import Replica
 from .rundir import RunDirectory, check_free
-from .server import Server
-from .simulation import Traffic, simulate
+from .simulation import SimulatedRound, Traffic, simulate
 from .task_choice import chosen_task
-from .terms import Terms
+from .terms import CALIBRATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +73,29 @@ def execute(
     if len(labels) > 8:
         say(f"... {len(labels) - 8} more clients")
     base = fingerprint(lm.model)
-    say(f"choosing the mask ({config.mask or config.method})")
-    mask = setup.make_mask(config, lm)
-    terms = Terms.of(mask, seed=config.seed, eps=config.eps, lr=config.lr, local_steps=config.local_steps)
-    header = Header(terms=terms, base=base, method=config.method, clients=config.clients, weighting=config.weighting)
+    say(f"choosing the mask ({config.mask or config.method.recipe.elements})")
+    mask = setup.make_mask(config, lm, data.train)
+    header = Header(
+        terms=terms_of(config, mask),
+        base=base,
+        method=config.method,
+        clients=config.clients,
+        weighting=config.weighting,
+    )
     directory = RunDirectory(output)
     with directory.begin(config, mask, header) as ledger:
-        federation = _Federation(config, lm.model, mask, terms, data, shares, ledger)
-        summary = _run_rounds(config, federation, directory, report)
+        federation = Federation(config, lm.model, mask, data, shares, ledger)
+        run = _Run(federation, directory, report, say)
+        run.rounds()
+    summary = run.summary() | _selected(federation.selection, labels)
     summary |= {
         "partition": config.partition.describe(config.alpha),
+        "labels": [word.strip() for word in data.train.task.label_words],
         "examples_by_client_and_label": labels if len(labels) <= 100 else f"{len(labels)} clients",
         **({"natural_clients": names if len(names) <= 100 else f"{len(names)} clients"} if names else {}),
         "base": base,
         "mask": mask.digest,
+        "mask_source": mask.source,
         "weights": fingerprint(lm.model),
         "machine": {
             "python": platform.python_version(),
@@ -103,100 +108,120 @@ def execute(
     return summary
 
 
-class _Federation:
-    """Server and clients of a run around one model."""
+class _Run:
+    """The rounds of a run, each written down when it is over."""
 
     def __init__(
         self,
-        config: RunConfig,
-        model: nn.Module,
-        mask: SparseMask,
-        terms: Terms,
-        data: setup.TaskData,
-        shares: list[torch.Tensor],
-        ledger: LedgerWriter,
+        federation: Federation,
+        directory: RunDirectory,
+        report: Callable[[Progress], None],
+        say: Callable[[str], None],
     ) -> None:
-        replica = Replica(model, mask, terms, config.backend)
-        self.model, self.data, self.timing = model, data, Timing()
-        self.server = Server(list(range(config.clients)), replica, ledger, config.weighting)
-        self.clients = [
-            Client(
-                i,
-                ClientData(data.train, share, config.batch_size, stream.derived_seed(config.seed, "data", i)),
-                replica,
-                config.objective,
-                self.timing,
-            )
-            for i, share in enumerate(shares)
-        ]
+        self._federation, self._directory, self._report, self._say = federation, directory, report, say
+        self._config = federation.config
+        self._traffic, self._steps, self._answers = Traffic(), 0, 0
+        self._started = self._begun = time.perf_counter()
+        self._before = self._last = self._evaluate()
 
+    def rounds(self) -> None:
+        """Before training, the calibration where there is one, and all rounds."""
+        done = simulate(self._federation.server, self._federation.clients, self._config.rounds)
+        if self._federation.server.round == CALIBRATION:
+            self._say(f"a path of {self._config.vp_steps} steps of every client, to find the extreme ones")
+            self._write(next(done), self._before)
+        else:
+            self._write(None, self._before)
+        for each in done:
+            number, every = each.result.round, self._config.eval_every
+            due = number == self._config.rounds or (every and number % every == 0)
+            self._write(each, self._evaluate() if due else None)
 
-def _run_rounds(
-    config: RunConfig, federation: _Federation, directory: RunDirectory, report: Callable[[Progress], None]
-) -> dict[str, Any]:
-    model, validation, timing = federation.model, federation.data.validation, federation.timing
-    total, steps, started = Traffic(), 0, time.perf_counter()
-    before = last = evaluate(model, validation)
-    directory.add_metrics(
-        {
-            "round": 0,
-            "loss": before.loss,
-            "validation_loss": before.loss,
-            "accuracy": before.accuracy,
-            "macro_f1": before.macro_f1,
-            "bytes_up": 0,
-            "bytes_down": 0,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-    )
-    report(Progress(round=0, loss=before.loss, accuracy=before.accuracy, bytes=0, steps_per_second=0.0))
-    begun = time.perf_counter()
-    for done in simulate(federation.server, federation.clients, config.rounds):
-        number = done.result.round
-        line: dict[str, Any] = {"round": number, "loss": done.result.loss}
-        evaluated = number == config.rounds or (config.eval_every and number % config.eval_every == 0)
-        if evaluated:
-            last = evaluate(model, validation)
-            line |= {"validation_loss": last.loss, "accuracy": last.accuracy, "macro_f1": last.macro_f1}
-        seconds, begun = time.perf_counter() - begun, time.perf_counter()
-        line |= {"bytes_up": done.traffic.up, "bytes_down": done.traffic.down, "seconds": round(seconds, 3)}
-        directory.add_metrics(line | ({"rejected": done.result.rejected} if done.result.rejected else {}))
-        total.up, total.down, steps = (
-            total.up + done.traffic.up,
-            total.down + done.traffic.down,
-            steps + done.result.steps,
-        )
-        report(
+    def _evaluate(self) -> Evaluation:
+        self._last = evaluate(self._federation.model, self._federation.data.validation)
+        return self._last
+
+    def _write(self, done: SimulatedRound | None, evaluated: Evaluation | None) -> None:
+        """A line of the metrics, and of GradIP where the server has it."""
+        number = done.result.round if done is not None else 0
+        traffic = done.traffic if done is not None else Traffic()
+        line: dict[str, Any] = {"round": number}
+        if evaluated is not None:
+            line |= {
+                "loss": evaluated.loss,
+                "validation_loss": evaluated.loss,
+                "accuracy": evaluated.accuracy,
+                "macro_f1": evaluated.macro_f1,
+            }
+        if number and done is not None:
+            line["loss"] = done.result.loss
+        now = time.perf_counter()
+        line |= {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(now - self._begun, 3)}
+        self._begun = now
+        if done is not None:
+            if done.result.rejected:
+                line["rejected"] = done.result.rejected
+            if done.result.traces:
+                self._directory.add_traces(number, done.result.traces)
+            self._steps += done.result.steps
+            self._answers += traffic.messages
+            self._traffic.up += traffic.up
+            self._traffic.down += traffic.down
+        self._directory.add_metrics(line)
+        timing = self._federation.timing
+        self._report(
             Progress(
                 round=number,
-                loss=done.result.loss,
-                accuracy=last.accuracy if evaluated else None,
-                bytes=total.up + total.down,
-                steps_per_second=timing.steps / timing.total,
+                loss=line["loss"],
+                accuracy=None if evaluated is None else evaluated.accuracy,
+                bytes=self._traffic.up + self._traffic.down,
+                steps_per_second=timing.steps / timing.total if timing.steps else 0.0,
             )
         )
-    weights = sum(p.numel() * p.element_size() for _, p in floating_parameters(model))
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to."""
+        federation, before, last = self._federation, self._before, self._last
+        timing, elements = federation.timing, federation.server.replica.terms.elements
+        weights = sum(p.numel() * p.element_size() for _, p in floating_parameters(federation.model))
+        return {
+            "accuracy_before": before.accuracy,
+            "accuracy_after": last.accuracy,
+            "macro_f1_before": before.macro_f1,
+            "macro_f1_after": last.macro_f1,
+            "validation_loss_before": before.loss,
+            "validation_loss_after": last.loss,
+            "validation_examples": before.examples,
+            "truncated_train": federation.data.train.truncated,
+            "truncated_validation": federation.data.validation.truncated,
+            "steps": self._steps,
+            "bytes_up": self._traffic.up,
+            "bytes_down": self._traffic.down,
+            "bytes_each_way_if_weights_were_sent": weights * self._answers,
+            # adapters, layers and whole models have names, which need no ids
+            "mask_bytes": 8 * elements if federation.config.method.recipe.elements.ranked else 0,
+            "masked_elements": elements,
+            "elements": sum(p.numel() for _, p in floating_parameters(federation.model)),
+            "rejected_messages": dict(federation.server.rejected),
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "seconds_per_step": timing.total / timing.steps,
+            "forward_share_of_step": timing.forward / timing.total,
+        }
+
+
+def _selected(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
+    """Who was stopped early, why, and how well that found the clients that hold one label only."""
+    if selection.thresholds is None:
+        return {}
+    single = {i for i, row in enumerate(labels) if sum(count > 0 for count in row) == 1}
+    right = len(single.intersection(selection.stopped))
     return {
-        "accuracy_before": before.accuracy,
-        "accuracy_after": last.accuracy,
-        "macro_f1_before": before.macro_f1,
-        "macro_f1_after": last.macro_f1,
-        "validation_loss_before": before.loss,
-        "validation_loss_after": last.loss,
-        "validation_examples": before.examples,
-        "truncated_train": federation.data.train.truncated,
-        "truncated_validation": validation.truncated,
-        "steps": steps,
-        "bytes_up": total.up,
-        "bytes_down": total.down,
-        "bytes_each_way_if_weights_were_sent": weights * config.clients * config.rounds,
-        "mask_bytes": 8 * federation.server.replica.terms.elements,
-        "masked_elements": federation.server.replica.terms.elements,
-        "elements": sum(p.numel() for _, p in floating_parameters(model)),
-        "rejected_messages": dict(federation.server.rejected),
-        "seconds": round(time.perf_counter() - started, 3),
-        "seconds_per_step": timing.total / timing.steps,
-        "forward_share_of_step": timing.forward / timing.total,
+        "stopped": selection.stopped,
+        "single_label_clients": sorted(single),
+        "precision": right / len(selection.stopped) if selection.stopped else None,
+        "recall": right / len(single) if single else None,
+        "vp_thresholds": dataclasses.asdict(selection.thresholds),
+        "vp_statistics": {i: dataclasses.asdict(found) for i, found in selection.statistics.items()},
     }
 
 

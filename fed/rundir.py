@@ -1,15 +1,18 @@
-"""A run directory: config.toml, mask.safetensors, ledger.jsonl, metrics.jsonl."""
+"""A run directory: config.toml, mask.safetensors, ledger.jsonl, metrics.jsonl, and gradip.jsonl with GradIP."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..mask import SparseMask, write_whole
+from ..files import write_whole
+from ..mask import SparseMask
 from .config import RunConfig
+from .gradip import Trace
 from .ledger import Header, LedgerWriter
 
 CONFIG, MASK, LEDGER, METRICS = "config.toml", "mask.safetensors", "ledger.jsonl", "metrics.jsonl"
+GRADIP = "gradip.jsonl"
 
 
 class RunDirectory:
@@ -39,7 +42,18 @@ class RunDirectory:
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Appends one object to the metrics; raises ``RunError`` if it cannot."""
-        path = self.path / METRICS
+        self._append(METRICS, line)
+
+    def add_traces(self, round: int, traces: dict[int, Trace]) -> None:
+        """Appends what the server saw of the clients' paths, to six digits; raises ``RunError`` if it cannot."""
+        clients = {
+            str(i): {name: [float(f"{x:.6g}") for x in values] for name, values in vars(trace).items()}
+            for i, trace in traces.items()
+        }
+        self._append(GRADIP, {"round": round, "clients": clients})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        path = self.path / name
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -56,4 +70,4 @@ def check_free(path: Path) -> None:
         raise RunError(f"the output directory {path} is a file; choose another, nothing was changed")
 
 
-__all__ = ["CONFIG", "LEDGER", "MASK", "METRICS", "RunDirectory", "check_free"]
+__all__ = ["CONFIG", "GRADIP", "LEDGER", "MASK", "METRICS", "RunDirectory", "check_free"]

@@ -1,15 +1,23 @@
 """The server: asks clients for a round, checks what they answer, aggregates, writes the ledger, moves on."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from .. import stream
 from ..errors import MeerkatError, MessageError
-from .aggregation import Weighting, client_weights, weighted_mean
+from .aggregation import Weighting, client_weights, mean_masters, weighted_mean
+from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
+from .methods import Gradient
 from .replica import Replica
+from .terms import CALIBRATION
+
+# From the calibration paths of all clients to the ids of those to be stopped early.
+Select = Callable[[dict[int, Trace]], Sequence[int]]
 
 
 class RoundFailedError(MeerkatError, RuntimeError):
@@ -21,11 +29,12 @@ class RoundResult:
     """What a round came to.
 
     Args:
-        round: from 1.
+        round: from 1; 0 is the calibration.
         loss: mean training loss of the clients, weighted by ``p_i``.
-        scalars: aggregated, fp32, [T].
+        scalars: aggregated, fp32, [T * queries].
         steps: local steps that the clients took in all.
         rejected: messages refused in this round.
+        traces: what the server saw of each client's path; empty without GradIP.
     """
 
     round: int
@@ -33,17 +42,23 @@ class RoundResult:
     scalars: list[float]
     steps: int
     rejected: int
+    traces: dict[int, Trace] = field(default_factory=dict)
 
 
 class Server:
     """The server of a federation.
+
+    It begins with the calibration, round 0, where the terms have one, and with round 1 otherwise.
 
     Args:
         clients: ids of the clients.
         replica: the server's model at the beginning of round 1.
         ledger: an open ledger, or None to keep none.
         weighting: how ``p_i`` are made.
-        local_steps: steps of the clients that take fewer than ``T``; the others take ``T``.
+        per_round: clients that take part in a round, sampled anew each time; None is all of them.
+        gradip: looks at the clients' paths, or None.
+        select: who is stopped early, from the calibration paths; needed where the terms have a calibration.
+        stopped: ids of clients that are stopped early from the beginning.
     """
 
     def __init__(
@@ -52,44 +67,68 @@ class Server:
         replica: Replica,
         ledger: LedgerWriter | None,
         weighting: Weighting,
-        local_steps: dict[int, int] | None = None,
+        *,
+        per_round: int | None = None,
+        gradip: GradIP | None = None,
+        select: Select | None = None,
+        stopped: Sequence[int] = (),
     ) -> None:
+        if replica.terms.calibration_steps and (gradip is None or select is None):
+            raise ValueError("a federation with a calibration needs GradIP and a rule that selects clients by it")
         self.replica = replica
         self.rejected: Counter[str] = Counter()  # reason -> messages refused
-        self._ledger = ledger
-        self._weighting = weighting
-        self._local_steps = dict.fromkeys(sorted(clients), replica.terms.local_steps) | (local_steps or {})
-        self._at = dict.fromkeys(self._local_steps, 1)  # round that each client is known to stand at
+        self.stopped = frozenset(stopped)
+        self._clients = sorted(clients)
+        self._ledger, self._weighting, self._per_round = ledger, weighting, per_round
+        self._gradip, self._select = gradip, select
+        self._calibrating = replica.terms.calibration_steps > 0
+        self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
         self._history: list[list[float]] = []
         self._rejected_before = 0
         self._replies: dict[int, TrainReply] = {}
+        self._sampled: tuple[int, frozenset[int]] | None = None  # round -> who takes part
 
     @property
     def round(self) -> int:
-        """The round that is under way, from 1."""
-        return self.replica.round
+        """The round that is under way, from 1; 0 during the calibration."""
+        return CALIBRATION if self._calibrating else self.replica.round
+
+    def participants(self) -> list[int]:
+        """Ids of the clients that take part in this round, ascending; all of them in the calibration."""
+        return sorted(self._taking_part())
+
+    def _taking_part(self) -> frozenset[int]:
+        if self._sampled is None or self._sampled[0] != self.round:
+            chosen, root = self._clients, self.replica.terms.seed
+            if not self._calibrating and self._per_round is not None:
+                order = stream.permutation(stream.derived_seed(root, "samp", self.round), len(chosen))
+                chosen = [chosen[i] for i in order[: self._per_round].tolist()]
+            self._sampled = self.round, frozenset(chosen)
+        return self._sampled[1]
+
+    def local_steps(self, client: int) -> int:
+        """Steps that a client is to take in this round."""
+        return 1 if client in self.stopped else self.replica.terms.steps(self.round)
 
     def request(self, client: int) -> bytes:
         """The request to one client for this round: what it missed, in the smaller of the two forms."""
-        first, steps = self._at[client], self.replica.terms.local_steps
-        if (self.round - first) * steps <= self.replica.terms.elements:
-            missed = np.array(self._history[first - 1 :], dtype=np.float32).reshape(-1)
-            message = TrainRequest(
-                client=client,
-                round=self.round,
-                local_steps=self._local_steps[client],
-                first_round=first,
-                scalars=missed,
-            )
+        terms, first = self.replica.terms, self._at[client]
+        masters, missed = None, np.empty(0, dtype=np.float32)
+        by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
+        if self._calibrating:
+            first = CALIBRATION
+        elif by_weights or (self.round - first) * terms.values > terms.elements:
+            first, masters = self.round, self.replica.optimizer.weights.masters().cpu().numpy()
         else:
-            message = TrainRequest(
-                client=client,
-                round=self.round,
-                local_steps=self._local_steps[client],
-                first_round=self.round,
-                masters=self.replica.optimizer.weights.masters().cpu().numpy(),
-            )
-        return message.encode()
+            missed = np.array(self._history[first - 1 :], dtype=np.float32).reshape(-1)
+        return TrainRequest(
+            client=client,
+            round=self.round,
+            local_steps=self.local_steps(client),
+            first_round=first,
+            scalars=missed if masters is None else None,
+            masters=masters,
+        ).encode()
 
     def receive(self, message: bytes) -> TrainReply:
         """Takes a client's answer into this round.
@@ -104,19 +143,30 @@ class Server:
             self.rejected[str(error)] += 1
             raise
         self._replies[reply.client] = reply
-        self._at[reply.client] = self.round
+        self._at[reply.client] = max(self.round, 1)
         return reply
 
     def _check(self, reply: TrainReply) -> None:
         who = f"client {reply.client}"
-        if reply.client not in self._local_steps:
+        if reply.client not in self._at:
             raise MessageError(f"{who} is unknown")
         if reply.round != self.round:
             raise MessageError(f"{who} answers round {reply.round}; round {self.round} is under way")
         if reply.client in self._replies:
             raise MessageError(f"{who} has answered round {self.round} already")
-        if len(reply.scalars) != self._local_steps[reply.client]:
-            raise MessageError(f"{who} sent {len(reply.scalars)} scalars instead of {self._local_steps[reply.client]}")
+        if reply.client not in self._taking_part():
+            raise MessageError(f"{who} does not take part in round {self.round}")
+        terms, steps = self.replica.terms, self.local_steps(reply.client)
+        if reply.local_steps != steps:
+            raise MessageError(f"{who} took {reply.local_steps} steps instead of {steps}")
+        if terms.gradient is Gradient.BACKPROPAGATION:
+            sent, what, wanted = reply.masters, "master values", terms.elements
+        else:
+            sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
+        if sent is None:
+            raise MessageError(f"{who} sent no {what}, which {terms.gradient} steps are made of")
+        if len(sent) != wanted:
+            raise MessageError(f"{who} sent {len(sent)} {what} instead of {wanted}")
         if reply.examples == 0:
             raise MessageError(f"{who} has no examples")
 
@@ -129,24 +179,56 @@ class Server:
         if not self._replies:
             raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({dict(self.rejected)})")
         weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
-        own = {i: self._replies[i].scalars.tolist() for i in weights}
-        scalars = weighted_mean(own, weights, self.replica.terms.local_steps)
-        line = Round(round=self.round, lr=self.replica.terms.learning_rates(self.round), scalars=scalars, clients=own)
+        own = {i: scalars.tolist() for i in weights if (scalars := self._replies[i].scalars) is not None}
+        terms, number = self.replica.terms, self.round
+        traces = self._gradip.traces(terms.seeds(number), own) if self._gradip is not None and own else {}
+        line = self._line(weights, own, traces)
         if self._ledger is not None:
             self._ledger.append(line)
-        self.replica.apply_rounds([scalars])
-        self._history.append(scalars)
+        self._move_on(line)
         refused = self.rejected.total()
         result = RoundResult(
-            round=line.round,
+            round=number,
             loss=sum(weights[i] * self._replies[i].loss for i in weights),
-            scalars=scalars,
-            steps=sum(map(len, own.values())),
+            scalars=line.scalars,
+            steps=sum(self._replies[i].local_steps for i in weights),
             rejected=refused - self._rejected_before,
+            traces=traces,
         )
         self._rejected_before = refused
         self._replies = {}
         return result
 
+    def _line(self, weights: dict[int, float], own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
+        """The round as the ledger keeps it."""
+        terms, number = self.replica.terms, self.round
+        scalars: list[float] = []
+        stopped: list[int] = []
+        masters = None
+        if self._calibrating:
+            assert self._select is not None
+            stopped = sorted(self._select(traces))
+        elif terms.gradient is Gradient.BACKPROPAGATION:
+            masters = mean_masters({i: reply.masters for i, reply in self._replies.items()}, weights)
+        else:
+            scalars = weighted_mean(own, weights, terms.values)
+        return Round(
+            round=number,
+            lr=terms.learning_rates(number),
+            scalars=scalars,
+            clients=own,
+            stopped=stopped,
+            masters=masters,
+        )
 
-__all__ = ["RoundFailedError", "RoundResult", "Server"]
+    def _move_on(self, line: Round) -> None:
+        if self._calibrating:
+            self.stopped, self._calibrating = frozenset(line.stopped), False
+        elif line.masters is not None:
+            self.replica.jump(line.round + 1, line.masters)
+        else:
+            self.replica.apply_rounds([line.scalars])
+            self._history.append(line.scalars)
+
+
+__all__ = ["RoundFailedError", "RoundResult", "Select", "Server"]

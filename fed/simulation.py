@@ -14,10 +14,11 @@ from .server import RoundResult, Server
 
 @dataclass
 class Traffic:
-    """Bytes sent, headers included: up from the clients, down to them."""
+    """Bytes sent, headers included: up from the clients, down to them; and the number of messages."""
 
     up: int = 0
     down: int = 0
+    messages: int = 0  # each way
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,17 @@ def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[Sim
     Args:
         server: at the beginning of a round.
         clients: those the server knows; they may share the server's replica.
-        rounds: how many.
+        rounds: number of the last round; the calibration is extra, and comes out as round 0.
     """
-    for _ in range(rounds):
+    by_id = {client.id: client for client in clients}
+    while server.round <= rounds:
         traffic = Traffic()
-        for client in clients:
+        for client in (by_id[i] for i in server.participants()):
             request = server.request(client.id)
             reply = client.handle(request)
             traffic.down += len(request)
             traffic.up += len(reply)
+            traffic.messages += 1
             try:
                 server.receive(reply)
             except MessageError:

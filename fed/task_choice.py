@@ -40,11 +40,12 @@ def _task(config: "RunConfig") -> Task:
     for name, default in _OWN.items():
         if getattr(config, name) != default:
             raise ConfigError(f"{name} describes data of your own; give --data as well")
-    if (config.model == embedded.NAME) != (config.task == embedded.NAME):
+    if (config.model == embedded.NAME) != (config.task in embedded.TASKS):
         raise ConfigError(
-            "the embedded model and the embedded task go together: give both --model and --task, or neither"
+            f"the embedded model and its tasks ({', '.join(embedded.TASKS)}) go together: "
+            f"give both --model and --task, or neither"
         )
-    return embedded.TASK if config.task == embedded.NAME else get_task(config.task)
+    return embedded.TASKS[config.task] if config.task in embedded.TASKS else get_task(config.task)
 
 
 def _own_task(config: "RunConfig") -> Task:

@@ -27,6 +27,14 @@ _THINGS = {
     "phone": ("screen", "battery", "sound", "camera", "price", "case"),
     "game": ("story", "controls", "music", "level design", "ending", "art"),
 }
+# The same reviews, asked what they are about.
+TOPIC = Task(
+    name="embedded-topic",
+    template="{review} this was about a",
+    cut="review",
+    label_words=tuple(f" {thing}" for thing in _THINGS),
+)
+
 _GOOD = (
     "great", "lovely", "superb", "charming", "brilliant", "delightful",
     "excellent", "clever", "warm", "fresh", "gripping", "perfect",
@@ -135,6 +143,17 @@ def rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[d
     return [{"review": review, "label": label} for review, label in found.items()]
 
 
+def topic_rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
+    """Examples of the topic task: distinct reviews, none of them in ``exclude``."""
+    draws, things = _Draws(stream.derived_seed(seed, "topi")), tuple(_THINGS)
+    found: dict[str, int] = {}
+    while len(found) < count:
+        review, thing = _review(draws, draws.below(2) == 1)
+        if review not in exclude:
+            found.setdefault(review, things.index(thing))
+    return [{"review": review, "label": label} for review, label in found.items()]
+
+
 def vocabulary() -> list[str]:
     """Every word the generator can write, sorted."""
     patterns = [*_OPENINGS, *_NEUTRAL, *_PRAISE, *_BLAME, *_CHATTER, *_DEGREES, *_GOOD, *_BAD, *_THINGS, TASK.template]
@@ -143,4 +162,4 @@ def vocabulary() -> list[str]:
     return sorted({word for pattern in patterns for word in pattern.split() if "{" not in word})
 
 
-__all__ = ["TASK", "rows", "texts", "vocabulary"]
+__all__ = ["TASK", "TOPIC", "rows", "texts", "topic_rows", "vocabulary"]

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from meerkat_engine import SparseMask, embedded
-from meerkat_engine.bench import kernels, lists, measure, report, rows, shapes, step
+from meerkat_engine.bench import kernels, lists, measure, report, rows, shapes, step, tables
 from meerkat_engine.bench.measure import Spread
 from meerkat_engine.fed.cli import main
 from meerkat_engine.triton_kernels import ElementTable, reference
@@ -312,7 +312,7 @@ def test_the_readme_shows_the_recorded_result() -> None:
 
 
 def test_amounts_are_readable() -> None:
-    assert [report._amount(x) for x in (0, 999, 1000, 134_515_008, 2.5e12)] == [
+    assert [tables.amount(x) for x in (0, 999, 1000, 134_515_008, 2.5e12)] == [
         "0 B", "999 B", "1 kB", "135 MB", "2.5e+03 GB",
     ]  # fmt: skip
     assert report._density(1e-3) == "0.001"

@@ -31,7 +31,10 @@ def test_pre_training_never_asks_the_question() -> None:
 
 def test_the_tokenizer_knows_every_word() -> None:
     tokenizer = embedded.load().tokenizer
-    for text in [*corpus.texts(300, 5), *(embedded.TASK.prompt(row) for row in embedded.rows("validation"))]:
+    for text in [
+        *corpus.texts(300, 5),
+        *(embedded.TASKS[embedded.NAME].prompt(row) for row in embedded.rows("validation")),
+    ]:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
@@ -41,7 +44,7 @@ def test_the_model_knows_its_text_and_not_the_task() -> None:
     with torch.no_grad():
         loss = language_model_loss(lm.model, {k: ids[k] for k in ("input_ids", "attention_mask")}).item()
     assert loss < 1.1  # ln(149) = 5.0 knows nothing
-    data = EncodedTask(embedded.TASK, embedded.rows("validation"), lm.tokenizer, 128, "validation")
+    data = EncodedTask(embedded.TASKS[embedded.NAME], embedded.rows("validation"), lm.tokenizer, 128, "validation")
     assert 0.4 < evaluate(lm.model, data).accuracy < 0.6
 
 

@@ -1,6 +1,6 @@
 """A small federation: embedded model and task, some clients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from meerkat_engine.parameters import fingerprint
 @pytest.fixture(scope="session")
 def task_data() -> EncodedTask:
     lm = embedded.load()
-    return EncodedTask(embedded.TASK, embedded.rows("train")[:200], lm.tokenizer, 128, "embedded")
+    return EncodedTask(embedded.TASKS[embedded.NAME], embedded.rows("train")[:200], lm.tokenizer, 128, "embedded")
 
 
 class Federation:
@@ -36,16 +36,18 @@ class Federation:
         steps: int = 2,
         dtype: torch.dtype = torch.float32,
         weighting: Weighting = Weighting.EXAMPLES,
-        local_steps: dict[int, int] | None = None,
+        stopped: Sequence[int] = (),
+        per_round: int | None = None,
         ledger: Path | None = None,
         shared: bool = True,
         density: float = 0.01,
         ids: list[int] | None = None,
         lr: float = 1e-2,
+        **terms: Any,
     ) -> None:
         self.base = embedded.load(dtype)
         self.mask = SparseMask.random(self.base.model, density, 1)
-        self.terms = Terms.of(self.mask, seed=11, eps=1e-3, lr=lr, local_steps=steps)
+        self.terms = Terms.of(self.mask, seed=11, eps=1e-3, lr=lr, local_steps=steps, **terms)
         ids = ids if ids is not None else list(range(clients))
         self.writer = None
         if ledger is not None:
@@ -54,7 +56,7 @@ class Federation:
             )
             self.writer = LedgerWriter(ledger, header)
         self.replica = self.fresh_replica(dtype)
-        self.server = Server(ids, self.replica, self.writer, weighting, local_steps)
+        self.server = Server(ids, self.replica, self.writer, weighting, stopped=stopped, per_round=per_round)
         shares = split(data.labels, clients, Partition.DIRICHLET, 3, alpha=0.5, at_least=8)
         self.clients = [
             Client(

@@ -69,6 +69,7 @@ def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -
     output, _ = finished
     assert sorted(p.name for p in output.iterdir()) == [
         "config.toml",
+        "gradip.jsonl",
         "ledger.jsonl",
         "mask.safetensors",
         "metrics.jsonl",
@@ -97,7 +98,9 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     from meerkat_engine.evaluation import evaluate
     from meerkat_engine.examples import EncodedTask
 
-    data = EncodedTask(embedded.TASK, embedded.rows("validation"), embedded.load().tokenizer, 256, "validation")
+    data = EncodedTask(
+        embedded.TASKS[embedded.NAME], embedded.rows("validation"), embedded.load().tokenizer, 256, "validation"
+    )
     assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
 
 
@@ -213,7 +216,7 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
         (["--task", "sst2"], "give both --model and --task, or neither"),
         (["--model", "x"], "give both --model and --task, or neither"),
         (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
-        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label, natural"),
+        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label, mixed, natural"),
         (["--density", "0"], "density must be in (0, 1], got 0.0"),
         (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
         (["--clients", "0"], "clients must be at least 1, got 0"),
@@ -274,7 +277,8 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path
     assert "is a file" in result.output
 
 
-def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "file"), [("random-mask", "ledger.jsonl"), ("meerkat", "gradip.jsonl")])
+def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Path, method: str, file: str) -> None:
     """In a process of its own, whose files may not grow beyond a little more than the mask."""
     output = tmp_path / "r"
     script = (
@@ -283,14 +287,14 @@ def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Pa
         "resource.setrlimit(resource.RLIMIT_FSIZE, (17000, 17000))\n"
         "from meerkat_engine.fed.cli import main\n"
         "settings = '--rounds 200 --local-steps 1 --calibration-texts 16 --eval-every 0'.split()\n"
-        f"main(['run', *settings, '--output', {str(output)!r}])\n"
+        f"main(['run', *settings, '--method', {method!r}, '--output', {str(output)!r}])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 1
-    assert f"Error: cannot write {output / 'ledger.jsonl'}: " in done.stderr
-    assert "the rounds in it are complete" in done.stderr
+    assert f"Error: cannot write {output / file}: " in done.stderr
+    assert "are complete" in done.stderr
     assert "Traceback" not in done.stderr
     replayed = call("replay", output)
     assert "replayed" in replayed.output

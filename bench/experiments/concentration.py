@@ -1,0 +1,63 @@
+"""(f) How few elements matter: mean squared gradient of the top 0.1% over the next 0.9% (paper: 52).
+
+Reference: Meerkat, arXiv 2506.03337, section 3.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...fed import setup
+from ...fed.config import RunConfig
+from ...objective import language_model_loss
+from ...sensitivity import accumulate
+from ...transfer import concentration
+from ..tables import over_seeds, table
+from .figures import finished, mean_line, subplots
+from .grid import Experiment, Results
+
+_SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+class Concentration(Experiment):
+    """How the squared gradient of pre-training text is spread over the elements."""
+
+    name = "concentration"
+    title = "How few elements hold the squared gradient of pre-training text?"
+
+    def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
+        """Ratio and cumulative shares; one each for disjoint parts of the text, as many as there are seeds."""
+        config = configs[0]
+        lm = setup.load_language_model(config)
+        batches, calibration = setup.calibration_batches(config, lm)
+        found: dict[str, Any] = {"model": config.model, "calibration": calibration, "ratios": [], "held": []}
+        for part in range(len(configs)):
+            squares = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
+            flat = torch.cat([square.view(-1).cpu() for square in squares.squares]).double()
+            running = flat.sort(descending=True).values.cumsum(0) / flat.sum()
+            found["elements"] = flat.numel()
+            found["ratios"].append(concentration(squares))
+            found["held"].append([float(running[max(1, round(share * flat.numel())) - 1]) for share in _SHARES])
+        return found
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        found = results.measured
+        lines = [["top 0.1% over the next 0.9%, mean squared gradient", over_seeds(found["ratios"], 1)]]
+        for i, share in enumerate(_SHARES[:-1]):
+            held = [100 * of_part[i] for of_part in found["held"]]
+            lines.append([f"the top {share:.4%} of the elements hold".replace("00%", "%"), over_seeds(held, 1) + "%"])
+        return table([f"{found['model']}, {found['elements']:,} elements", "mean ± sd over parts of the text"], lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, 1)
+        curves = [list(zip(_SHARES, held, strict=True)) for held in results.measured["held"]]
+        mean_line(axes[0], curves, "C0", results.measured["model"])
+        axes[0].set(xscale="log", xlabel="share of the elements, largest first", ylabel="share of the squared gradient")
+        finished(figure, axes, path)
+
+
+__all__ = ["Concentration"]

@@ -1,0 +1,44 @@
+"""What the experiments' figures have in common."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..report import require_matplotlib
+
+Points = Sequence[tuple[float, float]]
+
+
+def subplots(rows: int, columns: int, **settings: Any) -> tuple[Any, Any]:
+    """A figure and its axes as a flat list."""
+    require_matplotlib()
+    from matplotlib import pyplot
+
+    size = (1.5 + 4.5 * columns, 0.8 + 3.2 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **settings)
+    return figure, axes.flatten()
+
+
+def mean_line(axis: Any, runs: Sequence[Points], color: str, label: str) -> None:
+    """A line of the mean over runs, and each run faintly; all runs have points at the same places."""
+    for run in runs:
+        axis.plot(*zip(*run, strict=True), color=color, linewidth=0.6, alpha=0.35)
+    x = [statistics.fmean(p[0] for p in points) for points in zip(*runs, strict=True)]
+    y = [statistics.fmean(p[1] for p in points) for points in zip(*runs, strict=True)]
+    axis.plot(x, y, color=color, marker="o", markersize=3, label=label)
+
+
+def finished(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    """Grid, one legend for all axes, and the file."""
+    from matplotlib import pyplot
+
+    for axis in axes:
+        axis.grid(visible=True, which="major", alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+__all__ = ["Points", "finished", "mean_line", "subplots"]

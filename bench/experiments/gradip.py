@@ -1,0 +1,73 @@
+"""(b) What the server sees: GradIP, gradient norm and cosine along the paths of IID and of single-label clients.
+
+Reference: Meerkat, arXiv 2506.03337, section 4.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...fed.config import RunConfig
+from ..tables import over_seeds, table
+from .figures import finished, mean_line, subplots
+from .grid import Arm, Experiment, Finished, Results, Settings
+
+_KINDS = {"IID": {"partition": "iid"}, "single label": {"partition": "single-label"}}
+_QUANTITIES = {"gradip": "|GradIP|", "norm": "gradient norm", "cosine": "|cosine|"}
+_SMOOTH = 10  # steps that one point of the figure is a mean over
+
+
+class GradIPPaths(Experiment):
+    """GradIP along the paths of IID and of single-label clients."""
+
+    name = "gradip"
+    title = "What the server sees of a client's path: GradIP, gradient norm and cosine over 100 steps"
+    settings: ClassVar[Settings] = {"method": "meerkat-vp", "rounds": 1, "local_steps": 1, "vp_steps": 100}
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """A kind of clients each."""
+        return [Arm(name=name, settings=settings) for name, settings in _KINDS.items()]
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        lines = []
+        for key, shown in _QUANTITIES.items():
+            for kind, runs in results.arms.items():
+                first, last = ([_mean(path[part]) for path in _paths(runs, key)] for part in _windows(runs[0]))
+                lines.append([shown, kind, f"{_mean(first):.3g}", f"{_mean(last):.3g}",
+                              over_seeds([a / b for a, b in zip(first, last, strict=True)], 2)])  # fmt: skip
+        config = results.arms["IID"][0].config
+        columns = ["", "clients", f"first {config['vp_initial']} steps", f"last {config['vp_later']}",
+                   "ratio, over clients and seeds"]  # fmt: skip
+        return table(columns, lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, len(_QUANTITIES))
+        for axis, (key, shown) in zip(axes, _QUANTITIES.items(), strict=True):
+            for i, (kind, runs) in enumerate(results.arms.items()):
+                mean_line(axis, [_smoothed(path) for path in _paths(runs, key)], f"C{i}", f"{kind} clients")
+            axis.set(title=shown, xlabel="local step", yscale="log")
+        finished(figure, axes, path)
+
+
+def _paths(runs: Sequence[Finished], key: str) -> list[list[float]]:
+    """Absolute values along the path of every client of every seed."""
+    return [[abs(x) for x in client[key]] for run in runs for client in run.traces[0]["clients"].values()]
+
+
+def _windows(run: Finished) -> tuple[slice, slice]:
+    return slice(run.config["vp_initial"]), slice(-run.config["vp_later"], None)
+
+
+def _smoothed(path: Sequence[float]) -> list[tuple[float, float]]:
+    starts = range(0, len(path) - _SMOOTH + 1, _SMOOTH)
+    return [(start + (_SMOOTH + 1) / 2, _mean(path[start : start + _SMOOTH])) for start in starts]
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return statistics.fmean(values)
+
+
+__all__ = ["GradIPPaths"]

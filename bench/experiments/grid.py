@@ -1,0 +1,208 @@
+"""Runs an experiment's arms, each with some seeds, into one directory; what is there already is not run again.
+
+OUTPUT/runs/ARM/seed-S   run directories      OUTPUT/masks   masks that arms share      OUTPUT/measured-N.json
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ... import embedded
+from ...errors import ConfigError, RunError
+from ...fed import setup
+from ...fed.config import RunConfig, make_config, read_toml
+from ...fed.methods import Elements
+from ...fed.run import execute
+from ...fed.rundir import CONFIG, GRADIP, METRICS
+from ...files import write_whole
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One line of an experiment.
+
+    Args:
+        name: unique within the experiment.
+        settings: beside those all arms share.
+    """
+
+    name: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over."""
+
+    directory: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """One a round, as in ``metrics.jsonl``."""
+        return _json_lines(self.directory / METRICS)[:-1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its settings, as in ``config.toml``."""
+        return read_toml(self.directory / CONFIG)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What it came to."""
+        summary: dict[str, Any] = _json_lines(self.directory / METRICS)[-1]["summary"]
+        return summary
+
+    @property
+    def traces(self) -> list[dict[str, Any]]:
+        """What the server saw of the clients' paths, one object a round."""
+        return _json_lines(self.directory / GRADIP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All runs of an experiment, by arm, in the order of the seeds; and what was measured without a run."""
+
+    arms: dict[str, list[Finished]]
+    measured: Any
+
+    def accuracy(self, arm: str) -> list[float]:
+        """Accuracy after training, one a seed."""
+        return [float(run.summary["accuracy_after"]) for run in self.arms[arm]]
+
+
+class Experiment(ABC):
+    """One experiment.
+
+    Attributes:
+        name: on the command line.
+        title: a line that says what is asked.
+        settings: of all arms, where the user gives none.
+        embedded: further ones for the embedded model, so that it takes minutes on two cores.
+    """
+
+    name: str
+    title: str
+    settings: ClassVar[Settings] = {}
+    embedded: ClassVar[Settings] = {}
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """The runs it needs, on some tasks (most experiments take the first)."""
+        return ()
+
+    def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
+        """What it measures without a run, one configuration a seed; ready for JSON."""
+        return None
+
+    @abstractmethod
+    def table(self, results: Results) -> str:
+        """The table, in Markdown."""
+
+    @abstractmethod
+    def draw(self, results: Results, path: Path) -> None:
+        """Writes the figure."""
+
+
+def run_all(
+    experiment: Experiment,
+    given: Settings,
+    tasks: Sequence[str],
+    seeds: int,
+    output: Path,
+    say: Callable[[str], None],
+) -> Results:
+    """Runs what is missing of an experiment.
+
+    Args:
+        experiment: which.
+        given: the user's settings; they go before the experiment's, and behind its arms'.
+        tasks: further ones, where the experiment compares tasks.
+        seeds: runs of each arm; the first has the seed that is given, or 0.
+        output: directory of the experiment, its own or a new one.
+        say: called with a line before every run.
+
+    Raises:
+        ConfigError: if the directory holds another experiment, or one with other settings.
+    """
+    shared = configuration(experiment, given)
+    _claim(output, experiment, given)
+    tasks = tuple(tasks) or _tasks(shared)
+    arms, first = experiment.arms(shared, tasks), shared.seed
+    found: dict[str, list[Finished]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        for seed in range(first, first + seeds):
+            directory = output / "runs" / _slug(arm.name) / f"seed-{seed}"
+            if not directory.exists():
+                say(f"{experiment.name}: {arm.name}, seed {seed}")
+                config = configuration(experiment, given, {**arm.settings, "seed": seed})
+                _run(config, directory, output / "masks")
+            found[arm.name].append(Finished(directory))
+    measured = output / f"measured-{seeds}.json"
+    if not measured.exists():
+        say(f"{experiment.name}: measuring")
+        configs = [configuration(experiment, given, {"seed": seed}) for seed in range(first, first + seeds)]
+        write_whole(measured, json.dumps(experiment.measure(configs, tasks), indent=1).encode())
+    return Results(arms=found, measured=json.loads(measured.read_text()))
+
+
+def _tasks(config: RunConfig) -> tuple[str, ...]:
+    return tuple(embedded.TASKS) if config.task in embedded.TASKS else (config.task,)
+
+
+def configuration(experiment: Experiment, given: Settings, of_arm: Settings | None = None) -> RunConfig:
+    """The settings of one run; an arm's go first, then the user's, then the experiment's."""
+    plain = make_config(given)
+    own = {**experiment.settings, **(experiment.embedded if plain.model == embedded.NAME else {})}
+    return make_config(own, given, of_arm or {})
+
+
+def _run(config: RunConfig, directory: Path, masks: Path) -> None:
+    """Runs into a directory beside, which takes its name when the run is over."""
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)  # left by an experiment that was stopped
+    execute(_with_mask(config, masks), unfinished, lambda _: None, lambda _: None)
+    unfinished.rename(directory)
+
+
+def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
+    """The configuration with a mask file, where the mask does not depend on the seed: it is made once."""
+    elements = config.method.recipe.elements
+    if config.mask is not None or elements not in (Elements.SENSITIVITY, Elements.MAGNITUDE):
+        return config
+    path = masks / f"{elements}-{config.density:g}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        setup.make_mask(config, setup.load_language_model(config)).save(path)
+    return dataclasses.replace(config, mask=path)
+
+
+def _claim(output: Path, experiment: Experiment, given: Settings) -> None:
+    """Makes the directory this experiment's, or checks that it is."""
+    path, wanted = output / CONFIG, f"# {experiment.name}\n{configuration(experiment, given).to_toml()}"
+    if path.exists():
+        if path.read_text() != wanted:
+            raise ConfigError(f"{output} holds an experiment with other settings (see {path}); choose another --output")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise RunError(f"{output} holds other files; choose another --output, nothing was changed")
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(path, wanted.encode())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+__all__ = ["Arm", "Experiment", "Finished", "Results", "Settings", "configuration", "run_all"]

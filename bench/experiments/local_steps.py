@@ -1,0 +1,81 @@
+"""(d) How often to talk: local steps at equal total steps, drift against communication (paper: section 5).
+
+A client's drift in a round is the distance of its end from the average, which its scalars tell without a weight:
+
+    | lr * sum_t (g_i^t - g^t) z_t |  =  lr * sqrt(k) * sqrt(sum_t (g_i^t - g^t)**2)        (z_t nearly orthogonal)
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...fed.config import RunConfig
+from ...fed.ledger import Round, read_ledger
+from ...fed.rundir import LEDGER
+from ..tables import amount, over_seeds, table
+from .figures import finished, mean_line, subplots
+from .grid import Arm, Experiment, Finished, Results, Settings
+
+_LOCAL_STEPS = (1, 10, 30, 50, 100)
+_DRIFT = "drift over the average's own way"
+
+
+class LocalSteps(Experiment):
+    """Local steps at equal total steps."""
+
+    name = "local-steps"
+    title = "How often to talk? T local steps a round at equal total steps: drift against communication"
+    settings: ClassVar[Settings] = {"rounds": 30, "local_steps": 10, "partition": "dirichlet", "alpha": 0.3}
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """A T each; in all, the steps of a client are those of the settings, or as near as whole rounds come."""
+        total = config.rounds * config.local_steps
+        return [
+            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": max(1, total // steps)})
+            for steps in _LOCAL_STEPS
+        ]
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        lines = []
+        for arm, runs in results.arms.items():
+            losses = [float(run.summary["validation_loss_after"]) for run in runs]
+            sent = [amount(runs[0].summary[f"bytes_{way}"]) for way in ("up", "down")]
+            drift, accuracy = over_seeds([_drift(run) for run in runs], 2), over_seeds(results.accuracy(arm))
+            lines.append([arm, str(runs[0].config["rounds"]), accuracy, over_seeds(losses), drift, *sent])
+        return table(["", "rounds", "accuracy after", "validation loss", _DRIFT, "bytes up", "down"], lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, 2)
+        runs = list(results.arms.values())
+        for axis, values in (
+            (axes[0], [[float(run.summary["accuracy_after"]) for run in arm] for arm in runs]),
+            (axes[1], [[_drift(run) for run in arm] for arm in runs]),
+        ):
+            sent = [float(arm[0].summary["bytes_up"]) for arm in runs]
+            by_seed = [list(zip(sent, seed, strict=True)) for seed in zip(*values, strict=True)]
+            mean_line(axis, by_seed, "C0", "each point a T; T = 1 rightmost")
+            axis.set(xscale="log", xlabel="bytes up")
+        axes[0].set_ylabel("accuracy on held-out examples")
+        axes[1].set_ylabel(_DRIFT)
+        finished(figure, axes, path)
+
+
+def _drift(run: Finished) -> float:
+    """Root mean square of the clients' drift over the way of the average, over rounds."""
+    return statistics.fmean(_drift_of(line) for line in read_ledger(run.directory / LEDGER).rounds)
+
+
+def _drift_of(line: Round) -> float:
+    own = [
+        sum((g - mean) ** 2 for g, mean in zip(scalars, line.scalars, strict=False))
+        for scalars in line.clients.values()
+    ]
+    way = sum(mean**2 for mean in line.scalars)
+    return math.sqrt(statistics.fmean(own) / way)
+
+
+__all__ = ["LocalSteps"]

@@ -1,0 +1,86 @@
+"""(e) Where the mask comes from: accuracy of four sources, and what each holds of the tasks' squared gradients.
+
+Reference: Meerkat, arXiv 2506.03337, sections 3 and 5.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...fed import setup
+from ...fed.config import RunConfig
+from ...fed.methods import Method
+from ..tables import over_seeds, table
+from .figures import finished, subplots
+from .grid import Arm, Experiment, Results
+
+_SOURCES = {
+    Method.MEERKAT: "pre-training text",
+    Method.TASK_MASK: "the task trained on",
+    Method.WEIGHT_MAGNITUDE: "magnitude",
+    Method.RANDOM_MASK: "random",
+}
+_BEST = "the task's own best"
+
+
+class MaskSource(Experiment):
+    """Accuracy of four sources of the mask, and how far each reaches into other tasks."""
+
+    name = "mask-source"
+    title = "Where should the mask come from, and does it transfer?"
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """A source each, at one learning rate."""
+        return [Arm(name=shown, settings={"method": method}) for method, shown in _SOURCES.items()]
+
+    def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
+        """{task: {source: [transfer a seed]}}; a seed chooses the task's examples and the random mask."""
+        found: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for config in configs:
+            lm = setup.load_language_model(config)
+            train = setup.encode(config, lm.tokenizer).train
+            masks = [setup.make_mask(dataclasses.replace(config, method=m), lm, train) for m in _SOURCES]
+            for task in tasks:
+                reached = setup.reach(dataclasses.replace(config, task=task), lm, masks)
+                for shown, each in zip(_SOURCES.values(), reached, strict=True):
+                    found.setdefault(task, {}).setdefault(shown, []).append(dataclasses.asdict(each))
+        return found
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        accuracies = table(
+            ["mask from", "accuracy after"], [[arm, over_seeds(results.accuracy(arm))] for arm in results.arms]
+        )
+        lines = []
+        for task, sources in results.measured.items():
+            for shown, found in sources.items():
+                lines.append([task, shown, _percent(found, "captured"), _percent(found, "best"),
+                              _percent(found, "chance"), _percent(found, "overlap")])  # fmt: skip
+        columns = ["task", "mask from", "holds of its squared gradient", "best mask of that size", "chance"]
+        columns.append("overlap with the best")
+        return f"{accuracies}\n\n{table(columns, lines)}"
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, 1)
+        tasks = list(results.measured)
+        width = 0.8 / (len(_SOURCES) + 1)
+        for i, shown in enumerate([*_SOURCES.values(), _BEST]):
+            heights = [_mean(results.measured[task], shown) for task in tasks]
+            axes[0].bar([at + i * width for at in range(len(tasks))], heights, width, label=shown, color=f"C{i}")
+        axes[0].set(xticks=[at + 0.32 for at in range(len(tasks))], xticklabels=tasks)
+        axes[0].set_ylabel("share of the task's squared gradient")
+        finished(figure, axes, path)
+
+
+def _mean(of_task: dict[str, list[dict[str, float]]], shown: str) -> float:
+    found, key = (next(iter(of_task.values())), "best") if shown == _BEST else (of_task[shown], "captured")
+    return sum(each[key] for each in found) / len(found)
+
+
+def _percent(found: Sequence[dict[str, float]], key: str) -> str:
+    return over_seeds([100 * each[key] for each in found], 2) + "%"
+
+
+__all__ = ["MaskSource"]

@@ -1,0 +1,71 @@
+"""(a) How sparse: accuracy against bytes for masks of four densities, IID and not (paper: section 5, sparsity)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...fed.config import RunConfig
+from ..tables import amount, over_seeds, table
+from .figures import finished, mean_line, subplots
+from .grid import Arm, Experiment, Finished, Results, Settings
+
+_DENSITIES = (1e-2, 1e-3, 1e-4, 1e-5)
+_PARTITIONS: dict[str, Settings] = {
+    "iid": {"partition": "iid"},
+    "Dirichlet 0.5": {"partition": "dirichlet", "alpha": 0.5},
+}
+
+
+class Sparsity(Experiment):
+    """Accuracy against bytes for masks of four densities."""
+
+    name = "sparsity"
+    title = "How sparse may the mask be? Accuracy and bytes for four densities"
+    settings: ClassVar[Settings] = {"eval_every": 2}
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """A density and a partition each; the fewer elements, the larger the learning rate that fits them."""
+        return [
+            Arm(
+                name=f"{partition}, u = {density:g}",
+                settings={**settings, "density": density, "lr": config.lr * (config.density / density) ** 0.5},
+            )
+            for partition, settings in _PARTITIONS.items()
+            for density in _DENSITIES
+        ]
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        lines = []
+        for arm, runs in results.arms.items():
+            summary = runs[0].summary
+            lines.append([
+                arm, f"{summary['masked_elements']:,}", f"{runs[0].config['lr']:.3g}",
+                over_seeds([float(run.summary["accuracy_before"]) for run in runs]), over_seeds(results.accuracy(arm)),
+                amount(summary["mask_bytes"]), amount(summary["bytes_up"] + summary["bytes_down"]),
+            ])  # fmt: skip
+        return table(["", "elements", "lr", "accuracy before", "after", "mask, once a client", "all messages"], lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, len(_PARTITIONS), sharey=True)
+        for axis, partition in zip(axes, _PARTITIONS, strict=True):
+            for i, density in enumerate(_DENSITIES):
+                runs = results.arms[f"{partition}, u = {density:g}"]
+                mean_line(axis, [_curve(run) for run in runs], f"C{i}", f"u = {density:g}")
+            axis.set(title=partition, xscale="log", xlabel="bytes sent, masks included")
+        axes[0].set_ylabel("accuracy on held-out examples")
+        finished(figure, axes, path)
+
+
+def _curve(run: Finished) -> list[tuple[float, float]]:
+    """Bytes sent so far and accuracy, at each evaluation."""
+    sent, points = run.summary["mask_bytes"] * run.config["clients"], []
+    for line in run.lines:
+        sent += line["bytes_up"] + line["bytes_down"]
+        if "accuracy" in line:
+            points.append((float(sent), float(line["accuracy"])))
+    return points
+
+
+__all__ = ["Sparsity"]

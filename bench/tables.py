@@ -1,0 +1,30 @@
+"""Tables and amounts in Markdown."""
+
+import statistics
+from collections.abc import Sequence
+
+
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+    rows = [columns, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def amount(count: float, unit: str = "B") -> str:
+    """A number with a prefix: ``1.35 M``."""
+    for prefix in ("", "k", "M", "G"):
+        if count < 1000 or prefix == "G":
+            break
+        count /= 1000
+    return f"{count:.3g} {prefix}{unit}".rstrip()
+
+
+def over_seeds(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds; of one value, the value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+__all__ = ["amount", "over_seeds", "table"]

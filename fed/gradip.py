@@ -1,0 +1,81 @@
+"""GradIP: what the server sees of a client's path by its scalars alone.
+
+    s_t = <grad_p * m, z_t * m>                             once a step for all clients, in float64
+    GradIP_i^t = <grad_p * m, g_i^t (z_t * m)> = g_i^t s_t
+    gradient norm = |g_i^t| ||z_t * m||,   cosine = GradIP / (||grad_p * m|| * gradient norm)
+
+``grad_p`` is the mean gradient on pre-training text, kept with the mask.
+
+References:
+    Meerkat, arXiv 2506.03337, section 4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import backend as backends
+from ..errors import MaskError
+from ..mask import SparseMask
+from ..values import DeviceValues
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One client's steps as the server sees them, one number a step (and query).
+
+    Args:
+        gradip: inner product of the pre-training gradient and the client's zeroth-order gradient.
+        norm: of the client's zeroth-order gradient.
+        cosine: of the two, in [-1, 1]; 0 where the client's gradient is 0.
+    """
+
+    gradip: list[float]
+    norm: list[float]
+    cosine: list[float]
+
+
+class GradIP:
+    """Regenerates paths from scalars.
+
+    Args:
+        mask: with its gradient.
+        device: where to compute.
+        backend: see ``backend.resolve``.
+
+    Raises:
+        MaskError: if the mask has no gradient.
+    """
+
+    def __init__(self, mask: SparseMask, device: torch.device, backend: str = "auto") -> None:
+        if mask.gradient is None:
+            raise MaskError(
+                f"GradIP needs the gradient on pre-training text at the masked elements, which this mask "
+                f"({mask.source}) does not hold; make one with `meerkat-engine mask --method meerkat`"
+            )
+        self._gradient, self._ids = mask.gradient.to(device), mask.ids.to(device)
+        self._length = float(mask.gradient.double().norm())
+        self._values, self._ops = DeviceValues(device), backends.resolve(backend, device)
+
+    def traces(self, seeds: Sequence[int], scalars: Mapping[int, Sequence[float]]) -> dict[int, Trace]:
+        """The paths of some clients.
+
+        Args:
+            seeds: of the steps.
+            scalars: of each client, at most one a seed.
+        """
+        products = self._ops.inner(self._gradient, self._ids, self._values.seeds(seeds)).tolist()
+        return {client: self._trace(products, own) for client, own in scalars.items()}
+
+    def _trace(self, products: list[list[float]], scalars: Sequence[float]) -> Trace:
+        gradip, norm, cosine = [], [], []
+        for g, (s, z_square) in zip(scalars, products, strict=False):
+            gradip.append(g * s)
+            norm.append(abs(g) * z_square**0.5)
+            longest = self._length * norm[-1]
+            cosine.append(gradip[-1] / longest if longest else 0.0)
+        return Trace(gradip=gradip, norm=norm, cosine=cosine)
+
+
+__all__ = ["GradIP", "Trace"]
