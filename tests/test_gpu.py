@@ -83,16 +83,23 @@ def test_every_operation(device: torch.device, dtype: torch.dtype, dense: bool) 
     assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("estimator", "q", "steps"), [("two-point", 1, 3), ("two-point", 3, 1), ("forward-difference", 2, 2)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_run_on_the_device_is_replayed_on_the_cpu(device: torch.device, dtype: torch.dtype) -> None:
+def test_a_run_on_the_device_is_replayed_on_the_cpu(
+    device: torch.device, dtype: torch.dtype, estimator: str, q: int, steps: int
+) -> None:
     model, queue = make_model("llama", dtype), [0.5, 0.25, 1.0, 1.5, 0.125, 0.75]
     base = copy.deepcopy(model)
     mask = SparseMask.random(model, 0.05, 1)
-    opt = SparseZO(model.to(device), mask, lr=0.1, seed=4, backend="triton")
+    opt = SparseZO(model.to(device), mask, lr=0.1, seed=4, backend="triton", queries=q, estimator=estimator)
     losses = [torch.tensor(value, device=device) for value in queue]
     with nothing_waits(device):
-        opt.step_many([lambda: losses.pop(0)] * 3)
-    replay(base, mask, [(stream.step_seed(4, 0, t), 0.1, g) for t, g in enumerate(opt.projected_gradients)])
+        opt.step_many([lambda: losses.pop(0)] * steps)
+    assert losses == []
+    seeds = [stream.step_seed(4, 0, t, j) for t in range(steps) for j in range(q)]
+    replay(base, mask, [(seed, 0.1 / q, g) for seed, g in zip(seeds, opt.projected_gradients, strict=True)])
     for a, b in zip(base.parameters(), model.parameters(), strict=True):
         assert same_bits(a, b.cpu())
 
