@@ -116,9 +116,8 @@ def _candidates(task: Task, tokenizer: Any) -> list[list[int]]:
     """Token ids of each label word as they follow the prompt."""
     probe = task.prompt(dict.fromkeys(task.fields, "a"))
     prompt = tokenizer(probe)["input_ids"]
-    special = len(prompt) - len(tokenizer(probe, add_special_tokens=False)["input_ids"])
     # A tokenizer that ends sequences with a special token would put it between prompt and answer.
-    if special and prompt[-1] in tokenizer.all_special_ids:
+    if prompt[-1:] != tokenizer(probe, add_special_tokens=False)["input_ids"][-1:]:
         raise ModelError("the tokenizer ends every prompt with a special token; turn that off (add_eos_token=False)")
     found = []
     for word in task.label_words:

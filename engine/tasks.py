@@ -160,7 +160,7 @@ TASKS = {
             hub=HubSource(path="CogComp/trec", revision="refs/convert/parquet", validation="test"),
             template="{text}\nType of answer:",
             cut="text",
-            label_words=(" acronym", " thing", " description", " person", " place", " number"),
+            label_words=(" abbreviation", " thing", " description", " person", " place", " number"),
             label="coarse_label",
         ),
         Task(

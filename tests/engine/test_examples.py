@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from meerkat_engine.data import task_rows
 from meerkat_engine.errors import DataError, ModelError
 from meerkat_engine.examples import EncodedTask
-from meerkat_engine.tasks import TASKS, Task
+from meerkat_engine.tasks import SST2, TASKS, Task
 from tests.conftest import make_byte_tokenizer, make_tokenizer
 from tests.engine.prompts import ROWS, WORDS, encoded
 
@@ -43,6 +44,20 @@ def test_label_words_the_tokenizer_cannot_tell_apart() -> None:
     task = Task(name="t", template="{sentence} It was", cut="sentence", label_words=(" unheard", " unseen"))
     with pytest.raises(ModelError, match="the same tokens"):
         encoded(task)
+
+
+def test_a_special_token_after_the_prompt_is_refused_and_an_unknown_word_is_not() -> None:
+    tokenizer = make_tokenizer("<s> </s> It great terrible")  # "was" is unknown to it
+    assert EncodedTask(SST2, ROWS, tokenizer, 32, "test").prompts[0][-1] == tokenizer.unk_token_id
+    for template, message in (("<s> $A", None), ("<s> $A </s>", "ends every prompt with a special token")):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+        )
+        if message is None:
+            assert EncodedTask(SST2, ROWS, tokenizer, 32, "test").prompts[0][0] == tokenizer.bos_token_id
+        else:
+            with pytest.raises(ModelError, match=message):
+                EncodedTask(SST2, ROWS, tokenizer, 32, "test")
 
 
 @pytest.fixture(params=TASKS.values(), ids=TASKS)

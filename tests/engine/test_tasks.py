@@ -1,11 +1,12 @@
 """Tasks as prompts: templates, label words, labels."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meerkat_engine.errors import ConfigError, DataError
-from meerkat_engine.tasks import SST2, TASKS, get_task, own_task
+from meerkat_engine.tasks import SST2, TASKS, Task, get_task, own_task
 from tests.engine.prompts import ROWS
 
 
@@ -84,6 +85,15 @@ def test_a_task_for_own_data() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_prompts_end_where_a_label_word_can_follow(task: Any) -> None:
+def test_prompts_end_where_a_label_word_can_follow(task: Task) -> None:
     assert task.template == task.template.rstrip()
     assert all(word == f" {word.strip()}" for word in task.label_words)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_table_of_tasks_says_what_they_are(task: Task) -> None:
+    words = ", ".join(f"`{word.strip()}`" for word in task.label_words)
+    hub = "none" if task.hub is None else f"`{task.hub}`; `{task.hub.validation}`"
+    prompt = task.template.replace("\n", "⏎")
+    line = f"| `{task.name}` | `{prompt}` | `{task.cut}` | `{task.label}`: {words} | {hub} |"
+    assert line in (Path(__file__).parents[2] / "docs" / "tasks.md").read_text().splitlines()
