@@ -14,7 +14,7 @@ from meerkat_engine.errors import ConfigError
 from meerkat_engine.lora import add_lora, merge_lora
 from meerkat_engine.objective import Objective, language_model_loss, task_loss
 from tests.conftest import make_model, same_bits
-from tests.engine.test_tasks import CPU, LONG, encoded
+from tests.engine.prompts import CPU, LONG, encoded
 
 IDS = torch.arange(60).view(3, 20) % 90 + 3
 DTYPES = [torch.float32, torch.bfloat16]

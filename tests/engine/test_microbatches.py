@@ -6,12 +6,13 @@ from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
+from meerkat_engine.examples import Batch, EncodedTask
 from meerkat_engine.firstorder import sgd_steps
 from meerkat_engine.objective import Objective, task_loss
-from meerkat_engine.tasks import SST2, Batch, EncodedTask, Task
+from meerkat_engine.tasks import SST2, Task
 from meerkat_engine.weights import MaskedWeights
 from tests.conftest import make_model, same_bits
-from tests.engine.test_tasks import CPU, LONG, encoded
+from tests.engine.prompts import CPU, LONG, encoded
 
 LINES = [
     "a fine film",
