@@ -16,6 +16,7 @@ from ..errors import ConfigError, MeerkatError
 from . import setup
 from .config import Method, RunConfig, make_config, read_toml
 from .replaying import replay_run
+from .report import write_report
 from .run import Progress, execute
 from .task_choice import chosen_task
 
@@ -168,6 +169,16 @@ def mask(config_file: Path | None, output: Path, **options: Any) -> None:
     made.save(output)
     click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
     click.echo(f"digest {made.digest}\nsaved to {output}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="new file [default: RUN/report.html; several: report.html]"
+)
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Makes one HTML page, figures included, of one or several run directories."""
+    click.echo(f"wrote {write_report(list(runs), output)}")
 
 
 main.add_command(bench)
