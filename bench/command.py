@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from .. import embedded
 from ..errors import ConfigError
+from ..figures import require_matplotlib
 from ..models import DTYPES, check_device
 from . import kernels, lists, measure, report, shapes, step
 
@@ -216,7 +217,7 @@ def bench(
             click.echo(path)
         return
     if output is not None:
-        report.require_matplotlib()
+        require_matplotlib()
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise ConfigError(f"{str(output)!r} exists; give --output a new directory")
         output.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..figures import require_matplotlib
 from .step import PARTS
 from .tables import amount, table
 
@@ -93,20 +93,6 @@ def _spread(s: dict[str, float]) -> str:
 
 def _density(density: float) -> str:
     return f"{density:g}" if density < 1 else "dense"
-
-
-def require_matplotlib() -> Any:
-    """matplotlib, drawing to files.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(f"figures need matplotlib: pip install 'meerkat-engine[bench]' ({error})") from error
-    matplotlib.use("Agg")
-    return matplotlib
 
 
 def draw(result: Result, directory: Path) -> list[Path]:
@@ -219,4 +205,4 @@ def _finished(figure: Any, axes: Any, path: Path) -> Path:
     return path
 
 
-__all__ = ["Result", "draw", "markdown", "require_matplotlib"]
+__all__ = ["Result", "draw", "markdown"]

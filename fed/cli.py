@@ -19,6 +19,7 @@ from .config import RunConfig, make_config
 from .methods import Elements, Method
 from .options import from_file, given, settings
 from .replaying import replay_run
+from .report import write_report
 from .run import Progress, execute
 from .task_choice import chosen_task
 
@@ -123,6 +124,16 @@ def mask(config_file: Path | None, output: Path | None, checked: tuple[str, ...]
         click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
                    f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
                    f"elements")  # fmt: skip
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="new file [default: RUN/report.html; several: report.html]"
+)
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Makes one HTML page, figures included, of one or several run directories."""
+    click.echo(f"wrote {write_report(list(runs), output)}")
 
 
 main.add_command(bench)

@@ -198,7 +198,13 @@ _EMBEDDED = {
 # What a method uses where nothing else is said.
 _OF_METHOD: dict[Method, dict[str, Any]] = {Method.DECOMFL: {"queries": 5}}
 # And with the embedded model: the learning rates were tuned on its held-out examples.
-_EMBEDDED_OF_METHOD: dict[Method, dict[str, Any]] = {}
+_EMBEDDED_OF_METHOD: dict[Method, dict[str, Any]] = {
+    Method.FULL_FEDZO: {"lr": 1e-3},
+    Method.DECOMFL: {"lr": 3e-3},
+    Method.WEIGHT_MAGNITUDE: {"lr": 1e-1},
+    Method.RANDOM_MASK: {"lr": 1e-1},
+    Method.FEDAVG: {"lr": 1e-1},
+}
 
 
 def make_config(*layers: Mapping[str, Any]) -> RunConfig:

@@ -7,8 +7,8 @@ import click
 from tqdm import tqdm
 
 from ...fed.options import from_file, given, settings
+from ...figures import require_matplotlib
 from ...files import write_whole
-from ..report import require_matplotlib
 from .concentration import Concentration
 from .gradip import GradIPPaths
 from .grid import Experiment, Results, run_all

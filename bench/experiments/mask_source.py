@@ -22,6 +22,7 @@ _SOURCES = {
     Method.RANDOM_MASK: "random",
 }
 _BEST = "the task's own best"
+_RATES = (1, 3, 10)
 
 
 class MaskSource(Experiment):
@@ -31,8 +32,12 @@ class MaskSource(Experiment):
     title = "Where should the mask come from, and does it transfer?"
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A source each, at one learning rate."""
-        return [Arm(name=shown, settings={"method": method}) for method, shown in _SOURCES.items()]
+        """A source and a learning rate each: insensitive elements need larger steps."""
+        return [
+            Arm(name=f"{shown}, lr {config.lr * times:.3g}", settings={"method": method, "lr": config.lr * times})
+            for method, shown in _SOURCES.items()
+            for times in _RATES
+        ]
 
     def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
         """{task: {source: [transfer a seed]}}; a seed chooses the task's examples and the random mask."""
@@ -49,8 +54,12 @@ class MaskSource(Experiment):
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
+        by_source: dict[str, list[str]] = {}
+        for arm in results.arms:
+            by_source.setdefault(arm.split(", lr ")[0], []).append(over_seeds(results.accuracy(arm)))
+        rates = list(dict.fromkeys(arm.split(", ")[-1] for arm in results.arms))
         accuracies = table(
-            ["mask from", "accuracy after"], [[arm, over_seeds(results.accuracy(arm))] for arm in results.arms]
+            ["accuracy after, mask from", *rates], [[shown, *found] for shown, found in by_source.items()]
         )
         lines = []
         for task, sources in results.measured.items():
