@@ -14,7 +14,8 @@ from .figures import finished, mean_line, subplots
 from .grid import Arm, Experiment, Finished, Results, Settings
 
 _KINDS = {"IID": {"partition": "iid"}, "single label": {"partition": "single-label"}}
-_QUANTITIES = {"gradip": "|GradIP|", "norm": "gradient norm", "cosine": "|cosine|"}
+# The size of the cosine is the same for all clients, who share z: only its sign tells of theirs.
+_QUANTITIES = {"gradip": "GradIP, absolute", "norm": "gradient norm", "cosine": "cosine, signed"}
 _SMOOTH = 10  # steps that one point of the figure is a mean over
 
 
@@ -35,8 +36,9 @@ class GradIPPaths(Experiment):
         for key, shown in _QUANTITIES.items():
             for kind, runs in results.arms.items():
                 first, last = ([_mean(path[part]) for path in _paths(runs, key)] for part in _windows(runs[0]))
-                lines.append([shown, kind, f"{_mean(first):.3g}", f"{_mean(last):.3g}",
-                              over_seeds([a / b for a, b in zip(first, last, strict=True)], 2)])  # fmt: skip
+                ratios = [a / b for a, b in zip(first, last, strict=True)]
+                ratio = "" if key == "cosine" else over_seeds(ratios, 2)
+                lines.append([shown, kind, f"{_mean(first):.3g}", f"{_mean(last):.3g}", ratio])
         config = results.arms["IID"][0].config
         columns = ["", "clients", f"first {config['vp_initial']} steps", f"last {config['vp_later']}",
                    "ratio, over clients and seeds"]  # fmt: skip
@@ -48,13 +50,14 @@ class GradIPPaths(Experiment):
         for axis, (key, shown) in zip(axes, _QUANTITIES.items(), strict=True):
             for i, (kind, runs) in enumerate(results.arms.items()):
                 mean_line(axis, [_smoothed(path) for path in _paths(runs, key)], f"C{i}", f"{kind} clients")
-            axis.set(title=shown, xlabel="local step", yscale="log")
+            axis.set(title=shown, xlabel="local step", yscale="linear" if key == "cosine" else "log")
         finished(figure, axes, path)
 
 
 def _paths(runs: Sequence[Finished], key: str) -> list[list[float]]:
-    """Absolute values along the path of every client of every seed."""
-    return [[abs(x) for x in client[key]] for run in runs for client in run.traces[0]["clients"].values()]
+    """Values along the path of every client of every seed; absolute ones, but for the cosine."""
+    clients = [client for run in runs for client in run.traces[0]["clients"].values()]
+    return [client[key] if key == "cosine" else [abs(x) for x in client[key]] for client in clients]
 
 
 def _windows(run: Finished) -> tuple[slice, slice]:

@@ -19,7 +19,7 @@ from .figures import finished, mean_line, subplots
 from .grid import Arm, Experiment, Finished, Results, Settings
 
 _LOCAL_STEPS = (1, 10, 30, 50, 100)
-_DRIFT = "drift over the average's own way"
+_DRIFT = "drift of a client in a round"
 
 
 class LocalSteps(Experiment):
@@ -43,7 +43,7 @@ class LocalSteps(Experiment):
         for arm, runs in results.arms.items():
             losses = [float(run.summary["validation_loss_after"]) for run in runs]
             sent = [amount(runs[0].summary[f"bytes_{way}"]) for way in ("up", "down")]
-            drift, accuracy = over_seeds([_drift(run) for run in runs], 2), over_seeds(results.accuracy(arm))
+            drift, accuracy = over_seeds([_drift(run) for run in runs]), over_seeds(results.accuracy(arm))
             lines.append([arm, str(runs[0].config["rounds"]), accuracy, over_seeds(losses), drift, *sent])
         return table(["", "rounds", "accuracy after", "validation loss", _DRIFT, "bytes up", "down"], lines)
 
@@ -65,17 +65,15 @@ class LocalSteps(Experiment):
 
 
 def _drift(run: Finished) -> float:
-    """Root mean square of the clients' drift over the way of the average, over rounds."""
-    return statistics.fmean(_drift_of(line) for line in read_ledger(run.directory / LEDGER).rounds)
+    """Distance of a client's end from the average: root mean square over clients and rounds."""
+    ledger = read_ledger(run.directory / LEDGER)
+    squares = [square for line in ledger.rounds for square in _squares(line)]
+    return ledger.header.terms.lr * math.sqrt(ledger.header.terms.elements * statistics.fmean(squares))
 
 
-def _drift_of(line: Round) -> float:
-    own = [
-        sum((g - mean) ** 2 for g, mean in zip(scalars, line.scalars, strict=False))
-        for scalars in line.clients.values()
-    ]
-    way = sum(mean**2 for mean in line.scalars)
-    return math.sqrt(statistics.fmean(own) / way)
+def _squares(line: Round) -> list[float]:
+    """``sum_t (g_i^t - g^t)**2`` of each client."""
+    return [sum((g - mean) ** 2 for g, mean in zip(own, line.scalars, strict=False)) for own in line.clients.values()]
 
 
 __all__ = ["LocalSteps"]
