@@ -152,7 +152,7 @@ def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Ten
     names = parameters_of(model, layer)
     if not names:
         raise ConfigError(
-            f"layer {layer!r} has no parameters in this model; one has {', '.join(decoder_layers(model))}"
+            f"layer {layer!r} has no parameters in this model; its blocks are {', '.join(decoder_layers(model))}"
         )
     return SparseMask.of_parameters(model, names, f"layer {layer}").with_gradient(model, batches)
 

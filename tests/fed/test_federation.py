@@ -16,7 +16,9 @@ from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Weighting, client_weights, weighted_mean
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
+from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.server import RoundFailedError
+from meerkat_engine.fed.terms import Schedule
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.weights import round_fp32
 from tests.conftest import same_bits
@@ -209,6 +211,78 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
             client.handle(request.encode())
         if "round" not in message:
             assert fingerprint(client.replica.model) == before
+
+
+def test_sampled_clients_take_part_and_the_others_are_refused(federation: Make) -> None:
+    fed = federation(clients=5, per_round=2, shared=False)
+    seen = set()
+    for round in range(1, 7):
+        members = fed.server.participants()
+        assert len(members) == len(set(members)) == 2
+        assert members == federation(clients=5, per_round=2).server.participants() or round > 1
+        stranger = next(i for i in range(5) if i not in members)
+        with pytest.raises(MessageError, match=f"client {stranger} does not take part in round {round}"):
+            fed.server.receive(reply(client=stranger, round=round))
+        fed.round(members)
+        seen.update(members)
+    assert seen == set(range(5))
+    fed.clients[0].handle(fed.server.request(0))  # whoever was left out catches up when asked again
+    assert fingerprint(fed.clients[0].replica.model) == fed.weights
+
+
+def test_the_weights_of_a_round_are_those_of_its_participants(federation: Make) -> None:
+    fed = federation(clients=4, per_round=2, weighting=Weighting.UNIFORM)
+    first, second = fed.server.participants()
+    fed.server.receive(reply(client=first, scalars=(1.0, 2.0)))
+    fed.server.receive(reply(client=second, scalars=(3.0, 4.0)))
+    assert fed.server.finish_round().scalars == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("gradient", list(Gradient))
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_schedules_queries_and_estimators_replay_to_the_same_bits(
+    federation: Make, tmp_path: Path, schedule: Schedule, gradient: Gradient
+) -> None:
+    queries = 1 if gradient is Gradient.BACKPROPAGATION else 3
+    terms = {"schedule": schedule, "rounds": 3, "queries": queries, "gradient": gradient}
+    fed = federation(ledger=tmp_path / "l", stopped=[1], **terms)
+    for _ in range(3):
+        fed.round()
+    ledger = read_ledger(tmp_path / "l")
+    assert ledger.header.terms == fed.terms
+    rates = [lr for line in ledger.rounds for lr in line.lr]
+    assert (rates[-1] < rates[0] / 2) == (schedule is not Schedule.CONSTANT)
+    if gradient is Gradient.BACKPROPAGATION:
+        late = fed.fresh_replica(torch.float32)
+        late.jump(4, ledger.rounds[-1].masters)
+        assert fingerprint(late.model) == fed.weights
+    else:
+        assert [len(g) for g in ledger.rounds[0].clients.values()] == [6, 3, 6]
+        replay(fed.base.model, fed.mask, ledger.steps())
+        assert fingerprint(fed.base.model) == fed.weights
+
+
+def test_replies_of_the_wrong_kind_are_refused(federation: Make) -> None:
+    masters = np.zeros(3, dtype=np.float32)
+    wrong = TrainReply(client=0, round=1, local_steps=2, masters=masters, examples=5, loss=0.5).encode()
+    with pytest.raises(MessageError, match="client 0 sent no scalars, which two-point steps are made of"):
+        federation().server.receive(wrong)
+    averaging = federation(gradient=Gradient.BACKPROPAGATION).server
+    with pytest.raises(MessageError, match="client 0 sent no master values, which backpropagation steps are made of"):
+        averaging.receive(reply())
+    with pytest.raises(MessageError, match="client 0 sent 3 master values instead of 838"):
+        averaging.receive(wrong)
+
+
+def test_micro_batches_give_the_scalars_of_the_whole_batch(federation: Make) -> None:
+    whole, parts = federation(), federation()
+    for client in parts.clients:
+        client.data.micro_batch_size = 3
+    for fed in (whole, parts):
+        fed.round()
+    scalars = [fed.server._history[0] for fed in (whole, parts)]
+    # losses agree to float32 rounding, 1e-7, and the difference quotient divides that by 2 eps
+    assert scalars[0] == pytest.approx(scalars[1], abs=1e-3)
 
 
 def test_a_loss_that_is_not_finite_names_client_and_round(federation: Make) -> None:

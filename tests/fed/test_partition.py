@@ -108,3 +108,15 @@ def test_groups_are_text_or_whole_numbers() -> None:
     ]:
         with pytest.raises(DataError, match=message):
             groups_of(rows, "site", "t")
+
+
+@pytest.mark.parametrize(("classes", "clients"), [(2, 8), (6, 10), (3, 5), (2, 1)])
+def test_mixed_clients_are_iid_or_of_one_label(classes: int, clients: int) -> None:
+    labels = torch.arange(600) % classes
+    shares = split(labels, clients, Partition.MIXED, 4)
+    assert sorted(torch.cat(shares).tolist()) == list(range(600))
+    counts = torch.tensor(histogram(labels, shares, classes))
+    single = (counts > 0).sum(1) == 1
+    assert single.tolist() == [False] * (clients - clients // 2) + [True] * (clients // 2)
+    iid = counts[~single].double()
+    assert (iid / iid.sum(1, keepdim=True)).max() < 2.5 / classes  # a class that nobody holds alone is left to them

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -315,3 +316,21 @@ def test_options_and_settings_have_the_same_names() -> None:
     assert make_config({"model": "a", "task": "sst2"}).lr == 1e-4
     assert make_config({"model": "a", "task": "sst2"}).density == 1e-3
     assert make_config({}).density == 1e-2
+
+
+def test_a_mask_says_before_training_what_it_holds_of_a_task(tmp_path: Path) -> None:
+    arguments = ("mask", "--calibration-texts", "32", "--check", "embedded", "--check", "embedded-topic")
+    result = call(*arguments, "--output", tmp_path / "m")
+    assert result.exit_code == 0, result.output
+    found = re.findall(r"(\S+): holds (\S+)% of the squared gradient; the best mask of that size (\S+)%", result.output)
+    assert [task for task, *_ in found] == ["embedded", "embedded-topic"]
+    near, far = (float(captured) / float(best) for _, captured, best in found)
+    assert 1 > near > 2 * far > 0
+    again = call("mask", "--mask", tmp_path / "m", "--calibration-texts", "32", "--check", "embedded")
+    assert again.output.splitlines()[-1] == next(x for x in result.output.splitlines() if x.startswith("embedded: "))
+
+
+def test_mask_has_something_to_do() -> None:
+    result = call("mask")
+    assert result.exit_code == 1
+    assert "give --output FILE to save the mask, or --check TASK" in result.output

@@ -1,0 +1,186 @@
+"""Virtual-path selection: the statistics, the thresholds, and who is stopped in whole runs."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_engine.errors import ConfigError
+from meerkat_engine.fed import read_ledger
+from meerkat_engine.fed.client import ClientData
+from meerkat_engine.fed.config import make_config
+from meerkat_engine.fed.replaying import replay_run
+from meerkat_engine.fed.run import execute
+from meerkat_engine.fed.selection import Statistics, Thresholds, Windows, at_random, null_thresholds, path_statistics
+
+WINDOWS = Windows(initial=2, later=4)
+
+
+def test_statistics_of_a_path() -> None:
+    found = path_statistics([4.0, -2.0, 9.0, 0.5, -0.5, 2.0, -1.0], WINDOWS, sigma=0.75)
+    assert found == Statistics(rho_later=3.0, rho_quie=0.5)
+
+
+def test_a_path_that_falls_silent_exceeds_any_ratio() -> None:
+    assert path_statistics([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], WINDOWS, sigma=0.1) == Statistics(
+        rho_later=math.inf, rho_quie=1.0
+    )
+
+
+@pytest.mark.parametrize(("later", "quiet", "flagged"), [(3.1, 0.6, True), (3.0, 0.6, False), (3.1, 0.5, False)])
+def test_both_thresholds_have_to_be_exceeded(later: float, quiet: float, flagged: bool) -> None:
+    thresholds = Thresholds(rho_later=3.0, rho_quie=0.5, sigma=1.0)
+    assert Statistics(rho_later=later, rho_quie=quiet).exceed(thresholds) is flagged
+
+
+def test_windows_longer_than_the_path() -> None:
+    with pytest.raises(ValueError, match="a path of 3 steps has no 2 initial and 4 later ones"):
+        path_statistics([1.0, 2.0, 3.0], WINDOWS, sigma=1.0)
+
+
+def test_thresholds_from_null_paths_lie_beyond_all_of_them() -> None:
+    paths = [[4.0 + i, 4.0 - i, 1.0, 2.0, 1.0 + i / 4, 2.0] for i in range(4)]
+    found = null_thresholds(paths, WINDOWS)
+    for path in paths:
+        own = path_statistics(path, WINDOWS, found.sigma)
+        assert own.rho_later < found.rho_later < 3 * own.rho_later
+        assert not own.exceed(found)
+    silent = [4.0, 4.0, 0.1, 0.1, 0.1, 0.1]
+    assert path_statistics(silent, WINDOWS, found.sigma).exceed(found)
+    with pytest.raises(ValueError, match="needs at least 3 paths, got 2"):
+        null_thresholds(paths[:2], WINDOWS)
+
+
+def test_random_clients_depend_on_the_seed_alone() -> None:
+    clients = list(range(50))
+    assert at_random(clients, 7, 1) == at_random(clients, 7, 1) != at_random(clients, 7, 2)
+    assert len(set(at_random(clients, 7, 1))) == 7
+    assert at_random(clients, 0, 1) == []
+
+
+SETTINGS = {
+    "partition": "mixed", "clients": 4, "rounds": 3, "local_steps": 4, "vp_steps": 50, "vp_initial": 10, "vp_later": 25,
+    "eval_examples": 100, "vp_null_paths": 3,
+}  # fmt: skip
+
+
+def run(output: Path, **settings: Any) -> dict[str, Any]:
+    return execute(make_config(SETTINGS | settings), output, lambda _: None, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[int, Counter[int]]]:
+    """A run with two single-label clients, and how often each client took each of its examples."""
+    output: Path = tmp_path_factory.mktemp("vp") / "r"
+    taken: dict[int, Counter[int]] = {}
+    before = ClientData.next_indices
+
+    def counted(self: ClientData) -> list[int]:
+        found = before(self)
+        taken.setdefault(id(self), Counter()).update(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClientData, "next_indices", counted)
+        summary = run(output, method="meerkat-vp", rounds=14)
+    return output, summary, taken
+
+
+Stopped = tuple[Path, dict[str, Any], dict[int, "Counter[int]"]]
+
+
+def test_single_label_clients_are_found(stopped: Stopped) -> None:
+    _, summary, _ = stopped
+    assert summary["stopped"] == summary["single_label_clients"] == [2, 3]
+    assert summary["precision"] == summary["recall"] == 1.0
+    thresholds = Thresholds(**summary["vp_thresholds"])
+    flagged = [int(i) for i, found in summary["vp_statistics"].items() if Statistics(**found).exceed(thresholds)]
+    assert flagged == [2, 3]
+
+
+def test_stopped_clients_take_one_step_a_round(stopped: Stopped) -> None:
+    output, summary, _ = stopped
+    ledger = read_ledger(output / "ledger.jsonl")
+    for line in ledger.rounds:
+        assert {i: len(g) for i, g in line.clients.items()} == {0: 4, 1: 4, 2: 1, 3: 1}
+    assert summary["steps"] == 4 * 50 + 14 * (4 + 4 + 1 + 1)
+
+
+def test_the_calibration_moves_nothing_and_is_in_the_ledger(stopped: Stopped) -> None:
+    output, summary, _ = stopped
+    ledger = read_ledger(output / "ledger.jsonl")
+    assert ledger.calibration is not None
+    assert ledger.calibration.stopped == [2, 3]
+    assert ledger.calibration.scalars == []
+    assert {len(g) for g in ledger.calibration.clients.values()} == {50}
+    assert [line.round for line in ledger.rounds] == list(range(1, 15))
+    assert replay_run(output).weights == summary["weights"]
+
+
+def test_the_data_pointer_of_a_stopped_client_runs_on(stopped: Stopped) -> None:
+    """Every example still comes up, and none a second time before all have."""
+    _, summary, taken = stopped
+    sizes = [sum(row) for row in summary["examples_by_client_and_label"]]
+    of_clients = [counts for counts in taken.values() if len(counts) in sizes and sum(counts.values()) >= max(sizes)]
+    assert len(of_clients) >= 4
+    steps = Counter(sum(counts.values()) for counts in taken.values())
+    assert steps[16 * (50 + 14)] == 2  # the stopped ones: the calibration and one batch a round
+    for counts in taken.values():
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_gradip_is_written_for_the_calibration_and_every_round(stopped: Stopped) -> None:
+    output, _, _ = stopped
+    lines = [json.loads(line) for line in (output / "gradip.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(15))
+    assert {len(client["gradip"]) for client in lines[0]["clients"].values()} == {50}
+    assert [len(lines[1]["clients"][i]["norm"]) for i in "0123"] == [4, 4, 1, 1]
+
+
+def test_the_ablation_stops_as_many_clients_at_random(stopped: Stopped, tmp_path: Path) -> None:
+    summary = run(tmp_path / "r", method="random-stop", seed=1, clients=6)
+    flagged = [
+        int(i)
+        for i, found in summary["vp_statistics"].items()
+        if Statistics(**found).exceed(Thresholds(**summary["vp_thresholds"]))
+    ]
+    assert len(summary["stopped"]) == len(flagged) > 0
+    assert summary["stopped"] == at_random(list(range(6)), len(flagged), 1)
+
+
+def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from meerkat_engine.fed import federation
+
+    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("no null path was to be run"))
+    given = {"vp_rho_later": 0.0, "vp_rho_quie": 0.0, "vp_sigma": 1e9}
+    summary = run(tmp_path / "r", method="meerkat-vp", rounds=1, **given)
+    assert summary["stopped"] == [0, 1, 2, 3]
+    assert summary["vp_thresholds"] == {"rho_later": 0.0, "rho_quie": 0.0, "sigma": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vp_rho_later": 3.0}, "vp_rho_later, vp_rho_quie, vp_sigma go together; only vp_rho_later given"),
+        ({"vp_steps": 10, "vp_later": 25}, "vp_steps must be at least the 25 steps of a window, got 10"),
+        ({"vp_null_paths": 2}, "vp_null_paths must be at least 3, got 2"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(SETTINGS | {"method": "meerkat-vp"} | settings)
+
+
+def test_too_few_held_out_examples_for_a_null_path(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="8 held-out examples are too few for the null distribution"):
+        run(tmp_path / "r", method="meerkat-vp", eval_examples=8)
+
+
+def test_a_federation_with_a_calibration_needs_a_rule(federation: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="needs GradIP and a rule that selects clients by it"):
+        federation(calibration_steps=5)
