@@ -10,7 +10,7 @@ import jinja2
 from .. import __version__
 from ..errors import ConfigError
 from ..figures import require_matplotlib
-from ..mask import write_whole
+from ..files import write_whole
 from .report_figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
 from .report_runs import Run, is_number, path_of_clients, read_runs
 from .report_tables import in_order, results, selection, settings, state
