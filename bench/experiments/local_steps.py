@@ -50,17 +50,21 @@ class LocalSteps(Experiment):
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
         figure, axes = subplots(1, 2)
-        runs = list(results.arms.values())
-        for axis, values in (
-            (axes[0], [[float(run.summary["accuracy_after"]) for run in arm] for arm in runs]),
-            (axes[1], [[_drift(run) for run in arm] for arm in runs]),
-        ):
-            sent = [float(arm[0].summary["bytes_up"]) for arm in runs]
+        arms = list(results.arms.values())
+        sent = [float(runs[0].summary["bytes_up"]) for runs in arms]
+        measures = {
+            "accuracy on held-out examples": [[float(run.summary["accuracy_after"]) for run in runs] for runs in arms],
+            _DRIFT: [[_drift(run) for run in runs] for runs in arms],
+        }
+        for axis, (shown, values) in zip(axes, measures.items(), strict=True):
             by_seed = [list(zip(sent, seed, strict=True)) for seed in zip(*values, strict=True)]
-            mean_line(axis, by_seed, "C0", "each point a T; T = 1 rightmost")
-            axis.set(xscale="log", xlabel="bytes up")
-        axes[0].set_ylabel("accuracy on held-out examples")
-        axes[1].set_ylabel(_DRIFT)
+            mean_line(axis, by_seed, "C0", "mean over seeds, and each seed")
+            for x, of_arm, name in zip(sent, values, results.arms, strict=True):
+                axis.annotate(
+                    name, (x, statistics.fmean(of_arm)), textcoords="offset points", xytext=(3, 6), fontsize=8
+                )
+            axis.set(xscale="log", xlabel="bytes up", ylabel=shown)
+            axis.tick_params(axis="x", which="minor", labelbottom=False)
         finished(figure, axes, path)
 
 
