@@ -113,7 +113,9 @@ def draw_histogram(clients: list[str], labels: list[str], counts: list[list[int]
 
 
 def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str], x_label: str, alt: str) -> Picture:
-    """|GradIP|, gradient norm and |cosine| of each client along its path, as moving means.
+    """|GradIP|, gradient norm and cosine of each client along its path, as moving means.
+
+    The cosine with its sign: its size is the same for all clients, who share the perturbations.
 
     Args:
         paths: {client: {measure: values}}.
@@ -121,7 +123,7 @@ def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str]
         x_label: what a step is.
         alt: what it shows.
     """
-    titles = dict(zip(MEASURES, ("|GradIP|", "gradient norm", "|cosine|"), strict=True))
+    titles = dict(zip(MEASURES, ("|GradIP|", "gradient norm", "cosine"), strict=True))
 
     def draw(figure: Any) -> None:
         from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -130,12 +132,14 @@ def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str]
         for axes, (measure, title) in zip(figure.subplots(len(titles), sharex=True), titles.items(), strict=True):
             # the stopped ones last: on top
             for client in sorted(paths, key=lambda client: client in stopped):
-                mean = _moving_mean(np.abs(np.array(paths[client][measure], dtype=float)))
+                values = np.array(paths[client][measure], dtype=float)
+                mean = _moving_mean(values if measure == "cosine" else np.abs(values))
                 steps = np.arange(len(mean)) + len(paths[client][measure]) - len(mean) + 1
                 group, color = ("stopped clients", "C3") if client in stopped else ("clients not stopped", "C0")
                 (line,) = axes.plot(steps, mean, color=color, linewidth=1, alpha=1 if client in stopped else 0.6)
                 groups.setdefault(group, line)
-            if any(value for path in paths.values() for value in path[measure]):  # zeros alone have no logarithm
+            some = any(value for path in paths.values() for value in path[measure])  # zeros alone have no logarithm
+            if some and measure != "cosine":
                 axes.set_yscale("log", nonpositive="mask")
                 axes.yaxis.set_major_formatter(LogFormatter())
                 axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))

@@ -77,9 +77,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of a random mask, which has no gradient and so no GradIP."""
     root = tmp_path_factory.mktemp("runs")
     for name, lr in (("slow", "0.01"), ("fast", "0.5")):
-        result = call("run", *SMALL, "--lr", lr, "--output", root / name)
+        result = call("run", *SMALL, "--method", "random-mask", "--lr", lr, "--output", root / name)
         assert result.exit_code == 0, result.output
     return [root / "slow", root / "fast"]
 
@@ -339,6 +340,22 @@ def test_a_bar_is_as_long_as_its_examples() -> None:
     picture = draw_histogram(["a", "b"], ["x", "y"], [[10, 0], [0, 30]], "")
     blue, orange = share_of((0x1F, 0x77, 0xB4), picture.light), share_of((0xFF, 0x7F, 0x0E), picture.light)
     assert orange / blue == pytest.approx(3, rel=0.15)
+
+
+def test_a_run_with_early_stopping_has_its_paths_and_statistics(tmp_path: Path) -> None:
+    """A real one: nothing in it is made up."""
+    settings = ["--vp-steps", "12", "--vp-initial", "4", "--vp-later", "6", "--vp-null-paths", "3"]
+    stop_all = ["--vp-rho-later", "0", "--vp-rho-quie", "0", "--vp-sigma", "1e9"]
+    run = tmp_path / "r"
+    made = call("run", *SMALL, "--method", "meerkat-vp", *settings, *stop_all, "--output", run)
+    assert made.exit_code == 0, made.output
+    assert call("report", run).exit_code == 0
+    page, s = Page(run / "report.html"), summary_of(run)
+    assert page.row("stopped clients") == [", ".join(map(str, s["stopped"]))]
+    assert len(s["stopped"]) == 4
+    assert "local step of the calibration path" in str([image["alt"] for image in page.attributes("img")])
+    rows = [row for row in page.rows if len(row) == 5 and row[0] in s["vp_statistics"]]
+    assert [row[3] for row in rows] == ["yes"] * 4
 
 
 def test_a_run_of_very_many_clients_lacks_the_section(runs: list[Path], tmp_path: Path) -> None:
