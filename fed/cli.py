@@ -16,12 +16,13 @@ from ..errors import ConfigError, MeerkatError
 from ..lora import merge_lora
 from . import setup
 from .config import RunConfig, make_config
-from .methods import Elements, Method
+from .masks import make_mask, reach
+from .methods import Method
 from .options import from_file, given, settings
 from .replaying import replay_run
 from .report import write_report
 from .run import Progress, execute
-from .task_choice import chosen_task
+from .task_choice import chosen_task, on_task
 
 
 class _Group(click.Group):
@@ -60,12 +61,15 @@ def run(config_file: Path | None, output: Path | None, compare_random: bool, **o
         output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random and config.mask is not None:
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
+    if compare_random and not config.method.recipe.plain:
+        raise ConfigError(f"--compare-random compares masks; {config.method} differs from a random mask in more")
     summary = _run(config, output)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
         other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask")
         click.echo(
             f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
+            f"   (both at learning rate {config.lr:g})"
         )
 
 
@@ -95,9 +99,9 @@ def replay(directory: Path, output: Path | None) -> None:
 
 
 @main.command()
-@settings("model", "task", "data_dir", "method", "density", "mask", "calibration", "calibration_texts",
-          "calibration_batch_size", "calibration_length", "layer", "objective", "max_length", "seed", "device",
-          "dtype")  # fmt: skip
+@settings("model", "task", "data_dir", "data", "validation", "template", "labels", "label_field", "cut", "method",
+          "density", "mask", "calibration", "calibration_texts", "calibration_batch_size", "calibration_length",
+          "layer", "objective", "max_length", "seed", "device", "dtype")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="mask file to write")
 @click.option("--check", "checked", multiple=True, metavar="TASK",
               help="say how much of this task's squared gradient the mask holds; may be repeated")  # fmt: skip
@@ -108,19 +112,23 @@ def mask(config_file: Path | None, output: Path | None, checked: tuple[str, ...]
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
     user = from_file(config_file) | given(options)
-    if "model" in user and "data" not in user:
-        user.setdefault("task", (*checked, "sst2")[0])  # a mask needs no task; any known name passes
+    by_task = user.get("method") == Method.TASK_MASK and "mask" not in user
+    if "model" in user and not user.keys() & {"task", "data"}:
+        if by_task:
+            raise ConfigError(f"{Method.TASK_MASK} chooses its elements on a task's examples; give --task or --data")
+        user["task"] = (*checked, "sst2")[0]  # a mask needs no task; any known name passes
     config = make_config(user)
+    if output is not None and not config.method.recipe.elements.ranked:
+        raise ConfigError(f"{config.method} needs no mask file: what it trains has a name")
     setup.check_files(config)
     lm = setup.load_language_model(config)
-    needs_task = config.mask is None and config.method.recipe.elements is Elements.TASK
-    made = setup.make_mask(config, lm, setup.encode(config, lm.tokenizer).train if needs_task else None)
+    made = make_mask(config, lm, setup.encode(config, lm.tokenizer).train if by_task else None)
     click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
     if output is not None:
         made.save(output)
         click.echo(f"digest {made.digest}\nsaved to {output}")
     for task in checked:
-        found = setup.reach(dataclasses.replace(config, task=task), lm, [made])[0]
+        found = reach(on_task(config, task), lm, [made])[0]
         click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
                    f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
                    f"elements")  # fmt: skip

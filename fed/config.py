@@ -18,7 +18,7 @@ from ..models import DTYPES
 from ..objective import Objective
 from ..stream import check_seed
 from .aggregation import Weighting
-from .methods import Gradient, Method
+from .methods import Elements, Gradient, Method
 from .partition import Partition
 from .selection import Thresholds
 from .task_choice import chosen_task
@@ -163,6 +163,13 @@ class RunConfig:
         _require(self.vp_steps >= windows, "vp_steps", self.vp_steps, f"at least the {windows} steps of a window")
         _require(self.vp_null_paths >= 3, "vp_null_paths", self.vp_null_paths, "at least 3")
         given = [name for name in _THRESHOLDS if getattr(self, name) is not None]
+        for name in given:
+            most = 1 if name == "vp_rho_quie" else math.inf
+            _require(0 <= getattr(self, name) <= most and math.isfinite(getattr(self, name)), name, getattr(self, name),
+                     "in [0, 1]" if most == 1 else "finite and not negative")  # fmt: skip
+        for name, elements in (("layer", Elements.LAYER), ("lora_targets", Elements.LORA)):
+            if getattr(self, name) and recipe.elements is not elements:
+                raise ConfigError(f"{name} has no meaning for {self.method}, which trains {recipe.elements} elements")
         if given and len(given) < len(_THRESHOLDS):
             raise ConfigError(f"{', '.join(_THRESHOLDS)} go together; only {', '.join(given)} given")
         if self.queries > 1 and recipe.gradient is Gradient.BACKPROPAGATION:
@@ -180,7 +187,8 @@ class RunConfig:
         for name, value in dataclasses.asdict(self).items():
             if value is not None and not (name == "task" and self.data is not None):
                 plain[name] = str(value) if isinstance(value, (Path, StrEnum)) else value
-        return tomli_w.dumps(plain)
+        convention = f"# partition: {self.partition.describe(self.alpha)}\n"
+        return convention + tomli_w.dumps(plain)
 
 
 # What a run without --model and --task uses where nothing else is said: tuned to the embedded model's size.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import stream
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteLossError
 from ..examples import EncodedTask
 from ..mask import SparseMask
 from .client import Client, ClientData, Timing
@@ -37,6 +37,18 @@ def terms_of(config: RunConfig, mask: SparseMask) -> Terms:
         rounds=config.rounds,
         calibration_steps=0 if recipe.stopping is Stopping.NONE else config.vp_steps,
     )
+
+
+def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None:
+    """Raises ``MeerkatError`` if the method stops clients early and lacks what that needs, before anything begins."""
+    if config.method.recipe.stopping is Stopping.NONE:
+        return
+    GradIP(mask, torch.device("cpu"), "torch")
+    if config.vp_thresholds() is None and len(data.validation) < config.batch_size:
+        raise ConfigError(
+            f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
+            f"{config.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
+        )
 
 
 @dataclass
@@ -110,17 +122,16 @@ class Federation:
         """GradIP of the paths of IID clients on examples of the server's own: the held-out ones."""
         assert self._gradip is not None
         held_out, terms = self.data.validation, self._replica.terms
-        if len(held_out) < self.config.batch_size:
-            raise ConfigError(
-                f"{len(held_out)} held-out examples are too few for the null distribution (a batch holds "
-                f"{self.config.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
-            )
         everything = torch.arange(len(held_out))
         scalars = {}
         for i in range(self.config.vp_null_paths):
-            found, _ = self._client(i, held_out, everything, "null").train(CALIBRATION, terms.calibration_steps)
+            client = self._client(i, held_out, everything, "null")
+            try:
+                found, _ = client.train(CALIBRATION, terms.calibration_steps)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"null path {i}, on held-out examples: {error.__cause__}") from error
             scalars[i] = found["scalars"].tolist()
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 
-__all__ = ["Federation", "Selection", "terms_of"]
+__all__ = ["Federation", "Selection", "check_selection", "terms_of"]

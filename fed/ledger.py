@@ -94,10 +94,9 @@ class Ledger:
 
     def steps(self) -> Iterator[tuple[int, float, float]]:
         """(seed, lr, g) of every update in order, as ``replay`` takes them; ``lr`` is a query's share."""
-        queries = self.header.terms.queries
+        terms = self.header.terms
         for line in self.rounds:
-            rates = [lr / queries for lr in line.lr for _ in range(queries)]
-            yield from zip(self.header.terms.seeds(line.round), rates, line.scalars, strict=True)
+            yield from zip(terms.seeds(line.round), terms.shares(line.lr), line.scalars, strict=True)
 
 
 class LedgerWriter:

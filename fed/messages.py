@@ -105,7 +105,7 @@ class TrainReply:
         if not math.isfinite(loss):
             raise MessageError(f"the loss is {loss}")
         if not np.isfinite(values).all():
-            raise MessageError(f"scalar {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite")
+            raise MessageError(f"value {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite")
         named = {"scalars": values} if kind is _Kind.REPLY else {"masters": values}
         return cls(client=client, round=round, local_steps=local_steps, examples=examples, loss=loss, **named)
 

@@ -27,11 +27,6 @@ class Elements(StrEnum):
         """Whether a density picks them, so that a mask file may take their place."""
         return self in (Elements.SENSITIVITY, Elements.TASK, Elements.MAGNITUDE, Elements.RANDOM)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether they are chosen on pre-training text, whose mean gradient is then known at them."""
-        return self in (Elements.SENSITIVITY, Elements.LAYER)
-
 
 class Gradient(StrEnum):
     """How a client finds the direction of a step."""
@@ -56,6 +51,11 @@ class Recipe:
     elements: Elements
     gradient: Gradient = Gradient.TWO_POINT
     stopping: Stopping = Stopping.NONE
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the mask tells it from the other plain ones."""
+        return self.elements.ranked and self.gradient is Gradient.TWO_POINT and self.stopping is Stopping.NONE
 
 
 class Method(StrEnum):

@@ -139,8 +139,8 @@ def _paths(run: Run) -> Picture | None:
     where = "of the calibration path" if calibrated else "of training, all rounds in turn"
     stopped = ", ".join(sorted(run.stopped & paths.keys(), key=in_order)) or "none"
     alt = (
-        f"Three line charts, |GradIP|, gradient norm and |cosine|, of {len(paths)} clients against the local step "
-        f"{where}: moving means over 10 steps, logarithmic. Stopped clients, in another colour: {stopped}."
+        f"Three line charts, |GradIP|, gradient norm and cosine, of {len(paths)} clients against the local step "
+        f"{where}: moving means over 10 steps, two of them logarithmic. Stopped clients, in another colour: {stopped}."
     )
     return draw_paths(paths, run.stopped, f"local step {where}", alt)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..errors import RunError
 from .config import read_toml
-from .rundir import CONFIG, METRICS
+from .rundir import CONFIG, GRADIP, METRICS
 
-GRADIP = "gradip.jsonl"
 MEASURES = ("gradip", "norm", "cosine")
 
 
@@ -140,4 +139,4 @@ def _so_far(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["GRADIP", "MEASURES", "Run", "is_number", "path_of_clients", "read_runs"]
+__all__ = ["MEASURES", "Run", "is_number", "path_of_clients", "read_runs"]

@@ -14,8 +14,9 @@ from ..evaluation import Evaluation, evaluate
 from ..parameters import fingerprint, floating_parameters
 from . import setup
 from .config import RunConfig
-from .federation import Federation, Selection, terms_of
+from .federation import Federation, Selection, check_selection, terms_of
 from .ledger import Header
+from .masks import make_mask
 from .partition import histogram, split
 from .rundir import RunDirectory, check_free
 from .simulation import SimulatedRound, Traffic, simulate
@@ -71,10 +72,11 @@ def execute(
         called = f" ({names[i]})" if names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
     if len(labels) > 8:
-        say(f"... {len(labels) - 8} more clients")
+        say(f"... {len(labels) - 8} more clients; `meerkat-engine report` draws them")
     base = fingerprint(lm.model)
     say(f"choosing the mask ({config.mask or config.method.recipe.elements})")
-    mask = setup.make_mask(config, lm, data.train)
+    mask = make_mask(config, lm, data.train)
+    check_selection(config, mask, data)
     header = Header(
         terms=terms_of(config, mask),
         base=base,
@@ -164,7 +166,7 @@ class _Run:
             if done.result.traces:
                 self._directory.add_traces(number, done.result.traces)
             self._steps += done.result.steps
-            self._answers += traffic.messages
+            self._answers += traffic.messages if number else 0  # the calibration would send no weights
             self._traffic.up += traffic.up
             self._traffic.down += traffic.down
         self._directory.add_metrics(line)

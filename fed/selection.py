@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import stream
+from ..errors import ConfigError
 
 # A threshold lies so many standard deviations beyond the null paths' mean; sigma is this quantile of their later steps.
 # Of 80 clients of the embedded tasks, half of one label, these found 35 and flagged 1 other; 3 and 0.25 found 32 and 1,
@@ -71,9 +72,19 @@ def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> 
 
 
 def null_thresholds(paths: Sequence[Sequence[float]], windows: Windows) -> Thresholds:
-    """Thresholds from the GradIP of some paths of an IID client, at least 3."""
+    """Thresholds from the GradIP of some paths of an IID client, at least 3.
+
+    Raises:
+        ConfigError: if one of them is silent in a window, which no threshold can be taken from.
+    """
     if len(paths) < 3:
         raise ValueError(f"a null distribution needs at least 3 paths, got {len(paths)}")
+    for i, path in enumerate(paths):
+        if not all(any(window) for window in _windows(path, windows)):
+            raise ConfigError(
+                f"null path {i} has no GradIP but 0 in its first {windows.initial} or last {windows.later} steps; "
+                f"raise eps or lower lr, or give vp_rho_later, vp_rho_quie and vp_sigma"
+            )
     pooled = sorted(value for path in paths for value in _windows(path, windows)[1])
     sigma = pooled[int(_QUIET * len(pooled))]
     found = [path_statistics(path, windows, sigma) for path in paths]

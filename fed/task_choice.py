@@ -59,4 +59,18 @@ def _own_task(config: "RunConfig") -> Task:
     return own_task(config.data.stem, config.template, config.labels, label=config.label_field, cut=config.cut)
 
 
-__all__ = ["chosen_task"]
+def on_task(config: "RunConfig", task: str) -> "RunConfig":
+    """The settings with another task; data of the user's own are the only task of theirs.
+
+    Raises:
+        ConfigError: if the task is unknown, does not fit the model, or is not the user's own data.
+    """
+    if config.data is None:
+        return dataclasses.replace(config, task=task)
+    own = chosen_task(config).name
+    if task != own:
+        raise ConfigError(f"with --data the task is {own!r}, after the file; got {task!r}")
+    return config
+
+
+__all__ = ["chosen_task", "on_task"]

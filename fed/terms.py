@@ -92,10 +92,13 @@ class Terms:
             for query in range(self.queries)
         ]
 
+    def shares(self, learning_rates: Sequence[float]) -> list[float]:
+        """What each of some steps' queries has of its learning rate."""
+        return [lr / self.queries for lr in learning_rates for _ in range(self.queries)]
+
     def updates(self, round: int, scalars: Sequence[float]) -> list[tuple[int, float, float]]:
         """(seed, lr, g) of each of the round's updates, as ``replay`` takes them; ``lr`` is a query's share."""
-        rates = [lr / self.queries for lr in self.learning_rates(round) for _ in range(self.queries)]
-        return list(zip(self.seeds(round), rates, scalars, strict=True))
+        return list(zip(self.seeds(round), self.shares(self.learning_rates(round)), scalars, strict=True))
 
 
 def _half_turn(steps: range, total: int) -> list[float]:

@@ -40,7 +40,7 @@ def experiment(
     chosen, where = EXPERIMENTS[name], output or Path("experiments") / name
     user = from_file(config_file) | given(options)
     named = [task.strip() for task in tasks.split(",") if task.strip()]
-    if named:
+    if named and "data" not in user:
         user.setdefault("task", named[0])
     results = run_all(chosen, user, named, seeds, where, lambda line: tqdm.write(line))
     click.echo(_write(chosen, results, where))

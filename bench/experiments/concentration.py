@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
+from ...errors import ConfigError
 from ...fed import setup
 from ...fed.config import RunConfig
+from ...fed.masks import calibration_batches
 from ...objective import language_model_loss
-from ...sensitivity import accumulate
+from ...sensitivity import Sensitivity, accumulate, largest
 from ...transfer import concentration
 from ..tables import over_seeds, table
 from .figures import finished, mean_line, subplots
 from .grid import Experiment, Results
 
-_SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+_SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Concentration(Experiment):
@@ -31,22 +33,22 @@ class Concentration(Experiment):
         """Ratio and cumulative shares; one each for disjoint parts of the text, as many as there are seeds."""
         config = configs[0]
         lm = setup.load_language_model(config)
-        batches, calibration = setup.calibration_batches(config, lm)
+        batches, calibration = calibration_batches(config, lm)
+        if len(batches) < len(configs):
+            raise ConfigError(f"{len(batches)} calibration batches make no {len(configs)} parts; give more texts")
         found: dict[str, Any] = {"model": config.model, "calibration": calibration, "ratios": [], "held": []}
         for part in range(len(configs)):
             squares = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
-            flat = torch.cat([square.view(-1).cpu() for square in squares.squares]).double()
-            running = flat.sort(descending=True).values.cumsum(0) / flat.sum()
-            found["elements"] = flat.numel()
+            found["elements"] = sum(square.numel() for square in squares.squares)
             found["ratios"].append(concentration(squares))
-            found["held"].append([float(running[max(1, round(share * flat.numel())) - 1]) for share in _SHARES])
+            found["held"].append(_held(squares))
         return found
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
         found = results.measured
         lines = [["top 0.1% over the next 0.9%, mean squared gradient", over_seeds(found["ratios"], 1)]]
-        for i, share in enumerate(_SHARES[:-1]):
+        for i, share in enumerate(_SHARES):
             held = [100 * of_part[i] for of_part in found["held"]]
             lines.append([f"the top {share:.4%} of the elements hold".replace("00%", "%"), over_seeds(held, 1) + "%"])
         return table([f"{found['model']}, {found['elements']:,} elements", "mean ± sd over parts of the text"], lines)
@@ -58,6 +60,16 @@ class Concentration(Experiment):
         mean_line(axes[0], curves, "C0", results.measured["model"])
         axes[0].set(xscale="log", xlabel="share of the elements, largest first", ylabel="share of the squared gradient")
         finished(figure, axes, path)
+
+
+def _held(found: Sensitivity) -> list[float]:
+    """What the largest elements hold of the squared gradient, for each of the shares."""
+    size = sum(square.numel() for square in found.squares)
+    counts = [max(1, round(share * size)) for share in _SHARES]
+    _, best = largest(lambda i: found.squares[i].view(-1), len(found.squares), counts[-1])
+    running = best.sort(descending=True).values.cumsum(0, dtype=torch.float64)
+    total = sum(float(square.sum(dtype=torch.float64)) for square in found.squares)
+    return [float(running[count - 1]) / total for count in counts]
 
 
 __all__ = ["Concentration"]

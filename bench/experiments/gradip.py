@@ -6,7 +6,7 @@ Reference: Meerkat, arXiv 2506.03337, section 4.
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...fed.config import RunConfig
 from ..tables import over_seeds, table
@@ -24,21 +24,24 @@ class GradIPPaths(Experiment):
 
     name = "gradip"
     title = "What the server sees of a client's path: GradIP, gradient norm and cosine over 100 steps"
-    settings: ClassVar[Settings] = {"method": "meerkat-vp", "rounds": 1, "local_steps": 1, "vp_steps": 100}
+    settings: ClassVar[Settings] = {"rounds": 1, "local_steps": 1, "vp_steps": 100}
+    sets = ("method", "partition")
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A kind of clients each."""
-        return [Arm(name=name, settings=settings) for name, settings in _KINDS.items()]
+        return [Arm(name=name, settings={"method": "meerkat-vp", **settings}) for name, settings in _KINDS.items()]
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
         lines = []
         for key, shown in _QUANTITIES.items():
             for kind, runs in results.arms.items():
-                first, last = ([_mean(path[part]) for path in _paths(runs, key)] for part in _windows(runs[0]))
+                first, last = (
+                    [statistics.fmean(path[part]) for path in _paths(runs, key)] for part in _windows(runs[0])
+                )
                 ratios = [a / b for a, b in zip(first, last, strict=True)]
                 ratio = "" if key == "cosine" else over_seeds(ratios, 2)
-                lines.append([shown, kind, f"{_mean(first):.3g}", f"{_mean(last):.3g}", ratio])
+                lines.append([shown, kind, f"{statistics.fmean(first):.3g}", f"{statistics.fmean(last):.3g}", ratio])
         config = results.arms["IID"][0].config
         columns = ["", "clients", f"first {config['vp_initial']} steps", f"last {config['vp_later']}",
                    "ratio, over clients and seeds"]  # fmt: skip
@@ -66,11 +69,7 @@ def _windows(run: Finished) -> tuple[slice, slice]:
 
 def _smoothed(path: Sequence[float]) -> list[tuple[float, float]]:
     starts = range(0, len(path) - _SMOOTH + 1, _SMOOTH)
-    return [(start + (_SMOOTH + 1) / 2, _mean(path[start : start + _SMOOTH])) for start in starts]
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return statistics.fmean(values)
+    return [(start + (_SMOOTH + 1) / 2, statistics.fmean(path[start : start + _SMOOTH])) for start in starts]
 
 
 __all__ = ["GradIPPaths"]

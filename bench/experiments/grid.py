@@ -17,9 +17,11 @@ from ... import embedded
 from ...errors import ConfigError, RunError
 from ...fed import setup
 from ...fed.config import RunConfig, make_config, read_toml
+from ...fed.masks import make_mask
 from ...fed.methods import Elements
 from ...fed.run import execute
 from ...fed.rundir import CONFIG, GRADIP, METRICS
+from ...fed.task_choice import chosen_task, on_task
 from ...files import write_whole
 
 Settings = Mapping[str, Any]
@@ -61,6 +63,11 @@ class Finished:
         return summary
 
     @property
+    def accuracies(self) -> list[tuple[float, float]]:
+        """Round and accuracy, at each evaluation."""
+        return [(float(line["round"]), float(line["accuracy"])) for line in self.lines if "accuracy" in line]
+
+    @property
     def traces(self) -> list[dict[str, Any]]:
         """What the server saw of the clients' paths, one object a round."""
         return _json_lines(self.directory / GRADIP)
@@ -85,13 +92,15 @@ class Experiment(ABC):
         name: on the command line.
         title: a line that says what is asked.
         settings: of all arms, where the user gives none.
-        embedded: further ones for the embedded model, so that it takes minutes on two cores.
+        sets: settings that the arms differ in, or that they cannot do without: the user may not give them.
+        compares_tasks: whether it takes more than one task.
     """
 
     name: str
     title: str
     settings: ClassVar[Settings] = {}
-    embedded: ClassVar[Settings] = {}
+    sets: ClassVar[tuple[str, ...]] = ()
+    compares_tasks = False
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """The runs it needs, on some tasks (most experiments take the first)."""
@@ -122,7 +131,7 @@ def run_all(
 
     Args:
         experiment: which.
-        given: the user's settings; they go before the experiment's, and behind its arms'.
+        given: the user's settings; they go before the experiment's.
         tasks: further ones, where the experiment compares tasks.
         seeds: runs of each arm; the first has the seed that is given, or 0.
         output: directory of the experiment, its own or a new one.
@@ -131,9 +140,12 @@ def run_all(
     Raises:
         ConfigError: if the directory holds another experiment, or one with other settings.
     """
+    for name in experiment.sets:
+        if name in given:
+            raise ConfigError(f"the experiment {experiment.name} sets {name} itself; leave it out")
     shared = configuration(experiment, given)
-    _claim(output, experiment, given)
-    tasks = tuple(tasks) or _tasks(shared)
+    tasks = _tasks(experiment, shared, tasks)
+    _claim(output, experiment, given, tasks)
     arms, first = experiment.arms(shared, tasks), shared.seed
     found: dict[str, list[Finished]] = {arm.name: [] for arm in arms}
     for arm in arms:
@@ -152,15 +164,20 @@ def run_all(
     return Results(arms=found, measured=json.loads(measured.read_text()))
 
 
-def _tasks(config: RunConfig) -> tuple[str, ...]:
-    return tuple(embedded.TASKS) if config.task in embedded.TASKS else (config.task,)
+def _tasks(experiment: Experiment, config: RunConfig, named: Sequence[str]) -> tuple[str, ...]:
+    """The tasks to compare: those named, or all embedded ones, or the settings' own."""
+    if len(named) > 1 and not experiment.compares_tasks:
+        raise ConfigError(f"the experiment {experiment.name} takes one task, got {', '.join(named)}")
+    every = tuple(embedded.TASKS) if experiment.compares_tasks and config.model == embedded.NAME else ()
+    tasks = tuple(named) or every or (chosen_task(config).name,)
+    for task in tasks:
+        on_task(config, task)
+    return tasks
 
 
 def configuration(experiment: Experiment, given: Settings, of_arm: Settings | None = None) -> RunConfig:
     """The settings of one run; an arm's go first, then the user's, then the experiment's."""
-    plain = make_config(given)
-    own = {**experiment.settings, **(experiment.embedded if plain.model == embedded.NAME else {})}
-    return make_config(own, given, of_arm or {})
+    return make_config(experiment.settings, given, of_arm or {})
 
 
 def _run(config: RunConfig, directory: Path, masks: Path) -> None:
@@ -180,13 +197,14 @@ def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
     path = masks / f"{elements}-{config.density:g}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        setup.make_mask(config, setup.load_language_model(config)).save(path)
+        make_mask(config, setup.load_language_model(config)).save(path)
     return dataclasses.replace(config, mask=path)
 
 
-def _claim(output: Path, experiment: Experiment, given: Settings) -> None:
+def _claim(output: Path, experiment: Experiment, given: Settings, tasks: Sequence[str]) -> None:
     """Makes the directory this experiment's, or checks that it is."""
-    path, wanted = output / CONFIG, f"# {experiment.name}\n{configuration(experiment, given).to_toml()}"
+    heading = f"# {experiment.name} on {', '.join(tasks)}"
+    path, wanted = output / CONFIG, f"{heading}\n{configuration(experiment, given).to_toml()}"
     if path.exists():
         if path.read_text() != wanted:
             raise ConfigError(f"{output} holds an experiment with other settings (see {path}); choose another --output")
@@ -197,6 +215,11 @@ def _claim(output: Path, experiment: Experiment, given: Settings) -> None:
     write_whole(path, wanted.encode())
 
 
+def named(config: RunConfig, task: str) -> Settings:
+    """The setting that chooses a task; data of the user's own need none."""
+    return {} if config.data is not None else {"task": task}
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
 
@@ -205,4 +228,4 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-__all__ = ["Arm", "Experiment", "Finished", "Results", "Settings", "configuration", "run_all"]
+__all__ = ["Arm", "Experiment", "Finished", "Results", "Settings", "configuration", "named", "run_all"]

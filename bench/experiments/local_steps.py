@@ -2,7 +2,7 @@
 
 A client's drift in a round is the distance of its end from the average, which its scalars tell without a weight:
 
-    | lr * sum_t (g_i^t - g^t) z_t |  =  lr * sqrt(k) * sqrt(sum_t (g_i^t - g^t)**2)        (z_t nearly orthogonal)
+    | sum_t lr_t (g_i^t - g^t) z_t |  =  sqrt(k sum_t (lr_t (g_i^t - g^t))**2)        (z_t nearly orthogonal)
 """
 
 import math
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from ...errors import ConfigError
 from ...fed.config import RunConfig
 from ...fed.ledger import Round, read_ledger
+from ...fed.methods import Gradient
 from ...fed.rundir import LEDGER
 from ..tables import amount, over_seeds, table
 from .figures import finished, mean_line, subplots
@@ -30,11 +32,18 @@ class LocalSteps(Experiment):
     settings: ClassVar[Settings] = {"rounds": 30, "local_steps": 10, "partition": "dirichlet", "alpha": 0.3}
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A T each; in all, the steps of a client are those of the settings, or as near as whole rounds come."""
+        """A T each, of those that divide the steps of a client in all."""
+        if config.method.recipe.gradient is Gradient.BACKPROPAGATION:
+            raise ConfigError(f"drift is read from the clients' scalars, and {config.method} has none")
         total = config.rounds * config.local_steps
+        fitting = [steps for steps in _LOCAL_STEPS if total % steps == 0]
+        if len(fitting) < 2:
+            raise ConfigError(
+                f"{total} steps of a client (rounds times local_steps) cannot be dealt in two ways of "
+                f"{', '.join(map(str, _LOCAL_STEPS))}; a multiple of 300 can in all"
+            )
         return [
-            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": max(1, total // steps)})
-            for steps in _LOCAL_STEPS
+            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": total // steps}) for steps in fitting
         ]
 
     def table(self, results: Results) -> str:
@@ -71,13 +80,20 @@ class LocalSteps(Experiment):
 def _drift(run: Finished) -> float:
     """Distance of a client's end from the average: root mean square over clients and rounds."""
     ledger = read_ledger(run.directory / LEDGER)
-    squares = [square for line in ledger.rounds for square in _squares(line)]
-    return ledger.header.terms.lr * math.sqrt(ledger.header.terms.elements * statistics.fmean(squares))
+    terms = ledger.header.terms
+    squares = [square for line in ledger.rounds for square in _squares(line, terms.shares(line.lr))]
+    return math.sqrt(terms.elements * statistics.fmean(squares))
 
 
-def _squares(line: Round) -> list[float]:
-    """``sum_t (g_i^t - g^t)**2`` of each client."""
-    return [sum((g - mean) ** 2 for g, mean in zip(own, line.scalars, strict=False)) for own in line.clients.values()]
+def _squares(line: Round, rates: list[float]) -> list[float]:
+    """``sum_t (lr_t (g_i^t - g^t))**2`` of each client, who contributes 0 where it took no step."""
+    return [
+        sum(
+            (lr * (g - mean)) ** 2
+            for lr, g, mean in zip(rates, own + [0.0] * (len(rates) - len(own)), line.scalars, strict=True)
+        )
+        for own in line.clients.values()
+    ]
 
 
 __all__ = ["LocalSteps"]

@@ -10,7 +10,9 @@ from typing import Any
 
 from ...fed import setup
 from ...fed.config import RunConfig
+from ...fed.masks import make_mask, reach
 from ...fed.methods import Method
+from ...fed.task_choice import on_task
 from ..tables import over_seeds, table
 from .figures import finished, subplots
 from .grid import Arm, Experiment, Results
@@ -30,6 +32,8 @@ class MaskSource(Experiment):
 
     name = "mask-source"
     title = "Where should the mask come from, and does it transfer?"
+    sets = ("method", "mask")
+    compares_tasks = True
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A source and a learning rate each: insensitive elements need larger steps."""
@@ -45,9 +49,9 @@ class MaskSource(Experiment):
         for config in configs:
             lm = setup.load_language_model(config)
             train = setup.encode(config, lm.tokenizer).train
-            masks = [setup.make_mask(dataclasses.replace(config, method=m), lm, train) for m in _SOURCES]
+            masks = [make_mask(dataclasses.replace(config, method=m), lm, train) for m in _SOURCES]
             for task in tasks:
-                reached = setup.reach(dataclasses.replace(config, task=task), lm, masks)
+                reached = reach(on_task(config, task), lm, masks)
                 for shown, each in zip(_SOURCES.values(), reached, strict=True):
                     found.setdefault(task, {}).setdefault(shown, []).append(dataclasses.asdict(each))
         return found

@@ -10,7 +10,7 @@ from typing import ClassVar
 from ...fed.config import RunConfig
 from ..tables import over_seeds, table
 from .figures import finished, mean_line, subplots
-from .grid import Arm, Experiment, Finished, Results, Settings
+from .grid import Arm, Experiment, Finished, Results, Settings, named
 
 _METHODS = ("meerkat", "meerkat-vp", "random-stop")
 _DETECTION = "detection"
@@ -22,16 +22,19 @@ class Selection(Experiment):
     name = "selection"
     title = "Does stopping extreme clients early help, and does GradIP find them?"
     settings: ClassVar[Settings] = {"partition": "dirichlet", "alpha": 0.3, "clients": 10, "eval_every": 2}
+    sets = ("method",)
+    compares_tasks = True
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A task and a method each, and a detection on clients half of which hold one label only."""
         compared = [
-            Arm(name=f"{task}, {method}", settings={"task": task, "method": method})
+            Arm(name=f"{task}, {method}", settings={**named(config, task), "method": method})
             for task in tasks
             for method in _METHODS
         ]
         found = {"method": "meerkat-vp", "partition": "mixed", "rounds": 1, "local_steps": 1}
-        return compared + [Arm(name=f"{task}, {_DETECTION}", settings={"task": task} | found) for task in tasks]
+        detected = [Arm(name=f"{task}, {_DETECTION}", settings={**named(config, task), **found}) for task in tasks]
+        return compared + detected
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
@@ -48,7 +51,7 @@ class Selection(Experiment):
         figure, axes = subplots(1, len(tasks))
         for axis, task in zip(axes, tasks, strict=True):
             for i, method in enumerate(_METHODS):
-                mean_line(axis, [_curve(run) for run in results.arms[f"{task}, {method}"]], f"C{i}", method)
+                mean_line(axis, [run.accuracies for run in results.arms[f"{task}, {method}"]], f"C{i}", method)
             axis.set(title=task, xlabel="round")
         axes[0].set_ylabel("accuracy on held-out examples")
         finished(figure, axes, path)
@@ -73,10 +76,6 @@ def _share(right: int, of: int) -> str:
 
 def _stopped(runs: Sequence[Finished]) -> str:
     return ", ".join(str(len(run.summary.get("stopped", []))) for run in runs)
-
-
-def _curve(run: Finished) -> list[tuple[float, float]]:
-    return [(float(line["round"]), float(line["accuracy"])) for line in run.lines if "accuracy" in line]
 
 
 __all__ = ["Selection"]

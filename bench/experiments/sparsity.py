@@ -22,6 +22,7 @@ class Sparsity(Experiment):
     name = "sparsity"
     title = "How sparse may the mask be? Accuracy and bytes for four densities"
     settings: ClassVar[Settings] = {"eval_every": 2}
+    sets = ("partition", "alpha", "mask")
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A density and a partition each; the fewer elements, the larger the learning rate that fits them."""

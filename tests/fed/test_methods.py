@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,50 @@ def test_a_mask_file_is_for_methods_that_rank_elements(world: Path) -> None:
 
 def test_early_stopping_needs_the_gradient(run: Callable[..., dict[str, Any]], world: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model")
-    SparseMask.random(model, 0.01, 1).save(tmp_path / "mask")
-    with pytest.raises(MaskError, match=r"GradIP needs the gradient on pre-training text .* \(random, seed 1\)"):
+    replace(SparseMask.random(model, 0.01, 1), source="mine").save(tmp_path / "mask")
+    with pytest.raises(MaskError, match=r"GradIP needs the gradient on pre-training text .* \(mine\)"):
         run("meerkat-vp", mask=str(tmp_path / "mask"))
+    assert not (tmp_path / "r").exists()  # the same output can be given again
+
+
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [
+        ("weight-magnitude", "random, seed 1"),
+        ("meerkat", "task"),
+        ("task-mask", "magnitude"),
+        ("fedavg", "random, seed 2"),
+    ],
+)
+def test_a_mask_file_chosen_by_another_rule(
+    method: str, source: str, run: Callable[..., dict[str, Any]], world: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    replace(SparseMask.random(model, 0.01, 1), source=source).save(tmp_path / "mask")
+    with pytest.raises(ConfigError, match="give the method of that name, or another mask"):
+        run(method, mask=str(tmp_path / "mask"))
+
+
+def test_a_task_mask_has_no_gradient_for_gradip(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """GradIP is about the gradient on pre-training text."""
+    run("task-mask")
+    assert SparseMask.load(tmp_path / "r" / "mask.safetensors").gradient is None
+    assert not (tmp_path / "r" / "gradip.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": "x"}, "layer has no meaning for meerkat, which trains sensitivity elements"),
+        ({"lora_targets": "x"}, "lora_targets has no meaning for meerkat"),
+        ({"method": "fedavg", "queries": 2}, "fedavg draws no perturbations; leave queries out"),
+        ({"clients_per_round": 5}, r"clients_per_round must be 0 \(all\) to the 4 clients, got 5"),
+    ],
+    ids=str,
+)
+def test_settings_that_have_no_meaning(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(settings)
 
 
 def test_the_run_directory_says_which_defaults_a_method_has(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

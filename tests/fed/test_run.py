@@ -334,3 +334,42 @@ def test_mask_has_something_to_do() -> None:
     result = call("mask")
     assert result.exit_code == 1
     assert "give --output FILE to save the mask, or --check TASK" in result.output
+
+
+def test_a_mask_says_what_it_holds_of_data_of_your_own(
+    tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path]
+) -> None:
+    rows = [json.dumps({"text": f"some words {i}", "label": i % 2}) for i in range(12)]
+    path = write_jsonl("mine.jsonl", rows)
+    own = ("--data", path, "--template", "{text} it was", "--labels", "poor,great")
+    tokenizer = make_byte_tokenizer()
+    make_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    model = ("--model", tmp_path / "m", "--method", "weight-magnitude", "--density", "0.01")
+    result = call("mask", *model, *own, "--check", "mine")
+    assert result.exit_code == 0, result.output
+    assert "mine: holds " in result.output
+    result = call("mask", *model, *own, "--check", "sst2")
+    assert "with --data the task is 'mine', after the file; got 'sst2'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "lora-fedzo"], "lora-fedzo needs no mask file: what it trains has a name"),
+        (["--model", "m", "--method", "task-mask"], "task-mask chooses its elements on a task's examples; give --task"),
+    ],
+    ids=str,
+)
+def test_masks_that_cannot_be_made(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = call("mask", *arguments, "--output", tmp_path / "x")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("method", ["full-fedzo", "meerkat-vp", "fedavg"])
+def test_compare_random_compares_masks_alone(method: str, tmp_path: Path) -> None:
+    result = call("run", "--compare-random", "--method", method, "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert f"--compare-random compares masks; {method} differs from a random mask in more" in result.output

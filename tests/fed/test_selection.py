@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,8 @@ def test_thresholds_from_null_paths_lie_beyond_all_of_them() -> None:
     assert path_statistics(silent, WINDOWS, found.sigma).exceed(found)
     with pytest.raises(ValueError, match="needs at least 3 paths, got 2"):
         null_thresholds(paths[:2], WINDOWS)
+    with pytest.raises(ConfigError, match="null path 1 has no GradIP but 0 in its first 2 or last 4 steps; raise eps"):
+        null_thresholds([paths[0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], paths[1]], WINDOWS)
 
 
 def test_random_clients_depend_on_the_seed_alone() -> None:
@@ -73,24 +74,25 @@ def run(output: Path, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[int, Counter[int]]]:
-    """A run with two single-label clients, and how often each client took each of its examples."""
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any], list[tuple[ClientData, list[int]]]]:
+    """A run with two single-label clients, and every batch that was taken, with whose it was."""
     output: Path = tmp_path_factory.mktemp("vp") / "r"
-    taken: dict[int, Counter[int]] = {}
+    taken: list[tuple[ClientData, list[int]]] = []
     before = ClientData.next_indices
 
-    def counted(self: ClientData) -> list[int]:
-        found = before(self)
-        taken.setdefault(id(self), Counter()).update(found)
-        return found
+    def noted(self: ClientData) -> list[int]:
+        taken.append((self, before(self)))
+        return taken[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClientData, "next_indices", counted)
-        summary = run(output, method="meerkat-vp", rounds=14)
+        patch.setattr(ClientData, "next_indices", noted)
+        summary = run(output, method="meerkat-vp", vp_steps=100, vp_initial=20, vp_later=50, rounds=14)
     return output, summary, taken
 
 
-Stopped = tuple[Path, dict[str, Any], dict[int, "Counter[int]"]]
+Stopped = tuple[Path, dict[str, Any], list[tuple[ClientData, list[int]]]]
 
 
 def test_single_label_clients_are_found(stopped: Stopped) -> None:
@@ -107,7 +109,7 @@ def test_stopped_clients_take_one_step_a_round(stopped: Stopped) -> None:
     ledger = read_ledger(output / "ledger.jsonl")
     for line in ledger.rounds:
         assert {i: len(g) for i, g in line.clients.items()} == {0: 4, 1: 4, 2: 1, 3: 1}
-    assert summary["steps"] == 4 * 50 + 14 * (4 + 4 + 1 + 1)
+    assert summary["steps"] == 4 * 100 + 14 * (4 + 4 + 1 + 1)
 
 
 def test_the_calibration_moves_nothing_and_is_in_the_ledger(stopped: Stopped) -> None:
@@ -116,28 +118,37 @@ def test_the_calibration_moves_nothing_and_is_in_the_ledger(stopped: Stopped) ->
     assert ledger.calibration is not None
     assert ledger.calibration.stopped == [2, 3]
     assert ledger.calibration.scalars == []
-    assert {len(g) for g in ledger.calibration.clients.values()} == {50}
+    assert {len(g) for g in ledger.calibration.clients.values()} == {100}
     assert [line.round for line in ledger.rounds] == list(range(1, 15))
     assert replay_run(output).weights == summary["weights"]
 
 
 def test_the_data_pointer_of_a_stopped_client_runs_on(stopped: Stopped) -> None:
-    """Every example still comes up, and none a second time before all have."""
+    """Every example of its own still comes up, and none a second time before all have."""
     _, summary, taken = stopped
-    sizes = [sum(row) for row in summary["examples_by_client_and_label"]]
-    of_clients = [counts for counts in taken.values() if len(counts) in sizes and sum(counts.values()) >= max(sizes)]
-    assert len(of_clients) >= 4
-    steps = Counter(sum(counts.values()) for counts in taken.values())
-    assert steps[16 * (50 + 14)] == 2  # the stopped ones: the calibration and one batch a round
-    for counts in taken.values():
-        assert max(counts.values()) - min(counts.values()) <= 1
+    for client in summary["stopped"]:
+        label = [count > 0 for count in summary["examples_by_client_and_label"][client]].index(True)
+        own = [
+            (data, batch)
+            for data, batch in taken
+            if len(data) == sum(summary["examples_by_client_and_label"][client])
+            and set(data.task.labels[data.indices].tolist()) == {label}
+        ]
+        assert len({id(data) for data, _ in own}) == 1
+        assert len(own) == 100 + 14  # the calibration, then one batch a round
+        order = [example for _, batch in own for example in batch]
+        everything = sorted(own[0][0].indices.tolist())
+        for start in range(0, len(order) - len(everything) + 1, len(everything)):
+            assert sorted(order[start : start + len(everything)]) == everything
+        after = [example for _, batch in own[-14:] for example in batch]
+        assert set(after) == set(everything)  # also within the rounds of one step
 
 
 def test_gradip_is_written_for_the_calibration_and_every_round(stopped: Stopped) -> None:
     output, _, _ = stopped
     lines = [json.loads(line) for line in (output / "gradip.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == list(range(15))
-    assert {len(client["gradip"]) for client in lines[0]["clients"].values()} == {50}
+    assert {len(client["gradip"]) for client in lines[0]["clients"].values()} == {100}
     assert [len(lines[1]["clients"][i]["norm"]) for i in "0123"] == [4, 4, 1, 1]
 
 
@@ -168,6 +179,9 @@ def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest
         ({"vp_rho_later": 3.0}, "vp_rho_later, vp_rho_quie, vp_sigma go together; only vp_rho_later given"),
         ({"vp_steps": 10, "vp_later": 25}, "vp_steps must be at least the 25 steps of a window, got 10"),
         ({"vp_null_paths": 2}, "vp_null_paths must be at least 3, got 2"),
+        ({"vp_rho_later": math.nan, "vp_rho_quie": 0.5, "vp_sigma": 1.0}, "vp_rho_later must be finite and not neg"),
+        ({"vp_rho_later": 1.0, "vp_rho_quie": 7.0, "vp_sigma": 1.0}, r"vp_rho_quie must be in \[0, 1\], got 7.0"),
+        ({"vp_rho_later": 1.0, "vp_rho_quie": 0.5, "vp_sigma": -1.0}, "vp_sigma must be finite and not negative"),
     ],
     ids=str,
 )
@@ -179,6 +193,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 def test_too_few_held_out_examples_for_a_null_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8 held-out examples are too few for the null distribution"):
         run(tmp_path / "r", method="meerkat-vp", eval_examples=8)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_federation_with_a_calibration_needs_a_rule(federation: Callable[..., Any]) -> None:
