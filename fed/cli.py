@@ -55,14 +55,17 @@ def main() -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
 def run(config_file: Path | None, output: Path | None, compare_random: bool, **options: Any) -> None:
-    """Fine-tunes a model across simulated clients and writes a run directory."""
+    """Fine-tunes a model across simulated clients and writes a run directory.
+
+    Without --model, settings that suit the embedded model go before the defaults below.
+    """
     config = make_config(from_file(config_file), given(options))
     if output is None:
         output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random and config.mask is not None:
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
-    if compare_random and not config.method.recipe.plain:
-        raise ConfigError(f"--compare-random compares masks; {config.method} differs from a random mask in more")
+    if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
+        raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
     summary = _run(config, output)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")

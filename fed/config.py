@@ -18,7 +18,7 @@ from ..models import DTYPES
 from ..objective import Objective
 from ..stream import check_seed
 from .aggregation import Weighting
-from .methods import Elements, Gradient, Method
+from .methods import Elements, Gradient, Method, Stopping
 from .partition import Partition
 from .selection import Thresholds
 from .task_choice import chosen_task
@@ -160,7 +160,9 @@ class RunConfig:
         if self.mask is not None and not recipe.elements.ranked:
             raise ConfigError(f"{self.method} trains {recipe.elements} elements; leave the mask file out")
         windows = max(self.vp_initial, self.vp_later)
-        _require(self.vp_steps >= windows, "vp_steps", self.vp_steps, f"at least the {windows} steps of a window")
+        if recipe.stopping is not Stopping.NONE:
+            longest = f"at least the {windows} steps of a window (vp_initial, vp_later)"
+            _require(self.vp_steps >= windows, "vp_steps", self.vp_steps, longest)
         _require(self.vp_null_paths >= 3, "vp_null_paths", self.vp_null_paths, "at least 3")
         given = [name for name in _THRESHOLDS if getattr(self, name) is not None]
         for name in given:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ..backend import resolve
 from ..evaluation import Evaluation, evaluate
+from ..models import check_device
 from ..parameters import fingerprint, floating_parameters
 from . import setup
 from .config import RunConfig
@@ -54,7 +56,10 @@ def execute(
     """
     check_free(output)
     setup.check_files(config)
+    if config.backend != "auto":
+        resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
     say(f"loading the model {config.model} and the task {chosen_task(config).name}")
+    say(f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.lr:g}")
     lm = setup.load_language_model(config)
     data = setup.encode(config, lm.tokenizer)
     shares = split(
@@ -77,6 +82,8 @@ def execute(
     say(f"choosing the mask ({config.mask or config.method.recipe.elements})")
     mask = make_mask(config, lm, data.train)
     check_selection(config, mask, data)
+    if config.mask is not None:
+        config = dataclasses.replace(config, density=mask.density)  # what is written down is what was used
     header = Header(
         terms=terms_of(config, mask),
         base=base,

@@ -40,12 +40,13 @@ def _task(config: "RunConfig") -> Task:
     for name, default in _OWN.items():
         if getattr(config, name) != default:
             raise ConfigError(f"{name} describes data of your own; give --data as well")
+    task = embedded.TASKS[config.task] if config.task in embedded.TASKS else get_task(config.task)
     if (config.model == embedded.NAME) != (config.task in embedded.TASKS):
         raise ConfigError(
             f"the embedded model and its tasks ({', '.join(embedded.TASKS)}) go together: "
             f"give both --model and --task, or neither"
         )
-    return embedded.TASKS[config.task] if config.task in embedded.TASKS else get_task(config.task)
+    return task
 
 
 def _own_task(config: "RunConfig") -> Task:

@@ -177,7 +177,10 @@ def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest
     ("settings", "message"),
     [
         ({"vp_rho_later": 3.0}, "vp_rho_later, vp_rho_quie, vp_sigma go together; only vp_rho_later given"),
-        ({"vp_steps": 10, "vp_later": 25}, "vp_steps must be at least the 25 steps of a window, got 10"),
+        (
+            {"vp_steps": 10, "vp_later": 25},
+            "vp_steps must be at least the 25 steps of a window",
+        ),
         ({"vp_null_paths": 2}, "vp_null_paths must be at least 3, got 2"),
         ({"vp_rho_later": math.nan, "vp_rho_quie": 0.5, "vp_sigma": 1.0}, "vp_rho_later must be finite and not neg"),
         ({"vp_rho_later": 1.0, "vp_rho_quie": 7.0, "vp_sigma": 1.0}, r"vp_rho_quie must be in \[0, 1\], got 7.0"),
