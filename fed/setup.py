@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import embedded, stream
+from .. import embedded
 from ..data import own_rows, task_rows
 from ..errors import ConfigError
 from ..examples import EncodedTask
@@ -40,8 +40,7 @@ def load_language_model(config: RunConfig) -> LanguageModel:
     lm = embedded.load(dtype, config.device) if embedding else load_model(config.model, dtype, config.device)
     if config.method.recipe.elements is Elements.LORA:
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        seed = stream.derived_seed(config.seed, "lora")
-        added = add_lora(lm.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets, seed=seed)
+        added = add_lora(lm.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets, seed=config.seed)
         return dataclasses.replace(lm, adapters=tuple(added))
     return lm
 
