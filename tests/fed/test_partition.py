@@ -118,5 +118,7 @@ def test_mixed_clients_are_iid_or_of_one_label(classes: int, clients: int) -> No
     counts = torch.tensor(histogram(labels, shares, classes))
     single = (counts > 0).sum(1) == 1
     assert single.tolist() == [False] * (clients - clients // 2) + [True] * (clients // 2)
-    iid = counts[~single].double()
-    assert (iid / iid.sum(1, keepdim=True)).max() < 2.5 / classes  # a class that nobody holds alone is left to them
+    of_class, alone = 600 // classes, clients // 2
+    taken = of_class * alone // clients  # of each class that somebody holds alone; the rest is left to the iid clients
+    assert counts[~single].sum(0).tolist() == [of_class - taken * (label < alone) for label in range(classes)]
+    assert (counts[~single] > 0).all()
