@@ -1,5 +1,7 @@
 """A task's examples as token ids: prompts, label words, and padded batches of them."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +66,12 @@ class EncodedTask:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all prompts, candidates and labels, in hexadecimal."""
+        known = json.dumps([self.prompts, self.candidates, self.labels.tolist()])
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def _shortened(self, row: Row, length: int) -> list[int]:
         """The prompt's tokens after cutting the end of the field that may be cut."""

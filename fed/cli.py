@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .methods import Method
 from .options import from_file, given, settings
 from .replaying import replay_run
 from .report import write_report
-from .run import Progress, execute
+from .run import Progress, check_same, execute, resume
+from .rundir import is_run
 from .task_choice import chosen_task, on_task
 
 
@@ -53,13 +55,26 @@ def main() -> None:
 @main.command()
 @settings()
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
+@click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
+              help="go on with the run in DIR; with settings, begin it where there is none yet")  # fmt: skip
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
-def run(config_file: Path | None, output: Path | None, compare_random: bool, **options: Any) -> None:
+def run(
+    config_file: Path | None, output: Path | None, resumed: Path | None, compare_random: bool, **options: Any
+) -> None:
     """Fine-tunes a model across simulated clients and writes a run directory.
 
     Without --model, settings that suit the embedded model go before the defaults below.
     """
-    config = make_config(from_file(config_file), given(options))
+    user = from_file(config_file) | given(options)
+    if resumed is not None:
+        if output is not None or compare_random:
+            raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
+        if is_run(resumed) or not user:
+            check_same(user, resumed)
+            _show(resumed, lambda report, say: resume(resumed, report, say))
+            return
+        output = resumed
+    config = make_config(user)
     if output is None:
         output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random and config.mask is not None:
@@ -152,18 +167,25 @@ main.add_command(experiment)
 
 
 def _run(config: RunConfig, output: Path) -> dict[str, Any]:
-    with tqdm(total=config.rounds, unit="round", disable=None) as bar:
+    return _show(output, lambda report, say: execute(config, output, report, say))
+
+
+def _show(
+    output: Path, go: Callable[[Callable[[Progress], None], Callable[[str], None]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Shows what a run reports while it goes, and its summary."""
+    with tqdm(unit="round", disable=None) as bar:
 
         def report(progress: Progress) -> None:
-            bar.n = progress.round
-            fields = {"loss": f"{progress.loss:.4f}"}
+            bar.total, bar.n = progress.rounds, progress.round
+            fields = {"loss": "unknown" if progress.loss is None else f"{progress.loss:.4f}"}
             if progress.accuracy is not None:
                 known["accuracy"] = f"{progress.accuracy:.4f}"
             fields |= known | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
             bar.set_postfix(fields)
 
         known: dict[str, str] = {}
-        summary = execute(config, output, report, bar.write if not bar.disable else click.echo)
+        summary = go(report, bar.write if not bar.disable else click.echo)
     _print_summary(summary, output)
     return summary
 
@@ -185,10 +207,10 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(
             f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
         )
-    share = s["forward_share_of_step"]
-    click.echo(
-        f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, everything else {1 - share:.1%}"
-    )
+    if s["seconds_per_step"] is not None:
+        share = s["forward_share_of_step"]
+        click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
+                   f"everything else {1 - share:.1%}")  # fmt: skip
     if "stopped" in s:
         click.echo(f"stopped early   {', '.join(map(str, s['stopped'])) or 'no client'} (single-label clients: "
                    f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip

@@ -73,6 +73,10 @@ class ClientData:
             self.seen += part.numel()
         return found
 
+    def skip(self, steps: int) -> None:
+        """Moves the data pointer on over the batches of some steps."""
+        self.seen += steps * self.batch_size
+
     def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
         """The next batch, for the given loss, in micro-batches."""
         answers = "all" if objective is Objective.CANDIDATES else "gold"

@@ -77,6 +77,7 @@ class RunConfig:
         vp_null_paths: paths on held-out examples that give the thresholds where they are not given.
         eval_every: rounds between evaluations; 0 evaluates before and after only.
         eval_examples: validation examples, from the first on; 0 is all.
+        snapshot_every: rounds between snapshots, from which a run that was stopped goes on; 0 takes none.
         seed: root seed in [0, 2**64).
         device: cpu or cuda.
         dtype: of the weights.
@@ -128,6 +129,7 @@ class RunConfig:
     vp_null_paths: int = 4
     eval_every: int = 0
     eval_examples: int = 0
+    snapshot_every: int = 10
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -139,7 +141,7 @@ class RunConfig:
                      "calibration_batch_size", "calibration_length", "max_length", "lora_rank", "lora_alpha",
                      "vp_initial", "vp_later"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_examples", "micro_batch_size"):
+        for name in ("eval_every", "eval_examples", "snapshot_every", "micro_batch_size"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("eps", "alpha"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and positive")
@@ -235,11 +237,16 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     given = _OF_METHOD.get(method, {}) | given
     if given.get("model", embedded.NAME) == embedded.NAME and given.get("task", embedded.NAME) in embedded.TASKS:
         given = _EMBEDDED | _EMBEDDED_OF_METHOD.get(method, {}) | given
+    return RunConfig(**as_settings(given))
+
+
+def as_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as ``RunConfig`` has them; raises ``ConfigError`` for a name that is no setting, or an unfit value."""
     hints = get_type_hints(RunConfig)
     for name in given:
         if name not in hints:
             raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(hints))}")
-    return RunConfig(**{name: _converted(name, value, hints[name]) for name, value in given.items()})
+    return {name: _converted(name, value, hints[name]) for name, value in given.items()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -275,4 +282,4 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value}")
 
 
-__all__ = ["RunConfig", "make_config", "read_toml"]
+__all__ = ["RunConfig", "as_settings", "make_config", "read_toml"]

@@ -1,8 +1,5 @@
 """``Federation``: server and clients of a run around one model, as the settings and the method's recipe say."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +10,11 @@ from ..mask import SparseMask
 from .client import Client, ClientData, Timing
 from .config import RunConfig
 from .gradip import GradIP, Trace
-from .ledger import LedgerWriter
+from .ledger import LedgerWriter, Round
 from .methods import Gradient, Stopping
 from .replica import Replica
-from .selection import Statistics, Thresholds, Windows, at_random, null_thresholds, path_statistics
-from .server import Server
+from .selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
+from .server import RoundResult, Server
 from .setup import TaskData
 from .terms import CALIBRATION, Terms
 
@@ -49,15 +46,6 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
             f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
             f"{config.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
         )
-
-
-@dataclass
-class Selection:
-    """Who is stopped early, and why: filled when the calibration is over."""
-
-    thresholds: Thresholds | None = None
-    statistics: dict[int, Statistics] = field(default_factory=dict)
-    stopped: list[int] = field(default_factory=list)
 
 
 class Federation:
@@ -105,18 +93,34 @@ class Federation:
         examples = ClientData(data, indices, config.batch_size, seed, config.micro_batch_size)
         return Client(id, examples, self._replica, config.objective, self.timing)
 
-    def _select(self, traces: dict[int, Trace]) -> Sequence[int]:
-        config, found = self.config, self.selection
-        windows = Windows(initial=config.vp_initial * config.queries, later=config.vp_later * config.queries)
-        found.thresholds = config.vp_thresholds() or null_thresholds(self._null_paths(), windows)
-        found.statistics = {
-            i: path_statistics(trace.gradip, windows, found.thresholds.sigma) for i, trace in traces.items()
-        }
-        extreme = [i for i, each in found.statistics.items() if each.exceed(found.thresholds)]
-        if config.method.recipe.stopping is Stopping.RANDOM:
-            extreme = at_random(sorted(traces), len(extreme), config.seed)
-        found.stopped = sorted(extreme)
-        return found.stopped
+    def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
+        """Takes over the round that is under way from a ledger; see ``Server.restore``."""
+        for i in self.server.participants():
+            self.clients[i].data.skip(self.server.local_steps(i))
+        result = self.server.restore(line, weights=weights)
+        if line.round == CALIBRATION and line.thresholds is not None:
+            self.selection = self._judged(result.traces, line.thresholds, line.stopped)
+        return result
+
+    def _select(self, traces: dict[int, Trace]) -> Selection:
+        config = self.config
+        thresholds = config.vp_thresholds() or null_thresholds(self._null_paths(), self._windows())
+        self.selection = self._judged(traces, thresholds)
+        return self.selection
+
+    def _judged(self, traces: dict[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None) -> Selection:
+        """Who is stopped early by these thresholds, where that is not known yet."""
+        windows = self._windows()
+        statistics = {i: path_statistics(trace.gradip, windows, thresholds.sigma) for i, trace in traces.items()}
+        if stopped is None:
+            stopped = [i for i, each in statistics.items() if each.exceed(thresholds)]
+            if self.config.method.recipe.stopping is Stopping.RANDOM:
+                stopped = at_random(sorted(traces), len(stopped), self.config.seed)
+        return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)
+
+    def _windows(self) -> Windows:
+        config = self.config
+        return Windows(initial=config.vp_initial * config.queries, later=config.vp_later * config.queries)
 
     def _null_paths(self) -> list[list[float]]:
         """GradIP of the paths of IID clients on examples of the server's own: the held-out ones."""
@@ -134,4 +138,4 @@ class Federation:
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 
-__all__ = ["Federation", "Selection", "check_selection", "terms_of"]
+__all__ = ["Federation", "check_selection", "terms_of"]

@@ -58,6 +58,7 @@ _HELP = {
     "vp_null_paths": "meerkat-vp: how many such paths",
     "eval_every": "rounds between evaluations; 0: before and after only",
     "eval_examples": "validation examples; 0: all",
+    "snapshot_every": "rounds between snapshots for --resume; 0: none, it replays the ledger",
     "seed": "root seed",
     "device": "cpu or cuda",
     "dtype": "float32, bfloat16 or float16",

@@ -1,29 +1,39 @@
-"""``execute``: a run from its settings to its run directory."""
+"""``execute`` and ``resume``: a run from its settings, or from what it left behind, to its last round."""
 
 import dataclasses
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..backend import resolve
+from ..errors import ConfigError, RunError
 from ..evaluation import Evaluation, evaluate
-from ..models import check_device
+from ..mask import SparseMask
+from ..models import LanguageModel, check_device
 from ..parameters import fingerprint, floating_parameters
 from . import setup
-from .config import RunConfig
-from .federation import Federation, Selection, check_selection, terms_of
-from .ledger import Header
+from .config import RunConfig, as_settings, make_config, read_toml
+from .federation import Federation, check_selection, terms_of
+from .ledger import Header, LedgerWriter, Round
 from .masks import make_mask
+from .methods import Gradient
+from .metrics import Metrics, summary_in
 from .partition import histogram, split
-from .rundir import RunDirectory, check_free
-from .simulation import SimulatedRound, Traffic, simulate
+from .recorded import Recorded, go_on, read_recorded
+from .rundir import CONFIG, MASK, SNAPSHOT, Origin, RunDirectory, check_free, is_run
+from .selection import Selection
+from .server import RoundResult
+from .setup import TaskData
+from .simulation import simulate
+from .snapshot import Snapshot
 from .task_choice import chosen_task
 from .terms import CALIBRATION
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +41,17 @@ class Progress:
     """What a run reports after each round (round 0: before training)."""
 
     round: int
-    loss: float
+    rounds: int
+    loss: float | None
     accuracy: float | None
     bytes: int
     steps_per_second: float
 
 
-def execute(
-    config: RunConfig, output: Path, report: Callable[[Progress], None], say: Callable[[str], None]
-) -> dict[str, Any]:
+Report = Callable[[Progress], None]
+
+
+def execute(config: RunConfig, output: Path, report: Report, say: Say) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
     Args:
@@ -56,6 +68,95 @@ def execute(
     """
     check_free(output)
     setup.check_files(config)
+    it = _prepare(config, say)
+    mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
+    check_selection(config, mask, it.data)
+    if config.mask is not None:
+        it = dataclasses.replace(it, config=dataclasses.replace(config, density=mask.density))  # what was used
+    with RunDirectory(output) as directory:
+        directory.begin(it.config)
+        return _carry_out(it, directory, directory.keep_mask(lambda: mask), report, say)
+
+
+def resume(path: Path, report: Report, say: Say) -> dict[str, Any]:
+    """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
+
+    That holds on the same machine with the same number of threads; where these differ, it is said.
+
+    Args:
+        path: run directory.
+        report: called after every round that is new.
+        say: as for ``execute``.
+
+    Returns:
+        The summary; that of a finished run, of which nothing is changed.
+
+    Raises:
+        RunError: if there is no run, another process is at it, or a file is damaged.
+        LedgerError: if the ledger is damaged, or the base model, mask or settings are no longer those it began with.
+        MeerkatError: as ``execute``. Whatever is raised, the run stays as it was.
+    """
+    config = _config_of(path)
+    with RunDirectory(path) as directory:
+        if (path / MASK).exists():  # and what it was made of is no longer needed
+            config = dataclasses.replace(config, mask=None, calibration=None)
+        finished = summary_in(directory)
+        if finished is not None:
+            say("this run is finished; nothing to do")
+            return finished
+        setup.check_files(config)
+        it = _prepare(config, say)
+        mask = directory.keep_mask(lambda: it.mask(say))
+        mask.check(it.lm.model)
+        check_selection(config, mask, it.data)
+        return _carry_out(it, directory, mask, report, say)
+
+
+def check_same(settings: Mapping[str, Any], path: Path) -> None:
+    """Raises ``ConfigError`` if a run began with others than these settings, ``RunError`` if there is none."""
+    config = _config_of(path)
+    for name, value in as_settings(settings).items():
+        if value != getattr(config, name):
+            raise ConfigError(
+                f"the run in {path} has {name} {getattr(config, name)}, {value} was given; a run goes on with its own "
+                f"settings, nothing was changed"
+            )
+
+
+def _config_of(path: Path) -> RunConfig:
+    if not is_run(path):
+        raise RunError(
+            f"{path} holds no run to go on with (no {CONFIG}); `meerkat-engine run --output {path}` begins one"
+        )
+    return make_config(read_toml(path / CONFIG))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a run works with, but for the mask."""
+
+    config: RunConfig
+    lm: LanguageModel
+    data: TaskData
+    shares: list[Tensor]
+    base: str
+
+    def mask(self, say: Say) -> SparseMask:
+        say(f"choosing the mask ({self.config.mask or self.config.method.recipe.elements})")
+        return make_mask(self.config, self.lm, self.data.train)
+
+    @property
+    def labels(self) -> list[list[int]]:
+        """Examples by client and label."""
+        return histogram(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
+
+    @property
+    def names(self) -> list[Any]:
+        """Of the clients, where they are natural."""
+        return sorted(set(self.data.groups or ()))
+
+
+def _prepare(config: RunConfig, say: Say) -> _Prepared:
     if config.backend != "auto":
         resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
     say(f"loading the model {config.model} and the task {chosen_task(config).name}")
@@ -71,151 +172,155 @@ def execute(
         at_least=config.batch_size,
         groups=data.groups,
     )
-    names = sorted(set(data.groups or ()))
-    labels = histogram(data.train.labels, shares, len(data.train.task.label_words))
-    for i, row in enumerate(labels[:8]):
-        called = f" ({names[i]})" if names else ""
+    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=fingerprint(lm.model))
+    for i, row in enumerate(it.labels[:8]):
+        called = f" ({it.names[i]})" if it.names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
-    if len(labels) > 8:
-        say(f"... {len(labels) - 8} more clients; `meerkat-engine report` draws them")
-    base = fingerprint(lm.model)
-    say(f"choosing the mask ({config.mask or config.method.recipe.elements})")
-    mask = make_mask(config, lm, data.train)
-    check_selection(config, mask, data)
-    if config.mask is not None:
-        config = dataclasses.replace(config, density=mask.density)  # what is written down is what was used
+    if config.clients > 8:
+        say(f"... {config.clients - 8} more clients; `meerkat-engine report` draws them")
+    return it
+
+
+def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report: Report, say: Say) -> dict[str, Any]:
+    """Begins a run in its directory, or goes on with the one that is there, to its end."""
+    config = it.config
+    here = Origin.here(it.data.digest, config.device)
+    began = directory.keep_origin(here)
+    if began.data != here.data:
+        raise RunError(f"the examples are not those that the run in {directory.path} began with; nothing was changed")
+    for difference in here.differences(began):
+        say(f"the run began with {difference}: its bits may not be those of a run that was never stopped")
     header = Header(
         terms=terms_of(config, mask),
-        base=base,
+        base=it.base,
         method=config.method,
         clients=config.clients,
         weighting=config.weighting,
     )
-    directory = RunDirectory(output)
-    with directory.begin(config, mask, header) as ledger:
-        federation = Federation(config, lm.model, mask, data, shares, ledger)
-        run = _Run(federation, directory, report, say)
-        run.rounds()
-    summary = run.summary() | _selected(federation.selection, labels)
+    recorded = read_recorded(directory, header)
+    with go_on(directory, header, recorded) as ledger:
+        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger)
+        metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
+        _Rounds(federation, directory, ledger, metrics, report, say).run(recorded)
+    summary = metrics.summary() | _of_weights(federation) | _selected(federation.selection, it.labels)
     summary |= {
         "partition": config.partition.describe(config.alpha),
-        "labels": [word.strip() for word in data.train.task.label_words],
-        "examples_by_client_and_label": labels if len(labels) <= 100 else f"{len(labels)} clients",
-        **({"natural_clients": names if len(names) <= 100 else f"{len(names)} clients"} if names else {}),
-        "base": base,
+        "labels": [word.strip() for word in it.data.train.task.label_words],
+        "examples_by_client_and_label": it.labels if config.clients <= 100 else f"{config.clients} clients",
+        **({"natural_clients": it.names if len(it.names) <= 100 else f"{len(it.names)} clients"} if it.names else {}),
+        "base": it.base,
         "mask": mask.digest,
         "mask_source": mask.source,
-        "weights": fingerprint(lm.model),
-        "machine": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": config.device,
-        },
+        "weights": fingerprint(it.lm.model),
+        "machine": {"python": here.python, "torch": here.torch, "threads": here.threads, "device": config.device},
     }
-    directory.add_metrics({"summary": summary})
+    metrics.finish(summary)
     return summary
 
 
-class _Run:
+class _Rounds:
     """The rounds of a run, each written down when it is over."""
 
     def __init__(
         self,
         federation: Federation,
         directory: RunDirectory,
-        report: Callable[[Progress], None],
-        say: Callable[[str], None],
+        ledger: LedgerWriter,
+        metrics: Metrics,
+        report: Report,
+        say: Say,
     ) -> None:
-        self._federation, self._directory, self._report, self._say = federation, directory, report, say
-        self._config = federation.config
-        self._traffic, self._steps, self._answers = Traffic(), 0, 0
-        self._started = self._begun = time.perf_counter()
-        self._before = self._last = self._evaluate()
+        self._federation, self._directory, self._ledger, self._metrics = federation, directory, ledger, metrics
+        self._report, self._say = report, say
+        self._config, self._timing = federation.config, federation.timing
+        self._begun, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
 
-    def rounds(self) -> None:
-        """Before training, the calibration where there is one, and all rounds."""
-        done = simulate(self._federation.server, self._federation.clients, self._config.rounds)
-        if self._federation.server.round == CALIBRATION:
+    def run(self, recorded: Recorded) -> None:
+        """From wherever the run is to its last round."""
+        self._restore(recorded)
+        federation = self._federation
+        before = self._metrics.before()
+        if before is None:
+            before = self._evaluate()
+            if not federation.server.replica.terms.calibration_steps:
+                self._write(None, before)
+        for line in recorded.untold:
+            self._close(federation.restore(line), before)
+        self._snapshot(recorded)
+        if federation.server.round == CALIBRATION:
             self._say(f"a path of {self._config.vp_steps} steps of every client, to find the extreme ones")
-            self._write(next(done), self._before)
-        else:
-            self._write(None, self._before)
-        for each in done:
-            number, every = each.result.round, self._config.eval_every
-            due = number == self._config.rounds or (every and number % every == 0)
-            self._write(each, self._evaluate() if due else None)
+        for done in simulate(federation.server, federation.clients, self._config.rounds):
+            self._close(done, before)
+            self._snapshot(recorded)
+
+    def _restore(self, recorded: Recorded) -> None:
+        """Brings server, clients and model to where everything has been written."""
+        snapshot = recorded.snapshot
+        for line in recorded.told:
+            self._federation.restore(line, weights=snapshot is None or line.round > snapshot.round)
+            if snapshot is not None and line.round == snapshot.round:
+                self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
+        if recorded.told:
+            self._say(f"going on after round {recorded.told[-1].round}")
+
+    def _close(self, done: RoundResult, before: Evaluation) -> None:
+        """Evaluates after a round where that is due, and writes it down."""
+        number, every = done.line.round, self._config.eval_every
+        due = number == self._config.rounds or (every and number % every == 0)
+        if done.traces:
+            self._directory.add_traces(number, done.traces)
+        self._write(done.line, before if number == CALIBRATION else self._evaluate() if due else None)
 
     def _evaluate(self) -> Evaluation:
-        self._last = evaluate(self._federation.model, self._federation.data.validation)
-        return self._last
+        return evaluate(self._federation.model, self._federation.data.validation)
 
-    def _write(self, done: SimulatedRound | None, evaluated: Evaluation | None) -> None:
-        """A line of the metrics, and of GradIP where the server has it."""
-        number = done.result.round if done is not None else 0
-        traffic = done.traffic if done is not None else Traffic()
-        line: dict[str, Any] = {"round": number}
-        if evaluated is not None:
-            line |= {
-                "loss": evaluated.loss,
-                "validation_loss": evaluated.loss,
-                "accuracy": evaluated.accuracy,
-                "macro_f1": evaluated.macro_f1,
-            }
-        if number and done is not None:
-            line["loss"] = done.result.loss
-        now = time.perf_counter()
-        line |= {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(now - self._begun, 3)}
-        self._begun = now
-        if done is not None:
-            if done.result.rejected:
-                line["rejected"] = done.result.rejected
-            if done.result.traces:
-                self._directory.add_traces(number, done.result.traces)
-            self._steps += done.result.steps
-            self._answers += traffic.messages if number else 0  # the calibration would send no weights
-            self._traffic.up += traffic.up
-            self._traffic.down += traffic.down
-        self._directory.add_metrics(line)
-        timing = self._federation.timing
+    def _write(self, line: Round | None, evaluated: Evaluation | None) -> None:
+        timing, now = self._timing, time.perf_counter()
+        written = self._metrics.add(
+            line,
+            evaluated,
+            seconds=now - self._begun,
+            in_steps=timing.total - self._in_steps,
+            in_forwards=timing.forward - self._in_forwards,
+        )
+        self._begun, self._in_steps, self._in_forwards = now, timing.total, timing.forward
         self._report(
             Progress(
-                round=number,
-                loss=line["loss"],
+                round=written["round"],
+                rounds=self._config.rounds,
+                loss=written["loss"],
                 accuracy=None if evaluated is None else evaluated.accuracy,
-                bytes=self._traffic.up + self._traffic.down,
+                bytes=self._metrics.bytes,
                 steps_per_second=timing.steps / timing.total if timing.steps else 0.0,
             )
         )
 
-    def summary(self) -> dict[str, Any]:
-        """What the run came to."""
-        federation, before, last = self._federation, self._before, self._last
-        timing, elements = federation.timing, federation.server.replica.terms.elements
-        weights = sum(p.numel() * p.element_size() for _, p in floating_parameters(federation.model))
-        return {
-            "accuracy_before": before.accuracy,
-            "accuracy_after": last.accuracy,
-            "macro_f1_before": before.macro_f1,
-            "macro_f1_after": last.macro_f1,
-            "validation_loss_before": before.loss,
-            "validation_loss_after": last.loss,
-            "validation_examples": before.examples,
-            "truncated_train": federation.data.train.truncated,
-            "truncated_validation": federation.data.validation.truncated,
-            "steps": self._steps,
-            "bytes_up": self._traffic.up,
-            "bytes_down": self._traffic.down,
-            "bytes_each_way_if_weights_were_sent": weights * self._answers,
-            # adapters, layers and whole models have names, which need no ids
-            "mask_bytes": 8 * elements if federation.config.method.recipe.elements.ranked else 0,
-            "masked_elements": elements,
-            "elements": sum(p.numel() for _, p in floating_parameters(federation.model)),
-            "rejected_messages": dict(federation.server.rejected),
-            "seconds": round(time.perf_counter() - self._started, 3),
-            "seconds_per_step": timing.total / timing.steps,
-            "forward_share_of_step": timing.forward / timing.total,
-        }
+    def _snapshot(self, recorded: Recorded) -> None:
+        """Takes a snapshot where one is due and not there yet."""
+        replica, every = self._federation.server.replica, self._config.snapshot_every
+        round = replica.round - 1
+        there = recorded.snapshot is not None and recorded.snapshot.round == round
+        by_weights = replica.terms.gradient is Gradient.BACKPROPAGATION  # the ledger has these
+        if round and every and round % every == 0 and not there and not by_weights:
+            masters = replica.optimizer.weights.masters()
+            Snapshot(round=round, seal=self._ledger.seal, masters=masters).save(self._directory.path / SNAPSHOT)
+
+
+def _of_weights(federation: Federation) -> dict[str, Any]:
+    """How much is trained, and what sending weights would have cost."""
+    config, weights = federation.config, [p for _, p in floating_parameters(federation.model)]
+    elements = federation.server.replica.terms.elements
+    answers = config.rounds * (config.clients_per_round or config.clients)  # the calibration would send no weights
+    return {
+        "truncated_train": federation.data.train.truncated,
+        "truncated_validation": federation.data.validation.truncated,
+        "bytes_each_way_if_weights_were_sent": sum(p.numel() * p.element_size() for p in weights) * answers,
+        # adapters, layers and whole models have names, which need no ids
+        "mask_bytes": 8 * elements if config.method.recipe.elements.ranked else 0,
+        "masked_elements": elements,
+        "elements": sum(p.numel() for p in weights),
+        "rejected_messages": dict(sorted(federation.server.rejected.items())),
+    }
 
 
 def _selected(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
@@ -234,4 +339,4 @@ def _selected(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["Progress", "execute"]
+__all__ = ["Progress", "check_same", "execute", "resume"]

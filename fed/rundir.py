@@ -1,50 +1,158 @@
-"""A run directory: config.toml, mask.safetensors, ledger.jsonl, metrics.jsonl, and gradip.jsonl with GradIP."""
+"""A run directory: what a run starts from, what it wrote, and the lock of the process that writes."""
 
 import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
+from filelock import FileLock, Timeout
+
+from .. import __version__
 from ..errors import RunError
-from ..files import write_whole
+from ..files import append_whole, sync_directory, write_whole
 from ..mask import SparseMask
 from .config import RunConfig
 from .gradip import Trace
 from .ledger import Header, LedgerWriter
 
-CONFIG, MASK, LEDGER, METRICS = "config.toml", "mask.safetensors", "ledger.jsonl", "metrics.jsonl"
-GRADIP = "gradip.jsonl"
+CONFIG, MASK, ORIGIN = "config.toml", "mask.safetensors", "origin.json"
+LEDGER, METRICS, GRADIP, SNAPSHOT = "ledger.jsonl", "metrics.jsonl", "gradip.jsonl", "snapshot.safetensors"
+_LOCK = ".lock"
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a run began: what its bits depend on beside its settings.
+
+    Args:
+        data: digest of the examples.
+        version: of this package.
+        python: version.
+        torch: version.
+        threads: of torch.
+        device: by name.
+    """
+
+    data: str
+    version: str
+    python: str
+    torch: str
+    threads: int
+    device: str
+
+    @classmethod
+    def here(cls, data: str, device: str) -> "Origin":
+        """This process."""
+        return cls(
+            data=data,
+            version=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        )
+
+    def differences(self, other: "Origin") -> list[str]:
+        """What is different here from there, but for the data: in words."""
+        names = [name for name in vars(self) if name != "data" and getattr(self, name) != getattr(other, name)]
+        return [f"{name} {getattr(other, name)}, now {getattr(self, name)}" for name in names]
 
 
 class RunDirectory:
-    """A new run directory, made when the run has all it needs.
+    """A run directory and its lock: one process writes. A context manager, which gives the lock back.
 
     Args:
-        path: does not exist yet, or is empty.
+        path: of the directory; made if need be.
 
     Raises:
-        RunError: if it holds anything already, or cannot be made.
+        RunError: if it cannot be made or written, or another process holds it.
     """
 
     def __init__(self, path: Path) -> None:
-        check_free(path)
         self.path = path
+        self._lock = FileLock(path / _LOCK, timeout=0)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise RunError(f"another process is writing to {path}; nothing was changed") from error
         except OSError as error:
-            raise RunError(f"cannot make the output directory {path}: {error}") from error
+            raise RunError(f"cannot write to the run directory {path}: {error.strerror}") from error
+        for partial in path.glob(".*.partial"):  # of a process that was killed while it wrote
+            partial.unlink()
 
-    def begin(self, config: RunConfig, mask: SparseMask, header: Header) -> LedgerWriter:
-        """Writes what the run starts from and opens its ledger."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def begin(self, config: RunConfig) -> None:
+        """Writes the settings down: from now on there is a run here, which can be resumed."""
+        check_free(self.path)
         write_whole(self.path / CONFIG, config.to_toml().encode())
-        mask.save(self.path / MASK)
-        (self.path / METRICS).touch(exist_ok=False)
-        return LedgerWriter(self.path / LEDGER, header)
 
-    def add_metrics(self, line: dict[str, Any]) -> None:
+    def keep_mask(self, make: Callable[[], SparseMask]) -> SparseMask:
+        """The run's mask: the one that is here, or one that is made now."""
+        path = self.path / MASK
+        if path.exists():
+            return SparseMask.load(path)
+        mask = make()
+        mask.save(path)
+        return mask
+
+    def keep_origin(self, here: Origin) -> Origin:
+        """Where the run began: as written down, or here and now."""
+        path = self.path / ORIGIN
+        if not path.exists():
+            write_whole(path, (json.dumps(vars(here), indent=1) + "\n").encode())
+            return here
+        try:
+            return Origin(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}); nothing was changed") from error
+
+    def new_ledger(self, header: Header) -> LedgerWriter:
+        """Begins the ledger, after one that was killed before its header was whole."""
+        path = self.path / LEDGER
+        path.unlink(missing_ok=True)
+        return LedgerWriter(path, header)
+
+    def has_ledger(self) -> bool:
+        """Whether the ledger has its header."""
+        path = self.path / LEDGER
+        return path.exists() and b"\n" in path.read_bytes()
+
+    def lines(self, name: str) -> list[Line]:
+        """The objects of a JSON Lines file that is here; a torn last line is left out.
+
+        Raises:
+            RunError: naming the line, if another one cannot be read.
+        """
+        path = self.path / name
+        texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [_parsed(text, path, number) for number, text in enumerate(texts, 1)]
+
+    def cut(self, name: str, lines: int) -> None:
+        """Leaves only so many lines in a JSON Lines file."""
+        path = self.path / name
+        if not path.exists():
+            return
+        size = sum(len(text) + 1 for text in path.read_bytes().split(b"\n")[:lines])
+        if size < path.stat().st_size:
+            os.truncate(path, size)
+
+    def add_metrics(self, line: Line) -> None:
         """Appends one object to the metrics; raises ``RunError`` if it cannot."""
         self._append(METRICS, line)
 
-    def add_traces(self, round: int, traces: dict[int, Trace]) -> None:
+    def add_traces(self, round: int, traces: Mapping[int, Trace]) -> None:
         """Appends what the server saw of the clients' paths, to six digits; raises ``RunError`` if it cannot."""
         clients = {
             str(i): {name: [float(f"{x:.6g}") for x in values] for name, values in vars(trace).items()}
@@ -52,22 +160,57 @@ class RunDirectory:
         }
         self._append(GRADIP, {"round": round, "clients": clients})
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
+    def _append(self, name: str, line: Line) -> None:
         path = self.path / name
+        new = not path.exists()
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(path, "ab", buffering=0) as file:
+                append_whole(file, (json.dumps(line) + "\n").encode())
+            if new:
+                sync_directory(self.path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}; the rounds in {LEDGER} are complete") from error
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run has begun there."""
+    return (path / CONFIG).is_file()
+
+
 def check_free(path: Path) -> None:
     """Raises ``RunError`` if the path is taken; nothing is ever overwritten."""
-    if path.is_dir() and any(path.iterdir()):
-        what = "a run" if (path / LEDGER).exists() else "files"
-        raise RunError(f"the output directory {path} already holds {what}; choose another, nothing was changed")
-    if path.exists() and not path.is_dir():
+    if path.is_dir():
+        found = [each for each in path.iterdir() if each.name != _LOCK and not each.name.endswith(".partial")]
+        if found:
+            what = "a run" if is_run(path) else "files"
+            also = f", or go on with it by --resume {path}" if what == "a run" else ""
+            raise RunError(f"the output directory {path} already holds {what}; choose another{also}; "
+                           f"nothing was changed")  # fmt: skip
+    elif path.exists():
         raise RunError(f"the output directory {path} is a file; choose another, nothing was changed")
 
 
-__all__ = ["CONFIG", "GRADIP", "LEDGER", "MASK", "METRICS", "RunDirectory", "check_free"]
+def _parsed(text: bytes, path: Path, number: int) -> Line:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{path}, line {number}: damaged ({error}); nothing was changed") from error
+    if not isinstance(line, dict):
+        raise RunError(f"{path}, line {number}: not an object; nothing was changed")
+    return line
+
+
+__all__ = [
+    "CONFIG",
+    "GRADIP",
+    "LEDGER",
+    "MASK",
+    "METRICS",
+    "ORIGIN",
+    "SNAPSHOT",
+    "Line",
+    "Origin",
+    "RunDirectory",
+    "check_free",
+    "is_run",
+]

@@ -15,7 +15,7 @@ References:
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import stream
 from ..errors import ConfigError
@@ -59,6 +59,21 @@ class Statistics:
     def exceed(self, thresholds: Thresholds) -> bool:
         """Whether the path is an extreme non-IID client's."""
         return self.rho_later > thresholds.rho_later and self.rho_quie > thresholds.rho_quie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Who is stopped early, and why.
+
+    Args:
+        stopped: ids, ascending.
+        thresholds: by which clients were judged; None before the calibration.
+        statistics: of each client's path.
+    """
+
+    stopped: list[int] = field(default_factory=list)
+    thresholds: Thresholds | None = None
+    statistics: dict[int, Statistics] = field(default_factory=dict)
 
 
 def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> Statistics:
@@ -112,4 +127,4 @@ def _windows(gradip: Sequence[float], windows: Windows) -> tuple[list[float], li
     return sizes[: windows.initial], sizes[-windows.later :]
 
 
-__all__ = ["Statistics", "Thresholds", "Windows", "at_random", "null_thresholds", "path_statistics"]
+__all__ = ["Selection", "Statistics", "Thresholds", "Windows", "at_random", "null_thresholds", "path_statistics"]

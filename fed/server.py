@@ -14,10 +14,11 @@ from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
 from .methods import Gradient
 from .replica import Replica
+from .selection import Selection
 from .terms import CALIBRATION
 
-# From the calibration paths of all clients to the ids of those to be stopped early.
-Select = Callable[[dict[int, Trace]], Sequence[int]]
+# From the calibration paths of all clients to those that are to be stopped early.
+Select = Callable[[dict[int, Trace]], Selection]
 
 
 class RoundFailedError(MeerkatError, RuntimeError):
@@ -29,19 +30,11 @@ class RoundResult:
     """What a round came to.
 
     Args:
-        round: from 1; 0 is the calibration.
-        loss: mean training loss of the clients, weighted by ``p_i``.
-        scalars: aggregated, fp32, [T * queries].
-        steps: local steps that the clients took in all.
-        rejected: messages refused in this round.
+        line: as the ledger has it.
         traces: what the server saw of each client's path; empty without GradIP.
     """
 
-    round: int
-    loss: float
-    scalars: list[float]
-    steps: int
-    rejected: int
+    line: Round
     traces: dict[int, Trace] = field(default_factory=dict)
 
 
@@ -84,9 +77,13 @@ class Server:
         self._calibrating = replica.terms.calibration_steps > 0
         self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
         self._history: list[list[float]] = []
-        self._rejected_before = 0
-        self._replies: dict[int, TrainReply] = {}
+        self._open_round()
         self._sampled: tuple[int, frozenset[int]] | None = None  # round -> who takes part
+
+    def _open_round(self) -> None:
+        self._replies: dict[int, TrainReply] = {}
+        self._bytes_up = self._bytes_down = 0
+        self._rejected_before = Counter(self.rejected)
 
     @property
     def round(self) -> int:
@@ -121,7 +118,7 @@ class Server:
             first, masters = self.round, self.replica.optimizer.weights.masters().cpu().numpy()
         else:
             missed = np.array(self._history[first - 1 :], dtype=np.float32).reshape(-1)
-        return TrainRequest(
+        message = TrainRequest(
             client=client,
             round=self.round,
             local_steps=self.local_steps(client),
@@ -129,6 +126,8 @@ class Server:
             scalars=missed if masters is None else None,
             masters=masters,
         ).encode()
+        self._bytes_down += len(message)
+        return message
 
     def receive(self, message: bytes) -> TrainReply:
         """Takes a client's answer into this round.
@@ -136,6 +135,7 @@ class Server:
         Raises:
             MessageError: saying why it is refused; it is counted in ``rejected`` and the round goes on without it.
         """
+        self._bytes_up += len(message)
         try:
             reply = TrainReply.decode(message)
             self._check(reply)
@@ -178,36 +178,44 @@ class Server:
         """
         if not self._replies:
             raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({dict(self.rejected)})")
-        weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
-        own = {i: scalars.tolist() for i in weights if (scalars := self._replies[i].scalars) is not None}
-        terms, number = self.replica.terms, self.round
-        traces = self._gradip.traces(terms.seeds(number), own) if self._gradip is not None and own else {}
-        line = self._line(weights, own, traces)
+        own = {i: scalars.tolist() for i in sorted(self._replies) if (scalars := self._replies[i].scalars) is not None}
+        traces = self._traces(self.round, own)
+        line = self._line(own, traces)
         if self._ledger is not None:
             self._ledger.append(line)
         self._move_on(line)
-        refused = self.rejected.total()
-        result = RoundResult(
-            round=number,
-            loss=sum(weights[i] * self._replies[i].loss for i in weights),
-            scalars=line.scalars,
-            steps=sum(self._replies[i].local_steps for i in weights),
-            rejected=refused - self._rejected_before,
-            traces=traces,
-        )
-        self._rejected_before = refused
-        self._replies = {}
-        return result
+        return RoundResult(line=line, traces=traces)
 
-    def _line(self, weights: dict[int, float], own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
+    def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
+        """Takes over this round from a ledger instead of asking the clients for it.
+
+        Args:
+            line: of this round.
+            weights: whether to move the model on too; without, the masters are left to whoever has them.
+        """
+        if line.round != self.round:
+            raise ValueError(f"round {self.round} is under way, the line is of round {line.round}")
+        traces = self._traces(line.round, line.clients) if weights or self._calibrating else {}
+        self.rejected.update(line.rejected)
+        self._at |= {i: max(line.round, 1) for i in line.clients if i in self._at}
+        self._move_on(line, weights=weights)
+        return RoundResult(line=line, traces=traces)
+
+    def _traces(self, round: int, scalars: dict[int, list[float]]) -> dict[int, Trace]:
+        if self._gradip is None or not scalars:
+            return {}
+        return self._gradip.traces(self.replica.terms.seeds(round), scalars)
+
+    def _line(self, own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
         """The round as the ledger keeps it."""
         terms, number = self.replica.terms, self.round
+        weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
         scalars: list[float] = []
-        stopped: list[int] = []
+        selection = Selection()
         masters = None
         if self._calibrating:
             assert self._select is not None
-            stopped = sorted(self._select(traces))
+            selection = self._select(traces)
         elif terms.gradient is Gradient.BACKPROPAGATION:
             masters = mean_masters({i: reply.masters for i, reply in self._replies.items()}, weights)
         else:
@@ -217,18 +225,28 @@ class Server:
             lr=terms.learning_rates(number),
             scalars=scalars,
             clients=own,
-            stopped=stopped,
+            loss=sum(weights[i] * self._replies[i].loss for i in weights),
+            steps=sum(reply.local_steps for reply in self._replies.values()),
+            bytes_up=self._bytes_up,
+            bytes_down=self._bytes_down,
+            rejected=dict(self.rejected - self._rejected_before),
+            stopped=selection.stopped,
+            thresholds=selection.thresholds,
             masters=masters,
         )
 
-    def _move_on(self, line: Round) -> None:
+    def _move_on(self, line: Round, *, weights: bool = True) -> None:
         if self._calibrating:
             self.stopped, self._calibrating = frozenset(line.stopped), False
-        elif line.masters is not None:
-            self.replica.jump(line.round + 1, line.masters)
         else:
-            self.replica.apply_rounds([line.scalars])
             self._history.append(line.scalars)
+            if not weights:
+                self.replica.round += 1
+            elif line.masters is not None:
+                self.replica.jump(line.round + 1, line.masters)
+            else:
+                self.replica.apply_rounds([line.scalars])
+        self._open_round()
 
 
 __all__ = ["RoundFailedError", "RoundResult", "Select", "Server"]

@@ -1,6 +1,7 @@
 """From settings to the things a run consists of: model, data, mask."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class TaskData:
     train: EncodedTask
     validation: EncodedTask
     groups: list[Group] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples, in hexadecimal."""
+        return hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
 
 
 def load_language_model(config: RunConfig) -> LanguageModel:

@@ -5,31 +5,13 @@ masked values are its own and are rewound afterwards. So a thousand clients cost
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..errors import MessageError
 from .client import Client
 from .server import RoundResult, Server
 
 
-@dataclass
-class Traffic:
-    """Bytes sent, headers included: up from the clients, down to them; and the number of messages."""
-
-    up: int = 0
-    down: int = 0
-    messages: int = 0  # each way
-
-
-@dataclass(frozen=True)
-class SimulatedRound:
-    """A round and what it sent."""
-
-    result: RoundResult
-    traffic: Traffic
-
-
-def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[SimulatedRound]:
+def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[RoundResult]:
     """Runs some rounds, one client after the other.
 
     Args:
@@ -39,18 +21,13 @@ def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[Sim
     """
     by_id = {client.id: client for client in clients}
     while server.round <= rounds:
-        traffic = Traffic()
         for client in (by_id[i] for i in server.participants()):
-            request = server.request(client.id)
-            reply = client.handle(request)
-            traffic.down += len(request)
-            traffic.up += len(reply)
-            traffic.messages += 1
+            reply = client.handle(server.request(client.id))
             try:
                 server.receive(reply)
             except MessageError:
                 continue  # refused and counted by the server; the round goes on with the rest
-        yield SimulatedRound(server.finish_round(), traffic)
+        yield server.finish_round()
 
 
-__all__ = ["SimulatedRound", "Traffic", "simulate"]
+__all__ = ["simulate"]

@@ -12,7 +12,7 @@ from meerkat_engine import SparseMask, embedded, stream
 from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
 from meerkat_engine.fed.aggregation import Weighting
-from meerkat_engine.fed.ledger import Header, LedgerWriter
+from meerkat_engine.fed.ledger import Header, LedgerWriter, Round
 from meerkat_engine.fed.partition import Partition, split
 from meerkat_engine.models import LanguageModel
 from meerkat_engine.objective import Objective
@@ -71,11 +71,11 @@ class Federation:
     def fresh_replica(self, dtype: torch.dtype) -> Replica:
         return Replica(embedded.load(dtype).model, self.mask, self.terms)
 
-    def round(self, members: list[int] | None = None) -> Any:
+    def round(self, members: list[int] | None = None) -> Round:
         """One round with the clients at these positions (all, if not given)."""
         for client in self.clients if members is None else [self.clients[i] for i in members]:
             self.server.receive(client.handle(self.server.request(client.id)))
-        return self.server.finish_round()
+        return self.server.finish_round().line
 
     @property
     def weights(self) -> str:

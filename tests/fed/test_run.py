@@ -69,11 +69,14 @@ def test_the_default_clients_are_not_iid(finished: tuple[Path, Result]) -> None:
 def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -> None:
     output, _ = finished
     assert sorted(p.name for p in output.iterdir()) == [
+        ".lock",
         "config.toml",
         "gradip.jsonl",
         "ledger.jsonl",
         "mask.safetensors",
         "metrics.jsonl",
+        "origin.json",
+        "snapshot.safetensors",
     ]
     settings = tomllib.loads((output / "config.toml").read_text())
     assert make_config(settings) == make_config({})
@@ -272,7 +275,10 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path
     before = {p.name: p.read_bytes() for p in output.iterdir()}
     result = call("run", *SMALL, "--output", output)
     assert result.exit_code == 1
-    assert f"the output directory {output} already holds a run; choose another, nothing was changed" in result.output
+    assert (
+        f"the output directory {output} already holds a run; choose another, or go on with it by --resume {output}; "
+        in result.output
+    )
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
     result = call("run", *SMALL, "--output", output / "config.toml")
     assert "is a file" in result.output
