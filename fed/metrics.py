@@ -94,7 +94,7 @@ class Metrics:
         """Writes the last line."""
         self._directory.add_metrics({"summary": summary})
 
-    def _sum(self, name: str) -> float:
+    def _sum(self, name: str) -> Any:
         return sum(line[name] for line in self._lines)
 
     def _evaluation(self, line: Line) -> Evaluation:

@@ -6,7 +6,6 @@ OUTPUT/runs/ARM/seed-S   run directories      OUTPUT/masks   masks that arms sha
 import dataclasses
 import json
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from ...fed import setup
 from ...fed.config import RunConfig, make_config, read_toml
 from ...fed.masks import make_mask
 from ...fed.methods import Elements
-from ...fed.run import execute
-from ...fed.rundir import CONFIG, GRADIP, METRICS
+from ...fed.run import execute, resume
+from ...fed.rundir import CONFIG, GRADIP, METRICS, is_run
 from ...fed.task_choice import chosen_task, on_task
 from ...files import write_whole
 
@@ -183,9 +182,10 @@ def configuration(experiment: Experiment, given: Settings, of_arm: Settings | No
 def _run(config: RunConfig, directory: Path, masks: Path) -> None:
     """Runs into a directory beside, which takes its name when the run is over."""
     unfinished = directory.with_name(directory.name + ".unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # left by an experiment that was stopped
-    execute(_with_mask(config, masks), unfinished, lambda _: None, lambda _: None)
+    if is_run(unfinished):  # left by an experiment that was stopped
+        resume(unfinished, lambda _: None, lambda _: None)
+    else:
+        execute(_with_mask(config, masks), unfinished, lambda _: None, lambda _: None)
     unfinished.rename(directory)
 
 
