@@ -17,6 +17,10 @@ class MaskError(MeerkatError, ValueError):
     """A mask cannot be built, is damaged, or belongs to another model."""
 
 
+class DeltaError(MeerkatError, ValueError):
+    """A delta is damaged, belongs to another base model, or does not lead where it says."""
+
+
 class ModelError(MeerkatError, ValueError):
     """A model or tokenizer cannot be loaded or does not fit the task."""
 
@@ -38,12 +42,13 @@ class MessageError(MeerkatError, ValueError):
 
 
 class RunError(MeerkatError, OSError):
-    """A run directory cannot be made, written or read."""
+    """A run directory or a file cannot be made, written or read."""
 
 
 __all__ = [
     "ConfigError",
     "DataError",
+    "DeltaError",
     "LedgerError",
     "MaskError",
     "MeerkatError",

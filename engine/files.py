@@ -1,23 +1,33 @@
-"""Writing a file, or the next part of one, whole or not at all."""
+"""Writing a file, or the next part of one, whole or not at all, and keeping it through a power cut."""
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import RunError
+
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never a part."""
+    """Writes a file so that a reader finds the old one or the new one, never a part; it is on disk afterwards.
+
+    Raises:
+        RunError: naming the file, if it cannot be written; nothing of it is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def append_whole(file: BinaryIO, data: bytes) -> None:
@@ -39,10 +49,15 @@ def append_whole(file: BinaryIO, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Puts a directory's entries on disk: a new or renamed file is there after a power cut."""
+    """Puts a directory's own list of files on disk, without which a power cut may lose the name of a new one."""
+    if os.name == "nt":  # which opens no directories
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems know no such request
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,28 +1,33 @@
 """``SparseMask``: the static set of elements that perturbations and updates touch; how it is chosen, saved and checked.
 
 File: safetensors with ``ids`` int64 [k], and where known ``scores`` and ``gradient`` float32 [k]; everything else is
-metadata (see ``docs/formats.md``).
+metadata, and a checksum covers it all (see ``docs/formats.md``).
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import sensitivity, stream
 from .errors import MaskError
-from .files import write_whole
 from .parameters import ParameterTable, floating_parameters
+from .sealed import Kind, read_sealed, write_sealed
 from .sensitivity import LossFunction
 
-FORMAT = "meerkat-mask/1"
+_KIND = Kind(
+    name="mask",
+    format="meerkat-mask/2",
+    keys=frozenset({"density", "source", "calibration", "d", "table", "table_digest", "digest"}),
+    tensors={"ids": "I64", "gradient": "F32", "scores": "F32"},
+    optional=frozenset({"gradient", "scores"}),
+    error=MaskError,
+    remedy="make it anew with `meerkat-engine mask`",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,23 +209,19 @@ class SparseMask:
             raise MaskError(f"the mask was made for another model: {difference}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the mask to a safetensors file, whole or not at all."""
+        """Writes the mask to a safetensors file, whole or not at all; raises ``RunError`` if it cannot."""
         tensors = {"ids": self.ids}
         if self.gradient is not None:
             tensors["gradient"] = self.gradient
         if self.scores is not None:
             tensors["scores"] = self.scores
         metadata = {
-            "format": FORMAT,
             "density": repr(self.density),
             "source": self.source,
             "calibration": self.calibration,
-            "d": str(self.table.size),
             "table": self.table.to_json(),
-            "table_digest": self.table.digest,
-            "digest": self.digest,
         }
-        write_whole(Path(path), save(tensors, metadata))
+        write_sealed(path, _KIND, tensors, metadata | self._derived())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "SparseMask":
@@ -233,17 +234,7 @@ class SparseMask:
         Raises:
             MaskError: if the file is missing, damaged or of another format, or the mask is another model's.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise MaskError(f"cannot read the mask {os.fspath(path)!r}: {error}") from error
-        if metadata.get("format") != FORMAT or "ids" not in tensors:
-            raise MaskError(
-                f"{os.fspath(path)!r} is not a mask of format {FORMAT}; `meerkat-engine mask` makes one "
-                f"(found format {metadata.get('format')!r})"
-            )
+        metadata, tensors = read_sealed(path, _KIND)
         try:
             mask = cls(
                 ids=tensors["ids"],
@@ -254,13 +245,18 @@ class SparseMask:
                 gradient=tensors.get("gradient"),
                 scores=tensors.get("scores"),
             )
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+        except ValueError as error:
             raise MaskError(f"the mask {os.fspath(path)!r} is damaged: {error}") from error
-        if mask.digest != metadata.get("digest"):
-            raise MaskError(f"the mask {os.fspath(path)!r} is damaged: its ids or table do not match its digest")
+        for key, value in mask._derived().items():
+            if metadata[key] != value:
+                raise MaskError(f"the mask {os.fspath(path)!r} is damaged: its {key} is not that of its ids and table")
         if model is not None:
             mask.check(model)
         return mask
+
+    def _derived(self) -> dict[str, str]:
+        """Metadata that follows from ids and table, for those who read a file without this package."""
+        return {"d": str(self.table.size), "table_digest": self.table.digest, "digest": self.digest}
 
 
 def check_density(density: float) -> None:
@@ -286,4 +282,4 @@ def at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
     )
 
 
-__all__ = ["FORMAT", "SparseMask", "at_ids", "check_density", "element_count"]
+__all__ = ["SparseMask", "at_ids", "check_density", "element_count"]

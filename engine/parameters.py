@@ -5,6 +5,7 @@ Shared tensors count once, in the order met; only floating-point tensors count.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,11 +52,29 @@ class ParameterTable:
 
     @classmethod
     def from_json(cls, text: str) -> "ParameterTable":
-        """Inverse of ``to_json``."""
-        rows = json.loads(text)
-        shapes = tuple(tuple(int(n) for n in shape) for _, shape, _ in rows)
-        last = rows[-1][2] + torch.Size(shapes[-1]).numel() if rows else 0
-        return cls(tuple(str(row[0]) for row in rows), shapes, tuple(int(row[2]) for row in rows), last)
+        """Inverse of ``to_json``.
+
+        Raises:
+            ValueError: if the text is anything else than ``to_json`` writes; base ids that are no running sum of the
+                sizes would let ids point outside a tensor.
+        """
+        try:
+            rows = [(name, tuple(shape), base) for name, shape, base in json.loads(text)]
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"the table is no list of [name, shape, base id]: {error}") from error
+        size = 0
+        for name, shape, base in rows:
+            if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in shape):
+                raise ValueError(f"the table's row {name!r} has no shape")
+            if type(base) is not int or base != size:
+                raise ValueError(f"the table's row {name!r} begins at {base} instead of {size}")
+            size += math.prod(shape)
+        if size >= 2**63:
+            raise ValueError(f"the table has {size} elements, and element ids end at {2**63 - 1}")
+        names, shapes, bases = (tuple(row[i] for row in rows) for i in range(3))
+        if len(set(names)) < len(names):
+            raise ValueError("the table has a parameter twice")
+        return cls(names, shapes, bases, size)
 
     @property
     def digest(self) -> str:

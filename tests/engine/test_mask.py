@@ -142,7 +142,7 @@ def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> N
     assert (loaded.density, loaded.source, loaded.calibration) == (0.01, "sensitivity", "three batches")
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "meerkat-mask/1"
+    assert metadata["format"] == "meerkat-mask/2"
     assert metadata["d"] == str(mask.table.size)
     assert metadata["table_digest"] == mask.table.digest
     assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
@@ -168,7 +168,7 @@ def test_damaged_masks_are_refused(llama: nn.Module, tmp_path: Path) -> None:
         SparseMask.load(tmp_path / "flipped")
     with pytest.raises(MaskError, match="cannot read the mask"):
         SparseMask.load(tmp_path / "short")
-    with pytest.raises(MaskError, match="is not a mask of format"):
+    with pytest.raises(MaskError, match="is not of format meerkat-mask/2"):
         SparseMask.load(tmp_path / "foreign")
     with pytest.raises(MaskError, match="cannot read the mask"):
         SparseMask.load(tmp_path / "missing")

@@ -1,0 +1,231 @@
+"""Deltas: the bits they lead to, what they refuse, and damaged files."""
+
+import builtins
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from meerkat_engine import SparseMask, SparseZO
+from meerkat_engine.delta import _KIND, Delta
+from meerkat_engine.errors import DeltaError
+from meerkat_engine.objective import language_model_loss
+from meerkat_engine.parameters import ParameterTable, fingerprint
+from meerkat_engine.sealed import read_sealed, write_sealed
+from meerkat_engine.weights import MaskedWeights
+from tests.conftest import make_model, same_bits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BATCH = torch.arange(60).view(3, 20) % 90 + 3
+
+
+def trained(dtype: torch.dtype, architecture: str = "llama", steps: int = 3) -> tuple[nn.Module, Delta]:
+    """A model after some steps, and its delta."""
+    model = make_model(architecture, dtype)
+    base = fingerprint(model)
+    opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.02, eps=1e-2, seed=3)
+    for _ in range(steps):
+        opt.step(lambda: language_model_loss(model, BATCH))
+    return model, Delta.of(model, opt.weights, base=base, method="three steps", round=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_delta_gives_the_bits_back(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, delta = trained(dtype, architecture)
+    delta.save(tmp_path / "d")
+    loaded = Delta.load(tmp_path / "d")
+    assert same_bits(loaded.masters, delta.masters)
+    assert (loaded.method, loaded.round, loaded.dtype) == ("three steps", 2, str(dtype).removeprefix("torch."))
+    base = make_model(architecture, dtype)
+    assert fingerprint(base) != fingerprint(model)
+    loaded.apply(base)
+    assert fingerprint(base) == fingerprint(model)
+    assert all(same_bits(a, b) for a, b in zip(base.parameters(), model.parameters(), strict=True))
+
+
+def test_masters_are_kept_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
+    """Training goes on from them, not from their roundings."""
+    _, delta = trained(torch.bfloat16)
+    delta.save(tmp_path / "d")
+    masters = Delta.load(tmp_path / "d").masters
+    assert (masters != masters.bfloat16().float()).sum() > len(masters) // 2
+
+
+def unchanged(model: nn.Module) -> Callable[[], bool]:
+    before = [p.clone() for p in model.parameters()]
+    return lambda: all(same_bits(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_models_it_does_not_fit_stay_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    after, delta = trained(dtype)
+    delta.save(tmp_path / "d")
+    loaded = Delta.load(tmp_path / "d")
+    other = torch.float32 if dtype is not torch.float32 else torch.float16
+    differing = make_model("llama", dtype)
+    differing.model.norm.weight.data[3] += 1  # type: ignore[union-attr]
+    for model, message in (
+        (make_model("opt", dtype), "was made for another model: parameter"),
+        (make_model("llama", dtype, vocabulary=97), r"'model\.embed_tokens\.weight' has shape \(97, 32\)"),
+        (make_model("llama", other), f"of dtype {delta.dtype} with fingerprint {delta.base[:12]}; this one has"),
+        (differing, "this one has"),
+        (after, f"this one has {delta.weights[:12]}"),
+    ):
+        same = unchanged(model)
+        with pytest.raises(DeltaError, match=message) as caught:
+            loaded.apply(model)
+        assert str(tmp_path / "d") in str(caught.value)
+        assert same()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_end_than_it_says_is_taken_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, delta = trained(dtype)
+    delta.save(tmp_path / "d")
+    metadata, tensors = read_sealed(tmp_path / "d", _KIND)
+    metadata.pop("format")
+    tensors["masters"][5] += 1
+    write_sealed(tmp_path / "wrong", _KIND, tensors, metadata)
+    model = make_model("llama", dtype)
+    same = unchanged(model)
+    with pytest.raises(DeltaError, match=r"wrong' should lead to weights .*; nothing was changed"):
+        Delta.load(tmp_path / "wrong").apply(model)
+    assert same()
+
+
+def test_parameters_that_share_memory(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(4))
+            self.b = nn.Parameter(torch.zeros(4))
+
+    apart = Twice()
+    delta = Delta.of(apart, MaskedWeights(apart, SparseMask.dense(apart)), base=fingerprint(apart))
+    shared = Twice()
+    shared.b.data = shared.a.data
+    with pytest.raises(DeltaError, match="cannot be applied: two parameters share their memory"):
+        delta.apply(shared)
+
+
+def small_delta() -> Delta:
+    model = nn.Linear(3, 2)
+    mask = SparseMask(ids=torch.tensor([0, 3, 7]), table=ParameterTable.of(model), density=0.375, source="delta")
+    return Delta(
+        mask=mask, masters=torch.tensor([0.5, -0.0, 3.0]), base="0" * 64, weights="1" * 64, dtype="float32",
+        method="a test", round=7,
+    )  # fmt: skip
+
+
+def described(delta: Delta) -> tuple[object, ...]:
+    plain = (delta.base, delta.weights, delta.dtype, delta.method, delta.round, delta.mask.table)
+    return (*plain, delta.mask.ids.tolist(), delta.masters.view(torch.int32).tolist())
+
+
+def loads_equal_or_is_refused(path: Path, original: Delta) -> bool:
+    """Whether it was refused; any exception but a ``DeltaError`` that names the file comes through."""
+    try:
+        loaded = Delta.load(path)
+    except DeltaError as error:
+        assert str(path) in str(error)
+        return True
+    assert described(loaded) == described(original)
+    return False
+
+
+def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    delta, path = small_delta(), tmp_path / "d"
+    delta.save(path)
+    data = path.read_bytes()
+    values = [0x01, 0x04, 0x20, 0x80, 0xFF]
+    refused = 0
+    for position in range(len(data)):
+        for flip in values:
+            path.write_bytes(data[:position] + bytes([data[position] ^ flip]) + data[position + 1 :])
+            refused += loads_equal_or_is_refused(path, delta)
+    header = data[: -(3 * 8 + 3 * 4)]
+    assert refused >= (len(data) - (len(header) - len(header.rstrip(b" ")))) * len(values)
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        assert loads_equal_or_is_refused(path, delta)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Delta, bytes, Path]:
+    path = tmp_path_factory.mktemp("deltas") / "d"
+    _, delta = trained(torch.float32)
+    delta.save(path)
+    return delta, path.read_bytes(), path
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data: st.DataObject) -> None:
+    delta, good, path = larger
+    header = 8 + int.from_bytes(good[:8], "little")
+    position = data.draw(st.integers(0, header - 1) | st.integers(header, len(good) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != good[position]))
+    path.write_bytes(good[:position] + bytes([value]) + good[position + 1 :])
+    refused = loads_equal_or_is_refused(path, delta)
+    assert refused or position < header
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"round": "-1"}, "the round must be 0 or more, got -1"),
+        ({"round": "two"}, "invalid literal"),
+        ({"mask": "0" * 64}, "its mask is not that of its ids and table"),
+        ({"table_digest": "0" * 64}, "its table_digest is not that of its ids and table"),
+        ({"table": "[]"}, "density must be in|must be in"),
+        ({"extra": "1"}, "unknown 'extra' in its metadata"),
+    ],
+    ids=str,
+)
+def test_files_made_to_deceive(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    small_delta().save(tmp_path / "good")
+    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata.pop("format")
+    write_sealed(tmp_path / "d", _KIND, tensors, metadata | changes)
+    with pytest.raises(DeltaError, match=message) as caught:
+        Delta.load(tmp_path / "d")
+    assert str(tmp_path / "d") in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_masters_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+    small_delta().save(tmp_path / "good")
+    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata.pop("format")
+    tensors["masters"][1] = value
+    write_sealed(tmp_path / "d", _KIND, tensors, metadata)
+    with pytest.raises(DeltaError, match=r"masters must be finite; position 1 holds"):
+        Delta.load(tmp_path / "d")
+    with pytest.raises(DeltaError, match=r"masters must be float32 \[3\], got torch.float32 \[2\]"):
+        Delta(mask=small_delta().mask, masters=torch.zeros(2), base="", weights="", dtype="float32")
+
+
+def test_paths_in_a_file_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every string in it names a file that exists, and a file of pipes that would hang whoever opened it."""
+    trap = tmp_path / "trap"
+    os.mkfifo(trap)
+    small_delta().save(tmp_path / "good")
+    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata.pop("format")
+    free = dict.fromkeys(("base", "weights", "method", "dtype"), str(trap))
+    write_sealed(tmp_path / "d", _KIND, tensors, metadata | free)
+    opened: list[str] = []
+    real_open, real_os_open = builtins.open, os.open
+    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: (opened.append(str(file)), real_open(file, *a, **k))[1])
+    monkeypatch.setattr(os, "open", lambda file, *a, **k: (opened.append(str(file)), real_os_open(file, *a, **k))[1])
+    loaded = Delta.load(tmp_path / "d")
+    model = nn.Linear(3, 2)
+    with pytest.raises(DeltaError, match="with fingerprint"):
+        loaded.apply(model)
+    assert loaded.method == str(trap)
+    assert not [name for name in opened if str(trap) in name]

@@ -1,0 +1,82 @@
+"""Files that are whole or not there, also where the disk is full or the power goes."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meerkat_engine.errors import RunError
+from meerkat_engine.files import write_whole
+
+
+def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut leaves cannot be tried here; that both are asked for, in this order, can."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append("directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        fsync(descriptor)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        done.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_whole(tmp_path / "f", b"new")
+    assert done == ["file", "rename", "directory"]
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_without_directory_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    if passes:
+        write_whole(tmp_path / "f", b"new")
+    else:
+        with pytest.raises(RunError, match="cannot write .*f: Input/output error"):
+            write_whole(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    """In a process of its own, whose files may not grow beyond 1,000 bytes."""
+    (tmp_path / "f").write_bytes(b"old")
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from meerkat_engine.errors import RunError\n"
+        "from meerkat_engine.files import write_whole\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    write_whole(Path(sys.argv[1]), b'x' * 2000)\n"
+        "except RunError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "f"], capture_output=True, text=True)
+    assert done.stdout == f"cannot write {tmp_path / 'f'}: File too large\n", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "directory").mkdir()
+    for place, message in (("missing/f", "No such file"), ("file/f", "Not a directory"), ("directory", "directory")):
+        with pytest.raises(RunError, match=f"cannot write {tmp_path / place}: .*{message}"):
+            write_whole(tmp_path / place, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]

@@ -1,0 +1,204 @@
+"""Mask files against damage: every byte of a small one, random bytes of a larger one, and files made to deceive."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meerkat_engine import SparseMask
+from meerkat_engine.errors import MaskError
+from meerkat_engine.mask import _KIND
+from meerkat_engine.parameters import ParameterTable
+from meerkat_engine.sealed import write_sealed
+from tests.conftest import make_model, same_bits
+
+
+def small_mask() -> SparseMask:
+    model = nn.Linear(3, 2)
+    values = torch.tensor([0.5, -0.0, 3.0])
+    return SparseMask(
+        ids=torch.tensor([0, 3, 7]), table=ParameterTable.of(model), density=0.375, source="test",
+        calibration="a few texts", gradient=values, scores=values.square(),
+    )  # fmt: skip
+
+
+def same_mask(a: SparseMask, b: SparseMask) -> bool:
+    tensors = [(a.ids, b.ids), (a.gradient, b.gradient), (a.scores, b.scores)]
+    plain = [(m.table, m.density, m.source, m.calibration) for m in (a, b)]
+    return plain[0] == plain[1] and all(
+        x is None and y is None or (x is not None and y is not None and same_bits(x, y)) for x, y in tensors
+    )
+
+
+def loads_equal_or_is_refused(path: Path, original: SparseMask) -> bool:
+    """Whether it was refused; any exception but a ``MaskError`` that names the file comes through."""
+    try:
+        loaded = SparseMask.load(path)
+    except MaskError as error:
+        assert str(path) in str(error)
+        return True
+    assert same_mask(loaded, original)
+    return False
+
+
+def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    mask, path = small_mask(), tmp_path / "m"
+    mask.save(path)
+    data = path.read_bytes()
+    refused = 0
+    values = [0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF]
+    for position in range(len(data)):
+        for flip in values:
+            path.write_bytes(data[:position] + bytes([data[position] ^ flip]) + data[position + 1 :])
+            refused += loads_equal_or_is_refused(path, mask)
+    padding = len(data[: -(3 * 8 + 6 * 4)]) - len(data[: -(3 * 8 + 6 * 4)].rstrip(b" "))
+    assert refused >= (len(data) - padding) * len(values)  # nothing but blanks may change
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseMask, bytes, Path]:
+    model, path = make_model(), tmp_path_factory.mktemp("masks") / "m"
+    mask = SparseMask.from_gradients(model, [torch.arange(40).view(2, 20) + 3], 0.02)
+    mask.save(path)
+    return mask, path.read_bytes(), path
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_random_damage_of_a_larger_mask(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
+    mask, good, path = larger
+    header = 8 + int.from_bytes(good[:8], "little")
+    position = data.draw(st.integers(0, header - 1) | st.integers(header, len(good) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != good[position]))
+    path.write_bytes(good[:position] + bytes([value]) + good[position + 1 :])
+    refused = loads_equal_or_is_refused(path, mask)
+    assert refused or position < header
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_truncated_or_longer_files(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
+    mask, good, path = larger
+    length = data.draw(st.integers(0, len(good) - 1) | st.integers(0, 20))
+    path.write_bytes(good[:length])
+    assert loads_equal_or_is_refused(path, mask)
+    path.write_bytes(good + data.draw(st.binary(min_size=1, max_size=40)))
+    assert loads_equal_or_is_refused(path, mask)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_files_of_anything(larger: tuple[SparseMask, bytes, Path], content: bytes) -> None:
+    larger[2].write_bytes(content)
+    assert loads_equal_or_is_refused(larger[2], larger[0])
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_good_mask_comes_back(tmp_path: Path, with_gradient: bool) -> None:
+    mask = small_mask()
+    if not with_gradient:
+        mask = SparseMask(ids=mask.ids, table=mask.table, density=0.375, source="test")
+    mask.save(tmp_path / "m")
+    assert same_mask(SparseMask.load(tmp_path / "m"), mask)
+
+
+def test_a_loaded_mask_is_its_own(tmp_path: Path) -> None:
+    """safetensors maps the file: what is written into it later must not reach a mask that was checked."""
+    mask = small_mask()
+    mask.save(tmp_path / "m")
+    loaded = SparseMask.load(tmp_path / "m")
+    with open(tmp_path / "m", "r+b") as file:
+        file.seek(-48, 2)
+        file.write(b"\xff" * 48)
+    assert same_mask(loaded, mask)
+
+
+def parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "checksum"}
+        return metadata, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+Change = Callable[[dict[str, str], dict[str, Tensor]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, t: m.update(extra="1"), "unknown 'extra' in its metadata"),
+        (lambda m, t: m.pop("calibration"), "no 'calibration' in its metadata"),
+        (lambda m, t: t.update(extra=torch.zeros(1)), "unknown 'extra' among its tensors"),
+        (lambda m, t: t.pop("ids"), "no 'ids' among its tensors"),
+        (lambda m, t: t.update(ids=t["gradient"].clone()), "'ids' is F32 instead of I64"),
+        (lambda m, t: t.update(ids=t["ids"].flip(0)), "must be in|must ascend"),
+        (lambda m, t: t.update(ids=t["ids"] + 1), "must be in"),
+        (lambda m, t: t.update(ids=torch.tensor([0, 3, 6])), "its digest is not that of its ids and table"),
+        (lambda m, t: t.update(scores=t["scores"][:2]), r"scores must be float32 \[3\]"),
+        (lambda m, t: m.update(d="9"), "its d is not that"),
+        (lambda m, t: m.update(density="nan"), "density must be in"),
+        (lambda m, t: m.update(density="many"), "could not convert"),
+        (lambda m, t: m.update(table="[" * 100_000), "no list of"),
+        (lambda m, t: m.update(table="7"), "no list of"),
+        (lambda m, t: m.update(table='[["weight",[2,3],0],["bias",[2],2]]'), "'bias' begins at 2 instead of 6"),
+        (lambda m, t: m.update(table='[["weight",[2,-3],0]]'), "'weight' has no shape"),
+        (lambda m, t: m.update(table='[["w",[2,3],0],["w",[2],6]]'), "has a parameter twice"),
+        (lambda m, t: m.update(table=f'[["w",[{2**62},4],0]]'), "element ids end at"),
+        (lambda m, t: m.update(table='[["w",[true,8],0]]'), "'w' has no shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_files_made_to_deceive(tmp_path: Path, change: Change, message: str) -> None:
+    """With a checksum that fits: what a reader relies on is checked for itself."""
+    small_mask().save(tmp_path / "good")
+    metadata, tensors = parts(tmp_path / "good")
+    change(metadata, tensors)
+    metadata.pop("format")
+    write_sealed(tmp_path / "m", _KIND, tensors, metadata)
+    with pytest.raises(MaskError, match=message) as caught:
+        SparseMask.load(tmp_path / "m")
+    assert str(tmp_path / "m") in str(caught.value)
+
+
+def test_the_first_format_is_refused(tmp_path: Path) -> None:
+    small_mask().save(tmp_path / "good")
+    metadata, tensors = parts(tmp_path / "good")
+    save_file(tensors, tmp_path / "old", metadata | {"format": "meerkat-mask/1"})
+    with pytest.raises(
+        MaskError, match=r"not of format meerkat-mask/2, .* \(found format 'meerkat-mask/1'\); make it anew with `meerkat-"
+    ):
+        SparseMask.load(tmp_path / "old")
+
+
+def test_the_checksum_is_what_the_document_says(tmp_path: Path) -> None:
+    import hashlib
+
+    small_mask().save(tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    checksum = metadata.pop("checksum")
+    rows, body = [], b""
+    for name in sorted(header):
+        begin, end = header[name]["data_offsets"]
+        rows.append([name, header[name]["dtype"], header[name]["shape"]])
+        body += data[8 + length + begin : 8 + length + end]
+    text = json.dumps([[[key, metadata[key]] for key in sorted(metadata)], rows], separators=(",", ":"))
+    assert hashlib.sha256(text.encode("ascii") + b"\n" + body).hexdigest() == checksum
+
+
+def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
+    mask = small_mask()
+    odd = SparseMask(ids=mask.ids, table=mask.table, density=0.375, source="a file \udcff")
+    with pytest.raises(MaskError, match="cannot write the mask .* no text that UTF-8 can hold"):
+        odd.save(tmp_path / "m")
+    for path, message in ((tmp_path, "it is a directory"), (tmp_path / "m", "No such file")):
+        with pytest.raises(MaskError, match=f"cannot read the mask '{path}': .*{message}"):
+            SparseMask.load(path)
