@@ -169,7 +169,7 @@ class _Run:
         self._begun = now
         if done is not None:
             if done.result.rejected:
-                line["rejected"] = done.result.rejected
+                line["rejected"] = sum(done.result.rejected.values())
             if done.result.traces:
                 self._directory.add_traces(number, done.result.traces)
             self._steps += done.result.steps

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import stream
-from ..errors import MeerkatError, MessageError
+from ..errors import MeerkatError
 from .aggregation import Weighting, client_weights, mean_masters, weighted_mean
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
 from .methods import Gradient
+from .refusal import Refusal, RefusedError
 from .replica import Replica
 from .terms import CALIBRATION
 
@@ -30,18 +31,18 @@ class RoundResult:
 
     Args:
         round: from 1; 0 is the calibration.
-        loss: mean training loss of the clients, weighted by ``p_i``.
+        loss: mean training loss of the clients that told one, weighted by ``p_i``; None if none did.
         scalars: aggregated, fp32, [T * queries].
         steps: local steps that the clients took in all.
-        rejected: messages refused in this round.
+        rejected: messages refused since the last round, by client and kind of reason.
         traces: what the server saw of each client's path; empty without GradIP.
     """
 
     round: int
-    loss: float
+    loss: float | None
     scalars: list[float]
     steps: int
-    rejected: int
+    rejected: dict[str, int]
     traces: dict[int, Trace] = field(default_factory=dict)
 
 
@@ -76,7 +77,7 @@ class Server:
         if replica.terms.calibration_steps and (gradip is None or select is None):
             raise ValueError("a federation with a calibration needs GradIP and a rule that selects clients by it")
         self.replica = replica
-        self.rejected: Counter[str] = Counter()  # reason -> messages refused
+        self.rejected: Counter[str] = Counter()  # client and kind of reason -> messages refused
         self.stopped = frozenset(stopped)
         self._clients = sorted(clients)
         self._ledger, self._weighting, self._per_round = ledger, weighting, per_round
@@ -84,7 +85,7 @@ class Server:
         self._calibrating = replica.terms.calibration_steps > 0
         self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
         self._history: list[list[float]] = []
-        self._rejected_before = 0
+        self._rejected_before: Counter[str] = Counter()
         self._replies: dict[int, TrainReply] = {}
         self._sampled: tuple[int, frozenset[int]] | None = None  # round -> who takes part
 
@@ -130,45 +131,67 @@ class Server:
             masters=masters,
         ).encode()
 
-    def receive(self, message: bytes) -> TrainReply:
+    def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
         """Takes a client's answer into this round.
 
+        Args:
+            message: any bytes.
+            sender: id of the client that the transport knows them to be from; None where it knows no names, and
+                whom the message itself claims has to do.
+
         Raises:
-            MessageError: saying why it is refused; it is counted in ``rejected`` and the round goes on without it.
+            MessageError: saying why it is refused, a ``RefusedError``. It is counted in ``rejected``, nothing else
+                changes, and the round goes on without it.
         """
         try:
-            reply = TrainReply.decode(message)
-            self._check(reply)
-        except MessageError as error:
-            self.rejected[str(error)] += 1
+            reply = TrainReply.decode(message, self._most_values())
+            self._check(reply, sender)
+        except RefusedError as error:
+            who = error.client if sender is None else sender
+            self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.refusal}"] += 1
             raise
         self._replies[reply.client] = reply
         self._at[reply.client] = max(self.round, 1)
         return reply
 
-    def _check(self, reply: TrainReply) -> None:
+    def rejected_now(self) -> dict[str, int]:
+        """Messages refused since the last round was finished, by client and kind of reason, in their order."""
+        return dict(sorted((self.rejected - self._rejected_before).items()))
+
+    def _most_values(self) -> int:
+        terms = self.replica.terms
+        by_weights = terms.gradient is Gradient.BACKPROPAGATION
+        return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
+
+    def _check(self, reply: TrainReply, sender: int | None) -> None:
         who = f"client {reply.client}"
+
+        def refused(refusal: Refusal, text: str) -> RefusedError:
+            return RefusedError(refusal, text, reply.client)
+
+        if sender is not None and sender != reply.client:
+            raise refused(Refusal.IMPOSTOR, f"client {sender} speaks for {who}")
         if reply.client not in self._at:
-            raise MessageError(f"{who} is unknown")
+            raise refused(Refusal.UNKNOWN, f"{who} is unknown")
         if reply.round != self.round:
-            raise MessageError(f"{who} answers round {reply.round}; round {self.round} is under way")
+            raise refused(Refusal.ROUND, f"{who} answers round {reply.round}; round {self.round} is under way")
         if reply.client in self._replies:
-            raise MessageError(f"{who} has answered round {self.round} already")
+            raise refused(Refusal.REPEATED, f"{who} has answered round {self.round} already")
         if reply.client not in self._taking_part():
-            raise MessageError(f"{who} does not take part in round {self.round}")
+            raise refused(Refusal.NOT_SAMPLED, f"{who} does not take part in round {self.round}")
         terms, steps = self.replica.terms, self.local_steps(reply.client)
         if reply.local_steps != steps:
-            raise MessageError(f"{who} took {reply.local_steps} steps instead of {steps}")
+            raise refused(Refusal.COUNT, f"{who} took {reply.local_steps} steps instead of {steps}")
         if terms.gradient is Gradient.BACKPROPAGATION:
             sent, what, wanted = reply.masters, "master values", terms.elements
         else:
             sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
         if sent is None:
-            raise MessageError(f"{who} sent no {what}, which {terms.gradient} steps are made of")
+            raise refused(Refusal.COUNT, f"{who} sent no {what}, which {terms.gradient} steps are made of")
         if len(sent) != wanted:
-            raise MessageError(f"{who} sent {len(sent)} {what} instead of {wanted}")
+            raise refused(Refusal.COUNT, f"{who} sent {len(sent)} {what} instead of {wanted}")
         if reply.examples == 0:
-            raise MessageError(f"{who} has no examples")
+            raise refused(Refusal.EXAMPLES, f"{who} has no examples")
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and moves the model on.
@@ -177,7 +200,7 @@ class Server:
             RoundFailedError: if there was no usable answer; the round stays open.
         """
         if not self._replies:
-            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({dict(self.rejected)})")
+            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
         weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
         own = {i: scalars.tolist() for i in weights if (scalars := self._replies[i].scalars) is not None}
         terms, number = self.replica.terms, self.round
@@ -186,16 +209,17 @@ class Server:
         if self._ledger is not None:
             self._ledger.append(line)
         self._move_on(line)
-        refused = self.rejected.total()
+        told = {i: reply.loss for i, reply in self._replies.items() if reply.loss is not None}
+        shares = client_weights({i: self._replies[i].examples for i in told}, self._weighting)
         result = RoundResult(
             round=number,
-            loss=sum(weights[i] * self._replies[i].loss for i in weights),
+            loss=sum(shares[i] * told[i] for i in shares) if told else None,
             scalars=line.scalars,
             steps=sum(self._replies[i].local_steps for i in weights),
-            rejected=refused - self._rejected_before,
+            rejected=self.rejected_now(),
             traces=traces,
         )
-        self._rejected_before = refused
+        self._rejected_before = self.rejected.copy()
         self._replies = {}
         return result
 
