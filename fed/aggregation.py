@@ -1,10 +1,11 @@
 """From the clients' answers to the round's: in float64, in client-id order, rounded to fp32 once.
 
-    g^t = sum_i p_i g_i^t          a client that took fewer steps contributes 0 to the rest
+    g^t = sum_i p_i g_i^t          a client that did not take a step contributes 0 to it
 
 Reference: Meerkat, arXiv 2506.03337, section 3.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
@@ -36,14 +37,14 @@ def weighted_mean(scalars: Mapping[int, Sequence[float]], weights: Mapping[int, 
     """The round's ``steps`` scalars; the order in which replies arrived does not matter.
 
     Args:
-        scalars: of each client, at most ``steps``.
+        scalars: of each client, at most ``steps``, NaN where it did not take one.
         weights: ``p_i`` of each client.
         steps: ``T``.
     """
     totals = [0.0] * steps
     for i in sorted(scalars):
         for t, g in enumerate(scalars[i]):
-            totals[t] += weights[i] * g
+            totals[t] += 0.0 if math.isnan(g) else weights[i] * g
     return [round_fp32(total) for total in totals]
 
 

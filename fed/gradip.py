@@ -10,6 +10,7 @@ References:
     Meerkat, arXiv 2506.03337, section 4.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,14 +64,15 @@ class GradIP:
 
         Args:
             seeds: of the steps.
-            scalars: of each client, at most one a seed.
+            scalars: of each client, at most one a seed; NaN, a step that was not taken, counts as 0.
         """
         products = self._ops.inner(self._gradient, self._ids, self._values.seeds(seeds)).tolist()
         return {client: self._trace(products, own) for client, own in scalars.items()}
 
     def _trace(self, products: list[list[float]], scalars: Sequence[float]) -> Trace:
         gradip, norm, cosine = [], [], []
-        for g, (s, z_square) in zip(scalars, products, strict=False):
+        for scalar, (s, z_square) in zip(scalars, products, strict=False):
+            g = 0.0 if math.isnan(scalar) else scalar
             gradip.append(g * s)
             norm.append(abs(g) * z_square**0.5)
             longest = self._length * norm[-1]

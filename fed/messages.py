@@ -1,8 +1,12 @@
-"""What server and clients send each other: a 40-byte header and fp32 scalars. No weights go up, no code comes down.
+"""What server and clients send each other: a 40-byte header and 4-byte values. No weights go up, no code comes down.
 
-header   magic "MKT1", kind, version, two reserved bytes; client, round, local steps, first round, number of fp32
-         values, examples (uint32 each), loss (fp32), CRC-32 of everything else (uint32); little-endian
-payload  the fp32 values, little-endian
+header   magic "MKT1", kind, version, flags (bit 0: the loss is known), zero; client, round, local steps, first round
+         (request) or queries not taken (reply), number of values, examples (uint32 each), loss (fp32), CRC-32 of
+         everything else (uint32); little-endian
+payload  fp32 values; in a reply, then the positions of the queries that were not taken, uint32
+
+Every message has one encoding: what is decoded encodes to the same bytes, and any other bytes are refused. The format
+is described in ``docs/formats.md``.
 """
 
 import math
@@ -13,14 +17,15 @@ from enum import IntEnum
 
 import numpy as np
 
-from ..errors import MessageError
+from .refusal import Refusal, RefusedError
 
 _MAGIC = b"MKT1"
-_VERSION = 1
-_HEADER = struct.Struct("<4sBBxxIIIIIIfI")
+_VERSION = 2
+_HEADER = struct.Struct("<4sBBBBIIIIIIfI")
 HEADER_BYTES = _HEADER.size
+_LOSS_KNOWN = 1
 # Values one message may carry: masters of a mask of 268 million elements (1 GiB).
-_MOST_VALUES = 1 << 28
+MOST_VALUES = 1 << 28
 
 
 class _Kind(IntEnum):
@@ -54,18 +59,39 @@ class TrainRequest:
         """The message's bytes."""
         kind, values = (_Kind.SCALARS, self.scalars) if self.masters is None else (_Kind.MASTERS, self.masters)
         assert values is not None
-        return _encode(kind, self.client, self.round, self.local_steps, self.first_round, 0, 0.0, values)
+        fields = _Fields(
+            kind=kind, client=self.client, round=self.round, local_steps=self.local_steps, extra=self.first_round
+        )
+        return _sealed(fields, _fp32(values))
 
     @classmethod
-    def decode(cls, data: bytes) -> "TrainRequest":
-        """Reads a message; raises ``MessageError`` saying what is wrong with it."""
-        kind, client, round, local_steps, first_round, _, _, values = _decode(data)
-        if kind in (_Kind.REPLY, _Kind.MASTERS_REPLY):
-            raise MessageError("expected a request, got a reply")
-        if not min(round, 1) <= first_round <= round:
-            raise MessageError(f"a request for round {round} cannot bring the scalars from round {first_round} on")
-        named = {"scalars": values} if kind is _Kind.SCALARS else {"masters": values}
-        return cls(client=client, round=round, local_steps=local_steps, first_round=first_round, **named)
+    def decode(cls, data: bytes, most: int = MOST_VALUES) -> "TrainRequest":
+        """Reads a message.
+
+        Args:
+            data: any bytes.
+            most: values it may carry.
+
+        Raises:
+            MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
+        """
+        fields, words = _opened(data, most)
+        if fields.kind in (_Kind.REPLY, _Kind.MASTERS_REPLY):
+            raise fields.malformed("expected a request, got a reply")
+        if fields.examples or fields.loss is not None:
+            raise fields.malformed("a request has no examples and no loss, this one does")
+        if not min(fields.round, 1) <= fields.extra <= fields.round:
+            raise fields.malformed(
+                f"a request for round {fields.round} cannot bring the scalars from round {fields.extra} on"
+            )
+        named = {"scalars" if fields.kind is _Kind.SCALARS else "masters": _finite(fields, words)}
+        return cls(
+            client=fields.client,
+            round=fields.round,
+            local_steps=fields.local_steps,
+            first_round=fields.extra,
+            **named,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,74 +101,172 @@ class TrainReply:
     Args:
         client: id of the client.
         round: it answers.
-        local_steps: steps taken.
-        scalars: float32, one per step taken and query; or None.
+        local_steps: steps asked for.
+        scalars: float32, one per step and query, NaN where it was not taken; or None.
         masters: float32 [k], the masked weights after its steps, where it trains by backpropagation; or None.
         examples: the client's number of examples.
-        loss: mean training loss over its steps.
+        loss: mean training loss over its steps; None where it is not told: no step was taken, or it is private.
     """
 
     client: int
     round: int
     local_steps: int
     examples: int
-    loss: float
+    loss: float | None
     scalars: np.ndarray | None = None
     masters: np.ndarray | None = None
 
     def encode(self) -> bytes:
         """The message's bytes."""
-        kind, values = (_Kind.REPLY, self.scalars) if self.masters is None else (_Kind.MASTERS_REPLY, self.masters)
-        assert values is not None
-        return _encode(kind, self.client, self.round, self.local_steps, 0, self.examples, self.loss, values)
+        if self.masters is not None:
+            kind, payload, skipped = _Kind.MASTERS_REPLY, _fp32(self.masters), 0
+        else:
+            assert self.scalars is not None
+            missing = np.isnan(self.scalars)
+            positions = np.flatnonzero(missing).astype("<u4")
+            kind, skipped = _Kind.REPLY, len(positions)
+            payload = _fp32(np.where(missing, np.float32(0), self.scalars)) + positions.tobytes()
+        fields = _Fields(
+            kind=kind,
+            client=self.client,
+            round=self.round,
+            local_steps=self.local_steps,
+            extra=skipped,
+            examples=self.examples,
+            loss=self.loss,
+        )
+        return _sealed(fields, payload)
 
     @classmethod
-    def decode(cls, data: bytes) -> "TrainReply":
-        """Reads a message; raises ``MessageError`` saying what is wrong with it."""
-        kind, client, round, local_steps, _, examples, loss, values = _decode(data)
-        if kind not in (_Kind.REPLY, _Kind.MASTERS_REPLY):
-            raise MessageError("expected a reply, got a request")
-        if not math.isfinite(loss):
-            raise MessageError(f"the loss is {loss}")
-        if not np.isfinite(values).all():
-            raise MessageError(f"value {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite")
-        named = {"scalars": values} if kind is _Kind.REPLY else {"masters": values}
-        return cls(client=client, round=round, local_steps=local_steps, examples=examples, loss=loss, **named)
+    def decode(cls, data: bytes, most: int = MOST_VALUES) -> "TrainReply":
+        """Reads a message.
+
+        Args:
+            data: any bytes.
+            most: values it may carry, the positions of queries that were not taken among them.
+
+        Raises:
+            MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
+        """
+        fields, words = _opened(data, most)
+        if fields.kind not in (_Kind.REPLY, _Kind.MASTERS_REPLY):
+            raise fields.malformed("expected a reply, got a request")
+        if fields.kind is _Kind.MASTERS_REPLY and fields.extra:
+            raise fields.malformed(f"{fields.extra} queries were not taken, and backpropagation has none")
+        named = {"scalars" if fields.kind is _Kind.REPLY else "masters": _with_gaps(fields, words)}
+        return cls(
+            client=fields.client,
+            round=fields.round,
+            local_steps=fields.local_steps,
+            examples=fields.examples,
+            loss=fields.loss,
+            **named,
+        )
 
 
-_Fields = tuple[_Kind, int, int, int, int, int, float, np.ndarray]
+@dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """A header, less what follows from the payload; ``extra`` is the number at offset 20."""
+
+    kind: _Kind
+    client: int
+    round: int
+    local_steps: int
+    extra: int
+    examples: int = 0
+    loss: float | None = None
+
+    def malformed(self, text: str) -> RefusedError:
+        return RefusedError(Refusal.MALFORMED, text, self.client)
 
 
-def _encode(
-    kind: _Kind,
-    client: int,
-    round: int,
-    local_steps: int,
-    first_round: int,
-    examples: int,
-    loss: float,
-    values: np.ndarray,
-) -> bytes:
-    payload = np.ascontiguousarray(values, dtype="<f4").tobytes()
-    fields = (kind, _VERSION, client, round, local_steps, first_round, len(payload) // 4, examples, loss)
-    unsigned = _HEADER.pack(_MAGIC, *fields, 0)[:-4]
+def _fp32(values: np.ndarray) -> bytes:
+    return np.ascontiguousarray(values, dtype="<f4").tobytes()
+
+
+def _sealed(fields: _Fields, payload: bytes) -> bytes:
+    known = fields.loss is not None
+    unsigned = _HEADER.pack(
+        _MAGIC,
+        fields.kind,
+        _VERSION,
+        _LOSS_KNOWN if known else 0,
+        0,
+        fields.client,
+        fields.round,
+        fields.local_steps,
+        fields.extra,
+        len(payload) // 4,
+        fields.examples,
+        fields.loss if known else 0.0,
+        0,
+    )[:-4]
     return unsigned + struct.pack("<I", zlib.crc32(payload, zlib.crc32(unsigned))) + payload
 
 
-def _decode(data: bytes) -> _Fields:
+def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
+    """Header and payload, uint32; the cheap checks first."""
     if len(data) < HEADER_BYTES:
-        raise MessageError(f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
-    magic, kind, version, client, round, steps, first, count, examples, loss, crc = _HEADER.unpack_from(data)
+        raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
+    magic, kind, version, flags, zero, client, round, steps, extra, count, examples, loss, crc = _HEADER.unpack_from(
+        data
+    )
     if magic != _MAGIC or version != _VERSION:
-        raise MessageError(f"the message begins {magic!r}, version {version}; expected {_MAGIC!r}, version {_VERSION}")
-    if count > _MOST_VALUES or len(data) != HEADER_BYTES + 4 * count:
-        raise MessageError(f"the message has {len(data)} bytes and claims {count} values")
-    if zlib.crc32(data[HEADER_BYTES:], zlib.crc32(data[: HEADER_BYTES - 4])) != crc:
-        raise MessageError("the message's checksum does not match: it was damaged on the way")
+        raise RefusedError(
+            Refusal.MALFORMED,
+            f"the message begins {magic!r}, version {version}; expected {_MAGIC!r}, version {_VERSION}",
+        )
+    if count > most:
+        raise RefusedError(Refusal.MALFORMED, f"the message claims {count} values where at most {most} belong")
+    if len(data) != HEADER_BYTES + 4 * count:
+        raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes and claims {count} values")
+    if zlib.crc32(memoryview(data)[HEADER_BYTES:], zlib.crc32(data[: HEADER_BYTES - 4])) != crc:
+        raise RefusedError(Refusal.MALFORMED, "the message's checksum does not match: it was damaged on the way")
     if kind not in tuple(_Kind):
-        raise MessageError(f"unknown kind of message {kind}")
-    values = np.frombuffer(data, dtype="<f4", offset=HEADER_BYTES)
-    return _Kind(kind), client, round, steps, first, examples, loss, values
+        raise RefusedError(Refusal.MALFORMED, f"unknown kind of message {kind}", client)
+    if zero or flags & ~_LOSS_KNOWN:
+        raise RefusedError(Refusal.MALFORMED, f"reserved bits are set (flags {flags:#04x}, then {zero:#04x})", client)
+    if not flags and data[HEADER_BYTES - 8 : HEADER_BYTES - 4] != bytes(4):
+        raise RefusedError(Refusal.MALFORMED, f"the loss is {loss} in a message that tells none", client)
+    if not math.isfinite(loss):
+        raise RefusedError(Refusal.NOT_FINITE, f"the loss is {loss}", client)
+    fields = _Fields(
+        kind=_Kind(kind),
+        client=client,
+        round=round,
+        local_steps=steps,
+        extra=extra,
+        examples=examples,
+        loss=loss if flags else None,
+    )
+    return fields, np.frombuffer(data, dtype="<u4", offset=HEADER_BYTES)
 
 
-__all__ = ["HEADER_BYTES", "TrainReply", "TrainRequest"]
+def _finite(fields: _Fields, words: np.ndarray) -> np.ndarray:
+    """Words as fp32 values, each finite."""
+    values = words.view("<f4")
+    finite = np.isfinite(values)
+    if not finite.all():
+        at = int(np.flatnonzero(~finite)[0])
+        raise RefusedError(Refusal.NOT_FINITE, f"value {at} is not finite ({values[at]})", fields.client)
+    return values
+
+
+def _with_gaps(fields: _Fields, words: np.ndarray) -> np.ndarray:
+    """A reply's values, NaN at the positions that follow them."""
+    count = len(words) - fields.extra
+    if fields.extra > count:
+        raise fields.malformed(f"{fields.extra} of {len(words)} values are said to be positions of the others")
+    values, positions = _finite(fields, words[:count]), words[count:]
+    if not len(positions):
+        return values
+    if (positions >= count).any() or (positions[1:] <= positions[:-1]).any():
+        raise fields.malformed(f"the positions of queries not taken must ascend, without repetition, below {count}")
+    if words[positions].any():
+        raise fields.malformed("a query that was not taken has a scalar other than 0")
+    values = values.copy()
+    values[positions] = np.nan
+    return values
+
+
+__all__ = ["HEADER_BYTES", "MOST_VALUES", "TrainReply", "TrainRequest"]

@@ -302,8 +302,13 @@ class _Rounds:
         there = recorded.snapshot is not None and recorded.snapshot.round == round
         by_weights = replica.terms.gradient is Gradient.BACKPROPAGATION  # the ledger has these
         if round and every and round % every == 0 and not there and not by_weights:
-            masters = replica.optimizer.weights.masters()
-            Snapshot(round=round, seal=self._ledger.seal, masters=masters).save(self._directory.path / SNAPSHOT)
+            snapshot = Snapshot(
+                round=round,
+                seal=self._ledger.seal,
+                mask=replica.terms.mask_digest,
+                masters=replica.optimizer.weights.masters(),
+            )
+            snapshot.save(self._directory.path / SNAPSHOT)
 
 
 def _of_weights(federation: Federation) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import stream
-from ..errors import MeerkatError, MessageError
+from ..errors import MeerkatError
 from .aggregation import Weighting, client_weights, mean_masters, weighted_mean
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
 from .methods import Gradient
+from .refusal import Refusal, RefusedError
 from .replica import Replica
 from .selection import Selection
 from .terms import CALIBRATION
@@ -69,7 +70,7 @@ class Server:
         if replica.terms.calibration_steps and (gradip is None or select is None):
             raise ValueError("a federation with a calibration needs GradIP and a rule that selects clients by it")
         self.replica = replica
-        self.rejected: Counter[str] = Counter()  # reason -> messages refused
+        self.rejected: Counter[str] = Counter()  # client and kind of reason -> messages refused
         self.stopped = frozenset(stopped)
         self._clients = sorted(clients)
         self._ledger, self._weighting, self._per_round = ledger, weighting, per_round
@@ -129,46 +130,68 @@ class Server:
         self._bytes_down += len(message)
         return message
 
-    def receive(self, message: bytes) -> TrainReply:
+    def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
         """Takes a client's answer into this round.
 
+        Args:
+            message: any bytes.
+            sender: id of the client that the transport knows them to be from; None where it knows no names, and
+                whom the message itself claims has to do.
+
         Raises:
-            MessageError: saying why it is refused; it is counted in ``rejected`` and the round goes on without it.
+            MessageError: saying why it is refused, a ``RefusedError``. It is counted in ``rejected``, nothing else
+                changes, and the round goes on without it.
         """
         self._bytes_up += len(message)
         try:
-            reply = TrainReply.decode(message)
-            self._check(reply)
-        except MessageError as error:
-            self.rejected[str(error)] += 1
+            reply = TrainReply.decode(message, self._most_values())
+            self._check(reply, sender)
+        except RefusedError as error:
+            who = error.client if sender is None else sender
+            self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.refusal}"] += 1
             raise
         self._replies[reply.client] = reply
         self._at[reply.client] = max(self.round, 1)
         return reply
 
-    def _check(self, reply: TrainReply) -> None:
+    def rejected_now(self) -> dict[str, int]:
+        """Messages refused since the last round was finished, by client and kind of reason, in their order."""
+        return dict(sorted((self.rejected - self._rejected_before).items()))
+
+    def _most_values(self) -> int:
+        terms = self.replica.terms
+        by_weights = terms.gradient is Gradient.BACKPROPAGATION
+        return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
+
+    def _check(self, reply: TrainReply, sender: int | None) -> None:
         who = f"client {reply.client}"
+
+        def refused(refusal: Refusal, text: str) -> RefusedError:
+            return RefusedError(refusal, text, reply.client)
+
+        if sender is not None and sender != reply.client:
+            raise refused(Refusal.IMPOSTOR, f"client {sender} speaks for {who}")
         if reply.client not in self._at:
-            raise MessageError(f"{who} is unknown")
+            raise refused(Refusal.UNKNOWN, f"{who} is unknown")
         if reply.round != self.round:
-            raise MessageError(f"{who} answers round {reply.round}; round {self.round} is under way")
+            raise refused(Refusal.ROUND, f"{who} answers round {reply.round}; round {self.round} is under way")
         if reply.client in self._replies:
-            raise MessageError(f"{who} has answered round {self.round} already")
+            raise refused(Refusal.REPEATED, f"{who} has answered round {self.round} already")
         if reply.client not in self._taking_part():
-            raise MessageError(f"{who} does not take part in round {self.round}")
+            raise refused(Refusal.NOT_SAMPLED, f"{who} does not take part in round {self.round}")
         terms, steps = self.replica.terms, self.local_steps(reply.client)
         if reply.local_steps != steps:
-            raise MessageError(f"{who} took {reply.local_steps} steps instead of {steps}")
+            raise refused(Refusal.COUNT, f"{who} took {reply.local_steps} steps instead of {steps}")
         if terms.gradient is Gradient.BACKPROPAGATION:
             sent, what, wanted = reply.masters, "master values", terms.elements
         else:
             sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
         if sent is None:
-            raise MessageError(f"{who} sent no {what}, which {terms.gradient} steps are made of")
+            raise refused(Refusal.COUNT, f"{who} sent no {what}, which {terms.gradient} steps are made of")
         if len(sent) != wanted:
-            raise MessageError(f"{who} sent {len(sent)} {what} instead of {wanted}")
+            raise refused(Refusal.COUNT, f"{who} sent {len(sent)} {what} instead of {wanted}")
         if reply.examples == 0:
-            raise MessageError(f"{who} has no examples")
+            raise refused(Refusal.EXAMPLES, f"{who} has no examples")
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and moves the model on.
@@ -177,7 +200,7 @@ class Server:
             RoundFailedError: if there was no usable answer; the round stays open.
         """
         if not self._replies:
-            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({dict(self.rejected)})")
+            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
         own = {i: scalars.tolist() for i in sorted(self._replies) if (scalars := self._replies[i].scalars) is not None}
         traces = self._traces(self.round, own)
         line = self._line(own, traces)
@@ -225,15 +248,21 @@ class Server:
             lr=terms.learning_rates(number),
             scalars=scalars,
             clients=own,
-            loss=sum(weights[i] * self._replies[i].loss for i in weights),
+            loss=self._loss(),
             steps=sum(reply.local_steps for reply in self._replies.values()),
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
-            rejected=dict(self.rejected - self._rejected_before),
+            rejected=self.rejected_now(),
             stopped=selection.stopped,
             thresholds=selection.thresholds,
             masters=masters,
         )
+
+    def _loss(self) -> float | None:
+        """Mean training loss of the clients that told one, weighted by ``p_i``; None if none did."""
+        told = {i: reply.loss for i, reply in self._replies.items() if reply.loss is not None}
+        shares = client_weights({i: self._replies[i].examples for i in told}, self._weighting)
+        return sum(shares[i] * told[i] for i in shares) if told else None
 
     def _move_on(self, line: Round, *, weights: bool = True) -> None:
         if self._calibrating:

@@ -1,5 +1,10 @@
 """The wire format: golden bytes, round trips, and anything else refused."""
 
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,107 +14,265 @@ from meerkat_engine.errors import MessageError
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
 
 UINT = st.integers(0, 2**32 - 1)
-FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20)
+FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
+NAN = float("nan")
 
 
-def test_golden_bytes() -> None:
-    request = TrainRequest(client=7, round=3, local_steps=2, first_round=2, scalars=np.array([1.5, -2.0], np.float32))
-    assert request.encode().hex() == (
-        "4d4b5431" "01" "01" "0000" "07000000" "03000000" "02000000" "02000000" "02000000" "00000000" "00000000"
-        "520d6d24" "0000c03f" "000000c0"
-    )  # fmt: skip
-    answer = TrainReply(client=7, round=3, local_steps=1, scalars=np.array([0.25], np.float32), examples=131, loss=0.5)
-    assert answer.encode().hex() == (
-        "4d4b5431" "03" "01" "0000" "07000000" "03000000" "01000000" "00000000" "01000000" "83000000" "0000003f"
-        "9838e20e" "0000803e"
-    )  # fmt: skip
+def fp32(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def sealed(fields: bytes) -> bytes:
+    """A message with its checksum set right, whatever else it holds."""
+    crc = zlib.crc32(fields[HEADER_BYTES:], zlib.crc32(fields[: HEADER_BYTES - 4]))
+    return fields[: HEADER_BYTES - 4] + struct.pack("<I", crc) + fields[HEADER_BYTES:]
+
+
+ONE_OF_EACH: dict[str, tuple[TrainRequest | TrainReply, str]] = {
+    "request with scalars": (
+        TrainRequest(client=7, round=3, local_steps=2, first_round=2, scalars=fp32(1.5, -2.0)),
+        "4d4b5431" "01020000" "07000000" "03000000" "02000000" "02000000" "02000000" "00000000" "00000000"
+        "a911f6f7" "0000c03f" "000000c0",
+    ),
+    "request with masters": (
+        TrainRequest(client=7, round=3, local_steps=2, first_round=3, masters=fp32(0.5)),
+        "4d4b5431" "02020000" "07000000" "03000000" "02000000" "03000000" "01000000" "00000000" "00000000"
+        "6c0c5a9f" "0000003f",
+    ),
+    "reply with scalars": (
+        TrainReply(client=7, round=3, local_steps=3, scalars=fp32(NAN, 0.25, NAN), examples=131, loss=0.5),
+        "4d4b5431" "03020100" "07000000" "03000000" "03000000" "02000000" "05000000" "83000000" "0000003f"
+        "1d2dc334" "00000000" "0000803e" "00000000" "00000000" "02000000",
+    ),
+    "reply without a loss": (
+        TrainReply(client=7, round=3, local_steps=1, scalars=fp32(NAN), examples=131, loss=None),
+        "4d4b5431" "03020000" "07000000" "03000000" "01000000" "01000000" "02000000" "83000000" "00000000"
+        "3c3706f4" "00000000" "00000000",
+    ),
+    "reply with masters": (
+        TrainReply(client=7, round=3, local_steps=2, masters=fp32(1.0), examples=131, loss=0.5),
+        "4d4b5431" "04020100" "07000000" "03000000" "02000000" "00000000" "01000000" "83000000" "0000003f"
+        "60ed1ad2" "0000803f",
+    ),
+}  # fmt: skip
+EACH = pytest.mark.parametrize("message", [m for m, _ in ONE_OF_EACH.values()], ids=list(ONE_OF_EACH))
+BOTH = pytest.mark.parametrize("kind", [TrainRequest, TrainReply], ids=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize(("message", "golden"), ONE_OF_EACH.values(), ids=list(ONE_OF_EACH))
+def test_golden_bytes(message: TrainRequest | TrainReply, golden: str) -> None:
+    assert message.encode().hex() == golden
+    assert type(message).decode(bytes.fromhex(golden)).encode().hex() == golden
     assert HEADER_BYTES == 40
 
 
-@given(client=UINT, round=st.integers(1, 2**32 - 1), steps=UINT, values=FLOATS)
-def test_requests_survive_the_round_trip(client: int, round: int, steps: int, values: list[float]) -> None:
-    sent = TrainRequest(
-        client=client, round=round, local_steps=steps, first_round=1, scalars=np.array(values, np.float32)
-    )
+@given(
+    client=UINT, round=st.integers(1, 2**32 - 1), steps=UINT, values=st.lists(FLOAT, max_size=20), whole=st.booleans()
+)
+def test_requests_survive_the_round_trip(client: int, round: int, steps: int, values: list[float], whole: bool) -> None:
+    named = {"masters" if whole else "scalars": fp32(*values)}
+    sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, **named)
     got = TrainRequest.decode(sent.encode())
     assert (got.client, got.round, got.local_steps, got.first_round) == (client, round, steps, 1)
-    assert got.masters is None
-    assert got.scalars is not None
-    assert got.scalars.tobytes() == np.array(values, np.float32).tobytes()
+    found, other = (got.masters, got.scalars) if whole else (got.scalars, got.masters)
+    assert other is None
+    assert found is not None
+    assert found.tobytes() == fp32(*values).tobytes()
 
 
 @given(
     client=UINT,
     round=UINT,
+    steps=UINT,
     examples=UINT,
-    loss=st.floats(width=32, allow_nan=False, allow_infinity=False),
-    values=FLOATS,
+    loss=st.none() | FLOAT,
+    values=st.lists(FLOAT | st.just(NAN), max_size=20),
 )
-def test_replies_survive_the_round_trip(
-    client: int, round: int, examples: int, loss: float, values: list[float]
+def test_replies_survive_the_round_trip_with_what_was_not_taken(
+    client: int, round: int, steps: int, examples: int, loss: float | None, values: list[float]
 ) -> None:
     sent = TrainReply(
-        client=client,
-        round=round,
-        local_steps=len(values),
-        scalars=np.array(values, np.float32),
-        examples=examples,
-        loss=loss,
+        client=client, round=round, local_steps=steps, scalars=fp32(*values), examples=examples, loss=loss
     )
-    got = TrainReply.decode(sent.encode())
-    assert (got.client, got.round, got.examples, got.loss) == (client, round, examples, loss)
-    assert got.local_steps == len(values)
+    data = sent.encode()
+    assert len(data) == HEADER_BYTES + 4 * (len(values) + sum(map(np.isnan, values)))
+    got = TrainReply.decode(data)
+    assert (got.client, got.round, got.local_steps, got.examples, got.loss) == (client, round, steps, examples, loss)
     assert got.masters is None
     assert got.scalars is not None
-    assert got.scalars.tobytes() == np.array(values, np.float32).tobytes()
+    assert got.scalars.dtype == np.float32
+    np.testing.assert_array_equal(got.scalars, fp32(*values))
+    assert (np.signbit(got.scalars) == np.signbit(fp32(*values)))[~np.isnan(got.scalars)].all()
 
 
-@settings(max_examples=200)
-@given(at=st.integers(0, HEADER_BYTES + 7), flip=st.integers(1, 255))
-def test_every_damaged_byte_is_noticed(at: int, flip: int) -> None:
-    data = bytearray(
-        TrainReply(client=1, round=2, local_steps=2, scalars=np.ones(2, np.float32), examples=3, loss=0.5).encode()
-    )
-    data[at] ^= flip
-    with pytest.raises(MessageError):
-        TrainReply.decode(bytes(data))
+def refused_or_itself(data: bytes) -> bool:
+    """Whether any kind of message takes the bytes; if so, it encodes to the very same."""
+    taken = False
+    for kind in (TrainReply, TrainRequest):
+        try:
+            got = kind.decode(data)
+        except MessageError:
+            continue
+        assert got.encode() == data
+        taken = True
+    return taken
 
 
 @given(data=st.binary(max_size=100))
 def test_any_bytes_are_refused_by_name(data: bytes) -> None:
-    for kind in (TrainReply, TrainRequest):
+    assert not refused_or_itself(data)
+
+
+@settings(max_examples=1000)
+@given(
+    kind=st.sampled_from([1, 2, 3, 4, 1, 2, 3, 4, 0, 5]),
+    flags=st.sampled_from([0, 1, 0, 1, 0, 1, 2]),
+    zero=st.sampled_from([0, 0, 0, 0, 1]),
+    client=UINT,
+    fields=st.lists(st.integers(0, 3) | UINT, min_size=3, max_size=3),
+    examples=st.just(0) | UINT,
+    count=st.none() | st.none() | UINT,
+    loss=st.just(bytes(4)) | FLOAT.map(lambda x: struct.pack("<f", x)) | st.binary(min_size=4, max_size=4),
+    words=st.lists(st.integers(0, 3) | UINT, max_size=6),
+)
+def test_headers_that_nobody_wrote(
+    kind: int,
+    flags: int,
+    zero: int,
+    client: int,
+    fields: list[int],
+    examples: int,
+    count: int | None,
+    loss: bytes,
+    words: list[int],
+) -> None:
+    """Checksums are set right, so that what lies behind them is reached."""
+    count = len(words) if count is None else count
+    header = struct.pack("<4sBBBB6I", b"MKT1", kind, 2, flags, zero, client, *fields, count, examples)
+    refused_or_itself(sealed(header + loss + bytes(4) + struct.pack(f"<{len(words)}I", *words)))
+
+
+@EACH
+def test_every_damaged_byte_is_noticed(message: TrainRequest | TrainReply) -> None:
+    data = message.encode()
+    for at in range(len(data)):
+        for flip in range(1, 256):
+            damaged = bytearray(data)
+            damaged[at] ^= flip
+            with pytest.raises(MessageError):
+                type(message).decode(bytes(damaged))
+
+
+@EACH
+def test_what_is_too_short_or_too_long_is_noticed(message: TrainRequest | TrainReply) -> None:
+    data = message.encode()
+    for length in range(len(data)):
         with pytest.raises(MessageError):
-            kind.decode(data)
+            type(message).decode(data[:length])
+    for more in (b"\0", b"\0\0\0\0", data):
+        with pytest.raises(MessageError, match="claims"):
+            type(message).decode(data + more)
 
 
-def test_a_reply_may_bring_weights() -> None:
-    """Of a client that trains by backpropagation."""
-    sent = TrainReply(client=1, round=2, local_steps=5, masters=np.ones(3, np.float32), examples=4, loss=0.5)
-    got = TrainReply.decode(sent.encode())
-    assert got.scalars is None
-    assert got.masters is not None
-    assert got.masters.tolist() == [1, 1, 1]
-    assert got.local_steps == 5
-    with pytest.raises(MessageError, match="expected a request, got a reply"):
-        TrainRequest.decode(sent.encode())
+@EACH
+def test_one_kind_is_not_the_other(message: TrainRequest | TrainReply) -> None:
+    got, expected = ("reply", "request") if isinstance(message, TrainReply) else ("request", "reply")
+    other = TrainRequest if isinstance(message, TrainReply) else TrainReply
+    with pytest.raises(MessageError, match=f"expected a {expected}, got a {got}"):
+        other.decode(message.encode())
 
 
-def test_a_reply_is_no_request() -> None:
-    answer = TrainReply(client=1, round=1, local_steps=1, scalars=np.ones(1, np.float32), examples=3, loss=0.5)
-    with pytest.raises(MessageError, match="expected a request, got a reply"):
-        TrainRequest.decode(answer.encode())
-    ask = TrainRequest(client=1, round=1, local_steps=1, first_round=1, scalars=np.ones(0, np.float32))
-    with pytest.raises(MessageError, match="expected a reply, got a request"):
-        TrainReply.decode(ask.encode())
+def reply(*values: float, words: tuple[int, ...] = (), skipped: int = 0) -> bytes:
+    """A reply made by hand: values, then words that are said to be positions."""
+    header = struct.pack(
+        "<4sBBBB6IfI", b"MKT1", 3, 2, 1, 0, 1, 2, 3, skipped, len(values) + len(words), 5, 0.5, 0
+    )  # fmt: skip
+    return sealed(header + struct.pack(f"<{len(values)}f", *values) + struct.pack(f"<{len(words)}I", *words))
 
 
-def test_a_loss_that_is_not_finite_is_refused() -> None:
-    answer = TrainReply(client=1, round=1, local_steps=1, scalars=np.ones(1, np.float32), examples=3, loss=float("nan"))
-    with pytest.raises(MessageError, match="the loss is nan"):
-        TrainReply.decode(answer.encode())
+def changed(data: bytes, at: int, value: bytes) -> bytes:
+    return sealed(data[:at] + value + data[at + len(value) :])
 
 
-def test_rounds_that_cannot_be() -> None:
-    ask = TrainRequest(client=1, round=2, local_steps=1, first_round=3, scalars=np.ones(0, np.float32))
-    with pytest.raises(MessageError, match="a request for round 2 cannot bring the scalars from round 3 on"):
-        TrainRequest.decode(ask.encode())
+REQUEST = ONE_OF_EACH["request with scalars"][0].encode
+MASTERS = ONE_OF_EACH["reply with masters"][0].encode
+UNTOLD = ONE_OF_EACH["reply without a loss"][0].encode
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (reply(1.0, NAN), r"value 1 is not finite \(nan\)"),
+        (reply(float("-inf"), 1.0), r"value 0 is not finite \(-inf\)"),
+        (changed(MASTERS(), 40, b"\0\0\xc0\x7f"), r"value 0 is not finite \(nan\)"),
+        (changed(reply(1.0), 32, b"\0\0\xc0\x7f"), "the loss is nan"),
+        (changed(reply(1.0), 32, b"\0\0\x80\x7f"), "the loss is inf"),
+        (changed(UNTOLD(), 32, b"\0\0\0\x3f"), "the loss is 0.5 in a message that tells none"),
+        (changed(UNTOLD(), 32, b"\0\0\0\x80"), "the loss is -0.0 in a message that tells none"),
+        (changed(reply(1.0), 6, b"\3"), r"reserved bits are set \(flags 0x03, then 0x00\)"),
+        (changed(reply(1.0), 7, b"\1"), r"reserved bits are set \(flags 0x01, then 0x01\)"),
+        (changed(reply(1.0), 4, b"\5"), "unknown kind of message 5"),
+        (changed(reply(1.0), 5, b"\1"), "version 1; expected b'MKT1', version 2"),
+        (reply(skipped=1, words=(0,)), "1 of 1 values are said to be positions of the others"),
+        (reply(0.0, 1.0, skipped=2**32 - 1), "4294967295 of 2 values are said to be positions"),
+        (reply(0.0, 1.0, skipped=1, words=(2,)), "must ascend, without repetition, below 2"),
+        (reply(0.0, 0.0, skipped=2, words=(1, 0)), "must ascend, without repetition, below 2"),
+        (reply(0.0, 0.0, skipped=2, words=(1, 1)), "must ascend, without repetition, below 2"),
+        (reply(0.0, 1.0, skipped=1, words=(1,)), "a query that was not taken has a scalar other than 0"),
+        (reply(-0.0, 1.0, skipped=1, words=(0,)), "a query that was not taken has a scalar other than 0"),
+        (changed(MASTERS(), 20, b"\1\0\0\0"), "1 queries were not taken, and backpropagation has none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
+    with pytest.raises(MessageError, match=reason):
+        TrainReply.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (changed(REQUEST(), 20, b"\4\0\0\0"), "a request for round 3 cannot bring the scalars from round 4 on"),
+        (changed(REQUEST(), 20, b"\0\0\0\0"), "a request for round 3 cannot bring the scalars from round 0 on"),
+        (changed(REQUEST(), 28, b"\1\0\0\0"), "a request has no examples and no loss"),
+        (changed(REQUEST(), 6, b"\1"), "a request has no examples and no loss"),
+        (changed(REQUEST(), 44, b"\0\0\xc0\x7f"), "value 1 is not finite"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_that_cannot_be(data: bytes, reason: str) -> None:
+    with pytest.raises(MessageError, match=reason):
+        TrainRequest.decode(data)
+
+
+@BOTH
+def test_more_values_than_expected_are_refused_before_they_are_looked_at(
+    kind: type[TrainRequest] | type[TrainReply],
+) -> None:
+    data = bytearray(REQUEST() if kind is TrainRequest else reply(1.0, 2.0))
+    kind.decode(bytes(data), most=2)
+    data[-1] ^= 1  # a checksum, if it were taken, would be said not to match
+    with pytest.raises(MessageError, match="the message claims 2 values where at most 1 belong"):
+        kind.decode(bytes(data), most=1)
+
+
+def peak(decode: Callable[[bytes], object], data: bytes) -> int:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError):
+            decode(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@BOTH
+def test_claims_cost_no_memory(kind: type[TrainRequest] | type[TrainReply]) -> None:
+    start = REQUEST() if kind is TrainRequest else reply()
+    many = struct.pack("<I", 2**28)
+    assert peak(kind.decode, changed(start, 24, many)) < 50_000
+    assert peak(kind.decode, changed(start, 24, many) + bytes(1000)) < 50_000
+    values = bytes(4 * 10**6)
+    full = changed(start[:HEADER_BYTES] + values, 24, struct.pack("<I", 10**6))
+    wrong = changed(full, HEADER_BYTES, b"\0\0\xc0\x7f")
+    assert peak(kind.decode, wrong) < len(wrong)
