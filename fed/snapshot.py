@@ -49,9 +49,7 @@ class Snapshot:
         """
         metadata, tensors = read_sealed(path, _KIND)
         try:
-            found = cls(
-                round=int(metadata["round"]), seal=int(metadata["seal"], 16), mask=metadata["mask"], **tensors
-            )
+            found = cls(round=int(metadata["round"]), seal=int(metadata["seal"], 16), mask=metadata["mask"], **tensors)
         except ValueError as error:
             raise LedgerError(f"the snapshot {path} is damaged: {error}; {_KIND.remedy}") from error
         terms = ledger.header.terms

@@ -171,7 +171,8 @@ def test_the_first_format_is_refused(tmp_path: Path) -> None:
     metadata, tensors = parts(tmp_path / "good")
     save_file(tensors, tmp_path / "old", metadata | {"format": "meerkat-mask/1"})
     with pytest.raises(
-        MaskError, match=r"not of format meerkat-mask/2, .* \(found format 'meerkat-mask/1'\); make it anew with `meerkat-"
+        MaskError,
+        match=r"not of format meerkat-mask/2, .* \(found format 'meerkat-mask/1'\); make it anew with `meerkat-",
     ):
         SparseMask.load(tmp_path / "old")
 

@@ -175,7 +175,7 @@ def test_unfit_messages_are_refused_and_counted_and_the_round_goes_on(
     with pytest.raises(MessageError, match=reason):
         fed.server.receive(message)
     fed.server.receive(reply(client=2, scalars=(1.0, 2.0), examples=10))
-    result = fed.server.finish_round()
+    result = fed.server.finish_round().line
     assert sum(result.rejected.values()) == 1
     assert result.scalars == [0.625, 0.875]  # weights 3/4 and 1/4: those that answered
     fed.round()
@@ -234,7 +234,7 @@ def test_the_weights_of_a_round_are_those_of_its_participants(federation: Make) 
     first, second = fed.server.participants()
     fed.server.receive(reply(client=first, scalars=(1.0, 2.0)))
     fed.server.receive(reply(client=second, scalars=(3.0, 4.0)))
-    assert fed.server.finish_round().scalars == [2.0, 3.0]
+    assert fed.server.finish_round().line.scalars == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("gradient", list(Gradient))
