@@ -2,10 +2,11 @@
 
 from .client import Client, ClientData
 from .config import RunConfig, make_config
+from .joining import catch_up
 from .ledger import read_ledger
 from .messages import TrainReply, TrainRequest
 from .replica import Replica
-from .run import execute
+from .run import execute, resume
 from .server import Server
 from .simulation import simulate
 from .terms import Terms
@@ -19,8 +20,10 @@ __all__ = [
     "Terms",
     "TrainReply",
     "TrainRequest",
+    "catch_up",
     "execute",
     "make_config",
     "read_ledger",
+    "resume",
     "simulate",
 ]

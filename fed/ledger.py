@@ -112,13 +112,13 @@ class Ledger:
         header: its first line.
         lines: of its complete rounds, round 0 included where there is a calibration.
         seals: the CRC-32 of the header and of each of them.
-        size: bytes up to the end of the last of them.
+        ends: where the header and each of them end in the file, in bytes.
     """
 
     header: Header
     lines: list[Round]
     seals: list[int]
-    size: int
+    ends: list[int]
 
     @property
     def calibration(self) -> Round | None:
@@ -133,6 +133,11 @@ class Ledger:
     def seal_of(self, round: int) -> int | None:
         """The CRC-32 of a round's line; None if it is not there."""
         return next((seal for line, seal in zip(self.lines, self.seals[1:], strict=True) if line.round == round), None)
+
+    def bytes_of(self, first: int, last: int) -> int:
+        """Length in the file of some rounds, both ends included."""
+        at = {line.round: number for number, line in enumerate(self.lines, 1)}
+        return self.ends[at[last]] - self.ends[at[first] - 1]
 
     def steps(self) -> Iterator[tuple[int, float, float]]:
         """(seed, lr, g) of every update in order, as ``replay`` takes them; ``lr`` is a query's share."""
@@ -154,7 +159,7 @@ class LedgerWriter:
         self._file: BinaryIO = open(path, "r+b" if after else "xb", buffering=0)  # noqa: SIM115
         if after is not None:
             self.seal = after.seals[-1]
-            self._file.truncate(after.size)
+            self._file.truncate(after.ends[-1])
             return
         self.seal = 0
         self._write(_header_fields(header))
@@ -203,13 +208,14 @@ def read_ledger(path: Path) -> Ledger:
     if not texts:
         raise LedgerError(f"{path} has no header")
     fields, seal = _opened(texts[0], 0, path, 1)
-    header, lines, seals = _header(fields, path), [], [seal]
+    header, lines, seals, ends = _header(fields, path), [], [seal], [len(texts[0]) + 1]
     first = CALIBRATION if header.terms.calibration_steps else 1
     for number, text in enumerate(texts[1:], 2):
         fields, seal = _opened(text, seals[-1], path, number)
         lines.append(_round(fields, path, number, header, number - 2 + first))
         seals.append(seal)
-    return Ledger(header, lines, seals, len(data) - len(rest))
+        ends.append(ends[-1] + len(text) + 1)
+    return Ledger(header, lines, seals, ends)
 
 
 def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:

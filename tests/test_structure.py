@@ -44,8 +44,8 @@ def test_public_names() -> None:
         "MeerkatError", "SparseMask", "SparseZO", "__version__", "replay", "stream",
     ]  # fmt: skip
     assert sorted(fed.__all__) == [
-        "Client", "ClientData", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest", "execute",
-        "make_config", "read_ledger", "simulate",
+        "Client", "ClientData", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest", "catch_up",
+        "execute", "make_config", "read_ledger", "resume", "simulate",
     ]  # fmt: skip
     assert {"bits", "normal", "step_seed"} <= set(meerkat_engine.stream.__all__)
 
