@@ -38,7 +38,12 @@ class Progress:
 
 
 def execute(
-    config: RunConfig, output: Path, report: Callable[[Progress], None], say: Callable[[str], None]
+    config: RunConfig,
+    output: Path,
+    report: Callable[[Progress], None],
+    say: Callable[[str], None],
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
@@ -47,6 +52,7 @@ def execute(
         output: a directory that is empty or does not exist.
         report: called after every round.
         say: called with a line before each slow preparation, and about the data.
+        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
