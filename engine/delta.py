@@ -139,8 +139,8 @@ class Delta:
         base = fingerprint(model)
         if base != self.base:
             raise DeltaError(
-                f"{self.where} goes onto a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; this one "
-                f"has {base[:12]}"
+                f"{self.where} goes onto a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; "
+                f"this one has {base[:12]}"
             )
         try:
             weights = MaskedWeights(model, self.mask, backend)

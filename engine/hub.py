@@ -9,7 +9,10 @@ from .errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """Where a data set is on the hub. Its files are Parquet or the like: ``datasets`` no longer runs scripts.
+    """Where a data set is on the hub. Its files are Parquet or the like, and none of them is run.
+
+    From version 4 on, which this project requires, ``datasets`` refuses a data set that comes as a script, and has no
+    setting that would allow it.
 
     Args:
         path: of the repository, or of a local directory laid out like one.

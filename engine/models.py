@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from .errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICKLES = (
+    "a pickle may hold code, so weights are read from safetensors or GGUF files only: convert it where you trust it"
+)
 
 
 @dataclass(frozen=True)
@@ -30,39 +34,78 @@ class LanguageModel:
     adapters: tuple[str, ...] = ()
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LanguageModel:
-    """Loads a model and its tokenizer. Code from a model repository is never run.
+def load_model(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Loads a model and its tokenizer, weights from safetensors or GGUF files only.
+
+    Every parameter has the dtype asked for; buffers, such as the frequencies of rotary positions, keep the one that the
+    architecture gives them, as in any program that loads the model.
 
     Args:
         source: a local directory, a ``.gguf`` file, or a Hugging Face model id.
         dtype: of the weights: float32, bfloat16 or float16.
         device: where to put the model.
+        trust_remote_code: runs the code that comes with the model, where it comes with some; otherwise such a model is
+            refused.
 
     Raises:
-        ModelError: if it cannot be found or loaded, saying what was looked for.
+        ModelError: if it cannot be found or loaded, saying what was looked for; has its weights as pickles; is an
+            adapter without its model; or needs code of its own that is not trusted.
     """
     device = check_device(device)
     path = Path(source)
-    arguments: dict[str, Any] = {}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no GGUF file {source!r}")
-        folder, arguments = str(path.parent), {"gguf_file": path.name}
-    else:
-        folder = source
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelError(f"there is no GGUF file {source!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
+        model, tokenizer = _read(path, source, dtype, trust_remote_code)
     except ImportError as error:
-        if not arguments:
+        if path.suffix != ".gguf":
             raise ModelError(f"cannot load the model {source!r}: {error}") from error
         raise ModelError(f"GGUF files need two more packages: pip install 'meerkat-engine[gguf]' ({error})") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        looked = "as a directory" if path.is_dir() else "as a GGUF file" if arguments else "on the Hugging Face hub"
-        if not arguments and not path.is_dir():
-            looked += f" (there is no directory {source!r} here)"
-        raise ModelError(f"cannot load the model {source!r} {looked}: {_first_line(error)}") from error
-    return LanguageModel(model.to(device=device, dtype=dtype).eval().requires_grad_(False), prepare(tokenizer), source)
+    except Exception as error:  # of any type: transformers and tokenizers pass on what a damaged file leads to
+        looked = (
+            "as a directory" if path.is_dir() else "as a GGUF file" if path.suffix == ".gguf" else _on_the_hub(source)
+        )
+        raise ModelError(f"cannot load the model {source!r} {looked}: {_why(error, trust_remote_code)}") from error
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return LanguageModel(model.to(device).eval().requires_grad_(False), prepare(tokenizer), source)
+
+
+def _read(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer as transformers gives them."""
+    # told either way: transformers would ask at the terminal
+    common: dict[str, Any] = {"trust_remote_code": trust}
+    if path.suffix == ".gguf":
+        source, common = str(path.parent), common | {"gguf_file": path.name}
+    else:
+        _check_weights(path, source, common)
+    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+    )
+    if missing := sorted(found["missing_keys"]):  # which would be drawn at random
+        raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]!r} among them")
+    return model, tokenizer
+
+
+def _check_weights(path: Path, source: str, common: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for weights that may not be read, or that lie elsewhere than the model."""
+    if find_adapter_config_file(source) is not None:  # names a model anywhere, and may have its weights in a pickle
+        raise ValueError("it is an adapter, or has one beside its weights; merge it, and save the model that gives")
+    pickles = sorted(file.name for suffix in (".bin", ".pt", ".pth") for file in path.glob(f"*{suffix}"))
+    if pickles and not any(path.glob("*.safetensors")):
+        raise ValueError(f"its weights are a pickle ({pickles[0]}); {_PICKLES}")
+    config = AutoConfig.from_pretrained(source, **common)
+    named = getattr(config, "transformers_weights", None)  # goes before use_safetensors
+    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"its config names {named!r} as its weights; {_PICKLES}")
 
 
 def prepare(tokenizer: Any) -> Any:
@@ -84,6 +127,19 @@ def check_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda was asked for, but torch sees no CUDA or ROCm device; use --device cpu")
     return found
+
+
+def _on_the_hub(source: str) -> str:
+    return f"on the Hugging Face hub (there is no directory {source!r} here)"
+
+
+def _why(error: BaseException, trust: bool) -> str:
+    if "trust_remote_code" in str(error) and not trust:
+        return "it needs code of its own; read that, and if you trust it, give --trust-remote-code"
+    if "use_safetensors" in str(error):
+        return f"it has no safetensors files; {_PICKLES}"
+    plain = isinstance(error, OSError | ValueError | RuntimeError)
+    return _first_line(error) if plain else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

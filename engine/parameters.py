@@ -62,19 +62,22 @@ class ParameterTable:
             rows = [(name, tuple(shape), base) for name, shape, base in json.loads(text)]
         except (TypeError, RecursionError) as error:
             raise ValueError(f"the table is no list of [name, shape, base id]: {error}") from error
+        names: list[str] = []
+        bases: list[int] = []
         size = 0
         for name, shape, base in rows:
             if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in shape):
                 raise ValueError(f"the table's row {name!r} has no shape")
             if type(base) is not int or base != size:
                 raise ValueError(f"the table's row {name!r} begins at {base} instead of {size}")
+            names.append(name)
+            bases.append(base)
             size += math.prod(shape)
         if size >= 2**63:
             raise ValueError(f"the table has {size} elements, and element ids end at {2**63 - 1}")
-        names, shapes, bases = (tuple(row[i] for row in rows) for i in range(3))
         if len(set(names)) < len(names):
             raise ValueError("the table has a parameter twice")
-        return cls(names, shapes, bases, size)
+        return cls(tuple(names), tuple(shape for _, shape, _ in rows), tuple(bases), size)
 
     @property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ ASCII without spaces, the dtypes are called as in the file. Strings in a file ar
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def _check_names(where: str, kind: Kind, metadata: Mapping[str, str], dtypes: Ma
             raise kind.error(f"{where} is damaged: {name!r} is {dtype} instead of {kind.tensors[name]}; {kind.remedy}")
 
 
-def _difference(wanted: "frozenset[str] | set[str]", found: "frozenset[str] | set[str]") -> str | None:
+def _difference(wanted: Set[str], found: Set[str]) -> str | None:
     words = [f"unknown {name!r}" for name in sorted(found - wanted)]
     words += [f"no {name!r}" for name in sorted(wanted - found)]
     return ", ".join(words) or None

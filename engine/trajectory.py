@@ -24,7 +24,19 @@ def replay(
         MaskError: if the mask is another model's.
         ValueError: if a scalar is not finite.
     """
-    weights = MaskedWeights(model, mask, backend)
+    replay_(MaskedWeights(model, mask, backend), steps)
+
+
+def replay_(weights: MaskedWeights, steps: Iterable[tuple[int, float, float]]) -> None:
+    """``replay`` on masked weights that are there already, whose masters tell more than the live weights do.
+
+    Args:
+        weights: written.
+        steps: as for ``replay``.
+
+    Raises:
+        ValueError: if a scalar is not finite.
+    """
     seeds, c = [], []
     for seed, lr, g in steps:
         if not math.isfinite(g) or not math.isfinite(lr):
@@ -34,4 +46,4 @@ def replay(
     weights.replay_(seeds, c)
 
 
-__all__ = ["replay"]
+__all__ = ["replay", "replay_"]

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from .. import __version__
 from ..bench.command import bench
 from ..bench.experiments.command import experiment
+from ..checkpoint import check_absent
 from ..errors import ConfigError, MeerkatError
-from ..lora import merge_lora
 from . import setup
 from .config import RunConfig, make_config
+from .export import apply_delta, save_run
 from .masks import make_mask, reach
 from .methods import Method
 from .options import from_file, given, settings
@@ -52,14 +53,25 @@ def main() -> None:
         logging.set_verbosity_error()
 
 
+_trust = click.option(  # an option and no setting: a file cannot ask for it
+    "--trust-remote-code", is_flag=True, help="run the code that comes with the model, if it comes with some"
+)
+
+
 @main.command()
 @settings()
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
 @click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
               help="go on with the run in DIR; with settings, begin it where there is none yet")  # fmt: skip
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
+@_trust
 def run(
-    config_file: Path | None, output: Path | None, resumed: Path | None, compare_random: bool, **options: Any
+    config_file: Path | None,
+    output: Path | None,
+    resumed: Path | None,
+    compare_random: bool,
+    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Fine-tunes a model across simulated clients and writes a run directory.
 
@@ -71,7 +83,7 @@ def run(
             raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
         if is_run(resumed) or not user:
             check_same(user, resumed)
-            _show(resumed, lambda report, say: resume(resumed, report, say))
+            _show(resumed, lambda report, say: resume(resumed, report, say, trust_remote_code=trust_remote_code))
             return
         output = resumed
     config = make_config(user)
@@ -81,10 +93,10 @@ def run(
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
     if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
         raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
-    summary = _run(config, output)
+    summary = _run(config, output, trust_remote_code)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask")
+        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", trust_remote_code)
         click.echo(
             f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
             f"   (both at learning rate {config.lr:g})"
@@ -92,28 +104,53 @@ def run(
 
 
 @main.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--output", type=click.Path(path_type=Path), help="also save the model here, as a Hugging Face checkpoint"
 )
-def replay(directory: Path, output: Path | None) -> None:
+@click.option("--round", "number", type=int, metavar="R", help="stop at the end of this round; 0: the base model")
+@click.option("--delta", type=click.Path(path_type=Path), help="also save the masked weights alone to this file")
+@click.option("--model", help="the base model, if elsewhere than the run's settings say")
+@_trust
+def replay(
+    directory: Path,
+    output: Path | None,
+    number: int | None,
+    delta: Path | None,
+    model: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Rebuilds a run's model from base, mask and ledger, and checks its bits against the run's."""
-    if output is not None and output.exists():
-        raise ConfigError(f"{output} exists already; choose another directory, nothing was changed")
-    done = replay_run(directory)
-    click.echo(f"replayed {done.rounds} rounds; weights {done.weights}")
-    if done.recorded is None:
+    for path in filter(None, (output, delta)):
+        check_absent(path)
+    done = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
+    click.echo(f"replayed {done.round} rounds; weights {done.weights}")
+    if not done.last:
+        click.echo(f"the ledger goes on to round {len(done.ledger.rounds)}: no fingerprint to compare with")
+    elif done.recorded is None:
         click.echo("the run did not finish: no fingerprint to compare with")
     elif done.recorded == done.weights:
         click.echo("the same bits as at the end of the run")
     else:
         raise MeerkatError(f"the run ended with other weights: {done.recorded}")
+    if delta is not None:
+        done.delta().save(delta)
+        click.echo(f"saved {len(done.masked.mask)} masked weights to {delta}")
     if output is not None:
-        if done.lm.adapters:
-            merge_lora(done.lm.model)
-        done.lm.model.save_pretrained(output)  # type: ignore[operator]
-        done.lm.tokenizer.save_pretrained(output)
+        save_run(done, output)
         click.echo(f"saved to {output}")
+
+
+@main.command()
+@click.argument("delta", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="the base model: Hugging Face id, directory, GGUF file, or embedded")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="directory of the new checkpoint")
+@_trust
+def apply(delta: Path, model: str, output: Path, trust_remote_code: bool) -> None:
+    """Puts a delta of `replay --delta` onto its base model and saves that as a Hugging Face checkpoint."""
+    done = apply_delta(delta, model, output, trust_remote_code=trust_remote_code)
+    click.echo(f"put {len(done.mask)} weights of round {done.round} onto {model}; weights {done.weights}")
+    click.echo(f"saved to {output}")
 
 
 @main.command()
@@ -123,7 +160,10 @@ def replay(directory: Path, output: Path | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="mask file to write")
 @click.option("--check", "checked", multiple=True, metavar="TASK",
               help="say how much of this task's squared gradient the mask holds; may be repeated")  # fmt: skip
-def mask(config_file: Path | None, output: Path | None, checked: tuple[str, ...], **options: Any) -> None:
+@_trust
+def mask(
+    config_file: Path | None, output: Path | None, checked: tuple[str, ...], trust_remote_code: bool, **options: Any
+) -> None:
     """Builds a mask and saves it, or says whether it transfers to a task."""
     if output is None and not checked:
         raise ConfigError("give --output FILE to save the mask, or --check TASK to see what it holds of a task")
@@ -139,7 +179,7 @@ def mask(config_file: Path | None, output: Path | None, checked: tuple[str, ...]
     if output is not None and not config.method.recipe.elements.ranked:
         raise ConfigError(f"{config.method} needs no mask file: what it trains has a name")
     setup.check_files(config)
-    lm = setup.load_language_model(config)
+    lm = setup.load_language_model(config, trust_remote_code=trust_remote_code)
     made = make_mask(config, lm, setup.encode(config, lm.tokenizer).train if by_task else None)
     click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
     if output is not None:
@@ -166,8 +206,10 @@ main.add_command(bench)
 main.add_command(experiment)
 
 
-def _run(config: RunConfig, output: Path) -> dict[str, Any]:
-    return _show(output, lambda report, say: execute(config, output, report, say))
+def _run(config: RunConfig, output: Path, trust_remote_code: bool) -> dict[str, Any]:
+    return _show(
+        output, lambda report, say: execute(config, output, report, say, trust_remote_code=trust_remote_code)
+    )
 
 
 def _show(

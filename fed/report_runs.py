@@ -82,15 +82,15 @@ def _read(path: Path, name: str) -> Run:
     missing = [file for file in (CONFIG, METRICS) if not (path / file).is_file()]
     if missing:
         raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}")
-    metrics = _json_lines(path / METRICS)
+    metrics = json_lines(path / METRICS)
     summary = metrics.pop()["summary"] if metrics and isinstance(metrics[-1].get("summary"), dict) else None
     _require(all(is_number(line.get("round")) for line in metrics), path / METRICS, "a line has no round")
-    gradip = _json_lines(path / GRADIP) if (path / GRADIP).is_file() else []
+    gradip = json_lines(path / GRADIP) if (path / GRADIP).is_file() else []
     _require(all(map(_is_gradip, gradip)), path / GRADIP, f"a line lacks round, clients, or lists of {MEASURES}")
     return Run(path=path, name=name, settings=read_toml(path / CONFIG), rounds=metrics, summary=summary, gradip=gradip)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file, one a line; a last line that a crash tore is left out."""
     lines = path.read_bytes().splitlines(keepends=True)
     found = []
@@ -139,4 +139,4 @@ def _so_far(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["MEASURES", "Run", "is_number", "path_of_clients", "read_runs"]
+__all__ = ["MEASURES", "Run", "is_number", "json_lines", "path_of_clients", "read_runs"]

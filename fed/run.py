@@ -51,7 +51,9 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def execute(config: RunConfig, output: Path, report: Report, say: Say) -> dict[str, Any]:
+def execute(
+    config: RunConfig, output: Path, report: Report, say: Say, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
     Args:
@@ -59,6 +61,7 @@ def execute(config: RunConfig, output: Path, report: Report, say: Say) -> dict[s
         output: a directory that is empty or does not exist.
         report: called after every round.
         say: called with a line before each slow preparation, and about the data.
+        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
@@ -68,7 +71,7 @@ def execute(config: RunConfig, output: Path, report: Report, say: Say) -> dict[s
     """
     check_free(output)
     setup.check_files(config)
-    it = _prepare(config, say)
+    it = _prepare(config, say, trust_remote_code)
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
     check_selection(config, mask, it.data)
     if config.mask is not None:
@@ -78,7 +81,7 @@ def execute(config: RunConfig, output: Path, report: Report, say: Say) -> dict[s
         return _carry_out(it, directory, directory.keep_mask(lambda: mask), report, say)
 
 
-def resume(path: Path, report: Report, say: Say) -> dict[str, Any]:
+def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
 
     That holds on the same machine with the same number of threads; where these differ, it is said.
@@ -87,6 +90,7 @@ def resume(path: Path, report: Report, say: Say) -> dict[str, Any]:
         path: run directory.
         report: called after every round that is new.
         say: as for ``execute``.
+        trust_remote_code: as for ``execute``.
 
     Returns:
         The summary; that of a finished run, of which nothing is changed.
@@ -105,7 +109,7 @@ def resume(path: Path, report: Report, say: Say) -> dict[str, Any]:
             say("this run is finished; nothing to do")
             return finished
         setup.check_files(config)
-        it = _prepare(config, say)
+        it = _prepare(config, say, trust_remote_code)
         mask = directory.keep_mask(lambda: it.mask(say))
         mask.check(it.lm.model)
         check_selection(config, mask, it.data)
@@ -156,7 +160,7 @@ class _Prepared:
         return sorted(set(self.data.groups or ()))
 
 
-def _prepare(config: RunConfig, say: Say) -> _Prepared:
+def _prepare(config: RunConfig, say: Say, trust_remote_code: bool) -> _Prepared:
     if config.backend != "auto":
         resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
     say(f"loading the model {config.model} and the task {chosen_task(config).name}")

@@ -39,11 +39,24 @@ class TaskData:
         return hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
 
 
-def load_language_model(config: RunConfig) -> LanguageModel:
-    """The run's model, with its adapters if the method trains these, and its tokenizer."""
-    dtype = DTYPES[config.dtype]
-    embedding = config.model == embedded.NAME
-    lm = embedded.load(dtype, config.device) if embedding else load_model(config.model, dtype, config.device)
+def load_base(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
+    """A base model by the name that ``--model`` takes, the embedded one included."""
+    if model == embedded.NAME:
+        return embedded.load(DTYPES[dtype], device)
+    return load_model(model, DTYPES[dtype], device, trust_remote_code=trust_remote_code)
+
+
+def load_language_model(
+    config: RunConfig, *, model: str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
+    """The run's model, with its adapters if the method trains these, and its tokenizer.
+
+    Args:
+        config: the settings.
+        model: where the model lies, if elsewhere than the settings say.
+        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
+    """
+    lm = load_base(model or config.model, config.dtype, config.device, trust_remote_code=trust_remote_code)
     if config.method.recipe.elements is Elements.LORA:
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
         added = add_lora(lm.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets, seed=config.seed)
@@ -87,4 +100,4 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "encode", "load_language_model", "read_rows"]
+__all__ = ["TaskData", "check_files", "encode", "load_base", "load_language_model", "read_rows"]

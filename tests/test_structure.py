@@ -97,8 +97,56 @@ def test_kernels_need_torch_and_triton_only() -> None:
             } | ({"numba", "numpy", "concurrent", "itertools"} if path.name == "compiled.py" else set())  # fmt: skip
 
 
+CODE_FROM_DATA = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code"}
+
+
+def runs_code_from_data(tree: ast.AST) -> list[str]:
+    """What in a module could run code that is in a file: each use, with its line."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [f"{node.lineno}: {a.name}" for a in node.names if a.name.split(".")[0] in CODE_FROM_DATA]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            root, names = node.module.split(".")[0], [alias.name for alias in node.names]
+            if root in CODE_FROM_DATA or (root in ("torch", "numpy") and "load" in names):
+                found.append(f"{node.lineno}: {node.module}")
+        elif isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
+            found.append(f"{node.lineno}: {node.id}")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in (
+            "torch.load", "torch.jit.load", "torch.serialization.load", "torch.hub.load", "np.load", "numpy.load",
+            "importlib.import_module", "builtins.eval", "builtins.exec", "yaml.load", "yaml.unsafe_load",
+        ):  # fmt: skip
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg in ("trust_remote_code", "allow_pickle")
+            and isinstance(node.value, ast.Constant)
+            and node.value.value
+        ):
+            found.append(f"{node.value.lineno}: {node.arg}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_code_from_data(path: Path) -> None:
+    assert not runs_code_from_data(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)", "load = torch.load", "from torch import load", "import pickle", "from pickle import loads",
+        "eval(text)", "exec(text)", "builtins.exec(text)", "__import__(name)", "numpy.load(path)",
+        "from_pretrained(x, trust_remote_code=True)", "import joblib.numpy_pickle", "compile(text, '', 'exec')",
+    ],
+)  # fmt: skip
+def test_what_would_run_code_is_seen(line: str) -> None:
+    assert runs_code_from_data(ast.parse(line))
+    assert not runs_code_from_data(ast.parse("model.eval(); stream.load(x); from_pretrained(x, trust_remote_code=y)"))
+
+
 def test_no_global_randomness_in_the_library() -> None:
     for path in MODULES:
         text = path.read_text()
-        for call in ("torch.manual_seed", "np.random.seed", "import random", "torch.randn(", "torch.load("):
+        for call in ("torch.manual_seed", "np.random.seed", "import random", "torch.randn("):
             assert call not in text, f"{path} uses {call}"

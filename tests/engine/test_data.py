@@ -14,6 +14,7 @@ import pytest
 from meerkat_engine.data import calibration_texts, own_rows, read_jsonl, task_rows, token_batches
 from meerkat_engine.errors import DataError
 from meerkat_engine.examples import EncodedTask
+from meerkat_engine.hub import HubSource
 from meerkat_engine.tasks import SST2, TASKS, Task, get_task, own_task
 from tests.conftest import make_byte_tokenizer, make_tokenizer
 from tests.engine.prompts import WORDS
@@ -190,3 +191,15 @@ def test_own_data_without_the_templates_field(write_jsonl: Callable[[str, list[s
     wanted = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
     with pytest.raises(DataError, match=wanted):
         own_rows(MAIL, path, None, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_that_is_a_script_is_not_run(tmp_path: Path, streaming: bool) -> None:
+    directory = tmp_path / "scripted"
+    directory.mkdir()
+    (directory / "scripted.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'proof')!r}).touch()\n")
+    with pytest.raises(
+        DataError, match=r"cannot load .*scripted from the hub: Dataset scripts are no longer supported"
+    ):
+        next(HubSource(path=str(directory)).rows("train", streaming=streaming))
+    assert not (tmp_path / "proof").exists()

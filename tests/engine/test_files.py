@@ -47,7 +47,7 @@ def test_a_file_system_without_directory_sync(
     if passes:
         write_whole(tmp_path / "f", b"new")
     else:
-        with pytest.raises(RunError, match="cannot write .*f: Input/output error"):
+        with pytest.raises(RunError, match=r"cannot write .*f: Input/output error"):
             write_whole(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
 

@@ -1,18 +1,21 @@
 """Loading models: directories, GGUF files, and what cannot be loaded."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.errors import ModelError
 from meerkat_engine.models import load_model, prepare
 from meerkat_engine.objective import language_model_loss
-from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
+from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer, same_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -26,6 +29,19 @@ def test_a_directory_gives_model_and_tokenizer(tmp_path: Path, llama: nn.Module,
     assert lm.tokenizer.padding_side == "left"
     for a, b in zip(lm.model.parameters(), llama.parameters(), strict=True):
         assert torch.equal(a, b.to(dtype))
+
+
+def test_buffers_are_as_in_any_program(tmp_path: Path, llama: nn.Module) -> None:
+    """Rotary frequencies rounded to bfloat16 would give other losses than the saved model has elsewhere."""
+    llama.save_pretrained(tmp_path)  # type: ignore[operator]
+    make_tokenizer("a b").save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), torch.bfloat16).model
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    buffers = dict(plain.named_buffers())
+    assert buffers
+    assert all(same_bits(b, buffers[name]) for name, b in model.named_buffers())
+    ids = torch.arange(3, 43).view(2, 20)
+    assert same_bits(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def write_gguf(path: Path, model: nn.Module) -> None:
@@ -103,6 +119,123 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(os.urandom(100))
     with pytest.raises(ModelError, match=r"cannot load the model .* as a GGUF file"):
         load_model(str(tmp_path / "x.gguf"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path, llama: nn.Module) -> Path:
+    """A good model in a directory, to be spoilt."""
+    llama.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    make_tokenizer("a b").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(directory: Path, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(directory))
+    assert f"cannot load the model {str(directory)!r} as a directory: " in str(caught.value)
+
+
+class Payload:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.proof,)
+
+
+def test_weights_in_a_pickle_are_refused_unread(saved: Path, tmp_path: Path) -> None:
+    torch.save({"x": Payload(tmp_path / "proof")}, saved / "pytorch_model.bin")
+    load_model(str(saved))  # safetensors beside it go first
+    assert not (tmp_path / "proof").exists()
+    (saved / "model.safetensors").unlink()
+    refused(saved, r"its weights are a pickle \(pytorch_model\.bin\); a pickle may hold code")
+    assert not (tmp_path / "proof").exists()
+    torch.load(saved / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "proof").exists()
+
+
+def test_a_config_cannot_name_a_pickle(saved: Path) -> None:
+    """transformers takes this setting before ``use_safetensors``."""
+    weights = load_file(saved / "model.safetensors")
+    torch.save(weights, saved / "adapter_model.bin")
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    refused(saved, r"its config names 'adapter_model\.bin' as its weights; a pickle may hold code")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_adapters_are_refused(saved: Path, alone: bool) -> None:
+    """One names its base model, which may be anywhere, and may have its own weights in a pickle."""
+    if alone:
+        (saved / "config.json").unlink()
+    (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/model", "peft_type": "LORA"}')
+    torch.save({}, saved / "adapter_model.bin")
+    refused(saved, "it is an adapter, or has one beside its weights")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    refused(saved, r"its weights lack 1 tensors, 'model\.norm\.weight' among them")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"\x10", "header"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {}}', "KeyError"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "many"}', "hidden_size"),
+        ("config.json", b'{"model_type": "llamb"}', "llamb"),
+    ],
+    ids=["weights", "tokenizer", "a setting", "an architecture"],
+)
+def test_damaged_directories_are_one_error(saved: Path, name: str, content: bytes, message: str) -> None:
+    (saved / name).write_bytes(content)
+    refused(saved, message)
+
+
+CODE = """
+from pathlib import Path
+Path({proof!r}).touch()
+import transformers
+class Config(transformers.LlamaConfig):
+    model_type = "made-up"
+class Model(transformers.LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def with_code(saved: Path, proof: Path, model_type: str = "made-up") -> None:
+    """Makes the model one with code of its own, which leaves a proof that it ran."""
+    config = json.loads((saved / "config.json").read_text())
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": classes}))
+    (saved / "code.py").write_text(CODE.format(proof=str(proof)))
+
+
+def test_code_that_comes_with_a_model_runs_only_where_trusted(
+    saved: Path, tmp_path: Path, llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    proof = tmp_path / "proof"
+    with_code(saved, proof)
+    refused(saved, "it needs code of its own; read that, and if you trust it, give --trust-remote-code")
+    assert not proof.exists()
+    model = load_model(str(saved), trust_remote_code=True).model
+    assert proof.exists()
+    assert type(model).__name__ == "Model"
+    for a, b in zip(model.parameters(), llama.parameters(), strict=True):
+        assert same_bits(a, b)
+
+
+def test_code_beside_a_known_architecture_is_left_alone(saved: Path, tmp_path: Path) -> None:
+    with_code(saved, tmp_path / "proof", model_type="llama")
+    assert type(load_model(str(saved)).model).__module__.startswith("transformers.")
+    assert not (tmp_path / "proof").exists()
 
 
 def test_a_tokenizer_without_padding_or_end_is_refused() -> None:
