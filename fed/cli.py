@@ -192,6 +192,8 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
     if "stopped" in s:
         click.echo(f"stopped early   {', '.join(map(str, s['stopped'])) or 'no client'} (single-label clients: "
                    f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip
+    if "attackers" in s:
+        click.echo(f"hostile         {', '.join(map(str, s['attackers']))} ({s['attack']})")
     click.echo(f"run directory   {output}")
 
 

@@ -10,6 +10,7 @@ from .. import stream
 from ..errors import ConfigError, NonFiniteLossError
 from ..examples import EncodedTask
 from ..mask import SparseMask
+from .attack import with_attackers
 from .client import Client, ClientData, Timing
 from .config import RunConfig
 from .gradip import GradIP, Trace
@@ -88,15 +89,18 @@ class Federation:
         self._gradip = None
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
-        self.clients = [self._client(i, data.train, share, "data") for i, share in enumerate(shares)]
+        honest = [self._client(i, data.train, share, "data") for i, share in enumerate(shares)]
+        self.clients = with_attackers(honest, config.attack, config.attackers)
         self.server = Server(
             list(range(config.clients)),
             self._replica,
             ledger,
-            config.weighting,
+            config.how_aggregated(),
             per_round=config.clients_per_round or None,
             gradip=self._gradip,
             select=self._select,
+            max_scalar=config.max_scalar,
+            max_examples=config.max_examples,
         )
 
     def _client(self, id: int, data: EncodedTask, indices: Tensor, purpose: str) -> Client:

@@ -15,6 +15,7 @@ from ..evaluation import Evaluation, evaluate
 from ..models import check_device
 from ..parameters import fingerprint, floating_parameters
 from . import setup
+from .attack import attack_of
 from .config import RunConfig
 from .federation import Federation, Selection, check_selection, terms_of
 from .ledger import Header
@@ -102,6 +103,7 @@ def execute(
         "labels": [word.strip() for word in data.train.task.label_words],
         "examples_by_client_and_label": labels if len(labels) <= 100 else f"{len(labels)} clients",
         **({"natural_clients": names if len(names) <= 100 else f"{len(names)} clients"} if names else {}),
+        **attack_of(config.attack, config.clients, config.attackers),
         "base": base,
         "mask": mask.digest,
         "mask_source": mask.source,

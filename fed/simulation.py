@@ -4,12 +4,23 @@ All clients share one copy of the model. A client's state between rounds is its 
 masked values are its own and are rewound afterwards. So a thousand clients cost the memory of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import MessageError
-from .client import Client
 from .server import RoundResult, Server
+
+
+class Participant(Protocol):
+    """Whoever answers requests under a client's id: a ``Client``, or a hostile one."""
+
+    @property
+    def id(self) -> int:
+        """In [0, 2**32)."""
+
+    def handle(self, message: bytes) -> bytes:
+        """A reply to a request."""
 
 
 @dataclass
@@ -29,7 +40,7 @@ class SimulatedRound:
     traffic: Traffic
 
 
-def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[SimulatedRound]:
+def simulate(server: Server, clients: Sequence[Participant], rounds: int) -> Iterator[SimulatedRound]:
     """Runs some rounds, one client after the other.
 
     Args:
@@ -47,10 +58,10 @@ def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[Sim
             traffic.up += len(reply)
             traffic.messages += 1
             try:
-                server.receive(reply)
+                server.receive(reply, sender=client.id)
             except MessageError:
                 continue  # refused and counted by the server; the round goes on with the rest
         yield SimulatedRound(server.finish_round(), traffic)
 
 
-__all__ = ["SimulatedRound", "Traffic", "simulate"]
+__all__ = ["Participant", "SimulatedRound", "Traffic", "simulate"]
