@@ -207,9 +207,7 @@ main.add_command(experiment)
 
 
 def _run(config: RunConfig, output: Path, trust_remote_code: bool) -> dict[str, Any]:
-    return _show(
-        output, lambda report, say: execute(config, output, report, say, trust_remote_code=trust_remote_code)
-    )
+    return _show(output, lambda report, say: execute(config, output, report, say, trust_remote_code=trust_remote_code))
 
 
 def _show(
@@ -256,6 +254,8 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
     if "stopped" in s:
         click.echo(f"stopped early   {', '.join(map(str, s['stopped'])) or 'no client'} (single-label clients: "
                    f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip
+    if "attackers" in s:
+        click.echo(f"hostile         {', '.join(map(str, s['attackers']))} ({s['attack']})")
     click.echo(f"run directory   {output}")
 
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import tomli_w
 
 from .. import embedded
@@ -17,7 +18,8 @@ from ..errors import ConfigError
 from ..models import DTYPES
 from ..objective import Objective
 from ..stream import check_seed
-from .aggregation import Weighting
+from .aggregation import Aggregation, Rule, Weighting
+from .attack import Attack
 from .methods import Elements, Gradient, Method, Stopping
 from .partition import Partition
 from .selection import Thresholds
@@ -50,6 +52,13 @@ class RunConfig:
         alpha: concentration of the Dirichlet partition.
         client_field: the field that names the client of an example, for natural clients; None is the task's own.
         weighting: how ``p_i`` are made.
+        aggregation: what is made of the clients' scalars of a step.
+        trim: share that ``trimmed-mean`` cuts from each end, in (0, 0.5).
+        clip: size to which scalars are cut before they are aggregated; 0 cuts none.
+        max_scalar: size above which a scalar is refused, with the message it came in.
+        max_examples: number of examples above which a client's claim is refused; 0 believes any.
+        attack: what hostile clients do to their scalars, to see what becomes of the run.
+        attackers: how many clients do it, the last ones.
         batch_size: examples of a step.
         micro_batch_size: examples of one forward pass; 0 is the whole batch.
         objective: the loss.
@@ -102,6 +111,13 @@ class RunConfig:
     alpha: float = 0.5
     client_field: str | None = None
     weighting: Weighting = Weighting.EXAMPLES
+    aggregation: Rule = Rule.MEAN
+    trim: float = 0.2
+    clip: float = 0.0
+    max_scalar: float = 1e8
+    max_examples: int = 0
+    attack: Attack = Attack.NONE
+    attackers: int = 0
     batch_size: int = 16
     micro_batch_size: int = 0
     objective: Objective = Objective.CANDIDATES
@@ -141,9 +157,9 @@ class RunConfig:
                      "calibration_batch_size", "calibration_length", "max_length", "lora_rank", "lora_alpha",
                      "vp_initial", "vp_later"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_examples", "snapshot_every", "micro_batch_size"):
+        for name in ("eval_every", "eval_examples", "snapshot_every", "micro_batch_size", "max_examples"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("eps", "alpha"):
+        for name in ("eps", "alpha", "max_scalar"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and positive")
         _require(0 <= self.lr < math.inf, "lr", self.lr, "finite and not negative")
         _require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
@@ -152,6 +168,7 @@ class RunConfig:
         _require(0 <= self.clients_per_round <= self.clients, "clients_per_round", self.clients_per_round,
                  f"0 (all) to the {self.clients} clients")  # fmt: skip
         self._check_method()
+        self._check_aggregation()
         try:
             check_seed(self.seed)
         except (ValueError, TypeError) as error:
@@ -178,6 +195,31 @@ class RunConfig:
             raise ConfigError(f"{', '.join(_THRESHOLDS)} go together; only {', '.join(given)} given")
         if self.queries > 1 and recipe.gradient is Gradient.BACKPROPAGATION:
             raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
+
+    def _check_aggregation(self) -> None:
+        how, participants = self.how_aggregated(), self.clients_per_round or self.clients
+        if self.method.recipe.gradient is Gradient.BACKPROPAGATION:
+            for name, plain in (("aggregation", Rule.MEAN), ("clip", 0.0), ("attack", Attack.NONE)):
+                if getattr(self, name) != plain:
+                    raise ConfigError(f"{name} is about scalars, and {self.method} sends weights; leave it out")
+        if how.rule is Rule.TRIMMED_MEAN and not how.cut(participants):
+            raise ConfigError(
+                f"trimmed-mean with trim {self.trim:g} of {participants} clients a round cuts none "
+                f"(floor({self.trim:g} * {participants}) = 0); raise trim or the number of clients"
+            )
+        most = float(np.finfo(np.float32).max)
+        if self.lr * self.max_scalar > most:
+            raise ConfigError(
+                f"lr {self.lr:g} times max_scalar {self.max_scalar:g} is more than fp32 holds; lower max_scalar"
+            )
+        _require(0 <= self.attackers < self.clients, "attackers", self.attackers,
+                 f"0 to {self.clients - 1}, fewer than the clients")  # fmt: skip
+        if (self.attackers > 0) != (self.attack is not Attack.NONE):
+            raise ConfigError(f"attack and attackers go together, got {self.attack} and {self.attackers}")
+
+    def how_aggregated(self) -> Aggregation:
+        """How a round is made of the clients' answers."""
+        return Aggregation(rule=self.aggregation, weighting=self.weighting, trim=self.trim, clip=self.clip)
 
     def vp_thresholds(self) -> Thresholds | None:
         """The thresholds of virtual-path selection, where they are given."""

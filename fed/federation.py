@@ -7,6 +7,7 @@ from .. import stream
 from ..errors import ConfigError, NonFiniteLossError
 from ..examples import EncodedTask
 from ..mask import SparseMask
+from .attack import with_attackers
 from .client import Client, ClientData, Timing
 from .config import RunConfig
 from .gradip import GradIP, Trace
@@ -76,15 +77,18 @@ class Federation:
         self._gradip = None
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
-        self.clients = [self._client(i, data.train, share, "data") for i, share in enumerate(shares)]
+        self._honest = [self._client(i, data.train, share, "data") for i, share in enumerate(shares)]
+        self.clients = with_attackers(self._honest, config.attack, config.attackers)
         self.server = Server(
             list(range(config.clients)),
             self._replica,
             ledger,
-            config.weighting,
+            config.how_aggregated(),
             per_round=config.clients_per_round or None,
             gradip=self._gradip,
             select=self._select,
+            max_scalar=config.max_scalar,
+            max_examples=config.max_examples,
         )
 
     def _client(self, id: int, data: EncodedTask, indices: Tensor, purpose: str) -> Client:
@@ -96,7 +100,7 @@ class Federation:
     def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
         for i in self.server.participants():
-            self.clients[i].data.skip(self.server.local_steps(i))
+            self._honest[i].data.skip(self.server.local_steps(i))
         result = self.server.restore(line, weights=weights)
         if line.round == CALIBRATION and line.thresholds is not None:
             self.selection = self._judged(result.traces, line.thresholds, line.stopped)

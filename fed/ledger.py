@@ -20,6 +20,7 @@ import numpy as np
 from .. import stream
 from ..errors import LedgerError, RunError
 from ..files import append_whole, sync_directory
+from .aggregation import Aggregation, Rule, Weighting
 from .methods import Gradient
 from .selection import Thresholds
 from .terms import CALIBRATION, Schedule, Terms
@@ -38,14 +39,14 @@ class Header:
         base: fingerprint of the base model.
         method: name of the method.
         clients: ``K``.
-        weighting: how ``p_i`` are made.
+        aggregation: how a round is made of the clients' answers.
     """
 
     terms: Terms
     base: str
     method: str
     clients: int
-    weighting: str
+    aggregation: Aggregation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +58,7 @@ class Round:
         lr: of each step, [T].
         scalars: aggregated, fp32, one a step and query, [T * queries]; none in round 0 or with ``masters``.
         clients: each client's own scalars, fp32, at most as many; NaN where a step was not taken.
+        examples: number of examples of the clients that told theirs for the first time.
         loss: mean training loss of the clients, weighted by ``p_i``; None if none told it.
         steps: local steps that the clients answered for, in all.
         bytes_up: of all messages from clients.
@@ -71,6 +73,7 @@ class Round:
     lr: list[float]
     scalars: list[float]
     clients: dict[int, list[float]]
+    examples: dict[int, int] = field(default_factory=dict)
     loss: float | None = None
     steps: int = 0
     bytes_up: int = 0
@@ -90,6 +93,7 @@ class Round:
             "lr": self.lr,
             "scalars": self.scalars,
             "clients": {str(i): [None if math.isnan(g) else g for g in own] for i, own in self.clients.items()},
+            "examples": {str(i): count for i, count in self.examples.items()},
             "loss": self.loss,
             "steps": self.steps,
             "bytes_up": self.bytes_up,
@@ -261,7 +265,7 @@ def _header_fields(header: Header) -> dict[str, Any]:
         "base": header.base,
         "method": header.method,
         "clients": header.clients,
-        "weighting": header.weighting,
+        "aggregation": vars(header.aggregation),
     }
 
 
@@ -291,7 +295,7 @@ def _header(fields: dict[str, Any], path: Path) -> Header:
             base=str(fields["base"]),
             method=str(fields["method"]),
             clients=int(fields["clients"]),
-            weighting=str(fields["weighting"]),
+            aggregation=_aggregation(fields["aggregation"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
@@ -307,6 +311,7 @@ def _round(fields: dict[str, Any], path: Path, number: int, header: Header, expe
             clients={
                 int(i): [math.nan if g is None else float(g) for g in own] for i, own in fields["clients"].items()
             },
+            examples={int(i): int(count) for i, count in fields["examples"].items()},
             loss=None if fields["loss"] is None else float(fields["loss"]),
             steps=int(fields["steps"]),
             bytes_up=int(fields["bytes_up"]),
@@ -331,6 +336,11 @@ def _round(fields: dict[str, Any], path: Path, number: int, header: Header, expe
     if not all(map(math.isfinite, (*line.lr, *line.scalars, *masters))):
         raise LedgerError(f"{path}, line {number}: a scalar or learning rate is not finite")
     return line
+
+
+def _aggregation(fields: dict[str, Any]) -> Aggregation:
+    typed = {"rule": Rule(fields["rule"]), "weighting": Weighting(fields["weighting"])}
+    return Aggregation(**{**fields, **typed})
 
 
 def _thresholds(fields: dict[str, float] | None) -> Thresholds | None:

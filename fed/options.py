@@ -7,6 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from .aggregation import Rule
+from .attack import Attack
 from .config import RunConfig, read_toml
 from .methods import Method
 from .partition import Partition
@@ -31,6 +33,13 @@ _HELP = {
     "alpha": "concentration of the dirichlet partition",
     "client_field": "field that names the client of an example, for natural clients [default: the task's]",
     "weighting": "how clients count: examples, uniform",
+    "aggregation": "what is made of the scalars of a step: " + ", ".join(Rule),
+    "trim": "trimmed-mean: share cut from each end, in (0, 0.5)",
+    "clip": "size to which scalars are cut before they are aggregated; 0: none",
+    "max_scalar": "size above which a scalar is refused",
+    "max_examples": "number of examples above which a client's claim is refused; 0: any is believed",
+    "attack": "what hostile clients do to their scalars, to see what comes of it: " + ", ".join(Attack),
+    "attackers": "how many clients do it, the last ones",
     "batch_size": "examples of a step",
     "micro_batch_size": "examples of one forward pass; 0: the whole batch",
     "objective": "loss: candidates (cross-entropy over the label words), language-model (answer tokens)",

@@ -16,6 +16,7 @@ from ..mask import SparseMask
 from ..models import LanguageModel, check_device
 from ..parameters import fingerprint, floating_parameters
 from . import setup
+from .attack import attack_of
 from .config import RunConfig, as_settings, make_config, read_toml
 from .federation import Federation, check_selection, terms_of
 from .ledger import Header, LedgerWriter, Round
@@ -165,7 +166,7 @@ def _prepare(config: RunConfig, say: Say, trust_remote_code: bool) -> _Prepared:
         resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
     say(f"loading the model {config.model} and the task {chosen_task(config).name}")
     say(f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.lr:g}")
-    lm = setup.load_language_model(config)
+    lm = setup.load_language_model(config, trust_remote_code=trust_remote_code)
     data = setup.encode(config, lm.tokenizer)
     shares = split(
         data.train.labels,
@@ -199,7 +200,7 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
         base=it.base,
         method=config.method,
         clients=config.clients,
-        weighting=config.weighting,
+        aggregation=config.how_aggregated(),
     )
     recorded = read_recorded(directory, header)
     with go_on(directory, header, recorded) as ledger:
@@ -212,6 +213,7 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
         "labels": [word.strip() for word in it.data.train.task.label_words],
         "examples_by_client_and_label": it.labels if config.clients <= 100 else f"{config.clients} clients",
         **({"natural_clients": it.names if len(it.names) <= 100 else f"{len(it.names)} clients"} if it.names else {}),
+        **attack_of(config.attack, config.clients, config.attackers),
         "base": it.base,
         "mask": mask.digest,
         "mask_source": mask.source,

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import stream
 from ..errors import MeerkatError
-from .aggregation import Weighting, client_weights, mean_masters, weighted_mean
+from .aggregation import Aggregation, aggregate, client_weights, mean_masters
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
@@ -48,11 +48,19 @@ class Server:
         clients: ids of the clients.
         replica: the server's model at the beginning of round 1.
         ledger: an open ledger, or None to keep none.
-        weighting: how ``p_i`` are made.
+        aggregation: how a round is made of the answers.
         per_round: clients that take part in a round, sampled anew each time; None is all of them.
         gradip: looks at the clients' paths, or None.
         select: who is stopped early, from the calibration paths; needed where the terms have a calibration.
         stopped: ids of clients that are stopped early from the beginning.
+        max_scalar: size above which a scalar is refused; no sane loss differs by 2e5, which is 1e8 at eps 1e-3.
+        max_examples: number of examples above which a claim is refused; 0 believes any. What a client claims first
+            is binding, but no server can check it: with the mean weighted by examples, a client that claims much
+            counts for much. Bound it here, or weight uniformly, or take another rule.
+
+    Attributes:
+        rejected: messages refused, by client and kind of reason; never more keys than these are.
+        claimed: number of examples that each client has claimed.
     """
 
     def __init__(
@@ -60,20 +68,24 @@ class Server:
         clients: list[int],
         replica: Replica,
         ledger: LedgerWriter | None,
-        weighting: Weighting,
+        aggregation: Aggregation,
         *,
         per_round: int | None = None,
         gradip: GradIP | None = None,
         select: Select | None = None,
         stopped: Sequence[int] = (),
+        max_scalar: float = 1e8,
+        max_examples: int = 0,
     ) -> None:
         if replica.terms.calibration_steps and (gradip is None or select is None):
             raise ValueError("a federation with a calibration needs GradIP and a rule that selects clients by it")
         self.replica = replica
-        self.rejected: Counter[str] = Counter()  # client and kind of reason -> messages refused
+        self.rejected: Counter[str] = Counter()
+        self.claimed: dict[int, int] = {}
         self.stopped = frozenset(stopped)
         self._clients = sorted(clients)
-        self._ledger, self._weighting, self._per_round = ledger, weighting, per_round
+        self._ledger, self._aggregation, self._per_round = ledger, aggregation, per_round
+        self._max_scalar, self._max_examples = max_scalar, max_examples
         self._gradip, self._select = gradip, select
         self._calibrating = replica.terms.calibration_steps > 0
         self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
@@ -85,6 +97,7 @@ class Server:
         self._replies: dict[int, TrainReply] = {}
         self._bytes_up = self._bytes_down = 0
         self._rejected_before = Counter(self.rejected)
+        self._claimed_before = frozenset(self.claimed)
 
     @property
     def round(self) -> int:
@@ -152,6 +165,7 @@ class Server:
             raise
         self._replies[reply.client] = reply
         self._at[reply.client] = max(self.round, 1)
+        self.claimed[reply.client] = reply.examples
         return reply
 
     def rejected_now(self) -> dict[str, int]:
@@ -190,8 +204,19 @@ class Server:
             raise refused(Refusal.COUNT, f"{who} sent no {what}, which {terms.gradient} steps are made of")
         if len(sent) != wanted:
             raise refused(Refusal.COUNT, f"{who} sent {len(sent)} {what} instead of {wanted}")
+        largest = 0.0 if reply.scalars is None else float(np.fmax.reduce(np.abs(reply.scalars), initial=0.0))
+        if largest > self._max_scalar:
+            raise refused(Refusal.TOO_LARGE, f"{who} sent a scalar of size {largest:g}, above {self._max_scalar:g}")
         if reply.examples == 0:
             raise refused(Refusal.EXAMPLES, f"{who} has no examples")
+        if 0 < self._max_examples < reply.examples:
+            raise refused(
+                Refusal.EXAMPLES, f"{who} claims {reply.examples} examples, above the {self._max_examples} allowed"
+            )
+        if reply.examples != self.claimed.get(reply.client, reply.examples):
+            raise refused(
+                Refusal.EXAMPLES, f"{who} claims {reply.examples} examples after {self.claimed[reply.client]} before"
+            )
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and moves the model on.
@@ -220,6 +245,7 @@ class Server:
             raise ValueError(f"round {self.round} is under way, the line is of round {line.round}")
         traces = self._traces(line.round, line.clients) if weights or self._calibrating else {}
         self.rejected.update(line.rejected)
+        self.claimed |= line.examples
         self._at |= {i: max(line.round, 1) for i in line.clients if i in self._at}
         self._move_on(line, weights=weights)
         return RoundResult(line=line, traces=traces)
@@ -232,7 +258,7 @@ class Server:
     def _line(self, own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
         """The round as the ledger keeps it."""
         terms, number = self.replica.terms, self.round
-        weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._weighting)
+        weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._aggregation.weighting)
         scalars: list[float] = []
         selection = Selection()
         masters = None
@@ -242,12 +268,13 @@ class Server:
         elif terms.gradient is Gradient.BACKPROPAGATION:
             masters = mean_masters({i: reply.masters for i, reply in self._replies.items()}, weights)
         else:
-            scalars = weighted_mean(own, weights, terms.values)
+            scalars = aggregate(own, weights, terms.values, self._aggregation)
         return Round(
             round=number,
             lr=terms.learning_rates(number),
             scalars=scalars,
             clients=own,
+            examples={i: self.claimed[i] for i in sorted(self.claimed.keys() - self._claimed_before)},
             loss=self._loss(),
             steps=sum(reply.local_steps for reply in self._replies.values()),
             bytes_up=self._bytes_up,
@@ -261,7 +288,7 @@ class Server:
     def _loss(self) -> float | None:
         """Mean training loss of the clients that told one, weighted by ``p_i``; None if none did."""
         told = {i: reply.loss for i, reply in self._replies.items() if reply.loss is not None}
-        shares = client_weights({i: self._replies[i].examples for i in told}, self._weighting)
+        shares = client_weights({i: self._replies[i].examples for i in told}, self._aggregation.weighting)
         return sum(shares[i] * told[i] for i in shares) if told else None
 
     def _move_on(self, line: Round, *, weights: bool = True) -> None:

@@ -4,14 +4,25 @@ All clients share one copy of the model. A client's state between rounds is its 
 masked values are its own and are rewound afterwards. So a thousand clients cost the memory of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from ..errors import MessageError
-from .client import Client
 from .server import RoundResult, Server
 
 
-def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[RoundResult]:
+class Participant(Protocol):
+    """Whoever answers requests under a client's id: a ``Client``, or a hostile one."""
+
+    @property
+    def id(self) -> int:
+        """In [0, 2**32)."""
+
+    def handle(self, message: bytes) -> bytes:
+        """A reply to a request."""
+
+
+def simulate(server: Server, clients: Sequence[Participant], rounds: int) -> Iterator[RoundResult]:
     """Runs some rounds, one client after the other.
 
     Args:
@@ -24,10 +35,10 @@ def simulate(server: Server, clients: list[Client], rounds: int) -> Iterator[Rou
         for client in (by_id[i] for i in server.participants()):
             reply = client.handle(server.request(client.id))
             try:
-                server.receive(reply)
+                server.receive(reply, sender=client.id)
             except MessageError:
                 continue  # refused and counted by the server; the round goes on with the rest
         yield server.finish_round()
 
 
-__all__ = ["simulate"]
+__all__ = ["Participant", "simulate"]

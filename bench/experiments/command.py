@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ...fed.options import from_file, given, settings
 from ...figures import require_matplotlib
 from ...files import write_whole
+from .attacks import Attacks
 from .concentration import Concentration
 from .gradip import GradIPPaths
 from .grid import Experiment, Results, run_all
@@ -18,7 +19,16 @@ from .selection import Selection
 from .sparsity import Sparsity
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (Sparsity(), GradIPPaths(), Selection(), LocalSteps(), MaskSource(), Concentration())
+    each.name: each
+    for each in (
+        Sparsity(),
+        GradIPPaths(),
+        Selection(),
+        LocalSteps(),
+        MaskSource(),
+        Concentration(),
+        Attacks(),
+    )
 }
 
 

@@ -31,6 +31,7 @@ def sparsity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 
 EXPECTED = {
+    "attacks": "trimmed-mean | sign-flip",
     "gradip": "gradient norm    | single label",
     "selection": "embedded-topic | random-stop",
     "local-steps": "T = 10 | 1 ",
@@ -41,7 +42,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_each_ends_in_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
-    more = ["--local-steps", "10"] if name == "local-steps" else []
+    more = {"local-steps": ["--local-steps", "10"], "attacks": ["--clients", "5", "--attackers", "1"]}.get(name, [])
     result = call(name, tmp_path / "e", "--seeds", "1", *more)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "e" / "result.md").read_text()
@@ -105,6 +106,9 @@ def test_other_settings_and_other_files_are_refused(sparsity: tuple[Path, Result
         ("local-steps", [], "1 steps of a client .* a multiple of 300 can in all"),
         ("sparsity", ["--tasks", "embedded,embedded-topic"], "takes one task, got embedded, embedded-topic"),
         ("selection", ["--tasks", "embedded,sst3"], "unknown task 'sst3'"),
+        ("attacks", ["--attack", "scale"], "the experiment attacks sets attack itself"),
+        ("attacks", ["--clip", "0"], "the experiment attacks compares with clipped scalars; give a clip above 0"),
+        ("attacks", [], "trimmed-mean with trim 0.2 of 4 clients a round cuts none"),
         ("concentration", ["--calibration-texts", "16"], "1 calibration batches make no 3 parts"),
     ],
     ids=str,

@@ -11,7 +11,7 @@ import torch
 from meerkat_engine import SparseMask, embedded, stream
 from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
-from meerkat_engine.fed.aggregation import Weighting
+from meerkat_engine.fed.aggregation import Aggregation, Rule, Weighting
 from meerkat_engine.fed.ledger import Header, LedgerWriter, Round
 from meerkat_engine.fed.partition import Partition, split
 from meerkat_engine.models import LanguageModel
@@ -36,6 +36,9 @@ class Federation:
         steps: int = 2,
         dtype: torch.dtype = torch.float32,
         weighting: Weighting = Weighting.EXAMPLES,
+        rule: Rule = Rule.MEAN,
+        max_scalar: float = 1e8,
+        max_examples: int = 0,
         stopped: Sequence[int] = (),
         per_round: int | None = None,
         ledger: Path | None = None,
@@ -52,11 +55,24 @@ class Federation:
         self.writer = None
         if ledger is not None:
             header = Header(
-                terms=self.terms, base=fingerprint(self.base.model), method="test", clients=clients, weighting=weighting
+                terms=self.terms,
+                base=fingerprint(self.base.model),
+                method="test",
+                clients=clients,
+                aggregation=Aggregation(rule=rule, weighting=weighting),
             )
             self.writer = LedgerWriter(ledger, header)
         self.replica = self.fresh_replica(dtype)
-        self.server = Server(ids, self.replica, self.writer, weighting, stopped=stopped, per_round=per_round)
+        self.server = Server(
+            ids,
+            self.replica,
+            self.writer,
+            Aggregation(rule=rule, weighting=weighting),
+            stopped=stopped,
+            per_round=per_round,
+            max_scalar=max_scalar,
+            max_examples=max_examples,
+        )
         shares = split(data.labels, clients, Partition.DIRICHLET, 3, alpha=0.5, at_least=8)
         self.clients = [
             Client(

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_engine.errors import LedgerError
+from meerkat_engine.fed.aggregation import Aggregation, Rule
 from meerkat_engine.fed.ledger import Header, LedgerWriter, Round, read_ledger
 from meerkat_engine.fed.terms import Terms
 
 TERMS = Terms(seed=2**63 + 1, eps=1e-3, lr=0.1, local_steps=2, elements=5, mask_digest="ab" * 32)
-HEADER = Header(terms=TERMS, base="cd" * 32, method="meerkat", clients=2, weighting="examples")
+HEADER = Header(terms=TERMS, base="cd" * 32, method="meerkat", clients=2, aggregation=Aggregation(rule=Rule.MEDIAN))
 
 
 def line(round: int, scalars: list[float] | None = None) -> Round:
@@ -28,6 +29,7 @@ def line(round: int, scalars: list[float] | None = None) -> Round:
         lr=[0.1, 0.1],
         scalars=scalars or [0.5, -1.25],
         clients={0: [1.0, math.nan], 1: [0.25]},
+        examples={0: 7, 1: 9},
         loss=0.7,
         steps=3,
         bytes_up=100,

@@ -1,0 +1,73 @@
+"""(g) Hostile clients: what is left of the accuracy, by what they do and how the server aggregates. Not in the paper.
+
+Reference: Yin et al., arXiv 1803.01498 (median and trimmed mean).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...errors import ConfigError
+from ...fed.aggregation import Rule
+from ...fed.attack import Attack
+from ...fed.config import RunConfig
+from ..tables import over_seeds, table
+from .figures import finished, mean_line, subplots
+from .grid import Arm, Experiment, Results, Settings
+
+_CLIPPED = "clip, then mean"
+_CLEAN = f"{Rule.MEAN}, {Attack.NONE}"
+
+
+class Attacks(Experiment):
+    """Attacks against rules of aggregation."""
+
+    name = "attacks"
+    title = "What do hostile clients cost, and which rule of aggregation holds them off?"
+    settings: ClassVar[Settings] = {"clients": 10, "attack": "sign-flip", "attackers": 2, "clip": 5.0}
+    sets = ("attack", "aggregation")
+
+    def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
+        """A rule and an attack each."""
+        if not config.clip:
+            raise ConfigError(f"the experiment {self.name} compares with clipped scalars; give a clip above 0")
+        rules: dict[str, Settings] = {}
+        for rule in Rule:
+            dataclasses.replace(config, aggregation=rule)  # one that does not fit is told before anything runs
+            rules[rule] = {"aggregation": rule, "clip": 0.0}
+        rules[_CLIPPED] = {"clip": config.clip}
+        return [
+            Arm(
+                name=f"{rule}, {attack}",
+                settings={**settings, "attack": attack, "attackers": config.attackers if attack != Attack.NONE else 0},
+            )
+            for rule, settings in rules.items()
+            for attack in Attack
+        ]
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        clean, lines = results.accuracy(_CLEAN), []
+        for arm, runs in results.arms.items():
+            found = results.accuracy(arm)
+            lost = max(100 * (before - after) for before, after in zip(clean, found, strict=True))
+            losses = [float(run.summary["validation_loss_after"]) for run in runs]
+            loss = over_seeds(losses) if max(losses) < 1000 else f"up to {max(losses):.2g}"
+            refused = [sum(run.summary["rejected_messages"].values()) for run in runs]
+            lines.append([*arm.rsplit(", ", 1), over_seeds(found), f"{lost:.2f}", loss, ", ".join(map(str, refused))])
+        columns = ["rule", "attack", "accuracy after", "points lost, worst seed", "validation loss", "messages refused"]
+        return table(columns, lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, len(Attack), sharey=True)
+        for axis, attack in zip(axes, Attack, strict=True):
+            for i, rule in enumerate((*Rule, _CLIPPED)):
+                mean_line(axis, [run.accuracies for run in results.arms[f"{rule}, {attack}"]], f"C{i}", rule)
+            axis.set(title=f"attack: {attack}", xlabel="round")
+        axes[0].set_ylabel("accuracy on held-out examples")
+        finished(figure, axes, path)
+
+
+__all__ = ["Attacks"]

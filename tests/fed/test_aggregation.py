@@ -1,0 +1,158 @@
+"""What is made of the clients' scalars, against other implementations of the same rules; never of their order."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from meerkat_engine.errors import ConfigError
+from meerkat_engine.fed.aggregation import Aggregation, Rule, Weighting, aggregate, client_weights
+from meerkat_engine.fed.config import make_config
+from meerkat_engine.weights import round_fp32
+
+NAN = math.nan
+MEAN, MEDIAN, TRIMMED = (Aggregation(rule=rule, trim=0.3) for rule in Rule)
+FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
+EACH_RULE = pytest.mark.parametrize("rule", list(Rule))
+
+
+def of_one_step(scalars: Sequence[float], how: Aggregation) -> float:
+    """The aggregate of one step, of clients that count the same."""
+    weights = client_weights(dict.fromkeys(range(len(scalars)), 1), Weighting.UNIFORM)
+    (found,) = aggregate({i: [g] for i, g in enumerate(scalars)}, weights, 1, how)
+    return found
+
+
+def test_clients_count_equally_or_by_their_examples() -> None:
+    assert client_weights({3: 30, 1: 10}, Weighting.EXAMPLES) == {1: 0.25, 3: 0.75}
+    assert client_weights({3: 30, 1: 10}, Weighting.UNIFORM) == {1: 0.5, 3: 0.5}
+
+
+def test_a_step_that_a_client_did_not_take_is_0_in_the_mean_and_is_not_there_in_the_others() -> None:
+    scalars = {1: [4.0, NAN, NAN], 3: [8.0, 2.0], 5: [3.0, 6.0]}
+    weights = {1: 0.25, 3: 0.5, 5: 0.25}
+    assert aggregate(scalars, weights, 4, MEAN) == [5.75, 2.5, 0.0, 0.0]
+    assert aggregate(scalars, weights, 4, MEDIAN) == [4.0, 4.0, 0.0, 0.0]
+    assert aggregate(scalars, weights, 4, TRIMMED) == [5.0, 4.0, 0.0, 0.0]  # three make a whole cut of 0.9, none
+
+
+def test_the_mean_is_summed_in_client_order_whatever_order_it_is_given_in() -> None:
+    scalars = {0: [1e16], 1: [1.0], 2: [-1e16], 3: [3.0]}  # in float64, 1e16 + 1 is 1e16
+    weights = dict.fromkeys(scalars, 1.0)
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
+        assert aggregate({i: scalars[i] for i in order}, weights, 1, MEAN) == [3.0]
+
+
+@pytest.mark.parametrize("how", [MEDIAN, TRIMMED], ids=lambda how: how.rule)
+def test_claimed_numbers_of_examples_do_not_count(how: Aggregation) -> None:
+    scalars = {0: [1.0], 1: [2.0], 2: [4.0], 3: [1e8]}
+    modest, greedy = (client_weights({0: 9, 1: 9, 2: 9, 3: n}, Weighting.EXAMPLES) for n in (9, 2**32 - 1))
+    assert greedy[3] > 0.999999
+    assert aggregate(scalars, modest, 1, how) == aggregate(scalars, greedy, 1, how) == [3.0]
+
+
+@given(st.lists(FLOAT, min_size=1, max_size=12))
+def test_the_median_is_numpys(scalars: list[float]) -> None:
+    assert of_one_step(scalars, MEDIAN) == round_fp32(float(np.median(np.array(scalars, dtype=np.float64))))
+
+
+@given(
+    st.lists(st.integers(-(2**20), 2**20).map(float), min_size=1, max_size=12), st.sampled_from([0.1, 0.2, 0.25, 0.45])
+)
+def test_the_trimmed_mean_is_scipys(scalars: list[float], trim: float) -> None:
+    """On integers, which add up exactly in any order."""
+    found = of_one_step(scalars, Aggregation(rule=Rule.TRIMMED_MEAN, trim=trim))
+    assert found == pytest.approx(stats.trim_mean(scalars, trim), rel=1e-6)
+
+
+def test_what_a_trimmed_mean_cuts_is_of_the_decimal_that_was_given() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    assert Aggregation(trim=0.29).cut(100) == 29
+    assert [Aggregation(trim=0.2).cut(n) for n in (4, 5, 9, 10)] == [0, 1, 1, 2]
+
+
+def test_a_trimmed_mean_rounds_once() -> None:
+    kept = [1e8, 1.0, -1e8]
+    assert of_one_step([-3e38, *kept, 3e38], Aggregation(rule=Rule.TRIMMED_MEAN, trim=0.2)) == round_fp32(1 / 3)
+
+
+@EACH_RULE
+@given(data=st.data())
+def test_the_order_of_arrival_changes_no_bit(rule: Rule, data: st.DataObject) -> None:
+    values = st.lists(FLOAT | st.sampled_from([0.0, -0.0, NAN]), min_size=3, max_size=3)
+    scalars = data.draw(st.dictionaries(st.integers(0, 20), values, min_size=1, max_size=8))
+    order = data.draw(st.permutations(sorted(scalars)))
+    how = Aggregation(rule=rule, trim=0.3, clip=data.draw(st.sampled_from([0.0, 1.5])))
+    weights = client_weights({i: i + 1 for i in scalars}, Weighting.EXAMPLES)
+    first, other = (aggregate({i: scalars[i] for i in ids}, weights, 3, how) for ids in (sorted(scalars), order))
+    assert np.array(first).tobytes() == np.array(other).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("rule", "wanted"), [(Rule.MEAN, 0.125), (Rule.MEDIAN, 0.25), (Rule.TRIMMED_MEAN, 0.25)], ids=str
+)
+def test_scalars_are_cut_before_any_rule(rule: Rule, wanted: float) -> None:
+    """To -0.5, 0.0, 0.5, 0.5."""
+    assert of_one_step([-7.0, 0.0, 1e30, 2.0], Aggregation(rule=rule, trim=0.3, clip=0.5)) == wanted
+
+
+@given(
+    honest=st.lists(st.floats(-10, 10, width=32), min_size=5, max_size=9),
+    hostile=st.lists(FLOAT, min_size=2, max_size=2),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_two_hostile_clients_cannot_leave_the_honest_ones_range(
+    honest: list[float], hostile: list[float], shuffle: random.Random
+) -> None:
+    everybody = honest + hostile
+    shuffle.shuffle(everybody)
+    for how in (MEDIAN, TRIMMED):
+        assert TRIMMED.cut(len(everybody)) >= 2
+        assert min(honest) <= of_one_step(everybody, how) <= max(honest)
+
+
+FEDAVG = {"method": "fedavg"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trim": 0.5}, r"trim must be in \(0, 0.5\), got 0.5"),
+        ({"trim": 0.0}, r"trim must be in \(0, 0.5\), got 0.0"),
+        ({"trim": NAN}, r"trim must be in \(0, 0.5\), got nan"),
+        ({"clip": -1.0}, "clip must be finite and not negative"),
+        ({"clip": math.inf}, "clip must be finite and not negative"),
+        ({"max_scalar": 0.0}, "max_scalar must be finite and positive, got 0.0"),
+        ({"max_scalar": NAN}, "max_scalar must be finite and positive, got nan"),
+        ({"max_scalar": 1e38, "lr": 1e3}, r"lr 1000 times max_scalar 1e\+38 is more than fp32 holds"),
+        ({"max_examples": -1}, "max_examples must be 0 or more, got -1"),
+        ({"aggregation": "average"}, "unknown aggregation 'average'; known: mean, median, trimmed-mean"),
+        (
+            {"aggregation": "trimmed-mean", "clients": 4},
+            r"trim 0.2 of 4 clients a round cuts none \(floor\(0.2 \* 4\) = 0\); raise trim or the number of clients",
+        ),
+        ({"aggregation": "trimmed-mean", "clients": 9, "clients_per_round": 3, "trim": 0.3}, "of 3 clients a round"),
+        (FEDAVG | {"aggregation": "median"}, "aggregation is about scalars, and fedavg sends weights; leave it out"),
+        (FEDAVG | {"clip": 1.0}, "clip is about scalars, and fedavg sends weights"),
+        (FEDAVG | {"attack": "scale", "attackers": 1}, "attack is about scalars, and fedavg sends weights"),
+        ({"attack": "scale"}, "attack and attackers go together, got scale and 0"),
+        ({"attackers": 1}, "attack and attackers go together, got none and 1"),
+        ({"attack": "scale", "attackers": 4, "clients": 4}, "attackers must be 0 to 3, fewer than the clients, got 4"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(settings)
+
+
+def test_settings_that_just_fit() -> None:
+    make_config({"aggregation": "trimmed-mean", "clients": 5})
+    make_config(FEDAVG | {"max_scalar": 1.0, "trim": 0.1})
+    make_config({"attack": "sign-flip", "attackers": 3, "clients": 4})

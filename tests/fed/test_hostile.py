@@ -1,0 +1,360 @@
+"""Broken and hostile clients before a real server: what is refused changes nothing, what is let through is survived."""
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from meerkat_engine.errors import MessageError
+from meerkat_engine.fed import execute, make_config, simulate
+from meerkat_engine.fed.aggregation import Rule, Weighting
+from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
+from meerkat_engine.fed.cli import main
+from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply
+from meerkat_engine.fed.refusal import Refusal, RefusedError
+from meerkat_engine.fed.server import RoundFailedError
+from meerkat_engine.weights import round_fp32
+
+Make = Callable[..., Any]
+INF, NAN = float("inf"), float("nan")
+
+
+def fp32(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def answer(fed: Any, client: int) -> TrainReply:
+    """What a client honestly answers in this round."""
+    return TrainReply.decode(fed.clients[client].handle(fed.server.request(client)))
+
+
+def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
+    """All that a refused message may not change."""
+    server = fed.server
+    books = (server.round, server.participants(), dict(server.claimed), dict(server._at), dict(server._replies))
+    return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), books
+
+
+def finish(fed: Any, clients: tuple[int, ...]) -> Any:
+    for client in clients:
+        fed.server.receive(answer(fed, client).encode(), sender=client)
+    return fed.server.finish_round()
+
+
+def with_raw_nan(reply: TrainReply) -> bytes:
+    """NaN where a value belongs, under a right checksum: encode() itself makes a position of it."""
+    from tests.fed.test_messages import changed
+
+    return changed(reply.encode(), HEADER_BYTES + 4, b"\0\0\xc0\x7f")
+
+
+MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Refusal, str]] = {
+    "nothing": (lambda _: b"", Refusal.MALFORMED, "has 0 bytes"),
+    "truncated": (lambda r: r.encode()[:-1], Refusal.MALFORMED, "claims 2 values"),
+    "longer": (lambda r: r.encode() + bytes(4), Refusal.MALFORMED, "claims 2 values"),
+    "damaged": (lambda r: r.encode()[:-1] + b"\xff", Refusal.MALFORMED, "checksum"),
+    "of another protocol": (lambda r: b"X" + r.encode()[1:], Refusal.MALFORMED, "begins"),
+    "far too many values": (
+        lambda r: replace(r, scalars=fp32(*[0.1] * 1000)).encode(),
+        Refusal.MALFORMED,
+        "claims 1000 values where at most 4",
+    ),
+    "nan": (with_raw_nan, Refusal.NOT_FINITE, "value 1 is not finite"),
+    "inf": (lambda r: replace(r, scalars=fp32(0.5, -INF)).encode(), Refusal.NOT_FINITE, "value 1 is not finite"),
+    "loss nan": (lambda r: replace(r, loss=NAN).encode(), Refusal.NOT_FINITE, "the loss is nan"),
+    "loss inf": (lambda r: replace(r, loss=INF).encode(), Refusal.NOT_FINITE, "the loss is inf"),
+    "too large": (
+        lambda r: replace(r, scalars=fp32(NAN, -1.01e8)).encode(),
+        Refusal.TOO_LARGE,
+        r"client 0 sent a scalar of size 1.01e\+08",
+    ),
+    "one step": (lambda r: replace(r, local_steps=1).encode(), Refusal.COUNT, "client 0 took 1 steps instead of 2"),
+    "one scalar": (
+        lambda r: replace(r, scalars=fp32(0.5)).encode(),
+        Refusal.COUNT,
+        "client 0 sent 1 scalars instead of 2",
+    ),
+    "three scalars": (lambda r: replace(r, scalars=fp32(1, 2, 3)).encode(), Refusal.COUNT, "client 0 sent 3 scalars"),
+    "weights": (lambda r: replace(r, masters=fp32(1, 2)).encode(), Refusal.COUNT, "client 0 sent no scalars"),
+    "unknown client": (lambda r: replace(r, client=9).encode(), Refusal.UNKNOWN, "client 9 is unknown"),
+    "old round": (
+        lambda r: replace(r, round=1).encode(),
+        Refusal.ROUND,
+        "client 0 answers round 1; round 2 is under way",
+    ),
+    "calibration": (lambda r: replace(r, round=0).encode(), Refusal.ROUND, "client 0 answers round 0; round 2"),
+    "future round": (lambda r: replace(r, round=3).encode(), Refusal.ROUND, "client 0 answers round 3; round 2"),
+    "second answer": (
+        lambda r: replace(r, client=1).encode(),
+        Refusal.REPEATED,
+        "client 1 has answered round 2 already",
+    ),
+    "no examples": (lambda r: replace(r, examples=0).encode(), Refusal.EXAMPLES, "client 0 has no examples"),
+    "all examples of the world": (
+        lambda r: replace(r, examples=2**32 - 1).encode(),
+        Refusal.EXAMPLES,
+        "client 0 claims 4294967295 examples after",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "refusal", "reason"), MESSAGES.values(), ids=list(MESSAGES))
+def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
+    federation: Make, tmp_path: Path, make: Callable[[TrainReply], bytes], refusal: Refusal, reason: str
+) -> None:
+    """In round 2, after one in which all answered; against a federation in which the offender never answers."""
+    path, other = tmp_path / "a", tmp_path / "b"
+    fed, without = federation(ledger=path), federation(ledger=other)
+    for each in (fed, without):
+        finish(each, (0, 1, 2))
+    message = make(answer(fed, 0))
+    fed.server.receive(answer(fed, 1).encode(), sender=1)
+    before, counted = state(fed, path), fed.server.rejected.total()
+    with pytest.raises(RefusedError, match=reason) as caught:
+        fed.server.receive(message)
+    assert caught.value.refusal is refusal
+    assert state(fed, path) == before
+    assert fed.server.rejected.total() == counted + 1
+    (key,) = fed.server.rejected_now()
+    assert key.endswith(f": {refusal}")
+    result, clean = finish(fed, (2,)), finish(without, (1, 2))
+    assert result == replace(clean, rejected={key: 1})
+    assert clean.rejected == {}
+    assert fed.weights == without.weights
+    assert path.read_bytes() == other.read_bytes()
+    finish(fed, (0, 1, 2))  # and whoever offended is served again
+    assert fed.server.rejected_now() == {}
+
+
+def test_the_weights_of_the_rest_are_made_anew(federation: Make) -> None:
+    fed = federation()
+    one, two = (replace(answer(fed, i), scalars=fp32(*g)) for i, g in ((1, (0.5, 0.5)), (2, (1.0, 2.0))))
+    with pytest.raises(MessageError):
+        fed.server.receive(replace(answer(fed, 0), examples=0).encode())
+    fed.server.receive(replace(one, examples=30).encode())
+    fed.server.receive(replace(two, examples=10).encode())
+    assert fed.server.finish_round().scalars == [0.625, 0.875]  # weights 3/4 and 1/4
+
+
+def test_a_replayed_message_changes_nothing(federation: Make, tmp_path: Path) -> None:
+    fed = federation(ledger=tmp_path / "l")
+    first = answer(fed, 0).encode()
+    fed.server.receive(first)
+    with pytest.raises(RefusedError, match="client 0 has answered round 1 already"):
+        fed.server.receive(first)
+    finish(fed, (1, 2))
+    before = state(fed, tmp_path / "l")
+    with pytest.raises(RefusedError, match="client 0 answers round 1; round 2 is under way"):
+        fed.server.receive(first)
+    assert state(fed, tmp_path / "l") == before
+    assert fed.server.rejected == {"client 0: a second answer": 1, "client 0: another round": 1}
+
+
+def test_a_client_does_not_speak_for_another(federation: Make, tmp_path: Path) -> None:
+    fed = federation(ledger=tmp_path / "l")
+    message, before = answer(fed, 1).encode(), state(fed, tmp_path / "l")
+    for sender in (0, 9):
+        with pytest.raises(RefusedError, match=f"client {sender} speaks for client 1"):
+            fed.server.receive(message, sender=sender)
+    assert state(fed, tmp_path / "l") == before
+    assert fed.server.rejected_now() == {
+        "client 0: speaks for another client": 1, "unknown: speaks for another client": 1,
+    }  # fmt: skip
+    fed.server.receive(message, sender=1)
+
+
+def test_an_authenticated_sender_answers_for_what_it_sends(federation: Make) -> None:
+    """Whom the message claims to be from counts only where nobody knows better."""
+    server = federation().server
+    for sender in (2, None):
+        with pytest.raises(MessageError):
+            server.receive(b"no message", sender=sender)
+    assert server.rejected_now() == {"client 2: malformed": 1, "unknown: malformed": 1}
+
+
+def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> None:
+    """With ever new ids, rounds, values and lengths: as many keys as there are clients and kinds, at most."""
+    fed = federation()
+    honest = answer(fed, 0)
+
+    def send(start: int) -> None:
+        for i in range(start, start + 1000):
+            for message in (
+                replace(honest, client=1000 + i),
+                replace(honest, round=2 + i),
+                replace(honest, local_steps=3 + i),
+                replace(honest, scalars=fp32(2e8 + 1e3 * i, 0.0)),
+            ):
+                with pytest.raises(MessageError):
+                    fed.server.receive(message.encode())
+            with pytest.raises(MessageError):
+                fed.server.receive(bytes(i))
+
+    send(0)
+    keys = dict(fed.server.rejected)
+    assert len(keys) == 5
+    tracemalloc.start()
+    send(1000)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert fed.server.rejected == {key: 2 * count for key, count in keys.items()}
+    assert grown < 20_000
+
+
+def test_who_was_not_sampled_is_refused(federation: Make, tmp_path: Path) -> None:
+    fed = federation(clients=4, per_round=2, ledger=tmp_path / "l")
+    members = fed.server.participants()
+    stranger = next(i for i in range(4) if i not in members)
+    message, before = answer(fed, stranger).encode(), state(fed, tmp_path / "l")
+    with pytest.raises(RefusedError, match=f"client {stranger} does not take part in round 1"):
+        fed.server.receive(message, sender=stranger)
+    assert state(fed, tmp_path / "l") == before
+    assert fed.server.rejected_now() == {f"client {stranger}: not sampled": 1}
+
+
+def test_the_largest_scalar_that_passes(federation: Make) -> None:
+    server = federation(max_scalar=10.0).server
+    fit = TrainReply(client=0, round=1, local_steps=2, examples=5, loss=0.5, scalars=fp32(-10.0, NAN))
+    with pytest.raises(MessageError, match=r"client 0 sent a scalar of size 10\.0001, above 10"):
+        server.receive(replace(fit, scalars=fp32(-10.0001, NAN)).encode())
+    server.receive(fit.encode())
+
+
+def test_claims_of_examples_are_bounded_and_binding(federation: Make) -> None:
+    fed = federation(max_examples=100)
+    honest = replace(answer(fed, 0), examples=100)
+    with pytest.raises(RefusedError, match="client 0 claims 101 examples, above the 100 allowed"):
+        fed.server.receive(replace(honest, examples=101).encode())
+    assert fed.server.claimed == {}  # what is refused binds nobody
+    fed.server.receive(honest.encode())
+    fed.server.finish_round()
+    with pytest.raises(RefusedError, match="client 0 claims 99 examples after 100 before"):
+        fed.server.receive(replace(honest, round=2, examples=99).encode())
+    fed.server.receive(replace(honest, round=2).encode())
+    assert fed.server.claimed == {0: 100}
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, 99.0),  # and nobody can tell: this is what weighting by examples believes
+        ({"weighting": Weighting.UNIFORM}, 34.0),
+        ({"rule": Rule.MEDIAN}, 2.0),
+    ],
+    ids=["mean by examples", "uniform mean", "median"],
+)
+def test_a_claim_to_own_the_mean(federation: Make, settings: dict[str, Any], wanted: float) -> None:
+    server = federation(steps=1, **settings).server
+    for client, g, examples in ((0, 1.0, 5), (1, 2.0, 5), (2, 99.0, 2**32 - 1)):
+        reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32(g))
+        server.receive(reply.encode())
+    assert server.finish_round().scalars == [pytest.approx(wanted, rel=1e-6)]
+
+
+def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make) -> None:
+    fed = federation(weighting=Weighting.UNIFORM)
+    p = 1 / 3
+    for client, scalars, loss in ((0, (1.0, NAN), 0.25), (1, (NAN, NAN), None), (2, (2.0, 8.0), 0.75)):
+        reply = TrainReply(client=client, round=1, local_steps=2, examples=5, loss=loss, scalars=fp32(*scalars))
+        fed.server.receive(reply.encode())
+    result = fed.server.finish_round()
+    assert result.scalars == [round_fp32(p * 1.0 + p * 2.0), round_fp32(p * 8.0)]
+    assert result.loss == 0.5
+    before = fed.weights
+    for client in range(3):
+        nothing = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32(NAN, NAN))
+        fed.server.receive(nothing.encode())
+    result = fed.server.finish_round()
+    assert (result.scalars, result.loss) == ([0.0, 0.0], None)
+    assert fed.weights == before
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_the_order_of_arrival_changes_no_weight(federation: Make, rule: Rule) -> None:
+    a, b = federation(clients=5, rule=rule), federation(clients=5, rule=rule)
+    replies = {i: answer(a, i).encode() for i in range(5)}
+    for fed, order in ((a, (0, 1, 2, 3, 4)), (b, (3, 1, 4, 0, 2))):
+        for i in order:
+            fed.server.receive(replies[i])
+    assert a.server.finish_round() == b.server.finish_round()
+    assert a.weights == b.weights
+
+
+def test_a_round_of_refusals_stays_open_and_says_why(federation: Make) -> None:
+    fed = federation()
+    with pytest.raises(MessageError):
+        fed.server.receive(b"", sender=2)
+    with pytest.raises(RoundFailedError, match=r"round 1: no client .* \({'client 2: malformed': 1}\)"):
+        fed.server.finish_round()
+    assert finish(fed, (0, 1, 2)).rejected == {"client 2: malformed": 1}
+
+
+@pytest.mark.parametrize(("attack", "factor"), [(Attack.SIGN_FLIP, -1.0), (Attack.SCALE, 1e6)])
+def test_a_hostile_client_alters_its_scalars_and_nothing_else(federation: Make, attack: Attack, factor: float) -> None:
+    fed, clean = federation(), federation()
+    clients = with_attackers(fed.clients, attack, 1)
+    assert clients[:2] == fed.clients[:2]
+    assert isinstance(clients[2], HostileClient)
+    assert clients[2].id == 2
+    honest, altered = answer(clean, 2), TrainReply.decode(clients[2].handle(fed.server.request(2)))
+    assert altered.scalars is not None
+    assert honest.scalars is not None
+    assert altered.scalars.tolist() == (honest.scalars * np.float32(factor)).tolist()
+    assert replace(altered, scalars=honest.scalars).encode() == honest.encode()
+
+
+def test_a_hostile_client_that_is_refused_leaves_the_bits_of_a_run_without_it(federation: Make) -> None:
+    """In a simulation, where the mean alone would have followed it anywhere."""
+    fed, without = federation(max_scalar=1e3), federation()
+    rounds = list(simulate(fed.server, with_attackers(fed.clients, Attack.SCALE, 1), 2))
+    for _ in range(2):
+        finish(without, (0, 1))
+    assert [each.result.rejected for each in rounds] == [{"client 2: a scalar too large": 1}] * 2
+    assert fed.weights == without.weights
+
+
+# 12 rounds are enough for this task; what they cost is what keeps this test under a minute on one core.
+TWO_OF_TEN = {"clients": 10, "partition": "iid", "rounds": 12, "batch_size": 8, "eval_every": 0, "eval_examples": 200}
+RULES: dict[str, dict[str, Any]] = {
+    "mean": {}, "median": {"aggregation": "median"}, "trimmed-mean": {"aggregation": "trimmed-mean"},
+}  # fmt: skip
+
+
+def accuracy(output: Path, **settings: Any) -> float:
+    summary = execute(make_config(TWO_OF_TEN | settings), output, lambda _: None, lambda _: None)
+    return float(summary["accuracy_after"])
+
+
+def test_with_a_fifth_hostile_median_and_trimmed_mean_hold_and_the_mean_does_not(tmp_path: Path) -> None:
+    clean = accuracy(tmp_path / "clean")
+    mask = {"mask": tmp_path / "clean" / "mask.safetensors"}
+    assert clean > 0.97
+    for attack in ("scale", "sign-flip"):
+        for name, rule in RULES.items():
+            found = accuracy(tmp_path / f"{name}-{attack}", attack=attack, attackers=2, **mask, **rule)
+            if name != "mean":
+                assert found > clean - 0.02, (name, attack)
+            elif attack == "scale":
+                assert found < 0.6, (name, attack)
+
+
+def test_the_command_line_says_who_was_hostile(tmp_path: Path) -> None:
+    settings = ["--rounds", "1", "--local-steps", "1", "--calibration-texts", "16", "--eval-examples", "40"]
+    attack = ["--attack", "scale", "--attackers", "2", "--aggregation", "median", "--max-scalar", "1e3"]
+    result = CliRunner().invoke(main, ["run", *settings, *attack, "--output", str(tmp_path / "r")])
+    assert result.exit_code == 0, result.output
+    assert "hostile         2, 3 (scale)" in result.output
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    summary = lines[-1]["summary"]
+    assert (summary["attack"], summary["attackers"]) == ("scale", [2, 3])
+    assert summary["rejected_messages"] == {"client 2: a scalar too large": 1, "client 3: a scalar too large": 1}
+    assert lines[1]["rejected"] == 2
+    written = (tmp_path / "r" / "config.toml").read_text()
+    assert 'aggregation = "median"' in written
+    assert "max_scalar = 1000.0" in written
