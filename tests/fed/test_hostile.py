@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from meerkat_engine.errors import MessageError
-from meerkat_engine.fed import execute, make_config, simulate
+from meerkat_engine.fed import execute, make_config, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Rule, Weighting
 from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
 from meerkat_engine.fed.cli import main
@@ -44,7 +44,7 @@ def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
 def finish(fed: Any, clients: tuple[int, ...]) -> Any:
     for client in clients:
         fed.server.receive(answer(fed, client).encode(), sender=client)
-    return fed.server.finish_round()
+    return fed.server.finish_round().line
 
 
 def with_raw_nan(reply: TrainReply) -> bytes:
@@ -124,10 +124,12 @@ def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
     (key,) = fed.server.rejected_now()
     assert key.endswith(f": {refusal}")
     result, clean = finish(fed, (2,)), finish(without, (1, 2))
-    assert result == replace(clean, rejected={key: 1})
+    assert result == replace(
+        clean, rejected={key: 1}, bytes_up=clean.bytes_up + len(message), bytes_down=result.bytes_down
+    )
     assert clean.rejected == {}
     assert fed.weights == without.weights
-    assert path.read_bytes() == other.read_bytes()
+    assert read_ledger(path).rounds == [read_ledger(other).rounds[0], result]
     finish(fed, (0, 1, 2))  # and whoever offended is served again
     assert fed.server.rejected_now() == {}
 
@@ -139,7 +141,7 @@ def test_the_weights_of_the_rest_are_made_anew(federation: Make) -> None:
         fed.server.receive(replace(answer(fed, 0), examples=0).encode())
     fed.server.receive(replace(one, examples=30).encode())
     fed.server.receive(replace(two, examples=10).encode())
-    assert fed.server.finish_round().scalars == [0.625, 0.875]  # weights 3/4 and 1/4
+    assert fed.server.finish_round().line.scalars == [0.625, 0.875]  # weights 3/4 and 1/4
 
 
 def test_a_replayed_message_changes_nothing(federation: Make, tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_claim_to_own_the_mean(federation: Make, settings: dict[str, Any], wan
     for client, g, examples in ((0, 1.0, 5), (1, 2.0, 5), (2, 99.0, 2**32 - 1)):
         reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32(g))
         server.receive(reply.encode())
-    assert server.finish_round().scalars == [pytest.approx(wanted, rel=1e-6)]
+    assert server.finish_round().line.scalars == [pytest.approx(wanted, rel=1e-6)]
 
 
 def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make) -> None:
@@ -263,14 +265,14 @@ def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make
     for client, scalars, loss in ((0, (1.0, NAN), 0.25), (1, (NAN, NAN), None), (2, (2.0, 8.0), 0.75)):
         reply = TrainReply(client=client, round=1, local_steps=2, examples=5, loss=loss, scalars=fp32(*scalars))
         fed.server.receive(reply.encode())
-    result = fed.server.finish_round()
+    result = fed.server.finish_round().line
     assert result.scalars == [round_fp32(p * 1.0 + p * 2.0), round_fp32(p * 8.0)]
     assert result.loss == 0.5
     before = fed.weights
     for client in range(3):
         nothing = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32(NAN, NAN))
         fed.server.receive(nothing.encode())
-    result = fed.server.finish_round()
+    result = fed.server.finish_round().line
     assert (result.scalars, result.loss) == ([0.0, 0.0], None)
     assert fed.weights == before
 
@@ -279,10 +281,12 @@ def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make
 def test_the_order_of_arrival_changes_no_weight(federation: Make, rule: Rule) -> None:
     a, b = federation(clients=5, rule=rule), federation(clients=5, rule=rule)
     replies = {i: answer(a, i).encode() for i in range(5)}
+    for i in range(5):
+        b.server.request(i)
     for fed, order in ((a, (0, 1, 2, 3, 4)), (b, (3, 1, 4, 0, 2))):
         for i in order:
             fed.server.receive(replies[i])
-    assert a.server.finish_round() == b.server.finish_round()
+    assert a.server.finish_round().line == b.server.finish_round().line
     assert a.weights == b.weights
 
 
@@ -315,7 +319,7 @@ def test_a_hostile_client_that_is_refused_leaves_the_bits_of_a_run_without_it(fe
     rounds = list(simulate(fed.server, with_attackers(fed.clients, Attack.SCALE, 1), 2))
     for _ in range(2):
         finish(without, (0, 1))
-    assert [each.result.rejected for each in rounds] == [{"client 2: a scalar too large": 1}] * 2
+    assert [each.line.rejected for each in rounds] == [{"client 2: a scalar too large": 1}] * 2
     assert fed.weights == without.weights
 
 
@@ -354,7 +358,7 @@ def test_the_command_line_says_who_was_hostile(tmp_path: Path) -> None:
     summary = lines[-1]["summary"]
     assert (summary["attack"], summary["attackers"]) == ("scale", [2, 3])
     assert summary["rejected_messages"] == {"client 2: a scalar too large": 1, "client 3: a scalar too large": 1}
-    assert lines[1]["rejected"] == 2
+    assert lines[1]["rejected"] == summary["rejected_messages"]
     written = (tmp_path / "r" / "config.toml").read_text()
     assert 'aggregation = "median"' in written
     assert "max_scalar = 1000.0" in written
