@@ -323,6 +323,20 @@ def test_a_hostile_client_that_is_refused_leaves_the_bits_of_a_run_without_it(fe
     assert fed.weights == without.weights
 
 
+def test_a_simulation_knows_who_speaks(federation: Make) -> None:
+    fed = federation()
+
+    class Thief(HostileClient):
+        """Answers first, and as client 2."""
+
+        def handle(self, message: bytes) -> bytes:
+            return replace(TrainReply.decode(self.honest.handle(message)), client=2).encode()
+
+    list(simulate(fed.server, [Thief(fed.clients[0], Attack.SCALE), *fed.clients[1:]], 1))
+    assert fed.server.rejected == {"client 0: speaks for another client": 1}
+    assert sorted(fed.server.claimed) == [1, 2]
+
+
 # 12 rounds are enough for this task; what they cost is what keeps this test under a minute on one core.
 TWO_OF_TEN = {"clients": 10, "partition": "iid", "rounds": 12, "batch_size": 8, "eval_every": 0, "eval_examples": 200}
 RULES: dict[str, dict[str, Any]] = {
