@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import SafetensorError
-
-from .errors import ConfigError, ModelError, RunError
+from .errors import ConfigError, MeerkatError, RunError
 from .files import sync_directory
 from .models import LanguageModel
 
@@ -28,8 +26,7 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
 
     Raises:
         ConfigError: if there is something already.
-        ModelError: if transformers refuses to save the model.
-        RunError: if it cannot be written; nothing of it is left.
+        RunError: if it cannot be written, or transformers finds fault with it; nothing of it is left.
     """
     check_absent(output)
     try:
@@ -41,16 +38,15 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
             check_absent(output)  # a rename would take the place of an empty directory
             os.rename(whole, output)
         sync_directory(output.parent)
-    except (OSError, SafetensorError) as error:
+    except MeerkatError:
+        raise
+    except Exception as error:  # of any type: safetensors and tokenizers have their own for a disk that is full
         raise RunError(f"cannot write the checkpoint {output}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _fill(directory: Path, lm: LanguageModel, card: str) -> None:
-    try:
-        lm.model.save_pretrained(directory)  # type: ignore[operator]
-        lm.tokenizer.save_pretrained(directory)
-    except ValueError as error:  # a generation config that it finds fault with, for one
-        raise ModelError(f"transformers cannot save the model {lm.source!r}: {error}") from error
+    lm.model.save_pretrained(directory)  # type: ignore[operator]
+    lm.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
     for path in sorted(directory.rglob("*")):
         if path.is_file():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -82,17 +83,26 @@ def _read(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any
     """The model and its tokenizer as transformers gives them."""
     # told either way: transformers would ask at the terminal
     common: dict[str, Any] = {"trust_remote_code": trust}
+    unpacked = {}
     if path.suffix == ".gguf":
-        source, common = str(path.parent), common | {"gguf_file": path.name}
+        source, common, unpacked = str(path.parent), common | {"gguf_file": path.name}, _unpacked()
     else:
         _check_weights(path, source, common)
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
     model, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **unpacked
     )
+    if unpacked and getattr(model, "hf_quantizer", None) is not None:  # a plain model now, which may be saved as one
+        model.hf_quantizer.remove_quantization_config(model)
     if missing := sorted(found["missing_keys"]):  # which would be drawn at random
         raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]!r} among them")
     return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Has the weights of a GGUF file unpacked, without which kernels from the hub would compute with packed ones."""
+    kind = getattr(transformers, "GgufConfig", None)  # versions that have none always unpack
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _check_weights(path: Path, source: str, common: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from ..delta import Delta
 from ..models import LanguageModel
 from ..tasks import Task
 from .config import RunConfig, make_config
+from .methods import Gradient
 from .replaying import Replayed
 from .report_runs import is_number
 from .rundir import LEDGER
@@ -38,7 +39,7 @@ def run_card(done: Replayed, name: str, weights: str) -> str:
         "task": f"{task.name}; {_data(done.config, task)}",
         "clients": f"{header.clients}, {done.config.partition.describe(done.config.alpha)}",
         "rounds": f"{done.round} of {len(done.ledger.rounds)} in the ledger",
-        "local steps": f"{_steps(done):,} in these rounds",
+        "local steps": _steps(done),
         "bytes sent": _bytes(done),
         "accuracy": _change(before, after, "accuracy"),
         "macro-F1": _change(before, after, "macro_f1"),
@@ -136,13 +137,12 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> st
     return f"{found[0]} before, {found[1]} after"
 
 
-def _steps(done: Replayed) -> int:
-    terms = done.ledger.header.terms
-    return sum(
-        terms.local_steps if line.masters is not None else len(scalars) // terms.queries
-        for line in done.ledger.rounds[: done.round]
-        for scalars in line.clients.values()
-    )
+def _steps(done: Replayed) -> str:
+    terms, rounds = done.ledger.header.terms, done.ledger.rounds[: done.round]
+    if terms.gradient is Gradient.BACKPROPAGATION:  # whose rounds do not say who took how many
+        return f"at most {terms.local_steps} of each client a round"
+    taken = sum(len(scalars) // terms.queries for line in rounds for scalars in line.clients.values())
+    return f"{taken:,} in these rounds"
 
 
 def _bytes(done: Replayed) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from meerkat_engine import SparseMask, SparseZO
+from meerkat_engine.checkpoint import save_checkpoint
 from meerkat_engine.errors import ModelError
 from meerkat_engine.models import load_model, prepare
 from meerkat_engine.objective import language_model_loss
@@ -95,6 +96,12 @@ def test_a_gguf_file_gives_the_same_model_and_trains(tmp_path: Path) -> None:
     torch.testing.assert_close(lm.model(input_ids=ids).logits, original(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     opt = SparseZO(lm.model, SparseMask.random(lm.model, 0.1, 0), lr=1e-3)
     assert torch.isfinite(opt.step(lambda: language_model_loss(lm.model, ids)))
+    save_checkpoint(lm, tmp_path / "out", "# a card")
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(same_bits(a, b) for a, b in zip(plain.parameters(), lm.model.parameters(), strict=True))
+    half = load_model(str(tmp_path / "model.gguf"), torch.bfloat16).model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
