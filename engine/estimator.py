@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteLossError
-from .weights import MaskedWeights
+from .weights import MaskedWeights, round_fp32
 
 # Writes the loss at the weights as they are to float32 [1]; the text says where that is, for errors.
 Evaluate = Callable[[Tensor, str], None]
@@ -35,6 +35,17 @@ class Estimator(StrEnum):
 
     TWO_POINT = "two-point"
     FORWARD_DIFFERENCE = "forward-difference"
+
+
+class NonFinite(StrEnum):
+    """What becomes of a query whose losses or coefficient are NaN or infinite.
+
+    ``RAISE``: it ends the run with ``NonFiniteLossError``.
+    ``SKIP``: it is not taken, its scalar is NaN, and the run goes on.
+    """
+
+    RAISE = "raise"
+    SKIP = "skip"
 
 
 class Walk:
@@ -135,7 +146,7 @@ def take_loss(closure: Callable[[], Tensor | float], out: Tensor, where: str, *,
     with torch.inference_mode():
         value = closure()
     if not isinstance(value, Tensor):
-        out.fill_(value)
+        out.fill_(round_fp32(value))
     elif value.numel() == 1:
         out.copy_(value.detach().reshape(1))
     else:
@@ -144,6 +155,17 @@ def take_loss(closure: Callable[[], Tensor | float], out: Tensor, where: str, *,
         raise NonFiniteLossError(
             f"the loss at {where} is {out.item()}; the weights are restored (try a smaller lr or eps)"
         )
+
+
+def whole(c: Tensor) -> Tensor:
+    """Coefficients of a query, float32 [groups]: all NaN if one is not finite, so that no group takes it alone."""
+    return c if c.numel() == 1 else torch.where(c.isfinite().all(), c, torch.nan)
+
+
+def gradients_taken(records: Tensor) -> list[float]:
+    """The projected gradient of each record, float32 [n, 2 + groups]; NaN where anything in it is not finite."""
+    gradients: list[float] = torch.where(records.isfinite().all(1), records[:, 1], torch.nan).tolist()
+    return gradients
 
 
 def check_taken(records: Tensor, first: int, queries: int = 1) -> None:
@@ -184,17 +206,28 @@ def check_estimator(estimator: str) -> Estimator:
     return Estimator(estimator)
 
 
+def check_nonfinite(nonfinite: str) -> NonFinite:
+    """The choice of that name; raises ``ValueError`` naming the known ones."""
+    if nonfinite not in list(NonFinite):
+        raise ValueError(f"unknown choice nonfinite={nonfinite!r}; known: {', '.join(NonFinite)}")
+    return NonFinite(nonfinite)
+
+
 ESTIMATES = {Estimator.TWO_POINT: two_point, Estimator.FORWARD_DIFFERENCE: forward_difference}
 
 __all__ = [
     "ESTIMATES",
     "Estimator",
+    "NonFinite",
     "Walk",
     "check_eps",
     "check_estimator",
+    "check_nonfinite",
     "check_queries",
     "check_taken",
     "forward_difference",
+    "gradients_taken",
     "take_loss",
     "two_point",
+    "whole",
 ]

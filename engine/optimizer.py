@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from .estimator import (
     ESTIMATES,
     Estimator,
+    NonFinite,
     Walk,
     check_eps,
     check_estimator,
+    check_nonfinite,
     check_queries,
     check_taken,
+    gradients_taken,
     take_loss,
+    whole,
 )
 from .mask import SparseMask
 from .parameters import floating_parameters
@@ -49,9 +53,11 @@ class SparseZO(torch.optim.Optimizer):
             masked elements must be in one. None is one group of all of these.
         queries: perturbations a step (q), at least 1; each has a seed, a scalar, and a share ``lr / q`` of the step.
         estimator: "two-point" or "forward-difference"; see ``Estimator``.
+        nonfinite: "raise" or "skip", what becomes of a query whose losses or coefficient are NaN or infinite; see
+            ``step``.
 
     Raises:
-        ValueError: for a learning rate, eps, seed, group, number of queries or estimator out of range.
+        ValueError: for a learning rate, eps, seed, group, number of queries, estimator or ``nonfinite`` out of range.
         MaskError: if the mask is another model's.
 
     Example:
@@ -76,10 +82,12 @@ class SparseZO(torch.optim.Optimizer):
         params: Iterable[dict[str, Any]] | None = None,
         queries: int = 1,
         estimator: str = Estimator.TWO_POINT,
+        nonfinite: str = NonFinite.RAISE,
     ) -> None:
         _check_lr(lr)
         check_eps(eps)
         self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
+        self.nonfinite = check_nonfinite(nonfinite)
         self.seed = check_seed(seed)
         self.steps = 0
         self._projected_gradients: list[float] = []
@@ -101,7 +109,8 @@ class SparseZO(torch.optim.Optimizer):
         if missing:
             raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
         self._values = self.weights.values
-        self._at_once = self._values.device.type != "cuda"  # whether a look at a loss is free; on a GPU it would wait
+        # Whether each loss is looked at as it comes: where a bad one is an error, and the look is free (a GPU would wait).
+        self._at_once = self.nonfinite is NonFinite.RAISE and self._values.device.type != "cuda"
         self._closed = True
 
     @torch.no_grad()
@@ -120,11 +129,17 @@ class SparseZO(torch.optim.Optimizer):
 
         On a GPU nothing here waits for it, unless the closure does.
 
+        With ``nonfinite="skip"`` a query is not taken if a loss of it, its projected gradient or ``lr * g`` in any
+        group is NaN or infinite: the weights stay as they were, its scalar in ``projected_gradients`` is NaN, and the
+        step counts. Each query is skipped on its own, but a bad loss at ``w`` (forward difference) skips all of the
+        step. The closure is called as often as in any step, on every device, and the loss returned is whatever the
+        forwards gave, NaN and infinity included.
+
         Raises:
             ValueError: if a seed is given and there are several queries.
-            NonFiniteLossError: if a loss is NaN or infinite. This and whatever the closure raises leave the weights
-                restored and the step not taken. On a GPU, it is raised when ``projected_gradients`` is next read, and
-                what is not taken is the query.
+            NonFiniteLossError: with ``nonfinite="raise"``, if a loss is NaN or infinite. This and whatever the closure
+                raises leave the weights restored and the step not taken. On a GPU, it is raised when
+                ``projected_gradients`` is next read, and what is not taken is the query.
             ModelChangedError: if the model was moved, cast or rebuilt since the optimizer was.
         """
         if seed is not None and self.queries > 1:
@@ -162,7 +177,7 @@ class SparseZO(torch.optim.Optimizer):
                 evaluate = functools.partial(take_loss, closure, at_once=self._at_once)
                 loss, records = ESTIMATES[self.estimator](walk, of_step, self._eps(), evaluate, self._record)
                 self._records += records
-                walk.pending += [(seed, record[2:]) for seed, record in zip(of_step, records, strict=True)]
+                walk.pending += [(seed, whole(record[2:])) for seed, record in zip(of_step, records, strict=True)]
                 self.steps += 1
                 losses.append(loss)
         finally:
@@ -171,14 +186,19 @@ class SparseZO(torch.optim.Optimizer):
 
     @property
     def projected_gradients(self) -> list[float]:
-        """fp32 scalars of the steps taken, in the order (step, query); a list, clear it as you like.
+        """fp32 scalars of the steps, in the order (step, query); a list, clear it as you like.
+
+        With ``nonfinite="skip"``, NaN for a query that was not taken, and finite for all others.
 
         Raises:
-            NonFiniteLossError: once, if a loss on the GPU was NaN or infinite; the query was not taken and its scalar
-                is in the list as it was.
+            NonFiniteLossError: with ``nonfinite="raise"``, once, if a loss on the GPU was NaN or infinite; the query
+                was not taken and its scalar is in the list as it was.
         """
         if self._records:
             records, self._records = torch.stack(self._records).cpu(), []
+            if self.nonfinite is NonFinite.SKIP:
+                self._projected_gradients += gradients_taken(records)
+                return self._projected_gradients
             self._projected_gradients += records[:, 1].tolist()
             check_taken(records, self.steps * self.queries - len(records), self.queries)
         return self._projected_gradients
@@ -287,4 +307,4 @@ def _check_lr(lr: float | Tensor) -> None:
         raise ValueError(f"lr must be finite and not negative, got {lr}")
 
 
-__all__ = ["Estimator", "SparseZO"]
+__all__ = ["Estimator", "NonFinite", "SparseZO"]

@@ -17,12 +17,14 @@ def replay(
     Args:
         model: the base model the run started from; its masked weights are written.
         mask: the run's mask.
-        steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient.
+        steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient. NaN for g is an
+            update that was not taken (``SparseZO(nonfinite="skip")``) and is left out.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Raises:
         MaskError: if the mask is another model's.
-        ValueError: if a scalar is not finite.
+        ValueError: if a learning rate is not finite, a projected gradient is infinite, or fp32 cannot hold a product
+            of the two.
     """
     replay_(MaskedWeights(model, mask, backend), steps)
 
@@ -39,8 +41,10 @@ def replay_(weights: MaskedWeights, steps: Iterable[tuple[int, float, float]]) -
     """
     seeds, c = [], []
     for seed, lr, g in steps:
-        if not math.isfinite(g) or not math.isfinite(lr):
+        if math.isinf(g) or not math.isfinite(lr):
             raise ValueError(f"lr and projected gradient must be finite, got lr {lr} and g {g}")
+        if math.isnan(g):
+            continue
         seeds.append(seed)
         c.append(lr * g)
     weights.replay_(seeds, c)

@@ -209,8 +209,9 @@ def test_an_update_that_fp32_cannot_hold_is_refused(llama: nn.Module, lr: float,
     before, mask = flat(llama), SparseMask.dense(llama)
     with pytest.raises(ValueError, match="finite"):
         SparseZO(llama, mask, lr=lr).apply(1, g)
-    with pytest.raises(ValueError, match=r"finite|which fp32 cannot hold"):
-        replay(llama, mask, [(1, lr, g)])
+    if g == g:  # a log's NaN is an update that was not taken
+        with pytest.raises(ValueError, match=r"finite|which fp32 cannot hold"):
+            replay(llama, mask, [(1, lr, g)])
     assert same_bits(flat(llama), before)
 
 
