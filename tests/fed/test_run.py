@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tomllib
@@ -22,6 +21,7 @@ from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.parameters import fingerprint
 from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
+from tests.fed.killing import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
@@ -285,29 +285,36 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path
 
 
 @pytest.mark.parametrize(("method", "file"), [("random-mask", "ledger.jsonl"), ("meerkat", "gradip.jsonl")])
-def test_a_disk_that_fills_up_is_named_and_the_complete_rounds_stay(tmp_path: Path, method: str, file: str) -> None:
-    """In a process of its own, whose files may not grow beyond a little more than the mask."""
-    output = tmp_path / "r"
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (17000, 17000))\n"
-        "from meerkat_engine.fed.cli import main\n"
-        "settings = '--rounds 200 --local-steps 1 --calibration-texts 16 --eval-every 0'.split()\n"
-        f"main(['run', *settings, '--method', {method!r}, '--output', {str(output)!r}])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, method: str, file: str
+) -> None:
+    """In processes of their own, of which one may not write files that are much larger than the mask."""
+    settings = f"run --rounds 45 --local-steps 1 --calibration-texts 16 --eval-every 0 --method {method}".split()
+
+    def run(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+        script = (
+            "import resource, signal, sys\n"
+            "from meerkat_engine.fed.cli import main\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"limit = {limit or 'resource.RLIM_INFINITY'}\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+            "main(sys.argv[1:])\n"
+        )
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    output, whole = tmp_path / "r", tmp_path / "whole"
+    done = run(*settings, "--output", str(output), limit=17000)
     assert done.returncode == 1
-    assert f"Error: cannot write {output / file}: " in done.stderr
+    assert f"Error: cannot write {output / file}: File too large" in done.stderr
     assert "are complete" in done.stderr
     assert "Traceback" not in done.stderr
     replayed = call("replay", output)
-    assert "replayed" in replayed.output
     assert "the run did not finish" in replayed.output
-    assert 10 < int(replayed.output.split()[1]) < 200
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert 10 < int(replayed.output.split()[1]) < 45
+    assert run("run", "--resume", str(output)).returncode == 0
+    assert run(*settings, "--output", str(whole)).returncode == 0
+    assert contents(output) == contents(whole)
 
 
 def test_help_names_every_option() -> None:
