@@ -203,6 +203,23 @@ class SparseZO(torch.optim.Optimizer):
             check_taken(records, self.steps * self.queries - len(records), self.queries)
         return self._projected_gradients
 
+    def still(self, seed: int | None = None) -> float:
+        """Share of the masked elements that a perturbation leaves where they are, in [0, 1]; a look before a run.
+
+        Weights of low precision move in steps: those in [0.5, 1) are 2**-8 apart in bfloat16 and 2**-11 in float16, others
+        in proportion to their size. A perturbation ``eps * z`` of less than half a step is rounded away in both
+        directions; the element then has no say in the losses, and its master is moved by them all the same. A large
+        share asks for a larger eps, or for float32, where it is as good as 0 with the usual eps.
+
+        Args:
+            seed: of the perturbation; None is that of the first query of the next step.
+
+        Raises:
+            ValueError: if eps or the seed is out of range.
+            ModelChangedError: if the model was moved or cast since the optimizer was built.
+        """
+        return self.weights.still(step_seed(self.seed, 0, self.steps) if seed is None else seed, self._eps())
+
     def perturb(self, seed: int, scale: float) -> None:
         """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters stay."""
         self.weights.perturb_(self._values.seed(seed), self._fp32(scale))

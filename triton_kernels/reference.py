@@ -222,7 +222,8 @@ def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source:
     return z
 
 
-def _windows(table: ElementTable) -> Iterator[tuple[int, int]]:
+def windows(table: ElementTable) -> Iterator[tuple[int, int]]:
+    """The slots of a table, [start, stop) a window."""
     for start in range(0, table.slots, _WINDOW):
         yield start, min(start + _WINDOW, table.slots)
 
@@ -247,7 +248,7 @@ def restore_(table: ElementTable, master: Tensor) -> None:
         table: where the masked elements of the model live. Their weights are written.
         master: float32 [slots].
     """
-    for start, stop in _windows(table):
+    for start, stop in windows(table):
         _write(table, start, master[start:stop])
 
 
@@ -261,7 +262,7 @@ def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, d
         scale: float32 [1], ``+eps`` or ``-eps``.
         draw: of the normals.
     """
-    for start, stop in _windows(table):
+    for start, stop in windows(table):
         _write(table, start, master[start:stop] + draw(table, seed, start, stop) * scale)
 
 
@@ -294,7 +295,7 @@ def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: 
         c: float32 [1], learning rate times projected gradient.
         draw: of the normals.
     """
-    for start, stop in _windows(table):
+    for start, stop in windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
             part -= draw(table, seed, start, stop) * c
@@ -321,7 +322,7 @@ def update_perturb_(
         scale: float32 [1], of the next perturbation.
         draw: of the normals.
     """
-    for start, stop in _windows(table):
+    for start, stop in windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
             part -= draw(table, seed, start, stop) * c
@@ -338,7 +339,7 @@ def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw:
         c: float32 [n].
         draw: of the normals.
     """
-    for start, stop in _windows(table):
+    for start, stop in windows(table):
         part = master[start:stop]
         for seed, each in zip(seeds, c, strict=True):
             if torch.isfinite(each):
@@ -400,4 +401,5 @@ __all__ = [
     "tree_sum",
     "update_",
     "update_perturb_",
+    "windows",
 ]

@@ -1,0 +1,122 @@
+"""Which elements a perturbation leaves where they are; and that perturbing and restoring leaves all of them there."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from meerkat_engine import SparseMask, SparseZO, embedded, stream
+from meerkat_engine.bench.measure import peak_bytes
+from meerkat_engine.triton_kernels import reference
+from meerkat_engine.weights import MaskedWeights
+from tests.conftest import make_model, same_bits
+from tests.engine.test_optimizer import DTYPES, flat
+
+EPS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+
+
+def by_hand(model: nn.Module, seed: int, eps: float, ids: torch.Tensor) -> float:
+    """One element after the other, as the float that a weight of its dtype holds; no mask, no table, no window."""
+    weights = [value for p in model.parameters() for value in p.detach().view(-1)]
+    z, still = stream.normal(seed, ids), 0
+    for element, normal in zip(ids.tolist(), z, strict=True):
+        weight, step = weights[element], normal * torch.tensor(eps)
+        moved = [(weight.float() + sign * step).to(weight.dtype) for sign in (1, -1)]
+        still += all(each.item().hex() == weight.item().hex() for each in moved)
+    return still / len(ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_it_is_the_share_counted_element_by_element(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str
+) -> None:
+    monkeypatch.setattr(reference, "_WINDOW", 96)  # several windows, and tensors that lie across two
+    model = make_model("llama", dtype)
+    mask = SparseMask.random(model, 0.04, 1)
+    weights = MaskedWeights(model, mask, backend)
+    shares = [weights.still(7, eps) for eps in EPS]
+    assert shares == [by_hand(model, 7, eps, mask.ids) for eps in EPS]
+    assert all(a >= b for a, b in zip(shares, shares[1:], strict=False))
+    assert (shares[0] > 0.8) == (dtype != torch.float32)
+    assert shares[-1] < 0.1
+
+
+def test_in_bfloat16_a_usual_eps_leaves_many_weights_where_they_are() -> None:
+    lm = embedded.load(torch.bfloat16)
+    opt = SparseZO(lm.model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
+    wide = SparseZO(embedded.load().model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
+    assert opt.still() > 0.5
+    assert wide.still() < 0.01
+
+
+def test_groups_dtypes_and_whole_parameters_in_one_model(llama: nn.Module) -> None:
+    """Tables with and without offsets, of two dtypes and two groups: each counts by its elements."""
+    llama.model.layers[0].mlp.to(torch.bfloat16)  # type: ignore[union-attr, index]
+    llama.model.norm.to(torch.float16)  # type: ignore[union-attr]
+    first, *rest = llama.parameters()
+    opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1, eps=1e-4, params=[{"params": [first]}, {"params": rest}])
+    assert len(opt.weights.tables()) >= 4
+    assert opt.still(5) == by_hand(llama, 5, 1e-4, opt.weights.mask.ids)
+
+
+def test_nothing_is_disturbed(llama: nn.Module) -> None:
+    llama.to(torch.bfloat16)
+    opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1, eps=1e-2, seed=3)
+    at_w = opt.still()
+    assert at_w == opt.still(stream.step_seed(3, 0, 0)) != opt.still(1)
+    opt.perturb(77, 0.25)
+    before, masters = flat(llama), opt.weights.masters()
+    assert opt.still() == at_w
+    assert same_bits(flat(llama), before)
+    assert same_bits(opt.weights.masters(), masters)
+    opt.restore()
+    opt.apply(1, 1.0)
+    opt.steps = 4
+    assert opt.still() == opt.still(stream.step_seed(3, 0, 4))
+
+
+def test_what_is_out_of_range_is_refused(llama: nn.Module) -> None:
+    opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1)
+    with pytest.raises(ValueError, match="seed must be in"):
+        opt.still(-1)
+    opt.param_groups[0]["eps"] = 0.0
+    with pytest.raises(ValueError, match="eps must be finite and positive"):
+        opt.still()
+
+
+def test_memory_follows_the_mask() -> None:
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(4)])
+    weights = MaskedWeights(model, SparseMask.random(model, 0.1, 0), "torch")
+    assert 4 <= peak_bytes(lambda: weights.still(1, 1e-3), torch.device("cpu")) / len(weights.mask) <= 60
+
+
+def cycles(dtype: torch.dtype, n: int, backend: str) -> None:
+    """``n`` times to +eps, to -eps and back, each time with another seed; every bit is compared at the end."""
+    lm = embedded.load(dtype)
+    opt = SparseZO(lm.model, SparseMask.random(lm.model, 0.01, 1), lr=0.1, eps=1e-3, backend=backend)
+    before, masters = flat(lm.model), opt.weights.masters()
+    begun = time.perf_counter()
+    for step in range(n):
+        opt.perturb(stream.step_seed(1, 0, step), 1e-3)
+        opt.perturb(stream.step_seed(1, 0, step), -1e-3)
+        if step == n - 1:
+            assert not same_bits(flat(lm.model), before)
+        opt.restore()
+    print(f"{n:,} cycles in {dtype}: {time.perf_counter() - begun:.1f} s")
+    assert same_bits(flat(lm.model), before)
+    assert same_bits(opt.weights.masters(), masters)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_200_perturb_and_restore_cycles_leave_every_bit_in_place(dtype: torch.dtype, backend: str) -> None:
+    cycles(dtype, 200, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_100_000_perturb_and_restore_cycles_leave_every_bit_in_place(dtype: torch.dtype) -> None:
+    cycles(dtype, 100_000, "auto")
