@@ -98,7 +98,7 @@ def _read(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any
 
 
 def _unpacked() -> dict[str, Any]:
-    """Has a GGUF file unpacked to a plain model: a packed one computes with kernels from the hub and cannot be saved."""
+    """Has a GGUF file unpacked to a plain model: a packed one computes with kernels from the hub, and is not saved."""
     kind = getattr(transformers, "GgufConfig", None)  # versions that have none always unpack
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
