@@ -28,14 +28,13 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
         ConfigError: if there is something already.
         RunError: if it cannot be written, or transformers finds fault with it; nothing of it is left.
     """
-    check_absent(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as holder:
             whole = Path(holder) / output.name
             whole.mkdir()
             _fill(whole, lm, card)
-            check_absent(output)  # a rename would take the place of an empty directory
+            check_absent(output)  # the rename itself would take the place of an empty directory
             os.rename(whole, output)
         sync_directory(output.parent)
     except MeerkatError:

@@ -92,15 +92,13 @@ def _read(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any
     model, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **unpacked
     )
-    if unpacked and getattr(model, "hf_quantizer", None) is not None:  # a plain model now, which may be saved as one
-        model.hf_quantizer.remove_quantization_config(model)
     if missing := sorted(found["missing_keys"]):  # which would be drawn at random
         raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]!r} among them")
     return model, tokenizer
 
 
 def _unpacked() -> dict[str, Any]:
-    """Has the weights of a GGUF file unpacked, without which kernels from the hub would compute with packed ones."""
+    """Has a GGUF file unpacked to a plain model: a packed one computes with kernels from the hub, and is not saved."""
     kind = getattr(transformers, "GgufConfig", None)  # versions that have none always unpack
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 

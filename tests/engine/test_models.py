@@ -159,6 +159,9 @@ def test_weights_in_a_pickle_are_refused_unread(saved: Path, tmp_path: Path) -> 
     (saved / "model.safetensors").unlink()
     refused(saved, r"its weights are a pickle \(pytorch_model\.bin\); a pickle may hold code")
     assert not (tmp_path / "proof").exists()
+    save_file({"x": torch.zeros(1)}, saved / "other.safetensors")  # which is not the model's
+    refused(saved, "no file named model.safetensors found")
+    assert not (tmp_path / "proof").exists()
     torch.load(saved / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "proof").exists()
 

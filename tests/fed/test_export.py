@@ -399,7 +399,8 @@ def coded(llama_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (base / "own.py").write_text(
         f"from pathlib import Path\nimport transformers\n\n\nclass Config(transformers.LlamaConfig):\n"
         f"    model_type = 'made-up'\n\n    def __init__(self, **given):\n        Path({str(proof)!r}).touch()\n"
-        f"        super().__init__(**given)\n\n\nclass Model(transformers.LlamaForCausalLM):\n    config_class = Config\n"
+        f"        super().__init__(**given)\n\n\n"
+        f"class Model(transformers.LlamaForCausalLM):\n    config_class = Config\n"
     )
 
     def ran() -> bool:
