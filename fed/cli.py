@@ -256,6 +256,9 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
                    f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip
     if "attackers" in s:
         click.echo(f"hostile         {', '.join(map(str, s['attackers']))} ({s['attack']})")
+    if "epsilon" in s:
+        click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} (simulated: the noise follows from "
+                   f"the seed)")  # fmt: skip
     click.echo(f"run directory   {output}")
 
 

@@ -22,6 +22,7 @@ from .aggregation import Aggregation, Rule, Weighting
 from .attack import Attack
 from .methods import Elements, Gradient, Method, Stopping
 from .partition import Partition
+from .privacy import Privacy
 from .selection import Thresholds
 from .task_choice import chosen_task
 from .terms import Schedule
@@ -59,7 +60,10 @@ class RunConfig:
         max_examples: number of examples above which a client's claim is refused; 0 believes any.
         attack: what hostile clients do to their scalars, to see what becomes of the run.
         attackers: how many clients do it, the last ones.
-        batch_size: examples of a step.
+        dp_noise: noise multiplier (sigma) of differentially private scalars, over the clip; 0 is no privacy.
+        dp_clip: ``C``, what one example may change of a difference of losses.
+        dp_delta: of (epsilon, delta).
+        batch_size: examples of a step; with privacy, their expected number.
         micro_batch_size: examples of one forward pass; 0 is the whole batch.
         objective: the loss.
         lr: learning rate (eta) of the first step.
@@ -118,6 +122,9 @@ class RunConfig:
     max_examples: int = 0
     attack: Attack = Attack.NONE
     attackers: int = 0
+    dp_noise: float = 0.0
+    dp_clip: float = 0.1
+    dp_delta: float = 1e-5
     batch_size: int = 16
     micro_batch_size: int = 0
     objective: Objective = Objective.CANDIDATES
@@ -168,6 +175,7 @@ class RunConfig:
         _require(0 <= self.clients_per_round <= self.clients, "clients_per_round", self.clients_per_round,
                  f"0 (all) to the {self.clients} clients")  # fmt: skip
         self._check_method()
+        self._check_privacy()
         self._check_aggregation()
         try:
             check_seed(self.seed)
@@ -216,6 +224,27 @@ class RunConfig:
                  f"0 to {self.clients - 1}, fewer than the clients")  # fmt: skip
         if (self.attackers > 0) != (self.attack is not Attack.NONE):
             raise ConfigError(f"attack and attackers go together, got {self.attack} and {self.attackers}")
+
+    def privacy(self) -> Privacy | None:
+        """What the scalars keep of a client's examples."""
+        if not self.dp_noise:
+            return None
+        return Privacy(
+            clip=self.dp_clip, noise_multiplier=self.dp_noise, delta=self.dp_delta, batch_size=self.batch_size
+        )
+
+    def _check_privacy(self) -> None:
+        recipe = self.method.recipe
+        _require(0 <= self.dp_noise < math.inf, "dp_noise", self.dp_noise, "finite and not negative (0: no privacy)")
+        if self.privacy() is None:
+            return
+        if recipe.gradient is Gradient.BACKPROPAGATION:
+            raise ConfigError(f"{self.method} sends weights, which dp_noise does not make private; leave it out")
+        if recipe.elements is Elements.TASK:
+            raise ConfigError(
+                f"{self.method} chooses its elements by gradients of the clients' examples, which dp_noise does not "
+                f"make private; take another method, or leave it out"
+            )
 
     def how_aggregated(self) -> Aggregation:
         """How a round is made of the clients' answers."""

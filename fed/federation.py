@@ -34,6 +34,7 @@ def terms_of(config: RunConfig, mask: SparseMask) -> Terms:
         schedule=config.schedule,
         rounds=config.rounds,
         calibration_steps=0 if recipe.stopping is Stopping.NONE else config.vp_steps,
+        privacy=config.privacy(),
     )
 
 
@@ -94,8 +95,13 @@ class Federation:
     def _client(self, id: int, data: EncodedTask, indices: Tensor, purpose: str) -> Client:
         config = self.config
         seed = stream.derived_seed(config.seed, purpose, id)
-        examples = ClientData(data, indices, config.batch_size, seed, config.micro_batch_size)
-        return Client(id, examples, self._replica, config.objective, self.timing)
+        # the null paths' examples are the server's own
+        privacy = None if purpose == "null" else self._replica.terms.privacy
+        noise = None if privacy is None else stream.derived_seed(config.seed, "priv", id)
+        examples = ClientData(
+            data, indices, config.batch_size, seed, config.micro_batch_size, poisson=privacy is not None
+        )
+        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise)
 
     def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""

@@ -64,6 +64,8 @@ class Metrics:
         }
         if done is not None and done.rejected:
             line["rejected"] = done.rejected
+        if done is not None and done.epsilon is not None:
+            line["epsilon"] = done.epsilon
         self._directory.add_metrics(line)
         self._lines.append(line)
         return line
@@ -85,6 +87,7 @@ class Metrics:
             "steps": self._sum("steps"),
             "bytes_up": self._sum("bytes_up"),
             "bytes_down": self._sum("bytes_down"),
+            **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),
             "seconds": round(self._sum("seconds"), 3),
             "seconds_per_step": in_steps / sum(line["steps"] for line in timed) if timed else None,
             "forward_share_of_step": sum(line["seconds_in_forwards"] for line in timed) / in_steps if timed else None,

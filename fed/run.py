@@ -24,6 +24,7 @@ from .masks import make_mask
 from .methods import Gradient
 from .metrics import Metrics, summary_in
 from .partition import histogram, split
+from .privacy import largest_epsilon
 from .recorded import Recorded, go_on, read_recorded
 from .rundir import CONFIG, MASK, SNAPSHOT, Origin, RunDirectory, check_free, is_run
 from .selection import Selection
@@ -202,6 +203,10 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
         clients=config.clients,
         aggregation=config.how_aggregated(),
     )
+    if header.terms.privacy is not None:
+        steps = header.terms.calibration_steps + config.rounds * config.local_steps
+        whole = largest_epsilon(header.terms.privacy, {(len(share), steps) for share in it.shares}, config.queries)
+        say(f"differential privacy: epsilon {whole:.3g} at delta {config.dp_delta:g} at most, after all rounds")
     recorded = read_recorded(directory, header)
     with go_on(directory, header, recorded) as ledger:
         federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger)
@@ -209,6 +214,7 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
         _Rounds(federation, directory, ledger, metrics, report, say).run(recorded)
     summary = metrics.summary() | _of_weights(federation) | _selected(federation.selection, it.labels)
     summary |= {
+        **({"delta": config.dp_delta} if config.dp_noise else {}),
         "partition": config.partition.describe(config.alpha),
         "labels": [word.strip() for word in it.data.train.task.label_words],
         "examples_by_client_and_label": it.labels if config.clients <= 100 else f"{config.clients} clients",

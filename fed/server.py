@@ -13,6 +13,7 @@ from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
 from .methods import Gradient
+from .privacy import largest_epsilon
 from .refusal import Refusal, RefusedError
 from .replica import Replica
 from .selection import Selection
@@ -88,6 +89,7 @@ class Server:
         self._max_scalar, self._max_examples = max_scalar, max_examples
         self._gradip, self._select = gradip, select
         self._calibrating = replica.terms.calibration_steps > 0
+        self._asked = Counter[int]()  # steps of each client so far, those of the calibration too
         self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
         self._history: list[list[float]] = []
         self._open_round()
@@ -280,6 +282,7 @@ class Server:
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             rejected=self.rejected_now(),
+            epsilon=self._epsilon(),
             stopped=selection.stopped,
             thresholds=selection.thresholds,
             masters=masters,
@@ -291,7 +294,20 @@ class Server:
         shares = client_weights({i: self._replies[i].examples for i in told}, self._aggregation.weighting)
         return sum(shares[i] * told[i] for i in shares) if told else None
 
+    def _epsilon(self) -> float | None:
+        """What the client that is protected least will have spent after this round."""
+        terms = self.replica.terms
+        if terms.privacy is None:
+            return None
+        asked = self._asked + Counter(self._steps_now())
+        spent = {(self.claimed[i], steps) for i, steps in asked.items() if i in self.claimed}
+        return largest_epsilon(terms.privacy, spent, terms.queries)
+
+    def _steps_now(self) -> dict[int, int]:
+        return {i: self.local_steps(i) for i in self._taking_part()}
+
     def _move_on(self, line: Round, *, weights: bool = True) -> None:
+        self._asked.update(self._steps_now())
         if self._calibrating:
             self.stopped, self._calibrating = frozenset(line.stopped), False
         else:

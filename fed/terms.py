@@ -10,6 +10,7 @@ from .. import stream
 from ..mask import SparseMask
 from ..triton_kernels import reference
 from .methods import Gradient
+from .privacy import Privacy
 
 # Round 0 is the calibration of virtual-path selection: a path of every client from the base model, not aggregated.
 CALIBRATION = 0
@@ -39,6 +40,7 @@ class Terms:
         calibration_steps: ``T_cali``, steps of a client in round 0; 0 where there is none.
         elements: ``k``, the size of the mask.
         mask_digest: of the mask.
+        privacy: what the scalars keep of a client's examples; None: nothing.
     """
 
     seed: int
@@ -52,6 +54,7 @@ class Terms:
     schedule: Schedule = Schedule.CONSTANT
     rounds: int = 0
     calibration_steps: int = 0
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if self.schedule is not Schedule.CONSTANT and self.rounds < 1:
