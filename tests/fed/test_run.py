@@ -255,7 +255,10 @@ def test_unknown_options_and_keys(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "No such option" in result.output
     (tmp_path / "c.toml").write_text("learning_rate = 1\n")
-    assert "unknown setting 'learning_rate'; known: alpha" in call("run", "--config", tmp_path / "c.toml").output
+    assert (
+        "unknown setting 'learning_rate'; known: aggregation, alpha"
+        in call("run", "--config", tmp_path / "c.toml").output
+    )
     (tmp_path / "c.toml").write_text("rounds = 'many'\n")
     assert "rounds must be int, got 'many'" in call("run", "--config", tmp_path / "c.toml").output
     (tmp_path / "c.toml").write_text("rounds = \n")
