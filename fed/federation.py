@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -126,10 +127,13 @@ class Federation:
         scalars = {}
         for i in range(self.config.vp_null_paths):
             client = self._client(i, held_out, everything, "null")
-            try:
-                found, _ = client.train(CALIBRATION, terms.calibration_steps)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"null path {i}, on held-out examples: {error.__cause__}") from error
+            found, _ = client.train(CALIBRATION, terms.calibration_steps)
+            if not np.isfinite(found["scalars"]).all():
+                step = int(np.flatnonzero(~np.isfinite(found["scalars"]))[0]) // terms.queries
+                raise NonFiniteLossError(
+                    f"null path {i}, on held-out examples: step {step} was not taken, since a loss or lr * g was not "
+                    f"finite; thresholds need all steps (try a smaller lr or eps)"
+                )
             scalars[i] = found["scalars"].tolist()
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
