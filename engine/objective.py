@@ -69,6 +69,28 @@ def task_loss(model: nn.Module, batch: Batch | Sequence[Batch], objective: Objec
     return total.float()
 
 
+def example_losses(model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective) -> Tensor:
+    """Loss of each example: float32 [n] on the model's device, in the batch's order.
+
+    Args:
+        model: a transformers causal LM.
+        batch: made for this objective; or in parts, which are gone through one after the other. No part at all is a
+            batch without examples.
+        objective: cross-entropy over the candidates, or mean negative log-likelihood of the example's answer tokens.
+            The mean over a batch of the former is ``task_loss``; the latter weighs examples equally, ``task_loss``
+            their tokens.
+    """
+    parts = [batch] if isinstance(batch, Batch) else list(batch)
+    none = torch.empty(0, dtype=torch.float32, device=next(model.parameters()).device)
+    return torch.cat([none, *(_losses_of(model, part, objective) for part in parts)])
+
+
+def _losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+    if objective is Objective.CANDIDATES:
+        return functional.cross_entropy(candidate_scores(model, batch), batch.labels, reduction="none")
+    return -_mean_log_likelihoods(model, batch)
+
+
 def _count(batch: Batch, objective: Objective) -> Tensor:
     """What the loss is a mean over, float64 scalar: examples or answer tokens."""
     if objective is Objective.CANDIDATES:
@@ -87,8 +109,12 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     """Mean log-likelihood per token of each candidate answer, up to a constant per example: float32 [B, C]."""
     if batch.candidate_ids is not None:  # one forward serves all candidates of one token
         return _logits(model, batch, 1)[:, -1, batch.candidate_ids].float()
-    lengths = batch.answer_mask.sum(dim=1)
-    return (_answer_log_likelihoods(model, batch).sum(dim=1) / lengths).view(len(batch.labels), -1)
+    return _mean_log_likelihoods(model, batch).view(len(batch.labels), -1)
+
+
+def _mean_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean log-likelihood of each row's answer tokens: float32 [N]."""
+    return _answer_log_likelihoods(model, batch).sum(dim=1) / batch.answer_mask.sum(dim=1)
 
 
 def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
@@ -179,4 +205,4 @@ def _returning(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
         del module.forward
 
 
-__all__ = ["Objective", "candidate_scores", "language_model_loss", "task_loss"]
+__all__ = ["Objective", "candidate_scores", "example_losses", "language_model_loss", "task_loss"]

@@ -109,7 +109,7 @@ class SparseZO(torch.optim.Optimizer):
         if missing:
             raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
         self._values = self.weights.values
-        # Whether each loss is looked at as it comes: where a bad one is an error, and the look is free (a GPU would wait).
+        # Whether each loss is looked at as it comes: where a bad one is an error, and a look is free (a GPU would wait)
         self._at_once = self.nonfinite is NonFinite.RAISE and self._values.device.type != "cuda"
         self._closed = True
 
@@ -206,8 +206,8 @@ class SparseZO(torch.optim.Optimizer):
     def still(self, seed: int | None = None) -> float:
         """Share of the masked elements that a perturbation leaves where they are, in [0, 1]; a look before a run.
 
-        Weights of low precision move in steps: those in [0.5, 1) are 2**-8 apart in bfloat16 and 2**-11 in float16, others
-        in proportion to their size. A perturbation ``eps * z`` of less than half a step is rounded away in both
+        Weights of low precision move in steps: those in [0.5, 1) are 2**-8 apart in bfloat16 and 2**-11 in float16, the
+        others in proportion to their size. A perturbation ``eps * z`` of less than half a step is rounded away in both
         directions; the element then has no say in the losses, and its master is moved by them all the same. A large
         share asks for a larger eps, or for float32, where it is as good as 0 with the usual eps.
 

@@ -93,9 +93,20 @@ def derived_seed(root: int, purpose: str, first: int = 0, second: int = 0) -> in
 
 def permutation(seed: int, n: int) -> Tensor:
     """A random order of ``range(n)``: int64 [n]."""
-    words = bits(seed, torch.arange((n + 1) // 2))
-    keys = (words[:, 0::2] << 31) ^ words[:, 1::2]
-    return torch.argsort(keys.reshape(-1)[:n], stable=True)
+    return torch.argsort(_numbers(seed, 0, (n + 1) // 2)[:n], stable=True)
+
+
+def poisson_sample(seed: int, n: int, expected: int) -> Tensor:
+    """Numbers below ``n``, each drawn independently with probability ``expected / n``, ascending: int64 [any size].
+
+    Args:
+        seed: in [0, 2**64).
+        n: at least 1.
+        expected: mean size of a sample, in [1, n]. The probability is rounded down to a multiple of 2**-63.
+    """
+    if not 1 <= expected <= n:
+        raise ValueError(f"a sample of range({n}) has an expected size from 1 to {n}, got {expected}")
+    return (_numbers(seed, 0, (n + 1) // 2)[:n] <= (expected << 63) // n - 1).nonzero().flatten()
 
 
 def distinct(seed: int, k: int, size: int) -> Tensor:
@@ -103,11 +114,10 @@ def distinct(seed: int, k: int, size: int) -> Tensor:
     drawn = torch.empty(0, dtype=torch.int64)
     blocks = 0
     while True:
-        more = torch.arange(blocks, blocks + max(64, k))
-        words = bits(seed, more)
-        numbers = ((words[:, 0::2] << 31) ^ words[:, 1::2]) % size  # 63 bits: the bias is below 2**-20 for any model
-        blocks += more.numel()
-        drawn = torch.cat([drawn, numbers.reshape(-1)])
+        stop = blocks + max(64, k)
+        numbers = _numbers(seed, blocks, stop) % size  # the bias is below 2**-20 for any model
+        blocks = stop
+        drawn = torch.cat([drawn, numbers])
         distinct, index = torch.unique(drawn, return_inverse=True)
         if distinct.numel() >= k:
             first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
@@ -115,6 +125,12 @@ def distinct(seed: int, k: int, size: int) -> Tensor:
             )
             chosen: Tensor = distinct[torch.argsort(first)[:k]]
             return chosen.sort().values
+
+
+def _numbers(seed: int, start: int, stop: int) -> Tensor:
+    """Numbers in [0, 2**63), two from each of the blocks [start, stop): int64 [2 * blocks]."""
+    words = bits(seed, torch.arange(start, stop))
+    return ((words[:, 0::2] << 31) ^ words[:, 1::2]).reshape(-1)
 
 
 def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
@@ -126,4 +142,14 @@ def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
     return words[0] | words[1] << 32
 
 
-__all__ = ["VERSION", "bits", "check_seed", "derived_seed", "distinct", "normal", "permutation", "step_seed"]
+__all__ = [
+    "VERSION",
+    "bits",
+    "check_seed",
+    "derived_seed",
+    "distinct",
+    "normal",
+    "permutation",
+    "poisson_sample",
+    "step_seed",
+]

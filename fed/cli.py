@@ -239,6 +239,8 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"cut to fit      {s['truncated_train']} training examples, "
                    f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
     click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
+    if s["queries_not_taken"]:
+        click.echo(f"not taken       {s['queries_not_taken']:,} perturbations, whose loss was not finite")
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
@@ -257,8 +259,8 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
     if "attackers" in s:
         click.echo(f"hostile         {', '.join(map(str, s['attackers']))} ({s['attack']})")
     if "epsilon" in s:
-        click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} (simulated: the noise follows from "
-                   f"the seed)")  # fmt: skip
+        click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} "
+                   f"(simulated: the noise follows from the seed)")  # fmt: skip
     click.echo(f"run directory   {output}")
 
 

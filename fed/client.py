@@ -1,4 +1,4 @@
-"""A client: catches up, takes its local steps on its own data, and answers with scalars."""
+"""A client: catches up, takes its local steps on its own data, and answers with scalars, which may be private."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .. import stream
 from ..clock import Clock
-from ..errors import DataError, MessageError, NonFiniteLossError
+from ..errors import ConfigError, DataError, MessageError, NonFiniteLossError
 from ..examples import Batch, EncodedTask
 from ..firstorder import sgd_steps
-from ..objective import Objective, task_loss
+from ..objective import Objective, example_losses, task_loss
+from ..privacy import PrivateClosure
 from .messages import TrainReply, TrainRequest
 from .methods import Gradient
+from .privacy import Privacy
 from .replica import Replica
 
 
@@ -29,21 +31,34 @@ class Timing:
 
 
 class ClientData:
-    """A client's examples, in an order of their own every epoch.
+    """A client's examples, in an order of their own every epoch, or each in a batch by chance.
 
     Args:
         task: all examples.
         indices: int64, those of this client.
         batch_size: at most the number of indices.
-        seed: of the order, in [0, 2**64).
-        micro_batch_size: examples that one forward pass takes, at most; 0 is the whole batch.
+        seed: of the order or the chance, in [0, 2**64). Privacy by Poisson batches needs one that the client keeps to
+            itself: it counts on nobody knowing who is in a batch.
+        micro_batch_size: examples that one forward pass takes, at most; 0 is ``batch_size``.
+        poisson: every batch takes each example independently with probability ``batch_size`` over their number, so
+            that it has ``batch_size`` examples on average, and may have none.
+
+    Attributes:
+        seen: the data pointer: examples taken since the beginning; with Poisson batches, those expected.
 
     Raises:
         DataError: if there are fewer examples than a batch takes.
     """
 
     def __init__(
-        self, task: EncodedTask, indices: Tensor, batch_size: int, seed: int, micro_batch_size: int = 0
+        self,
+        task: EncodedTask,
+        indices: Tensor,
+        batch_size: int,
+        seed: int,
+        micro_batch_size: int = 0,
+        *,
+        poisson: bool = False,
     ) -> None:
         if indices.numel() == 0:
             raise DataError("the client has no examples")
@@ -53,7 +68,8 @@ class ClientData:
         self.indices = indices
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size or batch_size
-        self.seen = 0  # the data pointer: examples taken since the beginning
+        self.poisson = poisson
+        self.seen = 0
         self._seed = seed
         self._epoch, self._order = -1, indices
 
@@ -61,7 +77,11 @@ class ClientData:
         return self.indices.numel()
 
     def next_indices(self) -> list[int]:
-        """The next batch; an epoch ends before an example comes up again."""
+        """The next batch; but for Poisson batches, an epoch ends before an example comes up again."""
+        if self.poisson:
+            seed = stream.derived_seed(self._seed, "pois", self.seen // self.batch_size)
+            self.skip(1)
+            return self.indices[stream.poisson_sample(seed, len(self), self.batch_size)].tolist()
         found: list[int] = []
         while len(found) < self.batch_size:
             epoch, at = divmod(self.seen, len(self))
@@ -78,7 +98,7 @@ class ClientData:
         self.seen += steps * self.batch_size
 
     def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
-        """The next batch, for the given loss, in micro-batches."""
+        """The next batch, for the given loss, in micro-batches; none if it has no examples."""
         answers = "all" if objective is Objective.CANDIDATES else "gold"
         indices, size = self.next_indices(), self.micro_batch_size
         return [
@@ -97,6 +117,14 @@ class Client:
         replica: the model it trains; left at the beginning of the round it answered.
         objective: the loss.
         timing: filled as steps are taken; may be shared.
+        privacy: what its scalars are to keep of its examples; then its data come in Poisson batches, of the same size,
+            and it tells no loss. None: they keep nothing. The number of examples is sent as it is.
+        noise_seed: with privacy, root of its noise, in [0, 2**64), the client's own secret: a deployment draws it anew
+            by ``secrets.randbits(64)`` whenever a client starts. One that follows from a run's seed simulates privacy.
+
+    Raises:
+        ConfigError: if the client trains by backpropagation, the data are not of such batches, or privacy and noise
+            seed do not come together.
     """
 
     id: int
@@ -104,13 +132,34 @@ class Client:
     replica: Replica
     objective: Objective
     timing: Timing = field(default_factory=Timing)
+    privacy: Privacy | None = None
+    noise_seed: int | None = None
+    _spent: int = field(default=-1, init=False, repr=False)  # the latest round that private scalars were made for
+
+    def __post_init__(self) -> None:
+        who = f"client {self.id}"
+        if (self.privacy is None) != (self.noise_seed is None):
+            raise ConfigError(f"{who}: privacy needs a noise seed, and a noise seed privacy")
+        if self.privacy is None:
+            if self.data.poisson:
+                raise ConfigError(f"{who}: Poisson batches, which may be empty, are for private scalars")
+            return
+        if self.replica.terms.gradient is Gradient.BACKPROPAGATION:
+            raise ConfigError(f"{who}: scalars can be private, the weights that backpropagation sends cannot")
+        if not self.data.poisson or self.data.batch_size != self.privacy.batch_size:
+            kind = "Poisson" if self.data.poisson else "plain"
+            raise ConfigError(
+                f"{who}: its privacy is that of Poisson batches of {self.privacy.batch_size}, its data come in {kind} "
+                f"batches of {self.data.batch_size}"
+            )
 
     def handle(self, message: bytes) -> bytes:
         """Answers a ``TrainRequest`` with a ``TrainReply``.
 
         Raises:
-            MessageError: if the request is malformed or for another client.
-            NonFiniteLossError: if a loss is NaN or infinite; the replica is left at the beginning of the round.
+            MessageError: if the request is malformed or for another client, or asks a private client for a round that
+                it has taken already.
+            NonFiniteLossError: as ``train``.
         """
         request = TrainRequest.decode(message)
         if request.client != self.id:
@@ -133,19 +182,29 @@ class Client:
             round=request.round,
             local_steps=request.local_steps,
             examples=len(self.data),
-            loss=loss,
+            loss=loss,  # type: ignore[arg-type, unused-ignore]
             **found,
         ).encode()
 
-    def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float]:
+    def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float | None]:
         """Takes a round's first steps from where the replica stands, which it leaves as it was.
 
         Returns:
-            What goes up: "scalars" float32 [steps * queries], or "masters" float32 [k]; and the mean loss.
+            What goes up: "scalars" float32 [steps * queries], NaN where a query was not taken, or "masters" float32
+            [k]; and the mean loss of the steps of which a query was taken and whose loss is finite, or None if there is
+            none, or with privacy.
 
         Raises:
-            NonFiniteLossError: if a loss is NaN or infinite.
+            NonFiniteLossError: by backpropagation, if a loss is NaN or infinite; the replica is left as it was.
+            MessageError: with privacy, if the round is not later than the last: it would have the same noise.
         """
+        if self.privacy is not None:
+            if round <= self._spent:
+                raise MessageError(
+                    f"round {round} was asked for after round {self._spent}; a private client takes each round once, "
+                    f"since the same noise on two answers would cancel"
+                )
+            self._spent = round
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
         clock = Clock(device)
         forwards: list[tuple[Any, Any]] = []
@@ -168,23 +227,48 @@ class Client:
         self.timing.total += clock.seconds(begun, ended)
         self.timing.forward += sum(clock.seconds(*forward) for forward in forwards)
         self.timing.steps += steps
-        return found, torch.stack(losses).double().mean().item()
+        return found, None if self.privacy is not None else _mean_taken(losses, found.get("scalars"))
 
     def _closures(
         self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
     ) -> Iterator[Callable[[], Tensor]]:
         """The loss on each step's batch; sets the step's learning rate and notes begin and end of each forward."""
-        for lr in self.replica.terms.learning_rates(round)[:steps]:
+        evaluate = task_loss if self.privacy is None else example_losses
+        for step, lr in enumerate(self.replica.terms.learning_rates(round)[:steps]):
             self.replica.set_lr(lr)
             batches = self.data.next_batches(self.objective, device)
 
             def closure(batches: list[Batch] = batches) -> Tensor:
                 begun = clock.now()
-                loss = task_loss(self.replica.model, batches, self.objective)
+                loss = evaluate(self.replica.model, batches, self.objective)
                 forwards.append((begun, clock.now()))
                 return loss
 
-            yield closure
+            if self.privacy is None:
+                yield closure
+            else:
+                yield self._private(closure, self.privacy, round, step)
+
+    def _private(self, losses: Callable[[], Tensor], privacy: Privacy, round: int, step: int) -> PrivateClosure:
+        assert self.noise_seed is not None
+        return PrivateClosure(
+            losses,
+            estimator=self.replica.optimizer.estimator,
+            queries=self.replica.terms.queries,
+            clip=privacy.clip,
+            noise_multiplier=privacy.noise_multiplier,
+            batch_size=privacy.batch_size,
+            seed=stream.derived_seed(self.noise_seed, "nois", round, step),
+        )
+
+
+def _mean_taken(losses: list[Tensor], scalars: np.ndarray | None) -> float | None:
+    """Mean of the finite losses, of steps of which a scalar is a number; None if there is none."""
+    values = torch.stack(losses).double().cpu()
+    known = values.isfinite()
+    if scalars is not None:
+        known &= torch.from_numpy(np.isfinite(scalars).reshape(len(losses), -1).any(axis=1))
+    return values[known].mean().item() if known.any() else None
 
 
 __all__ = ["Client", "ClientData", "Timing"]

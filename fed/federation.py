@@ -1,5 +1,6 @@
 """``Federation``: server and clients of a run around one model, as the settings and the method's recipe say."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +8,7 @@ from .. import stream
 from ..errors import ConfigError, NonFiniteLossError
 from ..examples import EncodedTask
 from ..mask import SparseMask
+from ..weights import MaskedWeights
 from .attack import with_attackers
 from .client import Client, ClientData, Timing
 from .config import RunConfig
@@ -18,6 +20,9 @@ from .selection import Selection, Thresholds, Windows, at_random, null_threshold
 from .server import RoundResult, Server
 from .setup import TaskData
 from .terms import CALIBRATION, Terms
+
+# Share of the masked elements that may stand still without a word. In float32 it is 0 at usual scales.
+_WORTH_TELLING = 0.01
 
 
 def terms_of(config: RunConfig, mask: SparseMask) -> Terms:
@@ -48,6 +53,21 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
             f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
             f"{config.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
         )
+
+
+def check_moves(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | None:
+    """What is to be said of a perturbation that the weights' precision rounds away in part; None where it is little.
+
+    Raises:
+        ConfigError: if it moves none of the masked elements.
+    """
+    if config.method.recipe.gradient is Gradient.BACKPROPAGATION:
+        return None
+    still = MaskedWeights(model, mask, config.backend).still(stream.step_seed(config.seed, 1, 0), config.eps)
+    what = f"{still:.1%} of the masked elements do not move at eps {config.eps:g}"
+    if still == 1:
+        raise ConfigError(f"{what}: {config.dtype} rounds the perturbation away; raise eps, or take float32")
+    return f"{config.dtype}: {what}" if still > _WORTH_TELLING else None
 
 
 class Federation:
@@ -140,12 +160,15 @@ class Federation:
         scalars = {}
         for i in range(self.config.vp_null_paths):
             client = self._client(i, held_out, everything, "null")
-            try:
-                found, _ = client.train(CALIBRATION, terms.calibration_steps)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"null path {i}, on held-out examples: {error.__cause__}") from error
+            found, _ = client.train(CALIBRATION, terms.calibration_steps)
+            if not np.isfinite(found["scalars"]).all():
+                step = int(np.flatnonzero(~np.isfinite(found["scalars"]))[0]) // terms.queries
+                raise NonFiniteLossError(
+                    f"null path {i}, on held-out examples: step {step} was not taken, since a loss or lr * g was not "
+                    f"finite; thresholds need all steps (try a smaller lr or eps)"
+                )
             scalars[i] = found["scalars"].tolist()
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 
-__all__ = ["Federation", "check_selection", "terms_of"]
+__all__ = ["Federation", "check_moves", "check_selection", "terms_of"]

@@ -3,6 +3,7 @@
 Times aside, they say the same of a run that was stopped and went on as of one that was not.
 """
 
+import math
 from typing import Any
 
 from ..evaluation import Evaluation
@@ -64,6 +65,9 @@ class Metrics:
         }
         if done is not None and done.rejected:
             line["rejected"] = done.rejected
+        not_taken = sum(math.isnan(g) for own in done.clients.values() for g in own) if done is not None else 0
+        if not_taken:
+            line["not_taken"] = not_taken
         if done is not None and done.epsilon is not None:
             line["epsilon"] = done.epsilon
         self._directory.add_metrics(line)
@@ -85,6 +89,7 @@ class Metrics:
             "validation_loss_after": last.loss,
             "validation_examples": before.examples,
             "steps": self._sum("steps"),
+            "queries_not_taken": sum(line.get("not_taken", 0) for line in self._lines),
             "bytes_up": self._sum("bytes_up"),
             "bytes_down": self._sum("bytes_down"),
             **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),

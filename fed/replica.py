@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import MaskError, MessageError
-from ..estimator import Estimator
+from ..estimator import Estimator, NonFinite
 from ..mask import SparseMask
 from ..optimizer import SparseZO
 from .methods import Gradient
@@ -46,6 +46,7 @@ class Replica:
             backend=backend,
             queries=terms.queries,
             estimator=Estimator.FORWARD_DIFFERENCE if one_sided else Estimator.TWO_POINT,
+            nonfinite=NonFinite.SKIP,  # a bad batch of one client is no reason to stop the others
         )
         self.round = 1
 

@@ -18,7 +18,7 @@ from ..parameters import fingerprint, floating_parameters
 from . import setup
 from .attack import attack_of
 from .config import RunConfig, as_settings, make_config, read_toml
-from .federation import Federation, check_selection, terms_of
+from .federation import Federation, check_moves, check_selection, terms_of
 from .ledger import Header, LedgerWriter, Round
 from .masks import make_mask
 from .methods import Gradient
@@ -75,7 +75,7 @@ def execute(
     setup.check_files(config)
     it = _prepare(config, say, trust_remote_code)
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
-    check_selection(config, mask, it.data)
+    _check(it, mask, say)
     if config.mask is not None:
         it = dataclasses.replace(it, config=dataclasses.replace(config, density=mask.density))  # what was used
     with RunDirectory(output) as directory:
@@ -114,7 +114,7 @@ def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = Fa
         it = _prepare(config, say, trust_remote_code)
         mask = directory.keep_mask(lambda: it.mask(say))
         mask.check(it.lm.model)
-        check_selection(config, mask, it.data)
+        _check(it, mask, say)
         return _carry_out(it, directory, mask, report, say)
 
 
@@ -185,6 +185,14 @@ def _prepare(config: RunConfig, say: Say, trust_remote_code: bool) -> _Prepared:
     if config.clients > 8:
         say(f"... {config.clients - 8} more clients; `meerkat-engine report` draws them")
     return it
+
+
+def _check(it: _Prepared, mask: SparseMask, say: Say) -> None:
+    """Raises ``MeerkatError`` for what is known to fail later, before anything is written."""
+    check_selection(it.config, mask, it.data)
+    told = check_moves(it.config, it.lm.model, mask)
+    if told is not None:
+        say(told)
 
 
 def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report: Report, say: Say) -> dict[str, Any]:

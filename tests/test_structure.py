@@ -9,13 +9,14 @@ import pytest
 
 import meerkat_engine
 import meerkat_engine.optimizer
+import meerkat_engine.privacy
 import meerkat_engine.template
 from meerkat_engine import fed
 
 ROOT = Path(__file__).parents[1]
 
 
-DOCUMENTED = [meerkat_engine.stream, meerkat_engine.optimizer, meerkat_engine.template]
+DOCUMENTED = [meerkat_engine.stream, meerkat_engine.optimizer, meerkat_engine.privacy, meerkat_engine.template]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)
