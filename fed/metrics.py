@@ -48,8 +48,8 @@ class Metrics:
         line: Line = {"round": 0 if done is None else done.round}
         if evaluated is not None:
             line |= {
-                "loss": evaluated.loss,
-                "validation_loss": evaluated.loss,
+                "loss": _number(evaluated.loss),
+                "validation_loss": _number(evaluated.loss),
                 "accuracy": evaluated.accuracy,
                 "macro_f1": evaluated.macro_f1,
             }
@@ -85,8 +85,8 @@ class Metrics:
             "accuracy_after": last.accuracy,
             "macro_f1_before": before.macro_f1,
             "macro_f1_after": last.macro_f1,
-            "validation_loss_before": before.loss,
-            "validation_loss_after": last.loss,
+            "validation_loss_before": _number(before.loss),
+            "validation_loss_after": _number(last.loss),
             "validation_examples": before.examples,
             "steps": self._sum("steps"),
             "queries_not_taken": sum(line.get("not_taken", 0) for line in self._lines),
@@ -109,9 +109,14 @@ class Metrics:
         return Evaluation(
             accuracy=line["accuracy"],
             macro_f1=line["macro_f1"],
-            loss=line["validation_loss"],
+            loss=math.nan if line["validation_loss"] is None else line["validation_loss"],
             examples=self._examples,
         )
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it: null for what is not finite, as the loss of a ruined model is."""
+    return value if math.isfinite(value) else None
 
 
 def summary_in(directory: RunDirectory) -> dict[str, Any] | None:

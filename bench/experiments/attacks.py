@@ -52,7 +52,7 @@ class Attacks(Experiment):
         for arm, runs in results.arms.items():
             found = results.accuracy(arm)
             lost = max(100 * (before - after) for before, after in zip(clean, found, strict=True))
-            losses = [float(run.summary["validation_loss_after"]) for run in runs]
+            losses = [run.validation_loss for run in runs]
             loss = over_seeds(losses) if max(losses) < 1000 else f"up to {max(losses):.2g}"
             refused = [sum(run.summary["rejected_messages"].values()) for run in runs]
             lines.append([*arm.rsplit(", ", 1), over_seeds(found), f"{lost:.2f}", loss, ", ".join(map(str, refused))])

@@ -5,6 +5,7 @@ OUTPUT/runs/ARM/seed-S   run directories      OUTPUT/masks   masks that arms sha
 
 import dataclasses
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,12 @@ class Finished:
         """What it came to."""
         summary: dict[str, Any] = _json_lines(self.directory / METRICS)[-1]["summary"]
         return summary
+
+    @property
+    def validation_loss(self) -> float:
+        """At the end; infinite where the model was ruined."""
+        found = self.summary["validation_loss_after"]
+        return math.inf if found is None else float(found)
 
     @property
     def accuracies(self) -> list[tuple[float, float]]:

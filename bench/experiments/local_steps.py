@@ -50,7 +50,7 @@ class LocalSteps(Experiment):
         """See ``Experiment``."""
         lines = []
         for arm, runs in results.arms.items():
-            losses = [float(run.summary["validation_loss_after"]) for run in runs]
+            losses = [run.validation_loss for run in runs]
             sent = [amount(runs[0].summary[f"bytes_{way}"]) for way in ("up", "down")]
             drift, accuracy = over_seeds([_drift(run) for run in runs]), over_seeds(results.accuracy(arm))
             lines.append([arm, str(runs[0].config["rounds"]), accuracy, over_seeds(losses), drift, *sent])

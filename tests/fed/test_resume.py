@@ -32,6 +32,7 @@ KILLED = {
     "at any time": ("time", "method=meerkat", "rounds=40", "eval_every=2", "snapshot_every=3"),
     "with early stopping": ("write", "method=meerkat-vp", "partition=mixed", "rounds=3", "vp_steps=12", "vp_initial=4",
                             "vp_later=6", "snapshot_every=2"),
+    "in private": ("write", "method=decomfl", "dp_noise=2", "rounds=3", "snapshot_every=2"),
     "by backpropagation": ("write", "method=fedavg", "rounds=3"),
 }  # fmt: skip
 

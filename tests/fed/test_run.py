@@ -1,6 +1,7 @@
 """Whole runs through the command line: the embedded default, a model from a directory, and what may be wrong."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from meerkat_engine import SparseMask, embedded
 from meerkat_engine.errors import ConfigError
+from meerkat_engine.fed import read_ledger
 from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.parameters import fingerprint
@@ -389,3 +391,31 @@ def test_compare_random_compares_masks_alone(method: str, tmp_path: Path) -> Non
     result = call("run", "--compare-random", "--method", method, "--output", tmp_path / "r")
     assert result.exit_code == 1
     assert f"--compare-random compares masks alone; {method} differs in more, or in nothing" in result.output
+
+
+def test_steps_whose_loss_is_not_finite_are_left_out_and_written_down(tmp_path: Path) -> None:
+    """float16 overflows at such an eps, in some of the forwards."""
+    result = call("run", *SMALL, "--rounds", "3", "--dtype", "float16", "--eps", "140", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    rounds = read_ledger(tmp_path / "r" / "ledger.jsonl").rounds
+    missing = [[math.isnan(g) for own in line.clients.values() for g in own] for line in rounds]
+    count = sum(map(sum, missing))
+    assert 0 < count < 3 * 4 * 2
+    lines = metrics_of(tmp_path / "r")
+    assert [line.get("not_taken", 0) for line in lines[1:-1]] == [sum(of_round) for of_round in missing]
+    assert lines[-1]["summary"]["queries_not_taken"] == count
+    assert f"not taken       {count} perturbations, whose loss was not finite" in result.output
+    assert "the same bits as at the end of the run" in call("replay", tmp_path / "r").output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_perturbation_that_is_rounded_away_is_told(tmp_path: Path, dtype: str) -> None:
+    settings = (*SMALL, "--rounds", "1", "--dtype", dtype)
+    result = call("run", *settings, "--eps", "1e-4", "--output", tmp_path / "some")
+    share = re.search(rf"{dtype}: (\S+)% of the masked elements do not move at eps 0.0001\n", result.output)
+    assert share is not None
+    assert 5 < float(share[1]) < 95
+    result = call("run", *settings, "--eps", "1e-12", "--output", tmp_path / "none")
+    assert result.exit_code == 1
+    assert "100.0% of the masked elements do not move at eps 1e-12" in result.output
+    assert not (tmp_path / "none").exists()
