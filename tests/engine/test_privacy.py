@@ -1,4 +1,4 @@
-"""Private scalars: the clipped and noisy difference by hand, what one example can change, the noise, the samples."""
+"""Private scalars: clipping and noise by hand, what one example can change, the noise itself, Poisson samples."""
 
 import math
 from collections.abc import Callable
