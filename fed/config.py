@@ -123,7 +123,7 @@ class RunConfig:
     attack: Attack = Attack.NONE
     attackers: int = 0
     dp_noise: float = 0.0
-    dp_clip: float = 0.1
+    dp_clip: float = 0.02
     dp_delta: float = 1e-5
     batch_size: int = 16
     micro_batch_size: int = 0
