@@ -107,6 +107,14 @@ def test_no_loss_is_unbounded(before: list[float], after: list[float], sum_in_cl
     assert d - difference([], []) == pytest.approx(sum_in_clips * 2e-3 / 5, abs=1e-7)
 
 
+def test_the_sum_is_in_float64() -> None:
+    queue = [torch.tensor([1.0, 2**-30, 0.0]), torch.tensor([0.0, 0.0, 1.0])]
+    fine = {**TERMS, "clip": 1.0, "noise_multiplier": 1e-9}
+    closure = PrivateClosure(lambda: queue.pop(0), estimator="two-point", **fine)  # type: ignore[arg-type]
+    closure()
+    assert -closure().item() == pytest.approx((2**-30 + 1e-9 * noise(31, 0)) / 5, rel=1e-6)
+
+
 LOSSES = st.floats(width=32) | st.sampled_from([NAN, INF, -INF, 0.0])
 
 

@@ -43,6 +43,38 @@ def test_it_is_the_share_counted_element_by_element(
     assert shares[-1] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("weight", "dtype", "eps", "share"),
+    [
+        (1.0, torch.bfloat16, 2**-8, None),  # a step down is half a step up, and z has both signs
+        (1.0, torch.float16, 1e-9, 1.0),
+        (0.0, torch.float16, 1e-9, 0.0),  # towards -0, which is another bit
+    ],
+    ids=["a power of two", "all still", "zero"],
+)
+def test_weights_where_it_matters(weight: float, dtype: torch.dtype, eps: float, share: float | None) -> None:
+    model = nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 7)).to(dtype)
+    for p in model.parameters():
+        p.data.fill_(weight)
+    mask = SparseMask.random(model, 0.8, 1)
+    found = MaskedWeights(model, mask, "torch").still(7, eps)
+    assert found == by_hand(model, 7, eps, mask.ids)
+    if share is None:
+        z = stream.normal(7, mask.ids) * 2**-8
+        one_way = [((1 + sign * z).to(dtype) == 1).double().mean().item() for sign in (1, -1)]
+        assert 0 < found < min(one_way)
+    else:
+        assert found == share
+
+
+def test_the_slots_that_pad_a_tensor_are_no_elements() -> None:
+    model = nn.Linear(7, 5, bias=False).to(torch.float16)
+    opt = SparseZO(model, SparseMask.random(model, 0.6, 1), lr=1.0, eps=1e-9)
+    opt.apply(3, 1.0)  # which moves those slots' masters away from 0, too
+    assert opt.weights.tables()[0].slots > len(opt.weights.mask)
+    assert opt.still() == 1.0
+
+
 def test_in_bfloat16_a_usual_eps_leaves_many_weights_where_they_are() -> None:
     lm = embedded.load(torch.bfloat16)
     opt = SparseZO(lm.model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)

@@ -80,12 +80,24 @@ def test_a_client_whose_losses_are_all_nan_has_taken_nothing(federation: Make, g
     assert same_bits(fed.replica.optimizer.weights.masters(), masters)
 
 
-def test_a_step_that_overflows_is_left_out_though_its_loss_is_finite(federation: Make) -> None:
-    fed = federation(steps=3, lr=3e38)
-    found, loss = fed.clients[0].train(1, 3)
-    taken = ~np.isnan(found["scalars"])
-    assert (~taken).sum() > 0
-    assert (loss is None) == (not taken.any())
+@pytest.mark.parametrize(
+    ("spoilt", "missing"),
+    [({0: 3e38, 1: -3e38, 2: 3e38, 3: -3e38}, [0, 1]), ({2: math.nan}, [1]), ({1: math.inf}, [0])],
+    ids=["g overflows at a finite loss", "a query of two", "the other query"],
+)
+def test_the_loss_is_that_of_steps_that_were_taken_on_numbers(
+    federation: Make, monkeypatch: pytest.MonkeyPatch, spoilt: dict[int, float], missing: list[int]
+) -> None:
+    fed, seen = federation(steps=2, queries=2), []
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        seen.append(task_loss(*arguments))
+        return seen[-1].clone().fill_(spoilt.get(len(seen) - 1, seen[-1].item()))
+
+    monkeypatch.setattr("meerkat_engine.fed.client.task_loss", loss)
+    found, mean = fed.clients[0].train(1, 2)
+    assert np.flatnonzero(np.isnan(found["scalars"])).tolist() == missing
+    assert mean == pytest.approx(torch.stack(seen[4:]).double().mean().item(), rel=1e-7)
 
 
 def test_backpropagation_still_raises(federation: Make) -> None:
