@@ -1,5 +1,6 @@
 """Loading a causal language model and its tokenizer: Hugging Face id, local directory, or GGUF file."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
 from .errors import ModelError
 
@@ -114,6 +115,22 @@ def _check_weights(path: Path, source: str, common: dict[str, Any]) -> None:
     named = getattr(config, "transformers_weights", None)  # goes before use_safetensors
     if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(f"its config names {named!r} as its weights; {_PICKLES}")
+    for index in {SAFE_WEIGHTS_INDEX_NAME, str(named)}:
+        if index.endswith(".index.json"):
+            _check_index(source, index)
+
+
+def _check_index(source: str, name: str) -> None:
+    """Raises ``ValueError`` unless the files that an index of shards names are safetensors beside it."""
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return
+    named = map(str, json.loads(Path(found).read_bytes())["weight_map"].values())
+    strange = sorted({file for file in named if not file.endswith(".safetensors") or Path(file).name != file})
+    if strange:
+        raise ValueError(
+            f"its {name} names {strange[0]!r} as weights, which is no safetensors file beside it; {_PICKLES}"
+        )
 
 
 def prepare(tokenizer: Any) -> Any:

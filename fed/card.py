@@ -1,7 +1,6 @@
 """Model cards of what a run or a delta leads to: front matter for the Hugging Face hub, and what made the model."""
 
 import dataclasses
-import hashlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,9 @@ from ..delta import Delta
 from ..models import LanguageModel
 from ..tasks import Task
 from .config import RunConfig, make_config
+from .jsonl import is_number
 from .methods import Gradient
 from .replaying import Replayed
-from .report_runs import is_number
-from .rundir import LEDGER
 from .task_choice import chosen_task
 
 _TAGS = ["meerkat-engine", "zeroth-order-optimization"]
@@ -45,7 +43,7 @@ def run_card(done: Replayed, name: str, weights: str) -> str:
         "macro-F1": _change(before, after, "macro_f1"),
         "base fingerprint": _code(header.base),
         "mask digest": _code(header.terms.mask_digest),
-        "ledger SHA-256": _code(hashlib.sha256((done.directory / LEDGER).read_bytes()).hexdigest()),
+        "ledger SHA-256": _code(done.ledger.digest),
         "weights fingerprint": _code(weights),
     }
     again = f"meerkat-engine replay RUN{'' if done.last else f' --round {done.round}'} --output DIR"

@@ -123,6 +123,8 @@ def replay(
     """Rebuilds a run's model from base, mask and ledger, and checks its bits against the run's."""
     for path in filter(None, (output, delta)):
         check_absent(path)
+    if output is not None and output == delta:
+        raise ConfigError(f"--output and --delta both name {output}; nothing was changed")
     done = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
     click.echo(f"replayed {done.round} rounds; weights {done.weights}")
     if not done.last:

@@ -167,24 +167,33 @@ class Client:
         allowed = self.replica.terms.steps(request.round)
         if not 1 <= request.local_steps <= allowed:
             raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
-        if request.masters is not None:
-            self.replica.jump(request.round, request.masters)
-        elif request.scalars is not None:
-            self.replica.catch_up(request.first_round, request.scalars)
-        stands_at = max(request.round, 1)  # a calibration path starts from the base model
-        if self.replica.round != stands_at:
-            raise MessageError(
-                f"the request is for round {request.round}; this client stands at round {self.replica.round} with it"
-            )
+        self._catch_up(request)
         found, loss = self.train(request.round, request.local_steps)
         return TrainReply(
             client=self.id,
             round=request.round,
             local_steps=request.local_steps,
             examples=len(self.data),
-            loss=loss,  # type: ignore[arg-type, unused-ignore]
+            loss=loss,
             **found,
         ).encode()
+
+    def _catch_up(self, request: TrainRequest) -> None:
+        """Brings the replica to the round of a request; one that does not lead there changes nothing."""
+        terms, wanted = self.replica.terms, max(request.round, 1)  # a calibration path starts from the base model
+        if terms.rounds and request.round > terms.rounds:
+            raise MessageError(f"the request is for round {request.round}, the terms end with round {terms.rounds}")
+        if request.masters is not None:
+            self.replica.jump(wanted, request.masters)
+            return
+        assert request.scalars is not None
+        brought = request.first_round + len(request.scalars) // terms.values
+        leads_to = max(brought, self.replica.round) if request.round else self.replica.round
+        if leads_to != wanted and len(request.scalars) % terms.values == 0:
+            raise MessageError(
+                f"the request is for round {request.round}; this client stands at round {leads_to} with it"
+            )
+        self.replica.catch_up(request.first_round, request.scalars)
 
     def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float | None]:
         """Takes a round's first steps from where the replica stands, which it leaves as it was.

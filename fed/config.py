@@ -1,6 +1,8 @@
 """``RunConfig``: every setting of a run, checked; from defaults, a TOML file and the command line, in that order."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ from .selection import Thresholds
 from .task_choice import chosen_task
 from .terms import Schedule
 
+# Settings that say where something is, or how it is computed, and may change while a run is stopped.
+_PLACES = {"model", "data_dir", "data", "validation", "mask", "calibration", "device", "backend", "snapshot_every"}
 _THRESHOLDS = ("vp_rho_later", "vp_rho_quie", "vp_sigma")
 
 
@@ -250,6 +254,11 @@ class RunConfig:
         """How a round is made of the clients' answers."""
         return Aggregation(rule=self.aggregation, weighting=self.weighting, trim=self.trim, clip=self.clip)
 
+    def digest(self) -> str:
+        """SHA-256 of the settings that a run's bits depend on; what is read is known by what is in it."""
+        kept = {name: str(value) for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
     def vp_thresholds(self) -> Thresholds | None:
         """The thresholds of virtual-path selection, where they are given."""
         if self.vp_rho_later is None or self.vp_rho_quie is None or self.vp_sigma is None:
@@ -325,7 +334,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the settings in {path}: {error}") from error
 
 

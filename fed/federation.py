@@ -123,11 +123,11 @@ class Federation:
         )
         return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise)
 
-    def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
+    def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
         for i in self.server.participants():
             self._honest[i].data.skip(self.server.local_steps(i))
-        result = self.server.restore(line, weights=weights)
+        result = self.server.restore(line, weights=weights, traced=traced)
         if line.round == CALIBRATION and line.thresholds is not None:
             self.selection = self._judged(result.traces, line.thresholds, line.stopped)
         return result

@@ -4,6 +4,7 @@ JSON Lines; every line ends in a CRC-32 over itself and, through theirs, all lin
 as the shortest decimal that gives the same float64 back, so they survive exactly. ``docs/formats.md`` has the format.
 """
 
+import hashlib
 import json
 import re
 import warnings
@@ -31,12 +32,14 @@ class Ledger:
         lines: of its complete rounds, round 0 included where there is a calibration.
         seals: the CRC-32 of the header and of each of them.
         ends: where the header and each of them end in the file, in bytes.
+        digest: SHA-256 of the file, in hexadecimal.
     """
 
     header: Header
     lines: list[Round]
     seals: list[int]
     ends: list[int]
+    digest: str
 
     @property
     def calibration(self) -> Round | None:
@@ -133,7 +136,7 @@ def read_ledger(path: Path) -> Ledger:
         lines.append(round_of(fields, path, number, header, number - 2 + first))
         seals.append(seal)
         ends.append(ends[-1] + len(text) + 1)
-    return Ledger(header, lines, seals, ends)
+    return Ledger(header, lines, seals, ends, hashlib.sha256(data).hexdigest())
 
 
 def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:
@@ -153,7 +156,7 @@ def _opened(line: bytes, before: int, path: Path, number: int) -> tuple[dict[str
         )
     try:
         fields = json.loads(body + b"}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LedgerError(f"{path}, line {number}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise LedgerError(f"{path}, line {number}: not an object")

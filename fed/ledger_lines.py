@@ -155,7 +155,7 @@ def header_of(fields: dict[str, Any], path: Path) -> Header:
             clients=int(fields["clients"]),
             aggregation=_aggregation(fields["aggregation"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
 
 
@@ -181,7 +181,7 @@ def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, ex
             thresholds=_thresholds(fields["thresholds"]) if expected == CALIBRATION else None,
             masters=_masters(fields["masters"]) if terms.gradient is Gradient.BACKPROPAGATION else None,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error
     if line.round != expected:
         raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {expected} belongs")
@@ -192,9 +192,17 @@ def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, ex
         raise LedgerError(f"{path}, line {number}: expected {steps} learning rates and {values} scalars")
     if line.masters is not None and len(line.masters) != terms.elements:
         raise LedgerError(f"{path}, line {number}: {len(line.masters)} master values for {terms.elements} elements")
-    masters = () if line.masters is None else line.masters.tolist()
-    if not all(map(math.isfinite, (*line.lr, *line.scalars, *masters))):
-        raise LedgerError(f"{path}, line {number}: a scalar or learning rate is not finite")
+    if terms.schedule is not Schedule.CONSTANT and expected > terms.rounds:
+        raise LedgerError(f"{path}, line {number}: round {expected} of a schedule that ends with round {terms.rounds}")
+    if line.lr != terms.learning_rates(expected):
+        raise LedgerError(f"{path}, line {number}: other learning rates than those of line 1")
+    if line.masters is not None and not np.isfinite(line.masters).all():
+        raise LedgerError(f"{path}, line {number}: a master value is not finite")
+    scalars = np.array([*line.scalars, *(g for own in line.clients.values() for g in own if not math.isnan(g))])
+    with np.errstate(over="ignore"):
+        rounded = scalars.astype(np.float32)
+    if not (np.isfinite(rounded) & (rounded == scalars)).all():
+        raise LedgerError(f"{path}, line {number}: a scalar is not a finite fp32 number")
     return line
 
 

@@ -4,11 +4,16 @@ Times aside, they say the same of a run that was stopped and went on as of one t
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
+from ..errors import RunError
 from ..evaluation import Evaluation
+from .jsonl import Line, finite, is_number, read_lines
 from .ledger import Round
-from .rundir import METRICS, Line, RunDirectory
+from .rundir import METRICS, RunDirectory
+
+_TIMES = ("seconds", "seconds_in_steps", "seconds_in_forwards")
 
 
 class Metrics:
@@ -44,32 +49,12 @@ class Metrics:
             in_steps: of these, in local steps; 0 for a round that another process took.
             in_forwards: of these, in forward passes.
         """
-        trained = done is not None and done.round > 0
-        line: Line = {"round": 0 if done is None else done.round}
-        if evaluated is not None:
-            line |= {
-                "loss": _number(evaluated.loss),
-                "validation_loss": _number(evaluated.loss),
-                "accuracy": evaluated.accuracy,
-                "macro_f1": evaluated.macro_f1,
-            }
-        if done is not None and trained:
-            line["loss"] = done.loss
+        line = _of_evaluation(evaluated) | _of_round(done)
         line |= {
-            "steps": done.steps if done is not None else 0,
-            "bytes_up": done.bytes_up if done is not None else 0,
-            "bytes_down": done.bytes_down if done is not None else 0,
             "seconds": round(seconds, 3),
             "seconds_in_steps": round(in_steps, 6),
             "seconds_in_forwards": round(in_forwards, 6),
         }
-        if done is not None and done.rejected:
-            line["rejected"] = done.rejected
-        not_taken = sum(math.isnan(g) for own in done.clients.values() for g in own) if done is not None else 0
-        if not_taken:
-            line["not_taken"] = not_taken
-        if done is not None and done.epsilon is not None:
-            line["epsilon"] = done.epsilon
         self._directory.add_metrics(line)
         self._lines.append(line)
         return line
@@ -85,8 +70,8 @@ class Metrics:
             "accuracy_after": last.accuracy,
             "macro_f1_before": before.macro_f1,
             "macro_f1_after": last.macro_f1,
-            "validation_loss_before": _number(before.loss),
-            "validation_loss_after": _number(last.loss),
+            "validation_loss_before": finite(before.loss),
+            "validation_loss_after": finite(last.loss),
             "validation_examples": before.examples,
             "steps": self._sum("steps"),
             "queries_not_taken": sum(line.get("not_taken", 0) for line in self._lines),
@@ -114,16 +99,52 @@ class Metrics:
         )
 
 
-def _number(value: float) -> float | None:
-    """As JSON has it: null for what is not finite, as the loss of a ruined model is."""
-    return value if math.isfinite(value) else None
+def check_line(line: Line, done: Round | None, where: str) -> None:
+    """Raises ``RunError`` unless a line of the metrics says of a round what the ledger does."""
+    for name, value in _of_round(done).items():
+        if name not in line or line[name] != value:
+            raise RunError(f"{where}: {name} is {line.get(name)!r}, by the ledger {value!r}; nothing was changed")
+    evaluated = [line.get(name) for name in ("accuracy", "macro_f1", "validation_loss")]
+    whole = all(map(is_number, evaluated[:2])) and (is_number(evaluated[2]) or evaluated[2] is None)
+    needed = done is None or done.round == 0
+    absent = evaluated == [None] * 3 and "accuracy" not in line and not needed
+    if not (whole or absent) or not all(is_number(line.get(name)) for name in _TIMES):
+        raise RunError(f"{where}: an evaluation or a time is no number; nothing was changed")
 
 
-def summary_in(directory: RunDirectory) -> dict[str, Any] | None:
-    """The summary of a run that is finished."""
-    lines = directory.lines(METRICS)
+def summary_in(path: Path) -> dict[str, Any] | None:
+    """The summary of the run in a directory; None if it is not finished."""
+    lines = read_lines(path / METRICS)
     found: dict[str, Any] | None = lines[-1].get("summary") if lines else None
+    if found is not None and not (isinstance(found, dict) and "weights" in found and "accuracy_after" in found):
+        raise RunError(f"{path / METRICS}, line {len(lines)}: no summary of a run; the file is damaged")
     return found
 
 
-__all__ = ["Metrics", "summary_in"]
+def _of_evaluation(evaluated: Evaluation | None) -> Line:
+    if evaluated is None:
+        return {}
+    return {
+        "loss": finite(evaluated.loss),
+        "validation_loss": finite(evaluated.loss),
+        "accuracy": evaluated.accuracy,
+        "macro_f1": evaluated.macro_f1,
+    }
+
+
+def _of_round(done: Round | None) -> Line:
+    """What the ledger has of a round; the training loss goes before that of an evaluation."""
+    if done is None:
+        return {"round": 0, "steps": 0, "bytes_up": 0, "bytes_down": 0}
+    line: Line = {"round": done.round} | ({"loss": done.loss} if done.round else {})
+    line |= {"steps": done.steps, "bytes_up": done.bytes_up, "bytes_down": done.bytes_down}
+    not_taken = sum(math.isnan(g) for own in done.clients.values() for g in own)
+    return (
+        line
+        | ({"rejected": done.rejected} if done.rejected else {})
+        | ({"not_taken": not_taken} if not_taken else {})
+        | ({"epsilon": done.epsilon} if done.epsilon is not None else {})
+    )
+
+
+__all__ = ["Metrics", "check_line", "summary_in"]

@@ -74,7 +74,13 @@ def epsilon(privacy: Privacy, examples: int, steps: int, queries: int = 1) -> fl
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _interval(math.sqrt(steps) / noise)
     )
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    return float(accountant.get_epsilon(privacy.delta))
+    found = float(accountant.get_epsilon(privacy.delta))
+    if not math.isfinite(found):
+        raise ConfigError(
+            f"with noise multiplier {privacy.noise_multiplier:g}, {steps} steps have no finite epsilon at delta "
+            f"{privacy.delta:g}; raise delta or the noise"
+        )
+    return found
 
 
 def largest_epsilon(privacy: Privacy, spent: Iterable[tuple[int, int]], queries: int = 1) -> float:

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..errors import LedgerError, RunError
+from .jsonl import Line, read_lines
 from .ledger import Header, Ledger, LedgerWriter, Round, read_ledger
 from .methods import Gradient
-from .rundir import GRADIP, LEDGER, METRICS, SNAPSHOT, Line, RunDirectory
+from .metrics import check_line
+from .rundir import GRADIP, LEDGER, METRICS, SNAPSHOT, RunDirectory
 from .snapshot import Snapshot
 
 
@@ -16,12 +18,14 @@ class Recorded:
 
     Args:
         ledger: None where not even its header is whole.
-        metrics: lines of the rounds that the ledger has too, round 0 first.
+        metrics: their lines, round 0 first.
+        traced: lines of GradIP that belong to these.
         snapshot: of one of these rounds, or None.
     """
 
     ledger: Ledger | None = None
     metrics: list[Line] = field(default_factory=list)
+    traced: int = 0
     snapshot: Snapshot | None = None
 
     @property
@@ -50,37 +54,53 @@ def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
         LedgerError: if the ledger is damaged or of another run, or the snapshot is.
         RunError: if the metrics are damaged.
     """
-    path = directory.path / LEDGER
+    path = directory.path
+    metrics, traced = read_lines(path / METRICS), read_lines(path / GRADIP)
+    _check_rounds(metrics, traced, path)
     if not directory.has_ledger():
+        if metrics or traced or (path / SNAPSHOT).exists():
+            raise LedgerError(f"{path} has rounds and no {LEDGER}, which is lost; nothing was changed")
         return Recorded()
-    ledger = read_ledger(path)
-    _check_header(ledger.header, header, path)
-    metrics = directory.lines(METRICS)
-    for number, line in enumerate(metrics):
-        if line.get("round") != number:
-            raise RunError(
-                f"{directory.path / METRICS}, line {number + 1}: expected round {number}; nothing was changed"
-            )
-    before_training = 0 if header.terms.calibration_steps else 1  # a line that the ledger has no counterpart of
-    metrics = metrics[: before_training + len(ledger.lines)]
+    ledger = read_ledger(path / LEDGER)
+    _check_header(ledger.header, header, path / LEDGER)
+    # before training there is a line that the ledger has no counterpart of
+    rounds = ledger.lines if header.terms.calibration_steps else [None, *ledger.lines]
+    last = traced[-1]["round"] + 1 if traced else 0
+    if max(len(metrics), last) > len(rounds):
+        raise LedgerError(
+            f"{path / LEDGER} ends before {METRICS} or {GRADIP}, which are written after it: it has lost rounds; "
+            f"nothing was changed"
+        )
+    for number, (line, done) in enumerate(zip(metrics, rounds, strict=False), 1):
+        check_line(line, done, f"{path / METRICS}, line {number}")
     snapshot = None
-    if (directory.path / SNAPSHOT).exists() and header.terms.gradient is not Gradient.BACKPROPAGATION:
-        snapshot = Snapshot.load(directory.path / SNAPSHOT, ledger)
+    if (path / SNAPSHOT).exists() and header.terms.gradient is not Gradient.BACKPROPAGATION:
+        snapshot = Snapshot.load(path / SNAPSHOT, ledger)
     return Recorded(
         ledger=ledger,
         metrics=metrics,
+        traced=sum(line["round"] < len(metrics) for line in traced),
         snapshot=snapshot if snapshot is not None and snapshot.round < len(metrics) else None,
     )
 
 
 def go_on(directory: RunDirectory, header: Header, recorded: Recorded) -> LedgerWriter:
-    """Opens the ledger behind its last whole line, and takes from the other files what goes beyond it."""
+    """Opens the ledger behind its last whole line, and takes from the other files what will be written anew."""
     if recorded.ledger is None:
         return directory.new_ledger(header)
     directory.cut(METRICS, len(recorded.metrics))
-    traced = [line["round"] for line in directory.lines(GRADIP)]
-    directory.cut(GRADIP, sum(round < len(recorded.metrics) for round in traced))
+    directory.cut(GRADIP, recorded.traced)
     return LedgerWriter(directory.path / LEDGER, header, recorded.ledger)
+
+
+def _check_rounds(metrics: list[Line], traced: list[Line], path: Path) -> None:
+    for number, line in enumerate(metrics):
+        if line.get("round") != number:
+            raise RunError(f"{path / METRICS}, line {number + 1}: expected round {number}; nothing was changed")
+    for number, line in enumerate(traced, 1):
+        before = traced[number - 2]["round"] if number > 1 else -1
+        if not isinstance(line.get("round"), int) or line["round"] <= before:
+            raise RunError(f"{path / GRADIP}, line {number}: no round after the line before; nothing was changed")
 
 
 def _check_header(found: Header, wanted: Header, path: Path) -> None:

@@ -16,8 +16,8 @@ from ..trajectory import replay_
 from ..weights import MaskedWeights
 from . import setup
 from .config import RunConfig, make_config, read_toml
+from .jsonl import is_number, read_lines
 from .ledger import Ledger, read_ledger
-from .report_runs import is_number, json_lines
 from .rundir import CONFIG, LEDGER, MASK, METRICS
 
 
@@ -96,7 +96,7 @@ def replay_run(
     wanted = len(ledger.rounds) if round is None else round
     if not 0 <= wanted <= len(ledger.rounds):
         raise LedgerError(f"{directory / LEDGER} holds {len(ledger.rounds)} rounds; round {wanted} was asked for")
-    metrics = json_lines(directory / METRICS) if (directory / METRICS).is_file() else []
+    metrics = read_lines(directory / METRICS)
     lm = _base(config, directory, model, trust_remote_code)
     mask = SparseMask.load(directory / MASK, lm.model)
     if mask.digest != ledger.header.terms.mask_digest:

@@ -11,8 +11,9 @@ from .. import __version__
 from ..errors import ConfigError
 from ..figures import require_matplotlib
 from ..files import write_whole
+from .jsonl import is_number
 from .report_figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
-from .report_runs import Run, is_number, path_of_clients, read_runs
+from .report_runs import Run, path_of_clients, read_runs
 from .report_tables import in_order, results, selection, settings, state
 from .rundir import CONFIG
 

@@ -1,6 +1,5 @@
 """Run directories as a report reads them: also runs that did not finish."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from ..errors import RunError
 from .config import read_toml
+from .jsonl import is_number, read_lines
 from .rundir import CONFIG, GRADIP, METRICS
 
 MEASURES = ("gradip", "norm", "cosine")
@@ -71,39 +71,18 @@ def path_of_clients(run: Run) -> dict[str, dict[str, list[float]]]:
     return paths
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a number that JSON can hold; true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
         raise RunError(f"{path} is no run directory: there is no such directory")
     missing = [file for file in (CONFIG, METRICS) if not (path / file).is_file()]
     if missing:
         raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}")
-    metrics = json_lines(path / METRICS)
+    metrics = read_lines(path / METRICS)
     summary = metrics.pop()["summary"] if metrics and isinstance(metrics[-1].get("summary"), dict) else None
     _require(all(is_number(line.get("round")) for line in metrics), path / METRICS, "a line has no round")
-    gradip = json_lines(path / GRADIP) if (path / GRADIP).is_file() else []
+    gradip = read_lines(path / GRADIP)
     _require(all(map(_is_gradip, gradip)), path / GRADIP, f"a line lacks round, clients, or lists of {MEASURES}")
     return Run(path=path, name=name, settings=read_toml(path / CONFIG), rounds=metrics, summary=summary, gradip=gradip)
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; a last line that a crash tore is left out."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number} is no JSON: {error}; the file is damaged") from error
-        _require(isinstance(value, dict), path, f"line {number} is no JSON object")
-        found.append(value)
-    return found
 
 
 def _is_gradip(line: dict[str, Any]) -> bool:
@@ -139,4 +118,4 @@ def _so_far(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["MEASURES", "Run", "is_number", "json_lines", "path_of_clients", "read_runs"]
+__all__ = ["MEASURES", "Run", "path_of_clients", "read_runs"]

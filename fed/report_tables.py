@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import RunConfig
+from .jsonl import is_number
 from .partition import Partition
-from .report_runs import Run, is_number
+from .report_runs import Run
 
 Pair = tuple[str, str]
 Row = tuple[str, list[str]]  # a cell a run

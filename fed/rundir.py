@@ -3,12 +3,14 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
+import transformers
 from filelock import FileLock, Timeout
 
 from .. import __version__
@@ -17,13 +19,13 @@ from ..files import append_whole, sync_directory, write_whole
 from ..mask import SparseMask
 from .config import RunConfig
 from .gradip import Trace
+from .jsonl import Line
 from .ledger import Header, LedgerWriter
 
 CONFIG, MASK, ORIGIN = "config.toml", "mask.safetensors", "origin.json"
 LEDGER, METRICS, GRADIP, SNAPSHOT = "ledger.jsonl", "metrics.jsonl", "gradip.jsonl", "snapshot.safetensors"
 _LOCK = ".lock"
-
-Line = dict[str, Any]
+_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, MASK, ORIGIN, SNAPSHOT)))})\.\d+\.partial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,37 +33,50 @@ class Origin:
     """Where a run began: what its bits depend on beside its settings.
 
     Args:
-        data: digest of the examples.
+        data: digest of the examples and of who has which.
+        settings: digest of those that the bits depend on.
         version: of this package.
         python: version.
         torch: version.
+        transformers: version.
         threads: of torch.
+        deterministic: whether torch was asked for deterministic algorithms, which the same bits need on a GPU.
         device: by name.
     """
 
     data: str
+    settings: str
     version: str
     python: str
     torch: str
+    transformers: str
     threads: int
+    deterministic: bool
     device: str
 
     @classmethod
-    def here(cls, data: str, device: str) -> "Origin":
+    def here(cls, *, data: str, settings: str, device: str) -> "Origin":
         """This process."""
         return cls(
             data=data,
+            settings=settings,
             version=__version__,
             python=platform.python_version(),
             torch=torch.__version__,
+            transformers=transformers.__version__,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         )
 
     def differences(self, other: "Origin") -> list[str]:
-        """What is different here from there, but for the data: in words."""
-        names = [name for name in vars(self) if name != "data" and getattr(self, name) != getattr(other, name)]
-        return [f"{name} {getattr(other, name)}, now {getattr(self, name)}" for name in names]
+        """What is different here from there, data and settings aside: in words."""
+        there = {name: value for name, value in vars(other).items() if name not in ("data", "settings")}
+        return [
+            f"{name} {value}, now {getattr(self, name)}"
+            for name, value in there.items()
+            if value != getattr(self, name)
+        ]
 
 
 class RunDirectory:
@@ -84,8 +99,9 @@ class RunDirectory:
             raise RunError(f"another process is writing to {path}; nothing was changed") from error
         except OSError as error:
             raise RunError(f"cannot write to the run directory {path}: {error.strerror}") from error
-        for partial in path.glob(".*.partial"):  # of a process that was killed while it wrote
-            partial.unlink()
+        for each in path.iterdir():
+            if _PARTIAL.fullmatch(each.name):  # of a process that was killed while it wrote
+                each.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -98,25 +114,22 @@ class RunDirectory:
         check_free(self.path)
         write_whole(self.path / CONFIG, config.to_toml().encode())
 
-    def keep_mask(self, make: Callable[[], SparseMask]) -> SparseMask:
-        """The run's mask: the one that is here, or one that is made now."""
-        path = self.path / MASK
-        if path.exists():
-            return SparseMask.load(path)
-        mask = make()
-        mask.save(path)
-        return mask
-
-    def keep_origin(self, here: Origin) -> Origin:
-        """Where the run began: as written down, or here and now."""
+    def origin(self) -> Origin | None:
+        """Where the run began, if that has been written down."""
         path = self.path / ORIGIN
         if not path.exists():
-            write_whole(path, (json.dumps(vars(here), indent=1) + "\n").encode())
-            return here
+            return None
         try:
             return Origin(**json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}); nothing was changed") from error
+
+    def keep(self, mask: SparseMask, origin: Origin) -> None:
+        """Writes down what is not there yet of what the run begins with."""
+        if not (self.path / MASK).exists():
+            mask.save(self.path / MASK)
+        if not (self.path / ORIGIN).exists():
+            write_whole(self.path / ORIGIN, (json.dumps(vars(origin), indent=1) + "\n").encode())
 
     def new_ledger(self, header: Header) -> LedgerWriter:
         """Begins the ledger, after one that was killed before its header was whole."""
@@ -128,16 +141,6 @@ class RunDirectory:
         """Whether the ledger has its header."""
         path = self.path / LEDGER
         return path.exists() and b"\n" in path.read_bytes()
-
-    def lines(self, name: str) -> list[Line]:
-        """The objects of a JSON Lines file that is here; a torn last line is left out.
-
-        Raises:
-            RunError: naming the line, if another one cannot be read.
-        """
-        path = self.path / name
-        texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return [_parsed(text, path, number) for number, text in enumerate(texts, 1)]
 
     def cut(self, name: str, lines: int) -> None:
         """Leaves only so many lines in a JSON Lines file."""
@@ -165,7 +168,7 @@ class RunDirectory:
         new = not path.exists()
         try:
             with open(path, "ab", buffering=0) as file:
-                append_whole(file, (json.dumps(line) + "\n").encode())
+                append_whole(file, (json.dumps(line, allow_nan=False) + "\n").encode())
             if new:
                 sync_directory(self.path)
         except OSError as error:
@@ -180,7 +183,7 @@ def is_run(path: Path) -> bool:
 def check_free(path: Path) -> None:
     """Raises ``RunError`` if the path is taken; nothing is ever overwritten."""
     if path.is_dir():
-        found = [each for each in path.iterdir() if each.name != _LOCK and not each.name.endswith(".partial")]
+        found = [each for each in path.iterdir() if each.name != _LOCK and not _PARTIAL.fullmatch(each.name)]
         if found:
             what = "a run" if is_run(path) else "files"
             also = f", or go on with it by --resume {path}" if what == "a run" else ""
@@ -188,16 +191,6 @@ def check_free(path: Path) -> None:
                            f"nothing was changed")  # fmt: skip
     elif path.exists():
         raise RunError(f"the output directory {path} is a file; choose another, nothing was changed")
-
-
-def _parsed(text: bytes, path: Path, number: int) -> Line:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path}, line {number}: damaged ({error}); nothing was changed") from error
-    if not isinstance(line, dict):
-        raise RunError(f"{path}, line {number}: not an object; nothing was changed")
-    return line
 
 
 __all__ = [
@@ -208,7 +201,6 @@ __all__ = [
     "METRICS",
     "ORIGIN",
     "SNAPSHOT",
-    "Line",
     "Origin",
     "RunDirectory",
     "check_free",

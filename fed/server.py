@@ -236,16 +236,17 @@ class Server:
         self._move_on(line)
         return RoundResult(line=line, traces=traces)
 
-    def restore(self, line: Round, *, weights: bool = True) -> RoundResult:
+    def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over this round from a ledger instead of asking the clients for it.
 
         Args:
             line: of this round.
             weights: whether to move the model on too; without, the masters are left to whoever has them.
+            traced: whether to look at the clients' paths; a calibration's are always looked at.
         """
         if line.round != self.round:
             raise ValueError(f"round {self.round} is under way, the line is of round {line.round}")
-        traces = self._traces(line.round, line.clients) if weights or self._calibrating else {}
+        traces = self._traces(line.round, line.clients) if traced or self._calibrating else {}
         self.rejected.update(line.rejected)
         self.claimed |= line.examples
         self._at |= {i: max(line.round, 1) for i in line.clients if i in self._at}

@@ -17,6 +17,7 @@ from ... import embedded
 from ...errors import ConfigError, RunError
 from ...fed import setup
 from ...fed.config import RunConfig, make_config, read_toml
+from ...fed.jsonl import read_lines
 from ...fed.masks import make_mask
 from ...fed.methods import Elements
 from ...fed.run import execute, resume
@@ -49,7 +50,7 @@ class Finished:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """One a round, as in ``metrics.jsonl``."""
-        return _json_lines(self.directory / METRICS)[:-1]
+        return read_lines(self.directory / METRICS)[:-1]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class Finished:
     @property
     def summary(self) -> dict[str, Any]:
         """What it came to."""
-        summary: dict[str, Any] = _json_lines(self.directory / METRICS)[-1]["summary"]
+        summary: dict[str, Any] = read_lines(self.directory / METRICS)[-1]["summary"]
         return summary
 
     @property
@@ -76,7 +77,7 @@ class Finished:
     @property
     def traces(self) -> list[dict[str, Any]]:
         """What the server saw of the clients' paths, one object a round."""
-        return _json_lines(self.directory / GRADIP)
+        return read_lines(self.directory / GRADIP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,10 +230,6 @@ def named(config: RunConfig, task: str) -> Settings:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 __all__ = ["Arm", "Experiment", "Finished", "Results", "Settings", "configuration", "named", "run_all"]

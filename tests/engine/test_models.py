@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.checkpoint import save_checkpoint
 from meerkat_engine.errors import ModelError
 from meerkat_engine.models import load_model, prepare
 from meerkat_engine.objective import language_model_loss
+from meerkat_engine.parameters import fingerprint
 from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer, same_bits
 
 
@@ -173,6 +174,34 @@ def test_a_config_cannot_name_a_pickle(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
     refused(saved, r"its config names 'adapter_model\.bin' as its weights; a pickle may hold code")
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.bin", "../outside/weights.bin", "../outside/model.safetensors", "/absolute/model.safetensors"]
+)
+def test_an_index_cannot_name_pickles_or_files_elsewhere(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """transformers joins what it names to the directory, and reads with ``torch.load`` what is not called safetensors."""
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").rename(saved / "decoy.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    (saved.parent / "outside").mkdir(exist_ok=True)
+    if not name.startswith("/"):
+        (torch.save if name.endswith(".bin") else save_file)(weights, saved / name)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    refused(saved, r"its model\.safetensors\.index\.json names '.*' as weights, which is no safetensors file beside it|"
+                   r"its weights are a pickle")  # fmt: skip
+
+
+def test_shards_are_read(saved: Path) -> None:
+    """An index as transformers writes it."""
+    model = load_model(str(saved)).model
+    model.save_pretrained(saved / "shards", max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(saved).save_pretrained(saved / "shards")
+    assert len(list((saved / "shards").glob("model-*.safetensors"))) > 1
+    assert fingerprint(load_model(str(saved / "shards")).model) == fingerprint(model)
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -155,15 +155,23 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
         (late, replace(good, local_steps=3), "3 local steps were asked for, the terms allow 1 to 2"),
         (late, replace(good, scalars=good.scalars[:1]), "no whole number of rounds"),
         (late, replace(good, round=9), "stands at round 3 with it"),
+        (late, replace(good, scalars=np.tile(good.scalars, 2)), "for round 3; this client stands at round 4 with it"),
         (stranger, good, "the scalars begin at round 2, this client stands at round 1"),
         (late, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
         (late, replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)), "3 master values for a mask of"),
     ):
-        before = fingerprint(client.replica.model)
+        before = fingerprint(client.replica.model), client.replica.round
         with pytest.raises(MessageError, match=message):
             client.handle(request.encode())
-        if "round" not in message:
-            assert fingerprint(client.replica.model) == before
+        assert (fingerprint(client.replica.model), client.replica.round) == before
+
+
+def test_a_client_takes_no_more_rounds_than_were_agreed_on(federation: Make) -> None:
+    fed = federation(rounds=2)
+    fed.round()
+    fed.round()
+    with pytest.raises(MessageError, match="for round 3, the terms end with round 2"):
+        fed.clients[0].handle(fed.server.request(0))
 
 
 def test_sampled_clients_take_part_and_the_others_are_refused(federation: Make) -> None:

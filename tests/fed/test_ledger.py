@@ -161,12 +161,46 @@ def test_other_formats_and_streams_are_named(tmp_path: Path, field: str, value: 
     path = tmp_path / "ledger.jsonl"
     with LedgerWriter(path, HEADER):
         pass
-    fields = json.loads(path.read_text())
-    del fields["crc32"]
-    body = json.dumps(fields | {field: value}, separators=(",", ":"))[:-1]
-    path.write_text(f'{body},"crc32":"{zlib.crc32(body.encode()):08x}"}}\n')
+    path.write_text(sealed(json.loads(path.read_text()) | {field: value}) + "\n")
     with pytest.raises(LedgerError, match=message):
         read_ledger(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": [0.1, 0.2]}, "line 2: other learning rates than those of line 1"),
+        ({"scalars": [0.1, 0.2]}, "line 2: a scalar is not a finite fp32 number"),
+        ({"scalars": [1e300, 0.5]}, "line 2: a scalar is not a finite fp32 number"),
+        ({"scalars": [0.5]}, "line 2: expected 2 learning rates and 2 scalars"),
+        ({"clients": {"0": [math.inf]}}, "line 2: a scalar is not a finite fp32 number"),
+        ({"clients": {str(math.inf): [1]}}, "line 2: damaged round"),
+        ({"steps": math.inf}, "line 2: damaged round"),
+        ({"clients": math.inf}, "line 2: damaged round"),
+        ({"round": 2}, "line 2: holds round 2 where round 1 belongs"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_well_sealed_and_wrong(ledger: Path, change: dict[str, object], message: str) -> None:
+    """A checksum keeps nobody from making up a line."""
+    header, first = ledger.read_text().splitlines()[:2]
+    ledger.write_text(f"{header}\n{sealed(json.loads(first) | change, int(json.loads(header)['crc32'], 16))}\n")
+    with pytest.raises(LedgerError, match=message):
+        read_ledger(ledger)
+
+
+def test_a_line_nested_without_end(ledger: Path) -> None:
+    header = ledger.read_text().splitlines()[0]
+    body = '{"round":' + "[" * 100_000
+    crc = zlib.crc32(body.encode(), int(json.loads(header)["crc32"], 16))
+    ledger.write_text(f'{header}\n{body},"crc32":"{crc:08x}"}}\n')
+    with pytest.raises(LedgerError, match="line 2: not JSON"):
+        read_ledger(ledger)
+
+
+def sealed(fields: dict[str, object], before: int = 0) -> str:
+    """A line with these fields and the checksum that belongs to it."""
+    body = json.dumps({name: value for name, value in fields.items() if name != "crc32"}, separators=(",", ":"))[:-1]
+    return f'{body},"crc32":"{zlib.crc32(body.encode(), before):08x}"}}'
 
 
 def test_a_ledger_goes_on_behind_its_last_whole_line(ledger: Path) -> None:

@@ -392,8 +392,8 @@ def test_unfinished_runs(
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1}\n', "metrics.jsonl, line 2 is no JSON"),
-        ("metrics.jsonl", "[1]\n", "metrics.jsonl: line 1 is no JSON object"),
+        ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1}\n', "metrics.jsonl, line 2: no JSON"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: no JSON object"),
         ("metrics.jsonl", '{"round": 0}\n{}\n{"round": 1}\n', "metrics.jsonl: a line has no round"),
         ("gradip.jsonl", '{"round": 0}\n', "gradip.jsonl: a line lacks round, clients"),
         (

@@ -187,6 +187,7 @@ def fp64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns of overflow
 @settings(max_examples=50, deadline=None)
 @given(
     losses=st.tuples(*[st.floats(width=32)] * 2),
