@@ -182,7 +182,7 @@ def test_a_config_cannot_name_a_pickle(saved: Path) -> None:
 def test_an_index_cannot_name_pickles_or_files_elsewhere(
     saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """transformers joins what it names to the directory, and reads with ``torch.load`` what is not called safetensors."""
+    """transformers joins what it names to the directory, and gives what is not called safetensors to ``torch.load``."""
     weights = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").rename(saved / "decoy.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
