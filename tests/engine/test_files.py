@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_engine.errors import RunError
-from meerkat_engine.files import write_whole
+from meerkat_engine.files import append_whole, write_whole
 
 
 def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +80,20 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=f"cannot write {tmp_path / place}: .*{message}"):
             write_whole(tmp_path / place, b"x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
+
+
+def test_what_is_appended_is_on_disk_or_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "lines", []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    with open(path, "ab", buffering=0) as file:
+        append_whole(file, b"one\n")
+        append_whole(file, b"two\n")
+    assert synced == [b"one\n", b"one\ntwo\n"]
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with open(path, "ab", buffering=0) as file, pytest.raises(OSError, match="Input/output error"):
+        append_whole(file, b"three\n")
+    assert path.read_bytes() == b"one\ntwo\n"

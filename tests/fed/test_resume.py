@@ -373,3 +373,22 @@ def test_a_lock_is_no_run(tmp_path: Path) -> None:
         (tmp_path / "r" / ".config.toml.9.partial").write_bytes(b"ha")
     result = call("run", *SETTINGS, "--rounds", "1", "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks /proc which file is synced")
+def test_everything_is_on_disk_before_what_follows_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of writing of docs/formats.md, by the calls of fsync."""
+    synced: list[str] = []
+    plain = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".partial")[0].rsplit(".", 1)[0])
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    settings = [*SETTINGS, "--rounds", "2", "--snapshot-every", "2"]
+    assert call("run", *settings, "--output", tmp_path / "r").exit_code == 0
+    files = [name.removeprefix(".").split(".")[0] for name in synced if name != "r"]
+    first, last = ["ledger", "gradip", "metrics"], ["ledger", "gradip", "metrics", "snapshot", "metrics"]
+    assert files == ["config", "mask", "origin", "ledger", "metrics", *first, *last]
+    assert synced.count("r") == len(set(files))  # and the directory, with each new name
