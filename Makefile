@@ -9,6 +9,11 @@ test:  ## Runs the tests.
 test-slow:  ## Runs the tests that take minutes; MEERKAT_GGUF names SmolLM2's GGUF file.
 	$(PYTHON) -m pytest -m slow
 
+fuzz:  ## Runs the fuzz tests fifty times as long, and the long kill tests: an hour.
+	MEERKAT_FUZZ=50 $(PYTHON) -m pytest -s --timeout 3600 tests/fed/test_messages.py tests/fed/test_ledger.py \
+		tests/engine/test_sealed.py tests/engine/test_delta.py
+	$(PYTHON) -m pytest -s -m slow tests/fed/test_resume.py
+
 check:  ## Format, lint, types.
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .

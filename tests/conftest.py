@@ -19,6 +19,9 @@ from torch import nn
 # Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
 torch.set_num_threads(1)
 
+# How many times as long the fuzz tests take: `make fuzz`.
+FUZZ = int(os.environ.get("MEERKAT_FUZZ", "1"))
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 _COMMON = {

@@ -18,7 +18,7 @@ from meerkat_engine.objective import language_model_loss
 from meerkat_engine.parameters import ParameterTable, fingerprint
 from meerkat_engine.sealed import read_sealed, write_sealed
 from meerkat_engine.weights import MaskedWeights
-from tests.conftest import make_model, same_bits
+from tests.conftest import FUZZ, make_model, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH = torch.arange(60).view(3, 20) % 90 + 3
@@ -165,7 +165,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Delta, bytes, Path
     return delta, path.read_bytes(), path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data: st.DataObject) -> None:
     delta, good, path = larger

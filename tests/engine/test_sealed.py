@@ -17,7 +17,7 @@ from meerkat_engine.errors import MaskError
 from meerkat_engine.mask import _KIND
 from meerkat_engine.parameters import ParameterTable
 from meerkat_engine.sealed import write_sealed
-from tests.conftest import make_model, same_bits
+from tests.conftest import FUZZ, make_model, same_bits
 
 
 def small_mask() -> SparseMask:
@@ -72,7 +72,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseMask, bytes,
     return mask, path.read_bytes(), path
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_random_damage_of_a_larger_mask(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
     mask, good, path = larger
@@ -84,7 +84,7 @@ def test_random_damage_of_a_larger_mask(larger: tuple[SparseMask, bytes, Path], 
     assert refused or position < header
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_truncated_or_longer_files(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
     mask, good, path = larger
@@ -95,7 +95,7 @@ def test_truncated_or_longer_files(larger: tuple[SparseMask, bytes, Path], data:
     assert loads_equal_or_is_refused(path, mask)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(content=st.binary(max_size=200))
 def test_files_of_anything(larger: tuple[SparseMask, bytes, Path], content: bytes) -> None:
     larger[2].write_bytes(content)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_engine.errors import LedgerError
 from meerkat_engine.fed.aggregation import Aggregation, Rule
 from meerkat_engine.fed.ledger import Header, LedgerWriter, Round, read_ledger
 from meerkat_engine.fed.terms import Terms
+from tests.conftest import FUZZ
 
 TERMS = Terms(seed=2**63 + 1, eps=1e-3, lr=0.1, local_steps=2, elements=5, mask_digest="ab" * 32)
 HEADER = Header(terms=TERMS, base="cd" * 32, method="meerkat", clients=2, aggregation=Aggregation(rule=Rule.MEDIAN))
@@ -104,6 +105,7 @@ def test_any_flipped_bit_is_noticed(ledger: Path, bit: int) -> None:
             read_ledger(ledger)
 
 
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_any_other_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from meerkat_engine.errors import MessageError
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
+from tests.conftest import FUZZ
 
 UINT = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -118,12 +119,13 @@ def refused_or_itself(data: bytes) -> bool:
     return taken
 
 
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(data=st.binary(max_size=100))
 def test_any_bytes_are_refused_by_name(data: bytes) -> None:
     assert not refused_or_itself(data)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000 * FUZZ, deadline=None)
 @given(
     kind=st.sampled_from([1, 2, 3, 4, 1, 2, 3, 4, 0, 5]),
     flags=st.sampled_from([0, 1, 0, 1, 0, 1, 2]),
