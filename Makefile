@@ -33,4 +33,4 @@ bench:  ## Measures the kernels and the step against dense zeroth-order fine-tun
 codegen:  ## Compiles the kernels for three GPUs and records what came out.
 	$(PYTHON) -m meerkat_engine.bench.codegen --output bench/results
 
-.PHONY: help test test-slow test-gpu check format bench codegen
+.PHONY: help test test-slow fuzz test-gpu check format bench codegen
