@@ -4,7 +4,7 @@ help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 test:  ## Runs the tests.
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 test-slow:  ## Runs the tests that take minutes; MEERKAT_GGUF names SmolLM2's GGUF file.
 	$(PYTHON) -m pytest -m slow

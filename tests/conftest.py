@@ -95,18 +95,27 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-# What each method came to on each task: change of the held-out loss, elements; printed when the tests are over.
-COMBINATIONS: dict[tuple[str, str], tuple[str, int]] = {}
+# Property of a test's report: method, task, change of the held-out loss, elements; a table when the tests are over.
+COMBINATION = "combination"
+_COMBINATIONS: dict[tuple[str, str], tuple[str, int]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """By reports, which come from other processes too."""
+    for name, value in report.user_properties:
+        if name == COMBINATION:
+            method, task, change, elements = value  # type: ignore[misc]
+            _COMBINATIONS[method, task] = change, elements
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not COMBINATIONS:
+    if not _COMBINATIONS:
         return
-    methods, tasks = (sorted({key[i] for key in COMBINATIONS}) for i in range(2))
+    methods, tasks = (sorted({key[i] for key in _COMBINATIONS}) for i in range(2))
     terminalreporter.section("change of the held-out loss over two rounds, every method on every task")
     terminalreporter.line(" " * 17 + " ".join(f"{task[:10]:>10}" for task in tasks) + "   elements")
     for method in methods:
-        found = [COMBINATIONS.get((method, task), ("", 0)) for task in tasks]
+        found = [_COMBINATIONS.get((method, task), ("", 0)) for task in tasks]
         terminalreporter.line(f"{method:17}" + " ".join(f"{loss:>10}" for loss, _ in found) + f"{found[0][1]:>11,}")
 
 

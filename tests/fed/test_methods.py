@@ -22,7 +22,7 @@ from meerkat_engine.fed.methods import Elements, Gradient, Method, Stopping
 from meerkat_engine.fed.replaying import replay_run
 from meerkat_engine.fed.run import execute
 from meerkat_engine.tasks import TASKS, Task
-from tests.conftest import COMBINATIONS, make_byte_tokenizer, make_model
+from tests.conftest import COMBINATION, make_byte_tokenizer, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
@@ -76,7 +76,11 @@ def run(world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 @pytest.mark.parametrize("task", sorted(TASKS))
 @pytest.mark.parametrize("method", list(Method))
 def test_every_method_on_every_task(
-    method: Method, task: str, run: Callable[..., dict[str, Any]], tmp_path: Path
+    method: Method,
+    task: str,
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     summary = run(method, task)
     assert summary["weights"] != summary["base"]
@@ -84,7 +88,7 @@ def test_every_method_on_every_task(
     moved = replay_run(tmp_path / "r")
     assert moved.weights == summary["weights"]
     change = summary["validation_loss_after"] - summary["validation_loss_before"]
-    COMBINATIONS[method, task] = f"{change:+.0e}", summary["masked_elements"]
+    record_property(COMBINATION, [str(method), task, f"{change:+.0e}", summary["masked_elements"]])
 
 
 def test_methods_differ_in_their_recipe() -> None:
