@@ -47,8 +47,10 @@ def _fill(directory: Path, lm: LanguageModel, card: str) -> None:
     lm.model.save_pretrained(directory)  # type: ignore[operator]
     lm.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+    mode = (directory / "README.md").stat().st_mode  # safetensors' own writer lets nobody else read
     for path in sorted(directory.rglob("*")):
         if path.is_file():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):

@@ -39,6 +39,7 @@ def run_card(done: Replayed, name: str, weights: str) -> str:
         "rounds": f"{done.round} of {len(done.ledger.rounds)} in the ledger",
         "local steps": _steps(done),
         "bytes sent": _bytes(done),
+        **_privacy(done),
         "accuracy": _change(before, after, "accuracy"),
         "macro-F1": _change(before, after, "macro_f1"),
         "base fingerprint": _code(header.base),
@@ -133,6 +134,14 @@ def _line(done: Replayed, round: int) -> dict[str, Any]:
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
     found = [f"{line[key]:.4f}" if is_number(line.get(key)) else "not evaluated" for line in (before, after)]
     return f"{found[0]} before, {found[1]} after"
+
+
+def _privacy(done: Replayed) -> dict[str, str]:
+    terms, lines = done.ledger.header.terms, done.ledger.rounds[: done.round]
+    if terms.privacy is None or not lines:
+        return {}
+    spent = f"epsilon {lines[-1].epsilon:.3g} at delta {terms.privacy.delta:g}"
+    return {"privacy": f"{spent}, simulated: the noise follows from the seed"}
 
 
 def _steps(done: Replayed) -> str:

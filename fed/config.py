@@ -241,6 +241,9 @@ class RunConfig:
         recipe = self.method.recipe
         _require(0 <= self.dp_noise < math.inf, "dp_noise", self.dp_noise, "finite and not negative (0: no privacy)")
         if self.privacy() is None:
+            for name in ("dp_clip", "dp_delta"):
+                if getattr(self, name) != getattr(RunConfig, name):
+                    raise ConfigError(f"{name} protects nobody without noise; give dp_noise too, or leave it out")
             return
         if recipe.gradient is Gradient.BACKPROPAGATION:
             raise ConfigError(f"{self.method} sends weights, which dp_noise does not make private; leave it out")

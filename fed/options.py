@@ -8,7 +8,6 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from .aggregation import Rule
-from .attack import Attack
 from .config import RunConfig, read_toml
 from .methods import Method
 from .partition import Partition
@@ -38,7 +37,7 @@ _HELP = {
     "clip": "size to which scalars are cut before they are aggregated; 0: none",
     "max_scalar": "size above which a scalar is refused",
     "max_examples": "number of examples above which a client's claim is refused; 0: any is believed",
-    "attack": "what hostile clients do to their scalars, to see what comes of it: " + ", ".join(Attack),
+    "attack": "what hostile clients do to their scalars, to try it: none, sign-flip (times -1), scale (times 1e6)",
     "attackers": "how many clients do it, the last ones",
     "dp_noise": "differential privacy: noise multiplier of the scalars; 0: none",
     "dp_clip": "differential privacy: what one example may change of a difference of losses",

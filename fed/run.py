@@ -25,7 +25,7 @@ from .partition import histogram, split
 from .privacy import largest_epsilon
 from .recorded import go_on, read_recorded
 from .rounds import Progress, Report, Rounds, Say
-from .rundir import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run
+from .rundir import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
 from .setup import TaskData
 from .summary import of_federation, of_selection
 from .task_choice import chosen_task
@@ -83,7 +83,7 @@ def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = Fa
     config = _config_of(path)
     finished = summary_in(path)
     if finished is not None:
-        read_ledger(path / LEDGER)
+        _check_finished(config, path)
         say("this run is finished; nothing to do")
         return finished
     with RunDirectory(path) as directory:
@@ -113,7 +113,8 @@ def check_same(settings: Mapping[str, Any], path: Path) -> None:
 def _config_of(path: Path) -> RunConfig:
     if not is_run(path):
         raise RunError(
-            f"{path} holds no run to go on with (no {CONFIG}); `meerkat-engine run --output {path}` begins one"
+            f"{path} holds no run to go on with (no {CONFIG}); `meerkat-engine run --output {path}`, or "
+            f"--resume with settings, begins one"
         )
     return make_config(read_toml(path / CONFIG))
 
@@ -184,12 +185,24 @@ def _check(it: _Prepared, mask: SparseMask, say: Say) -> None:
     if terms.privacy is not None:
         steps = terms.calibration_steps + it.config.rounds * terms.local_steps
         whole = largest_epsilon(terms.privacy, {(len(share), steps) for share in it.shares}, terms.queries)
-        say(f"differential privacy: epsilon {whole:.3g} at delta {terms.privacy.delta:g} at most, after all rounds")
+        say(
+            f"differential privacy: epsilon {whole:.3g} at delta {terms.privacy.delta:g} at most, after all "
+            f"rounds (simulated: the noise follows from the seed)"
+        )
+
+
+def _check_finished(config: RunConfig, path: Path) -> None:
+    """Raises ``MeerkatError`` if a finished run is not whole any more."""
+    ledger, began = read_ledger(path / LEDGER), read_origin(path)
+    if began is None or began.settings != config.digest():
+        raise RunError(f"{path / CONFIG} is not what the run began with, or {ORIGIN} is lost; nothing was changed")
+    if SparseMask.load(path / MASK).digest != ledger.header.terms.mask_digest:
+        raise RunError(f"{path / MASK} is not the mask of the run; nothing was changed")
 
 
 def _check_origin(directory: RunDirectory, here: Origin, say: Say) -> None:
     """Raises ``RunError`` unless a run goes on with what it began with; says what else is different."""
-    began = directory.origin()
+    began = read_origin(directory.path)
     if began is None:
         if directory.has_ledger():
             raise RunError(f"{directory.path} has a ledger and no {ORIGIN}: it is lost; nothing was changed")

@@ -114,16 +114,6 @@ class RunDirectory:
         check_free(self.path)
         write_whole(self.path / CONFIG, config.to_toml().encode())
 
-    def origin(self) -> Origin | None:
-        """Where the run began, if that has been written down."""
-        path = self.path / ORIGIN
-        if not path.exists():
-            return None
-        try:
-            return Origin(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}); nothing was changed") from error
-
     def keep(self, mask: SparseMask, origin: Origin) -> None:
         """Writes down what is not there yet of what the run begins with."""
         if not (self.path / MASK).exists():
@@ -175,6 +165,17 @@ class RunDirectory:
             raise RunError(f"cannot write {path}: {error.strerror}; the rounds in {LEDGER} are complete") from error
 
 
+def read_origin(path: Path) -> Origin | None:
+    """Where the run in a directory began, if that has been written down; raises ``RunError`` if it cannot be read."""
+    file = path / ORIGIN
+    if not file.exists():
+        return None
+    try:
+        return Origin(**json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({error}); nothing was changed") from error
+
+
 def is_run(path: Path) -> bool:
     """Whether a run has begun there."""
     return (path / CONFIG).is_file()
@@ -205,4 +206,5 @@ __all__ = [
     "RunDirectory",
     "check_free",
     "is_run",
+    "read_origin",
 ]

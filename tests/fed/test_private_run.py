@@ -84,6 +84,21 @@ def test_the_least_protected_client_counts() -> None:
     assert largest_epsilon(terms, []) == 0
 
 
+def test_a_clip_without_noise_is_no_privacy(tmp_path: Path) -> None:
+    result = call("run", *SMALL, "--dp-clip", "0.5", "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "dp_clip protects nobody without noise; give dp_noise too, or leave it out" in result.output
+
+
+def test_the_card_says_what_was_spent(private: tuple[Path, Result], tmp_path: Path) -> None:
+    output, _ = private
+    assert call("replay", output, "--output", tmp_path / "model", "--round", "2").exit_code == 0
+    spent = read_ledger(output / LEDGER).rounds[1].epsilon
+    assert f"epsilon {spent:.3g} at delta 0.0001, simulated" in (tmp_path / "model" / "README.md").read_text()
+    modes = {each.stat().st_mode for each in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # whoever may read the card may read the weights
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

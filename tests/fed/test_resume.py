@@ -170,6 +170,20 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
     assert everything(whole) == before
 
 
+def test_a_finished_run_that_is_not_whole_is_named(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    text = (path / "config.toml").read_text()
+    (path / "config.toml").write_text(text.replace("lr = 0.01", "lr = 0.02"))
+    refused(path, "config.toml is not what the run began with")
+    (path / "config.toml").write_text(text)
+    (path / "mask.safetensors").unlink()
+    refused(path, "cannot read the mask")
+    shutil.copy(whole / "mask.safetensors", path)
+    (path / "ledger.jsonl").write_bytes((whole / "ledger.jsonl").read_bytes().replace(b"lr", b"lt", 1))
+    refused(path, "ledger.jsonl, line 1: the checksum does not match")
+
+
 def test_a_job_gives_the_same_command_each_time(tmp_path: Path, whole: Path) -> None:
     """With its settings, --resume begins the run where there is none yet."""
     for _ in range(2):
