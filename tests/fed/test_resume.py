@@ -67,9 +67,10 @@ def test_a_run_that_is_killed_ends_on_the_same_bits(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("name", KILLED)
 def test_many_runs_that_are_killed_end_on_the_same_bits(tmp_path: Path, name: str) -> None:
     kind, *settings = KILLED[name]
-    found = kill(tmp_path, kind, 100, 7, tuple(settings))
+    wanted = {"in private": 30, "by backpropagation": 50}.get(name, 100)
+    found = kill(tmp_path, kind, wanted, 7, tuple(settings))
     print(name, found)
-    assert found["kills"] >= 100
+    assert found["kills"] >= wanted
 
 
 @pytest.fixture(scope="module")
