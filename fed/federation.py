@@ -15,6 +15,7 @@ from .config import RunConfig
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .methods import Gradient, Stopping
+from .privacy import Privacy
 from .replica import Replica
 from .selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
 from .server import RoundResult, Server
@@ -98,7 +99,8 @@ class Federation:
         self._gradip = None
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
-        self._honest = [self._client(i, data.train, share, "data") for i, share in enumerate(shares)]
+        privacy = self._replica.terms.privacy
+        self._honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
         self.clients = with_attackers(self._honest, config.attack, config.attackers)
         self.server = Server(
             list(range(config.clients)),
@@ -112,11 +114,11 @@ class Federation:
             max_examples=config.max_examples,
         )
 
-    def _client(self, id: int, data: EncodedTask, indices: Tensor, purpose: str) -> Client:
+    def _client(
+        self, id: int, data: EncodedTask, indices: Tensor, purpose: str, privacy: Privacy | None = None
+    ) -> Client:
         config = self.config
         seed = stream.derived_seed(config.seed, purpose, id)
-        # the null paths' examples are the server's own
-        privacy = None if purpose == "null" else self._replica.terms.privacy
         noise = None if privacy is None else stream.derived_seed(config.seed, "priv", id)
         examples = ClientData(
             data, indices, config.batch_size, seed, config.micro_batch_size, poisson=privacy is not None

@@ -27,11 +27,7 @@ class Metrics:
 
     def __init__(self, directory: RunDirectory, lines: list[Line], examples: int) -> None:
         self._directory, self._lines, self._examples = directory, lines, examples
-
-    @property
-    def bytes(self) -> int:
-        """Sent so far, both ways."""
-        return int(self._sum("bytes_up") + self._sum("bytes_down"))
+        self.bytes = int(self._sum("bytes_up") + self._sum("bytes_down"))  # sent so far, both ways
 
     def before(self) -> Evaluation | None:
         """The evaluation before training, where it has been written."""
@@ -57,6 +53,7 @@ class Metrics:
         }
         self._directory.add_metrics(line)
         self._lines.append(line)
+        self.bytes += line["bytes_up"] + line["bytes_down"]
         return line
 
     def summary(self) -> dict[str, Any]:

@@ -130,7 +130,10 @@ class RunDirectory:
     def has_ledger(self) -> bool:
         """Whether the ledger has its header."""
         path = self.path / LEDGER
-        return path.exists() and b"\n" in path.read_bytes()
+        if not path.exists():
+            return False
+        with open(path, "rb") as file:
+            return file.readline().endswith(b"\n")
 
     def cut(self, name: str, lines: int) -> None:
         """Leaves only so many lines in a JSON Lines file."""

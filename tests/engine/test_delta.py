@@ -19,6 +19,7 @@ from meerkat_engine.parameters import ParameterTable, fingerprint
 from meerkat_engine.sealed import read_sealed, write_sealed
 from meerkat_engine.weights import MaskedWeights
 from tests.conftest import FUZZ, make_model, same_bits
+from tests.engine.damage import blanks, flips, header_of, other_byte
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH = torch.arange(60).view(3, 20) % 90 + 3
@@ -146,12 +147,10 @@ def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
     data = path.read_bytes()
     values = [0x01, 0x04, 0x20, 0x80, 0xFF]
     refused = 0
-    for position in range(len(data)):
-        for flip in values:
-            path.write_bytes(data[:position] + bytes([data[position] ^ flip]) + data[position + 1 :])
-            refused += loads_equal_or_is_refused(path, delta)
-    header = data[: -(3 * 8 + 3 * 4)]
-    assert refused >= (len(data) - (len(header) - len(header.rstrip(b" ")))) * len(values)
+    for damaged in flips(data, values):
+        path.write_bytes(damaged)
+        refused += loads_equal_or_is_refused(path, delta)
+    assert refused >= (len(data) - blanks(data)) * len(values)
     for length in range(len(data)):
         path.write_bytes(data[:length])
         assert loads_equal_or_is_refused(path, delta)
@@ -169,12 +168,9 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Delta, bytes, Path
 @given(data=st.data())
 def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data: st.DataObject) -> None:
     delta, good, path = larger
-    header = 8 + int.from_bytes(good[:8], "little")
-    position = data.draw(st.integers(0, header - 1) | st.integers(header, len(good) - 1))
-    value = data.draw(st.integers(0, 255).filter(lambda value: value != good[position]))
-    path.write_bytes(good[:position] + bytes([value]) + good[position + 1 :])
-    refused = loads_equal_or_is_refused(path, delta)
-    assert refused or position < header
+    damaged, position = other_byte(data, good)
+    path.write_bytes(damaged)
+    assert loads_equal_or_is_refused(path, delta) or position < header_of(good)
 
 
 @pytest.mark.parametrize(

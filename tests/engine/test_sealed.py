@@ -18,6 +18,7 @@ from meerkat_engine.mask import _KIND
 from meerkat_engine.parameters import ParameterTable
 from meerkat_engine.sealed import write_sealed
 from tests.conftest import FUZZ, make_model, same_bits
+from tests.engine.damage import blanks, flips, header_of, other_byte
 
 
 def small_mask() -> SparseMask:
@@ -56,12 +57,10 @@ def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
     data = path.read_bytes()
     refused = 0
     values = [0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF]
-    for position in range(len(data)):
-        for flip in values:
-            path.write_bytes(data[:position] + bytes([data[position] ^ flip]) + data[position + 1 :])
-            refused += loads_equal_or_is_refused(path, mask)
-    padding = len(data[: -(3 * 8 + 6 * 4)]) - len(data[: -(3 * 8 + 6 * 4)].rstrip(b" "))
-    assert refused >= (len(data) - padding) * len(values)  # nothing but blanks may change
+    for damaged in flips(data, values):
+        path.write_bytes(damaged)
+        refused += loads_equal_or_is_refused(path, mask)
+    assert refused >= (len(data) - blanks(data)) * len(values)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +75,9 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseMask, bytes,
 @given(data=st.data())
 def test_random_damage_of_a_larger_mask(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
     mask, good, path = larger
-    header = 8 + int.from_bytes(good[:8], "little")
-    position = data.draw(st.integers(0, header - 1) | st.integers(header, len(good) - 1))
-    value = data.draw(st.integers(0, 255).filter(lambda value: value != good[position]))
-    path.write_bytes(good[:position] + bytes([value]) + good[position + 1 :])
-    refused = loads_equal_or_is_refused(path, mask)
-    assert refused or position < header
+    damaged, position = other_byte(data, good)
+    path.write_bytes(damaged)
+    assert loads_equal_or_is_refused(path, mask) or position < header_of(good)
 
 
 @settings(max_examples=200 * FUZZ, deadline=None)

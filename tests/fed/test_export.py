@@ -14,25 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 from transformers import dynamic_module_utils
 
 from meerkat_engine.delta import Delta
 from meerkat_engine.fed import cli
 from meerkat_engine.fed.card import run_command
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.fed.replaying import replay_run
 from tests.conftest import make_model, make_tokenizer
+from tests.fed.command import call, summary_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
 ROUNDS = 3
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def done(*arguments: object) -> str:
@@ -46,11 +41,6 @@ def error(*arguments: object) -> str:
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     return result.output
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
-    return found
 
 
 # Hashes what a checkpoint holds, in a process that has transformers alone.
@@ -242,7 +232,7 @@ def test_commands_say_every_setting(settings: dict[str, Any], monkeypatch: pytes
 
     monkeypatch.setattr(cli, "execute", note)
     config = make_config(settings)
-    CliRunner().invoke(main, [*shlex.split(run_command(config))[1:], "--output", "nowhere"])
+    call(*shlex.split(run_command(config))[1:], "--output", "nowhere")
     assert seen == [config]
 
 

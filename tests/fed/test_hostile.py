@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from meerkat_engine.errors import MessageError
 from meerkat_engine.fed import execute, make_config, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Rule, Weighting
 from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply
 from meerkat_engine.fed.refusal import Refusal, RefusedError
 from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.weights import round_fp32
+from tests.fed.command import call
 
 Make = Callable[..., Any]
 INF, NAN = float("inf"), float("nan")
@@ -365,7 +364,7 @@ def test_with_a_fifth_hostile_median_and_trimmed_mean_hold_and_the_mean_does_not
 def test_the_command_line_says_who_was_hostile(tmp_path: Path) -> None:
     settings = ["--rounds", "1", "--local-steps", "1", "--calibration-texts", "16", "--eval-examples", "40"]
     attack = ["--attack", "scale", "--attackers", "2", "--aggregation", "median", "--max-scalar", "1e3"]
-    result = CliRunner().invoke(main, ["run", *settings, *attack, "--output", str(tmp_path / "r")])
+    result = call("run", *settings, *attack, "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     assert "hostile         2, 3 (scale)" in result.output
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]

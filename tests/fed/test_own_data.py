@@ -4,29 +4,18 @@ import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from meerkat_engine.errors import ConfigError
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from tests.conftest import make_model, make_tokenizer
+from tests.fed.command import call, summary_of
 
 WORDS = "good bad fine poor film It was terrible great the a sounds All in all, that negative positive"
 SHORT = ["--batch-size", "4", "--clients", "2", "--rounds", "1", "--local-steps", "2", "--density", "0.05",
          "--method", "random-mask"]  # fmt: skip
 OWN = {"template": "{text} It was", "labels": "terrible,great"}
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
-    return found
 
 
 @pytest.fixture

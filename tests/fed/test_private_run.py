@@ -1,29 +1,19 @@
 """Private runs from the settings to the summary: what is told, what is spent, and what does not go together."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from meerkat_engine.fed import read_ledger
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.privacy import Privacy, epsilon, largest_epsilon
 from meerkat_engine.fed.rundir import LEDGER
+from tests.fed.command import call, metrics_of
 
 pytest.importorskip("dp_accounting")
 
 SMALL = ("--clients", "2", "--local-steps", "3", "--calibration-texts", "32", "--eval-examples", "60")
 PRIVATE = ("--dp-noise", "1.5", "--dp-clip", "0.05", "--dp-delta", "1e-4")
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

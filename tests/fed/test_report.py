@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 from meerkat_engine.fed import report
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.report_figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
+from tests.fed.command import call, summary_of
 
 SMALL = (
     "--rounds",
@@ -32,10 +31,6 @@ SMALL = (
 )
 VOID = {"meta", "img", "source"}
 RED = (0xD6, 0x27, 0x28)  # matplotlib's C3
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 class Page(HTMLParser):
@@ -83,12 +78,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         result = call("run", *SMALL, "--method", "random-mask", "--lr", lr, "--output", root / name)
         assert result.exit_code == 0, result.output
     return [root / "slow", root / "fast"]
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    summary = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
-    assert isinstance(summary, dict)
-    return summary
 
 
 def copy_of(run: Path, to: Path, **more: Any) -> Path:

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from meerkat_engine import SparseMask, embedded
 from meerkat_engine.errors import LedgerError
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.ledger import read_ledger
 from meerkat_engine.fed.rundir import RunDirectory
 from meerkat_engine.fed.snapshot import Snapshot
+from tests.fed.command import call
 from tests.fed.killing import contents
 
 SETTINGS = ("--rounds", "6", "--local-steps", "2", "--calibration-texts", "32", "--eval-examples", "60",
@@ -35,10 +34,6 @@ KILLED = {
     "in private": ("write", "method=decomfl", "dp_noise=2", "rounds=3", "snapshot_every=2"),
     "by backpropagation": ("write", "method=fedavg", "rounds=3"),
 }  # fmt: skip
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str, ...]) -> dict[str, Any]:

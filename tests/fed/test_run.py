@@ -9,33 +9,24 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from transformers import AutoModelForCausalLM
 
 from meerkat_engine import SparseMask, embedded
 from meerkat_engine.errors import ConfigError
 from meerkat_engine.fed import read_ledger
-from meerkat_engine.fed.cli import main
 from meerkat_engine.fed.config import RunConfig, make_config
 from meerkat_engine.parameters import fingerprint
 from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
+from tests.fed.command import call, metrics_of
 from tests.fed.killing import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
 SMALL = ("--rounds", "2", "--local-steps", "2", "--calibration-texts", "32", "--eval-examples", "60")
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
