@@ -100,8 +100,8 @@ class Federation:
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
         privacy = self._replica.terms.privacy
-        self._honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
-        self.clients = with_attackers(self._honest, config.attack, config.attackers)
+        honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
+        self.clients = with_attackers(honest, config.attack, config.attackers)
         self.server = Server(
             list(range(config.clients)),
             self._replica,
@@ -127,8 +127,6 @@ class Federation:
 
     def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
-        for i in self.server.participants():
-            self._honest[i].data.skip(self.server.local_steps(i))
         result = self.server.restore(line, weights=weights, traced=traced)
         if line.round == CALIBRATION and line.thresholds is not None:
             self.selection = self._judged(result.traces, line.thresholds, line.stopped)
