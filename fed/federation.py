@@ -20,6 +20,7 @@ from .replica import Replica
 from .selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
 from .server import RoundResult, Server
 from .setup import TaskData
+from .simulation import Exchange, locally
 from .terms import CALIBRATION, Terms
 
 # Share of the masked elements that may stand still without a word. In float32 it is 0 at usual scales.
@@ -79,8 +80,9 @@ class Federation:
         model: the base model.
         mask: of the model.
         data: of the task.
-        shares: of each client, the indices of its training examples.
+        shares: of each client, the indices of its training examples; none where the clients are elsewhere.
         ledger: an open ledger.
+        exchange: carries messages to clients elsewhere; None: the clients are here.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Federation:
         data: TaskData,
         shares: list[Tensor],
         ledger: LedgerWriter,
+        exchange: Exchange | None = None,
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
@@ -101,7 +104,8 @@ class Federation:
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
         privacy = self._replica.terms.privacy
         honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
-        self.clients = with_attackers(honest, config.attack, config.attackers)
+        clients = with_attackers(honest, config.attack, config.attackers)
+        self.exchange = locally(clients) if exchange is None else exchange
         self.server = Server(
             list(range(config.clients)),
             self._replica,
