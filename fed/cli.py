@@ -21,11 +21,13 @@ from .export import apply_delta, save_run
 from .masks import make_mask, reach
 from .methods import Method
 from .options import from_file, given, settings
+from .ranks import launched
 from .replaying import replay_run
 from .report import write_report
 from .run import Progress, check_same, execute, resume
 from .rundir import is_run
 from .task_choice import chosen_task, on_task
+from .team import Team, help_out
 
 
 class _Group(click.Group):
@@ -64,26 +66,43 @@ _trust = click.option(  # an option and no setting: a file cannot ask for it
 @click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
               help="go on with the run in DIR; with settings, begin it where there is none yet")  # fmt: skip
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
+@click.option("--ranks-per-client", type=click.IntRange(min=1), default=1, metavar="N",
+              help="under torchrun: processes that share a client's micro-batches [default: 1]")  # fmt: skip
 @_trust
-def run(
+def run(ranks_per_client: int, trust_remote_code: bool, **options: Any) -> None:
+    """Fine-tunes a model across simulated clients and writes a run directory.
+
+    Without --model, settings that suit the embedded model go before the defaults below. Started by torchrun, the
+    clients of a round are dealt to all processes.
+    """
+    with launched(ranks_per_client) as ranks:
+        if ranks is not None and ranks.rank:
+            help_out(ranks, trust_remote_code=trust_remote_code)
+            return
+        team = None if ranks is None else Team(ranks)
+        _serve(trust_remote_code=trust_remote_code, team=team, **options)
+        if team is not None:
+            team.end()
+
+
+def _serve(
+    *,
     config_file: Path | None,
     output: Path | None,
     resumed: Path | None,
     compare_random: bool,
     trust_remote_code: bool,
+    team: Team | None,
     **options: Any,
 ) -> None:
-    """Fine-tunes a model across simulated clients and writes a run directory.
-
-    Without --model, settings that suit the embedded model go before the defaults below.
-    """
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "team": team}
     user = from_file(config_file) | given(options)
     if resumed is not None:
         if output is not None or compare_random:
             raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
         if is_run(resumed) or not user:
             check_same(user, resumed)
-            _show(resumed, lambda report, say: resume(resumed, report, say, trust_remote_code=trust_remote_code))
+            _show(resumed, lambda report, say: resume(resumed, report, say, **where))
             return
         output = resumed
     config = make_config(user)
@@ -93,10 +112,10 @@ def run(
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
     if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
         raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
-    summary = _run(config, output, trust_remote_code)
+    summary = _run(config, output, where)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", trust_remote_code)
+        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", where)
         click.echo(
             f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
             f"   (both at learning rate {config.lr:g})"
@@ -208,8 +227,8 @@ main.add_command(bench)
 main.add_command(experiment)
 
 
-def _run(config: RunConfig, output: Path, trust_remote_code: bool) -> dict[str, Any]:
-    return _show(output, lambda report, say: execute(config, output, report, say, trust_remote_code=trust_remote_code))
+def _run(config: RunConfig, output: Path, where: dict[str, Any]) -> dict[str, Any]:
+    return _show(output, lambda report, say: execute(config, output, report, say, **where))
 
 
 def _show(
