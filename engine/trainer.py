@@ -4,11 +4,10 @@ A step takes the loss of the whole batch, its gradient accumulation parts one af
 the masked weights. Nothing is backpropagated, and there are no gradients to clip, scale, reduce or check.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +102,18 @@ class SparseZOTrainer(Trainer):
             raise ConfigError("SparseZOTrainer makes its optimizer itself, of mask, eps, queries and the arguments")
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer does, but the model stays as it is: DistributedDataParallel is there to reduce gradients."""
+        """As Trainer does, but that the model stays what and where it is."""
         check_arguments(self.args)
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # by accelerate's launcher
             raise ConfigError("SparseZOTrainer needs the weights whole on every device: no DeepSpeed, no FSDP")
-        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+            # no DistributedDataParallel, since there are no gradients to reduce; Trainer has placed the model before
+            return cast(nn.Module, prepare(model, device_placement=False, evaluation_mode=True))
+
+        self.accelerator.prepare_model = prepare_model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coming training; one that has trained before goes on."""
