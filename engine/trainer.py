@@ -74,6 +74,8 @@ class SparseZOTrainer(Trainer):
             process.
     """
 
+    optimizer: Any  # as Trainer has it: wrapped once a training has begun
+
     def __init__(
         self,
         *args: Any,
@@ -220,7 +222,7 @@ class SparseZOTrainer(Trainer):
         return total.float()
 
     def _is_scaled(self, part: _Part) -> bool:
-        """Whether the losses of the parts add up to the batch's, or are to be divided by their number, as in Trainer."""
+        """Whether the losses of the parts add up to that of the batch, or have it as their mean; as in Trainer."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         by_items = self.model_accepts_loss_kwargs and part.items is not None

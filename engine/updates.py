@@ -53,7 +53,9 @@ def _parsed(line: bytes, where: str) -> Update:
         raise RunError(f"{where}: no [seed, lr, g]; the file is damaged")
     seed, lr, g = found
     if type(seed) is not int or not 0 <= seed < 1 << 64 or not _is_finite(lr) or not (g is None or _is_finite(g)):
-        raise RunError(f"{where}: {found} is no seed in [0, 2**64), finite lr and finite g or null; the file is damaged")
+        raise RunError(
+            f"{where}: {found} is no seed in [0, 2**64), finite lr and finite g or null; the file is damaged"
+        )
     return seed, float(lr), math.nan if g is None else float(g)
 
 

@@ -1,6 +1,6 @@
-"""PyTorch Lightning, by manual optimization: logging, a schedule, validation, and checkpoints that training goes on from.
+"""PyTorch Lightning, by manual optimization: logging, a schedule, validation, checkpoints that training goes on from.
 
-    python examples/lightning_module.py [--epochs N] [--output DIR] [--resume CHECKPOINT]
+python examples/lightning_module.py [--epochs N] [--output DIR] [--resume CHECKPOINT]
 """
 
 import argparse
