@@ -125,7 +125,7 @@ class SparseZOTrainer(Trainer):
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._options}
             self.optimizer = self.zo = _TakenBefore(of, self.mask, **options)
             self._check_processes(of)
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
