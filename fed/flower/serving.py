@@ -60,8 +60,9 @@ def serve_run(
 
     def report(progress: Progress) -> None:
         told = [f"round {progress.round} of {progress.rounds}", f"{progress.bytes:,} bytes so far"]
-        told += [f"loss {progress.loss:.4f}"] * (progress.loss is not None)
-        told += [f"accuracy {progress.accuracy:.4f}"] * (progress.accuracy is not None)
+        for what, value in (("loss", progress.loss), ("accuracy", progress.accuracy)):
+            if value is not None:
+                told.append(f"{what} {value:.4f}")
         say(", ".join(told))
 
     if is_run(output):
