@@ -42,9 +42,11 @@ def _run(commands: IO[str]) -> None:
 
 def _fork_for(lines: IO[str]) -> None:
     """Forks a ClientApp for each line, its command; until whoever writes them has ended."""
+    # what the processes that are forked off would import, each for itself
+    import httpcore  # noqa: F401
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    from . import client_app  # noqa: F401: for the processes that are forked off
+    from . import client_app  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pipe's end says when to end
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
