@@ -168,12 +168,14 @@ class Deployment:
             "--host", "127.0.0.1", "--port", free_ports(1)[0], "--node-config", config,
         )  # fmt: skip
 
-    def run(self, name: str, **settings: object) -> subprocess.Popen[bytes]:
-        """`flwr run` of the example, which ends when the run is over."""
+    def run(
+        self, name: str, app: Path = APP, options: tuple[str, ...] = (), **settings: object
+    ) -> subprocess.Popen[bytes]:
+        """`flwr run` of an app, which ends when the run is over."""
         toml = {key.replace("_", "-"): value if isinstance(value, int | float) else str(value)
                 for key, value in settings.items()}  # fmt: skip
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in toml.items())
-        return self.start(name, "flwr", "run", APP, "here", "--stream", "--run-config", given)
+        return self.start(name, "flwr", "run", app, "here", "--stream", "--run-config", given, *options)
 
     def finish(self, name: str, seconds: float) -> str:
         """Waits for a process; returns its output."""
@@ -215,7 +217,7 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
             *(["--enable-supernode-auth"] if authenticated else []), "--disable-runtime-dependency-installation",
             "--host", "127.0.0.1", "--port", port,
         )  # fmt: skip
-        wait_until(lambda: _listens(port), 60, "the SuperLink listens")
+        wait_until(lambda: listens(port), 60, "the SuperLink listens")
         yield found
     finally:
         for name in list(found.processes):
@@ -227,7 +229,7 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
         shutil.rmtree(runtime)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
