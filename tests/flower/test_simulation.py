@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         yield found
     finally:
         for name in list(found.processes):
-            found.kill(name)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                found.kill(name)
 
 
 def simulated(up: Deployment, name: str, app: Path, output: Path, actors: int) -> str:
