@@ -17,11 +17,17 @@ def check_stock(config: RunConfig) -> None:
     """Raises ``ConfigError`` for settings that need this engine's own server."""
     recipe = config.method.recipe
     if recipe.gradient is Gradient.BACKPROPAGATION or recipe.stopping is not Stopping.NONE:
-        raise ConfigError(f"{config.method} needs this engine's own server; a strategy of Flower's aggregates scalars only")
+        raise ConfigError(
+            f"{config.method} needs this engine's own server; a strategy of Flower's aggregates scalars only"
+        )
     if config.dp_noise:
-        raise ConfigError("dp_noise needs this engine's own server; leave it out and wrap the strategy, or the other way")
+        raise ConfigError(
+            "dp_noise needs this engine's own server; leave it out and wrap the strategy, or the other way"
+        )
     if config.clients_per_round not in (0, config.clients):
-        raise ConfigError("every client takes part in every round under a strategy of Flower's; leave clients_per_round out")
+        raise ConfigError(
+            "every client takes part in every round under a strategy of Flower's; leave clients_per_round out"
+        )
 
 
 def moves(sums: np.ndarray) -> np.ndarray:

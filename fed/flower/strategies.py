@@ -119,9 +119,7 @@ def _setup(config: RunConfig, base: str, mask: SparseMask, seconds: float) -> Se
         path = Path(directory) / MASK
         mask.save(path)
         sent = path.read_bytes()
-    return Setup(
-        settings=tomli_w.dumps(settings), base=base, mask_digest=mask.digest, mask=sent, seconds=seconds
-    )
+    return Setup(settings=tomli_w.dumps(settings), base=base, mask_digest=mask.digest, mask=sent, seconds=seconds)
 
 
 __all__ = ["Trained", "start_strategy"]

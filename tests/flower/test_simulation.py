@@ -70,7 +70,9 @@ def test_the_bits_of_one_process(simulation: Deployment, tmp_path: Path) -> None
 def test_a_strategy_of_flowers(simulation: Deployment, tmp_path: Path) -> None:
     app = shutil.copytree(APP, tmp_path / "app")
     project = (app / "pyproject.toml").read_text()
-    (app / "pyproject.toml").write_text(project.replace("meerkat_flower.server_app:app", "meerkat_flower.stock_server_app:app"))
+    (app / "pyproject.toml").write_text(
+        project.replace("meerkat_flower.server_app:app", "meerkat_flower.stock_server_app:app")
+    )
     told = simulated(simulation, "stock", app, tmp_path / "model", actors=1)
     assert (tmp_path / "model").is_dir(), told
     assert told.count("Received 3 results and 0 failures") == SETTINGS["rounds"]

@@ -86,9 +86,7 @@ STRATEGIES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
     "FedAdam": (lambda: flower.FedAdam(eta=1.0, beta_1=0.0, **PLAIN), ()),
     "FedYogi": (lambda: flower.FedYogi(eta=1.0, beta_1=0.0, **PLAIN), ()),
     "DP, server clips": (
-        lambda: wrapped(
-            flower.DifferentialPrivacyServerSideFixedClipping, noise_multiplier=0.05, clipping_norm=2.0
-        ),
+        lambda: wrapped(flower.DifferentialPrivacyServerSideFixedClipping, noise_multiplier=0.05, clipping_norm=2.0),
         (),
     ),
     "DP, server clips adaptively": (
@@ -98,9 +96,7 @@ STRATEGIES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
         (),
     ),
     "DP, clients clip": (
-        lambda: wrapped(
-            flower.DifferentialPrivacyClientSideFixedClipping, noise_multiplier=0.05, clipping_norm=2.0
-        ),
+        lambda: wrapped(flower.DifferentialPrivacyClientSideFixedClipping, noise_multiplier=0.05, clipping_norm=2.0),
         (fixedclipping_mod,),
     ),
     "DP, clients clip adaptively": (
@@ -189,7 +185,12 @@ def test_a_node_whose_losses_are_not_finite_has_no_say(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "meerkat-vp"}, {"method": "fedavg", "queries": 1}, {"dp_noise": 1.0, "dp_clip": 1.0}, {"clients_per_round": 2}],
+    [
+        {"method": "meerkat-vp"},
+        {"method": "fedavg", "queries": 1},
+        {"dp_noise": 1.0, "dp_clip": 1.0},
+        {"clients_per_round": 2},
+    ],
 )
 def test_what_needs_this_engines_own_server(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="own server|every client takes part"):

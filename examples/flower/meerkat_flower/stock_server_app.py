@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedMedian
+
 from meerkat_engine.checkpoint import save_checkpoint
 from meerkat_engine.fed.flower.serving import settings_from
 from meerkat_engine.fed.flower.strategies import start_strategy
