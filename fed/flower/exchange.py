@@ -97,9 +97,7 @@ class GridExchange:
                 if answer is not None or not self._coming({client: b""}):
                     del wanted[client]
             time.sleep(_LOOK)
-        self._say(
-            f"{count} answers in {time.monotonic() - begun:.2f} s, of which the slowest worker took {slowest:.2f}"
-        )
+        self._say(f"{count} answers in {time.monotonic() - begun:.2f} s, of which the slowest worker took {slowest:.2f}")
 
     def _greet(self) -> None:
         """Tells nodes that are new of the run."""
@@ -112,7 +110,7 @@ class GridExchange:
     def _introduce(self, nodes: list[int]) -> None:
         if nodes:
             content = self.setup.content()
-            self._introductions |= self._post(dict.fromkeys(nodes, content), INTRODUCTION, self.setup.seconds)
+            self._introductions |= self._post({node: content for node in nodes}, INTRODUCTION, self.setup.seconds)
 
     def _coming(self, wanted: dict[int, bytes]) -> set[int]:
         """Clients that are to be asked as soon as their node, which forgot the run, knows it again."""

@@ -84,9 +84,7 @@ def answer_content(answer: bytes | None, seconds: float) -> RecordDict:
         answer: the message of ``fed.messages``, or None.
         seconds: that the worker took.
     """
-    return RecordDict(
-        {_ROUND: ConfigRecord({"known": answer is not None, "answer": answer or b"", "seconds": seconds})}
-    )
+    return RecordDict({_ROUND: ConfigRecord({"known": answer is not None, "answer": answer or b"", "seconds": seconds})})
 
 
 def answer_of(message: Message) -> tuple[bytes | None, float]:
