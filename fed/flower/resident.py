@@ -22,7 +22,7 @@ class Resident:
         self._participant: Participant | None = None
 
     def handle(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
-        """Deals with a frame: ``do`` is "setup", "round" or "stock"; the answer's ``error`` says what was wrong with it."""
+        """Deals with a frame: ``do`` is "setup", "round" or "stock"; the answer's ``error`` says what was wrong."""
         begun = time.perf_counter()
         try:
             found, answer = getattr(self, f"_{_DOES[header['do']]}")(header, payload)

@@ -1,8 +1,9 @@
-"""A node's rounds under strategies that know nothing of this engine: FedAvg, FedMedian, Krum, Flower's privacy wrappers.
+"""A node's rounds under strategies that know nothing of this engine: FedAvg, FedMedian, Krum, the privacy wrappers.
 
-To them, the model has T * queries parameters: the sum, over the rounds so far, of each step's aggregated scalars. A node
-is sent the sums ``A_r``, moves its model on by ``A_r - A_(r-1)``, takes round ``r``'s steps, and answers ``A_r + g``. So
-what a strategy takes for a client's update is its scalars, and what it makes of them reaches every model.
+To them, the model has T * queries parameters: the sum, over the rounds so far, of each step's aggregated scalars. A
+node is sent the sums ``A_r``, moves its model on by ``A_r - A_(r-1)``, takes round ``r``'s steps, and answers
+``A_r + g``. So what a strategy takes for a client's update is its scalars, and what it makes of them reaches every
+model.
 """
 
 import numpy as np

@@ -193,7 +193,7 @@ def test_a_node_whose_losses_are_not_finite_has_no_say(monkeypatch: pytest.Monke
     ],
 )
 def test_what_needs_this_engines_own_server(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="own server|every client takes part"):
+    with pytest.raises(ConfigError, match=r"own server|every client takes part"):
         started(monkeypatch, flower.FedAvg(**PLAIN), **settings)
 
 
