@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import ConfigError, MeerkatError
 from ..methods import Stopping
-from .link import Header
+from .link import END, Header
 from .participant import Participant
 
 _LOG = logging.getLogger("meerkat.worker")
@@ -23,7 +23,7 @@ class Resident:
         self._participant: Participant | None = None
 
     def handle(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
-        """Deals with a frame: ``do`` is "setup", "round" or "stock"; the answer's ``error`` says what was wrong with it."""
+        """Deals with a frame: ``do`` is "setup", "round", "stock" or "end"; the answer's ``error`` is what failed."""
         begun = time.perf_counter()
         try:
             found, answer = getattr(self, f"_{_DOES[header['do']]}")(header, payload)
@@ -46,6 +46,10 @@ class Resident:
         self._participant.client(int(header["client"]))
         return {"known": True}, b""
 
+    def _finish(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+        self._session, self._participant = "", None
+        return _UNKNOWN, b""
+
     def _round(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
         if self._participant is None or header["session"] != self._session:
             return _UNKNOWN, b""
@@ -61,7 +65,7 @@ class Resident:
         return {"known": True, "examples": examples, "loss": loss}, answer.tobytes()
 
 
-_DOES = {"setup": "set_up", "round": "round", "stock": "stock"}
+_DOES = {"setup": "set_up", "round": "round", "stock": "stock", END: "finish"}
 
 
 def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
