@@ -141,9 +141,9 @@ def read_ledger(path: Path) -> Ledger:
 
 def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:
     """A line, and its CRC-32 continued from the line before it."""
-    body = json.dumps(fields, separators=(",", ":"), allow_nan=False)[:-1]
-    seal = zlib.crc32(body.encode(), before)
-    return f'{body}{_CRC}{seal:08x}"}}\n'.encode(), seal
+    body = json.dumps(fields, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    seal = zlib.crc32(body, before)
+    return b"".join((body, f'{_CRC}{seal:08x}"}}\n'.encode())), seal
 
 
 def _opened(line: bytes, before: int, path: Path, number: int) -> tuple[dict[str, Any], int]:

@@ -1,14 +1,14 @@
 """The server: asks clients for a round, checks what they answer, aggregates, writes the ledger, moves on."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .. import stream
 from ..errors import MeerkatError
-from .aggregation import Aggregation, aggregate, client_weights, mean_masters
+from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import TrainReply, TrainRequest
@@ -16,11 +16,12 @@ from .methods import Gradient
 from .privacy import largest_epsilon
 from .refusal import Refusal, RefusedError
 from .replica import Replica
+from .scalars import ClientScalars
 from .selection import Selection
 from .terms import CALIBRATION
 
 # From the calibration paths of all clients to those that are to be stopped early.
-Select = Callable[[dict[int, Trace]], Selection]
+Select = Callable[[Mapping[int, Trace]], Selection]
 
 
 class RoundFailedError(MeerkatError, RuntimeError):
@@ -37,7 +38,7 @@ class RoundResult:
     """
 
     line: Round
-    traces: dict[int, Trace] = field(default_factory=dict)
+    traces: Mapping[int, Trace] = field(default_factory=dict)
 
 
 class Server:
@@ -228,7 +229,8 @@ class Server:
         """
         if not self._replies:
             raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
-        own = {i: scalars.tolist() for i in sorted(self._replies) if (scalars := self._replies[i].scalars) is not None}
+        sent = {i: reply.scalars for i, reply in self._replies.items() if reply.scalars is not None}
+        own = ClientScalars.of(sent)
         traces = self._traces(self.round, own)
         line = self._line(own, traces)
         if self._ledger is not None:
@@ -253,12 +255,12 @@ class Server:
         self._move_on(line, weights=weights)
         return RoundResult(line=line, traces=traces)
 
-    def _traces(self, round: int, scalars: dict[int, list[float]]) -> dict[int, Trace]:
+    def _traces(self, round: int, scalars: Mapping[int, Sequence[float]]) -> Mapping[int, Trace]:
         if self._gradip is None or not scalars:
             return {}
         return self._gradip.traces(self.replica.terms.seeds(round), scalars)
 
-    def _line(self, own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
+    def _line(self, own: ClientScalars, traces: Mapping[int, Trace]) -> Round:
         """The round as the ledger keeps it."""
         terms, number = self.replica.terms, self.round
         weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._aggregation.weighting)
@@ -293,7 +295,7 @@ class Server:
         """Mean training loss of the clients that told one, weighted by ``p_i``; None if none did."""
         told = {i: reply.loss for i, reply in self._replies.items() if reply.loss is not None}
         shares = client_weights({i: self._replies[i].examples for i in told}, self._aggregation.weighting)
-        return sum(shares[i] * told[i] for i in shares) if told else None
+        return float(in_order(np.array([share * told[i] for i, share in shares.items()]))) if told else None
 
     def _epsilon(self) -> float | None:
         """What the client that is protected least will have spent after this round."""
