@@ -108,7 +108,7 @@ class Round:
             "round": self.round,
             "lr": self.lr,
             "scalars": self.scalars,
-            "clients": ClientScalars.of(self.clients).fields(),
+            "clients": ClientScalars.of(self.clients),
             "examples": {str(i): count for i, count in self.examples.items()},
             "loss": self.loss,
             "steps": self.steps,
