@@ -8,7 +8,7 @@ from .messages import TrainReply, TrainRequest
 from .replica import Replica
 from .run import execute, resume
 from .server import Server
-from .simulation import simulate
+from .simulation import serve, simulate
 from .terms import Terms
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "make_config",
     "read_ledger",
     "resume",
+    "serve",
     "simulate",
 ]

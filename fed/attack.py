@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .client import Client
-from .messages import TrainReply
+from .messages import Behind, decode_answer
 from .simulation import Participant
 
 
@@ -41,8 +41,10 @@ class HostileClient:
         return self.honest.id
 
     def handle(self, message: bytes) -> bytes:
-        """Answers a ``TrainRequest`` with a ``TrainReply``; raises what the honest client raises."""
-        reply = TrainReply.decode(self.honest.handle(message))
+        """Answers as the honest client does; raises what it raises."""
+        reply = decode_answer(self.honest.handle(message))
+        if isinstance(reply, Behind):
+            return reply.encode()
         assert reply.scalars is not None
         return replace(reply, scalars=reply.scalars * _FACTORS[self.attack]).encode()
 

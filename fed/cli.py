@@ -256,14 +256,20 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
                    f"everything else {1 - share:.1%}")  # fmt: skip
     if "stopped" in s:
-        click.echo(f"stopped early   {', '.join(map(str, s['stopped'])) or 'no client'} (single-label clients: "
-                   f"{', '.join(map(str, s['single_label_clients'])) or 'none'}{_quality(s)})")  # fmt: skip
+        known = ""
+        if "single_label_clients" in s:
+            known = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
+        click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{known}")
     if "attackers" in s:
-        click.echo(f"hostile         {', '.join(map(str, s['attackers']))} ({s['attack']})")
+        click.echo(f"hostile         {_ids(s['attackers'], 'none')} ({s['attack']})")
     if "epsilon" in s:
         click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} "
                    f"(simulated: the noise follows from the seed)")  # fmt: skip
     click.echo(f"run directory   {output}")
+
+
+def _ids(clients: list[int], none: str) -> str:
+    return ", ".join(map(str, clients)) or none
 
 
 def _quality(s: dict[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""A client: catches up, takes its local steps on its own data, and answers with scalars, which may be private."""
+"""A client: catches up, takes its local steps on its own data, and answers with scalars, which may be private.
+
+A request says all that a client has to know: what it missed, and where it stands in its data. One that is started anew,
+from base model and mask, goes on as if it had never stopped.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +19,7 @@ from ..examples import Batch, EncodedTask
 from ..firstorder import sgd_steps
 from ..objective import Objective, example_losses, task_loss
 from ..privacy import PrivateClosure
-from .messages import TrainReply, TrainRequest
+from .messages import Behind, TrainReply, TrainRequest
 from .methods import Gradient
 from .privacy import Privacy
 from .replica import Replica
@@ -80,7 +84,7 @@ class ClientData:
         """The next batch; but for Poisson batches, an epoch ends before an example comes up again."""
         if self.poisson:
             seed = stream.derived_seed(self._seed, "pois", self.seen // self.batch_size)
-            self.skip(1)
+            self.go_to(self.seen // self.batch_size + 1)
             return self.indices[stream.poisson_sample(seed, len(self), self.batch_size)].tolist()
         found: list[int] = []
         while len(found) < self.batch_size:
@@ -93,9 +97,9 @@ class ClientData:
             self.seen += part.numel()
         return found
 
-    def skip(self, steps: int) -> None:
-        """Moves the data pointer on over the batches of some steps."""
-        self.seen += steps * self.batch_size
+    def go_to(self, steps: int) -> None:
+        """Moves the data pointer to where it is after the batches of some steps from the beginning."""
+        self.seen = steps * self.batch_size
 
     def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
         """The next batch, for the given loss, in micro-batches; none if it has no examples."""
@@ -154,11 +158,13 @@ class Client:
             )
 
     def handle(self, message: bytes) -> bytes:
-        """Answers a ``TrainRequest`` with a ``TrainReply``.
+        """Answers a ``TrainRequest`` with a ``TrainReply``, or with ``Behind`` if it begins after where this client is.
+
+        The same request gets the same answer, but from a private client, which gives one only.
 
         Raises:
-            MessageError: if the request is malformed or for another client, or asks a private client for a round that
-                it has taken already.
+            MessageError: if the request is malformed or for another client, or asks a private client for a round or
+                for data that it has taken already.
             NonFiniteLossError: as ``train``.
         """
         request = TrainRequest.decode(message)
@@ -167,7 +173,9 @@ class Client:
         allowed = self.replica.terms.steps(request.round)
         if not 1 <= request.local_steps <= allowed:
             raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
-        self._catch_up(request)
+        if not self._catch_up(request):
+            return Behind(client=self.id, round=request.round, stands=self.replica.round).encode()
+        self._find_place(request)
         found, loss = self.train(request.round, request.local_steps)
         return TrainReply(
             client=self.id,
@@ -178,14 +186,23 @@ class Client:
             **found,
         ).encode()
 
-    def _catch_up(self, request: TrainRequest) -> None:
-        """Brings the replica to the round of a request; one that does not lead there changes nothing."""
+    def _find_place(self, request: TrainRequest) -> None:
+        """Moves the data pointer to where the request says; a private client's never goes back."""
+        if self.privacy is not None and request.steps_before * self.data.batch_size < self.data.seen:
+            raise MessageError(
+                f"the request is for data from step {request.steps_before} on, of which this client has taken some; a "
+                f"private client takes each batch once"
+            )
+        self.data.go_to(request.steps_before)
+
+    def _catch_up(self, request: TrainRequest) -> bool:
+        """Brings the replica to the round of a request, if it begins early enough; else, nothing is changed."""
         terms, wanted = self.replica.terms, max(request.round, 1)  # a calibration path starts from the base model
         if terms.rounds and request.round > terms.rounds:
             raise MessageError(f"the request is for round {request.round}, the terms end with round {terms.rounds}")
         if request.masters is not None:
             self.replica.jump(wanted, request.masters)
-            return
+            return True
         assert request.scalars is not None
         brought = request.first_round + len(request.scalars) // terms.values
         leads_to = max(brought, self.replica.round) if request.round else self.replica.round
@@ -193,7 +210,10 @@ class Client:
             raise MessageError(
                 f"the request is for round {request.round}; this client stands at round {leads_to} with it"
             )
+        if request.first_round > self.replica.round:
+            return False
         self.replica.catch_up(request.first_round, request.scalars)
+        return True
 
     def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float | None]:
         """Takes a round's first steps from where the replica stands, which it leaves as it was.

@@ -22,6 +22,7 @@ from .replica import Replica
 from .selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
 from .server import RoundResult, Server
 from .setup import TaskData
+from .simulation import Exchange, locally
 from .terms import CALIBRATION, Terms
 
 # Share of the masked elements that may stand still without a word. In float32 it is 0 at usual scales.
@@ -81,8 +82,9 @@ class Federation:
         model: the base model.
         mask: of the model.
         data: of the task.
-        shares: of each client, the indices of its training examples.
+        shares: of each client, the indices of its training examples; none where the clients are elsewhere.
         ledger: an open ledger.
+        exchange: carries messages to clients elsewhere; None: the clients are here.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Federation:
         data: TaskData,
         shares: list[Tensor],
         ledger: LedgerWriter,
+        exchange: Exchange | None = None,
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
@@ -102,8 +105,9 @@ class Federation:
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
         privacy = self._replica.terms.privacy
-        self._honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
-        self.clients = with_attackers(self._honest, config.attack, config.attackers)
+        honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
+        clients = with_attackers(honest, config.attack, config.attackers)
+        self.exchange = locally(clients) if exchange is None else exchange
         self.server = Server(
             list(range(config.clients)),
             self._replica,
@@ -129,8 +133,6 @@ class Federation:
 
     def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
-        for i in self.server.participants():
-            self._honest[i].data.skip(self.server.local_steps(i))
         result = self.server.restore(line, weights=weights, traced=traced)
         if line.round == CALIBRATION and line.thresholds is not None:
             self.selection = self._judged(result.traces, line.thresholds, line.stopped)

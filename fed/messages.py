@@ -1,8 +1,8 @@
 """What server and clients send each other: a 40-byte header and 4-byte values. No weights go up, no code comes down.
 
 header   magic "MKT1", kind, version, flags (bit 0: the loss is known), zero; client, round, local steps, first round
-         (request) or queries not taken (reply), number of values, examples (uint32 each), loss (fp32), CRC-32 of
-         everything else (uint32); little-endian
+         (request), queries not taken (reply) or where the client stands (behind), number of values, steps before
+         (request) or examples (reply) (uint32 each), loss (fp32), CRC-32 of everything else (uint32); little-endian
 payload  fp32 values; in a reply, then the positions of the queries that were not taken, uint32
 
 Every message has one encoding: what is decoded encodes to the same bytes, and any other bytes are refused. The format
@@ -20,7 +20,7 @@ import numpy as np
 from .refusal import Refusal, RefusedError
 
 _MAGIC = b"MKT1"
-_VERSION = 2
+_VERSION = 3
 _HEADER = struct.Struct("<4sBBBBIIIIIIfI")
 HEADER_BYTES = _HEADER.size
 _LOSS_KNOWN = 1
@@ -33,6 +33,10 @@ class _Kind(IntEnum):
     MASTERS = 2  # request: catch up by master values
     REPLY = 3
     MASTERS_REPLY = 4  # of a client that trains by backpropagation: the upper bound, which sends weights
+    BEHIND = 5
+
+
+_REQUESTS = (_Kind.SCALARS, _Kind.MASTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class TrainRequest:
         client: id of the client it is for.
         round: from 1; 0 asks for the calibration path of virtual-path selection.
         local_steps: steps this client is to take, at most ``T``.
+        steps_before: steps it was asked for in earlier rounds, which is where it stands in its data: a client that was
+            started anew needs to remember nothing.
         first_round: round of the first of the scalars.
         scalars: float32, the aggregated scalars of rounds ``first_round`` to ``round - 1``, ``T`` each; or None.
         masters: float32 [k], the masked weights at the beginning of ``round``, instead of scalars; or None.
@@ -52,6 +58,7 @@ class TrainRequest:
     round: int
     local_steps: int
     first_round: int
+    steps_before: int = 0
     scalars: np.ndarray | None = None
     masters: np.ndarray | None = None
 
@@ -60,7 +67,12 @@ class TrainRequest:
         kind, values = (_Kind.SCALARS, self.scalars) if self.masters is None else (_Kind.MASTERS, self.masters)
         assert values is not None
         fields = _Fields(
-            kind=kind, client=self.client, round=self.round, local_steps=self.local_steps, extra=self.first_round
+            kind=kind,
+            client=self.client,
+            round=self.round,
+            local_steps=self.local_steps,
+            extra=self.first_round,
+            amount=self.steps_before,
         )
         return _sealed(fields, _fp32(values))
 
@@ -76,10 +88,10 @@ class TrainRequest:
             MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
         """
         fields, words = _opened(data, most)
-        if fields.kind in (_Kind.REPLY, _Kind.MASTERS_REPLY):
+        if fields.kind not in _REQUESTS:
             raise fields.malformed("expected a request, got a reply")
-        if fields.examples or fields.loss is not None:
-            raise fields.malformed("a request has no examples and no loss, this one does")
+        if fields.loss is not None:
+            raise fields.malformed("a request has no loss, this one does")
         if not min(fields.round, 1) <= fields.extra <= fields.round:
             raise fields.malformed(
                 f"a request for round {fields.round} cannot bring the scalars from round {fields.extra} on"
@@ -90,8 +102,31 @@ class TrainRequest:
             round=fields.round,
             local_steps=fields.local_steps,
             first_round=fields.extra,
+            steps_before=fields.amount,
             **named,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behind:
+    """Client to server: it stands at an earlier round than the request begins at, having been started anew.
+
+    Args:
+        client: id of the client.
+        round: of the request.
+        stands: round at whose beginning the client is.
+    """
+
+    client: int
+    round: int
+    stands: int
+
+    def encode(self) -> bytes:
+        """The message's bytes."""
+        fields = _Fields(
+            kind=_Kind.BEHIND, client=self.client, round=self.round, local_steps=0, extra=self.stands, amount=0
+        )
+        return _sealed(fields, b"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +167,7 @@ class TrainReply:
             round=self.round,
             local_steps=self.local_steps,
             extra=skipped,
-            examples=self.examples,
+            amount=self.examples,
             loss=self.loss,
         )
         return _sealed(fields, payload)
@@ -148,9 +183,13 @@ class TrainReply:
         Raises:
             MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
         """
-        fields, words = _opened(data, most)
-        if fields.kind not in (_Kind.REPLY, _Kind.MASTERS_REPLY):
-            raise fields.malformed("expected a reply, got a request")
+        reply = decode_answer(data, most)
+        if isinstance(reply, Behind):
+            raise RefusedError(Refusal.BEHIND, f"client {reply.client} stands at round {reply.stands}", reply.client)
+        return reply
+
+    @classmethod
+    def _of(cls, fields: "_Fields", words: np.ndarray) -> "TrainReply":
         if fields.kind is _Kind.MASTERS_REPLY and fields.extra:
             raise fields.malformed(f"{fields.extra} queries were not taken, and backpropagation has none")
         named = {"scalars" if fields.kind is _Kind.REPLY else "masters": _with_gaps(fields, words)}
@@ -158,22 +197,36 @@ class TrainReply:
             client=fields.client,
             round=fields.round,
             local_steps=fields.local_steps,
-            examples=fields.examples,
+            examples=fields.amount,
             loss=fields.loss,
             **named,
         )
 
 
+def decode_answer(data: bytes, most: int = MOST_VALUES) -> TrainReply | Behind:
+    """Reads what a client may answer a request with; arguments and errors are those of ``TrainReply.decode``."""
+    fields, words = _opened(data, most)
+    if fields.kind in _REQUESTS:
+        raise fields.malformed("expected a reply, got a request")
+    if fields.kind is not _Kind.BEHIND:
+        return TrainReply._of(fields, words)
+    if fields.local_steps or fields.amount or fields.loss is not None or len(words):
+        raise fields.malformed("who is behind has no steps, examples, loss or values to tell of, this message does")
+    if not 1 <= fields.extra < fields.round:
+        raise fields.malformed(f"who is asked for round {fields.round} cannot be behind at round {fields.extra}")
+    return Behind(client=fields.client, round=fields.round, stands=fields.extra)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
-    """A header, less what follows from the payload; ``extra`` is the number at offset 20."""
+    """A header, less what follows from the payload; ``extra`` is the number at offset 20, ``amount`` that at 28."""
 
     kind: _Kind
     client: int
     round: int
     local_steps: int
     extra: int
-    examples: int = 0
+    amount: int
     loss: float | None = None
 
     def malformed(self, text: str) -> RefusedError:
@@ -197,7 +250,7 @@ def _sealed(fields: _Fields, payload: bytes) -> bytes:
         fields.local_steps,
         fields.extra,
         len(payload) // 4,
-        fields.examples,
+        fields.amount,
         fields.loss if known else 0.0,
         0,
     )[:-4]
@@ -208,9 +261,7 @@ def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
     """Header and payload, uint32; the cheap checks first."""
     if len(data) < HEADER_BYTES:
         raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
-    magic, kind, version, flags, zero, client, round, steps, extra, count, examples, loss, crc = _HEADER.unpack_from(
-        data
-    )
+    magic, kind, version, flags, zero, client, round, steps, extra, count, amount, loss, crc = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
         raise RefusedError(
             Refusal.MALFORMED,
@@ -236,7 +287,7 @@ def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
         round=round,
         local_steps=steps,
         extra=extra,
-        examples=examples,
+        amount=amount,
         loss=loss if flags else None,
     )
     return fields, np.frombuffer(data, dtype="<u4", offset=HEADER_BYTES)
@@ -269,4 +320,4 @@ def _with_gaps(fields: _Fields, words: np.ndarray) -> np.ndarray:
     return values
 
 
-__all__ = ["HEADER_BYTES", "MOST_VALUES", "TrainReply", "TrainRequest"]
+__all__ = ["HEADER_BYTES", "MOST_VALUES", "Behind", "TrainReply", "TrainRequest", "decode_answer"]

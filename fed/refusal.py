@@ -17,6 +17,7 @@ class Refusal(StrEnum):
     ROUND = "another round"
     REPEATED = "a second answer"
     NOT_SAMPLED = "not sampled"
+    BEHIND = "stands at an earlier round"
     EXAMPLES = "unfit number of examples"
 
 

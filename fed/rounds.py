@@ -12,7 +12,7 @@ from .metrics import Metrics
 from .recorded import Recorded
 from .rundir import SNAPSHOT, RunDirectory
 from .server import RoundResult
-from .simulation import simulate
+from .simulation import serve
 from .snapshot import Snapshot
 from .terms import CALIBRATION
 
@@ -65,7 +65,7 @@ class Rounds:
         self._snapshot(recorded)
         if federation.server.round == CALIBRATION:
             self._say(f"a path of {self._config.vp_steps} steps of every client, to find the extreme ones")
-        for done in simulate(federation.server, federation.clients, self._config.rounds):
+        for done in serve(federation.server, federation.exchange, self._config.rounds):
             self._close(done, before)
             self._snapshot(recorded)
 

@@ -21,18 +21,25 @@ from .federation import Federation, check_moves, check_selection, terms_of
 from .ledger import Header, read_ledger
 from .masks import make_mask
 from .metrics import Metrics, summary_in
-from .partition import histogram, split
+from .partition import histogram
 from .privacy import largest_epsilon
 from .recorded import go_on, read_recorded
 from .rounds import Progress, Report, Rounds, Say
 from .rundir import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
-from .setup import TaskData
+from .setup import TaskData, shares_of
+from .simulation import Exchange
 from .summary import of_federation, of_selection
 from .task_choice import chosen_task
 
 
 def execute(
-    config: RunConfig, output: Path, report: Report, say: Say, *, trust_remote_code: bool = False
+    config: RunConfig,
+    output: Path,
+    report: Report,
+    say: Say,
+    *,
+    trust_remote_code: bool = False,
+    exchange: Exchange | None = None,
 ) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
@@ -42,6 +49,8 @@ def execute(
         report: called after every round.
         say: called with a line before each slow preparation, and about the data.
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
+        exchange: carries messages to the clients, which are elsewhere, with examples of their own; None: all clients
+            are in this process, and are dealt the task's examples.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
@@ -51,7 +60,7 @@ def execute(
     """
     check_free(output)
     setup.check_files(config)
-    it = _prepare(config, say, trust_remote_code)
+    it = _prepare(config, say, trust_remote_code, exchange)
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
     _check(it, mask, say)
     if config.mask is not None:
@@ -61,7 +70,9 @@ def execute(
         return _carry_out(it, directory, mask, report, say)
 
 
-def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def resume(
+    path: Path, report: Report, say: Say, *, trust_remote_code: bool = False, exchange: Exchange | None = None
+) -> dict[str, Any]:
     """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
 
     That holds on the same machine with the same number of threads; where these differ, it is said.
@@ -71,6 +82,7 @@ def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = Fa
         report: called after every round that is new.
         say: as for ``execute``.
         trust_remote_code: as for ``execute``.
+        exchange: as for ``execute``.
 
     Returns:
         The summary; that of a finished run, of which nothing is changed.
@@ -91,7 +103,7 @@ def resume(path: Path, report: Report, say: Say, *, trust_remote_code: bool = Fa
         if made:  # what it was made of is no longer needed
             config = dataclasses.replace(config, mask=None, calibration=None)
         setup.check_files(config)
-        it = _prepare(config, say, trust_remote_code)
+        it = _prepare(config, say, trust_remote_code, exchange)
         mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
         _check(it, mask, say)
         return _carry_out(it, directory, mask, report, say)
@@ -121,13 +133,14 @@ def _config_of(path: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """What a run works with, but for the mask."""
+    """What a run works with, but for the mask; no shares where the clients are elsewhere."""
 
     config: RunConfig
     lm: LanguageModel
     data: TaskData
     shares: list[Tensor]
     base: str
+    exchange: Exchange | None
 
     def mask(self, say: Say) -> SparseMask:
         say(f"choosing the mask ({self.config.mask or self.config.method.recipe.elements})")
@@ -149,28 +162,32 @@ class _Prepared:
         """Of the clients, where they are natural."""
         return sorted(set(self.data.groups or ()))
 
+    def dealt(self) -> dict[str, Any]:
+        """Which examples the clients were dealt, as the summary has it."""
+        config, many = self.config, f"{len(self.shares)} clients"
+        few = len(self.shares) <= 100
+        return {
+            "partition": config.partition.describe(config.alpha),
+            "examples_by_client_and_label": self.labels if few else many,
+            **({"natural_clients": self.names if few else many} if self.names else {}),
+        }
 
-def _prepare(config: RunConfig, say: Say, trust_remote_code: bool) -> _Prepared:
+
+def _prepare(config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None) -> _Prepared:
+    if exchange is not None and config.attackers:
+        raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
     if config.backend != "auto":
         resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
     say(f"loading the model {config.model} and the task {chosen_task(config).name}")
     say(f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.lr:g}")
     lm = setup.load_language_model(config, trust_remote_code=trust_remote_code)
     data = setup.encode(config, lm.tokenizer)
-    shares = split(
-        data.train.labels,
-        config.clients,
-        config.partition,
-        config.seed,
-        alpha=config.alpha,
-        at_least=config.batch_size,
-        groups=data.groups,
-    )
-    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=fingerprint(lm.model))
+    shares = [] if exchange is not None else shares_of(config, data)
+    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=fingerprint(lm.model), exchange=exchange)
     for i, row in enumerate(it.labels[:8]):
         called = f" ({it.names[i]})" if it.names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
-    if config.clients > 8:
+    if len(shares) > 8:
         say(f"... {config.clients - 8} more clients; `meerkat-engine report` draws them")
     return it
 
@@ -182,7 +199,7 @@ def _check(it: _Prepared, mask: SparseMask, say: Say) -> None:
     if told is not None:
         say(told)
     terms = terms_of(it.config, mask)
-    if terms.privacy is not None:
+    if terms.privacy is not None and it.shares:
         steps = terms.calibration_steps + it.config.rounds * terms.local_steps
         whole = largest_epsilon(terms.privacy, {(len(share), steps) for share in it.shares}, terms.queries)
         say(
@@ -233,15 +250,13 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
     recorded = read_recorded(directory, header)
     directory.keep(mask, here)
     with go_on(directory, header, recorded) as ledger:
-        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger)
+        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, it.exchange)
         metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
         Rounds(federation, directory, ledger, metrics, report, say).run(recorded)
     summary = metrics.summary() | of_federation(federation) | of_selection(federation.selection, it.labels)
     summary |= {
-        "partition": config.partition.describe(config.alpha),
         "labels": [word.strip() for word in it.data.train.task.label_words],
-        "examples_by_client_and_label": it.labels if config.clients <= 100 else f"{config.clients} clients",
-        **({"natural_clients": it.names if len(it.names) <= 100 else f"{len(it.names)} clients"} if it.names else {}),
+        **(it.dealt() if it.shares else {}),
         "base": it.base,
         "mask": mask.digest,
         "mask_source": mask.source,

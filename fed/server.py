@@ -11,7 +11,7 @@ from ..errors import MeerkatError
 from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
-from .messages import TrainReply, TrainRequest
+from .messages import Behind, TrainReply, TrainRequest, decode_answer
 from .methods import Gradient
 from .privacy import largest_epsilon
 from .refusal import Refusal, RefusedError
@@ -125,7 +125,10 @@ class Server:
         return 1 if client in self.stopped else self.replica.terms.steps(self.round)
 
     def request(self, client: int) -> bytes:
-        """The request to one client for this round: what it missed, in the smaller of the two forms."""
+        """The request to one client for this round: what it missed, in the smaller of the two forms.
+
+        It may be asked for again: for a client that did not get it, or that answered ``Behind``.
+        """
         terms, first = self.replica.terms, self._at[client]
         masters, missed = None, np.empty(0, dtype=np.float32)
         by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
@@ -140,6 +143,7 @@ class Server:
             round=self.round,
             local_steps=self.local_steps(client),
             first_round=first,
+            steps_before=self._asked[client],
             scalars=missed if masters is None else None,
             masters=masters,
         ).encode()
@@ -156,12 +160,18 @@ class Server:
 
         Raises:
             MessageError: saying why it is refused, a ``RefusedError``. It is counted in ``rejected``, nothing else
-                changes, and the round goes on without it.
+                changes, and the round goes on without it. A client that stands at an earlier round is refused too,
+                as ``Refusal.BEHIND``; a request that is made for it then begins there.
         """
         self._bytes_up += len(message)
         try:
-            reply = TrainReply.decode(message, self._most_values())
-            self._check(reply, sender)
+            reply = decode_answer(message, self._most_values())
+            self._check_sender(reply, sender)
+            if isinstance(reply, Behind):
+                self._at[reply.client] = min(reply.stands, self._at[reply.client])
+                text = f"client {reply.client} stands at round {reply.stands}"
+                raise RefusedError(Refusal.BEHIND, text, reply.client)
+            self._check(reply)
         except RefusedError as error:
             who = error.client if sender is None else sender
             self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.refusal}"] += 1
@@ -180,7 +190,8 @@ class Server:
         by_weights = terms.gradient is Gradient.BACKPROPAGATION
         return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
 
-    def _check(self, reply: TrainReply, sender: int | None) -> None:
+    def _check_sender(self, reply: TrainReply | Behind, sender: int | None) -> None:
+        """Raises ``RefusedError`` unless whoever speaks has a say, now."""
         who = f"client {reply.client}"
 
         def refused(refusal: Refusal, text: str) -> RefusedError:
@@ -196,6 +207,14 @@ class Server:
             raise refused(Refusal.REPEATED, f"{who} has answered round {self.round} already")
         if reply.client not in self._taking_part():
             raise refused(Refusal.NOT_SAMPLED, f"{who} does not take part in round {self.round}")
+
+    def _check(self, reply: TrainReply) -> None:
+        """Raises ``RefusedError`` unless an answer is what was asked for."""
+        who = f"client {reply.client}"
+
+        def refused(refusal: Refusal, text: str) -> RefusedError:
+            return RefusedError(refusal, text, reply.client)
+
         terms, steps = self.replica.terms, self.local_steps(reply.client)
         if reply.local_steps != steps:
             raise refused(Refusal.COUNT, f"{who} took {reply.local_steps} steps instead of {steps}")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from .. import embedded
 from ..data import own_rows, task_rows
 from ..errors import ConfigError
@@ -15,7 +17,7 @@ from ..models import DTYPES, LanguageModel, load_model
 from ..tasks import Row, Task
 from .config import RunConfig
 from .methods import Elements
-from .partition import Group, Partition, groups_of
+from .partition import Group, Partition, groups_of, split
 from .task_choice import chosen_task
 
 
@@ -92,6 +94,19 @@ def encode(config: RunConfig, tokenizer: object) -> TaskData:
     )
 
 
+def shares_of(config: RunConfig, data: TaskData) -> list[Tensor]:
+    """Of each client, the indices of the training examples that it is dealt: int64, ascending."""
+    return split(
+        data.train.labels,
+        config.clients,
+        config.partition,
+        config.seed,
+        alpha=config.alpha,
+        at_least=config.batch_size,
+        groups=data.groups,
+    )
+
+
 def check_files(config: RunConfig) -> None:
     """Raises ``ConfigError`` for a file or directory that was named and is not there, before anything slow begins."""
     for name in ("data_dir", "data", "validation", "mask", "calibration"):
@@ -100,4 +115,4 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "encode", "load_base", "load_language_model", "read_rows"]
+__all__ = ["TaskData", "check_files", "encode", "load_base", "load_language_model", "read_rows", "shares_of"]

@@ -30,18 +30,27 @@ def of_federation(federation: Federation) -> dict[str, Any]:
 
 
 def of_selection(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
-    """Who was stopped early, why, and how well that found the clients that hold one label only."""
+    """Who was stopped early, why, and how well that found the clients that hold one label only.
+
+    Args:
+        selection: of the run.
+        labels: examples by client and label; none where the clients are elsewhere.
+    """
     if selection.thresholds is None:
         return {}
+    found: dict[str, Any] = {
+        "stopped": selection.stopped,
+        "vp_thresholds": dataclasses.asdict(selection.thresholds),
+        "vp_statistics": {i: _statistics(each) for i, each in selection.statistics.items()},
+    }
+    if not labels:
+        return found
     single = {i for i, row in enumerate(labels) if sum(count > 0 for count in row) == 1}
     right = len(single.intersection(selection.stopped))
-    return {
-        "stopped": selection.stopped,
+    return found | {
         "single_label_clients": sorted(single),
         "precision": right / len(selection.stopped) if selection.stopped else None,
         "recall": right / len(single) if single else None,
-        "vp_thresholds": dataclasses.asdict(selection.thresholds),
-        "vp_statistics": {i: _statistics(found) for i, found in selection.statistics.items()},
     }
 
 

@@ -46,7 +46,7 @@ def test_public_names() -> None:
     ]  # fmt: skip
     assert sorted(fed.__all__) == [
         "Client", "ClientData", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest", "catch_up",
-        "execute", "make_config", "read_ledger", "resume", "simulate",
+        "execute", "make_config", "read_ledger", "resume", "serve", "simulate",
     ]  # fmt: skip
     assert {"bits", "normal", "step_seed"} <= set(meerkat_engine.stream.__all__)
 

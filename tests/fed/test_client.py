@@ -126,7 +126,7 @@ def test_a_null_path_needs_all_its_steps() -> None:
 
 
 @pytest.mark.parametrize("poisson", [False, True], ids=["plain", "poisson"])
-def test_skipping_is_taking_batches_without_reading_them(task_data: EncodedTask, poisson: bool) -> None:
+def test_going_to_a_step_is_taking_the_batches_before_it(task_data: EncodedTask, poisson: bool) -> None:
     def fresh() -> ClientData:
         return ClientData(task_data, torch.arange(50, 73), 7, seed=1, poisson=poisson)
 
@@ -134,12 +134,13 @@ def test_skipping_is_taking_batches_without_reading_them(task_data: EncodedTask,
     taken = [straight.next_indices() for _ in range(30)]
     assert len({tuple(batch) for batch in taken}) == 30
     for n in (0, 1, 3, 4, 17):
-        skipped, pointed = fresh(), fresh()
-        skipped.next_indices()
-        skipped.skip(n)
-        pointed.seen = skipped.seen
-        for data in (skipped, pointed):
-            assert [data.next_indices() for _ in range(30 - n - 1)] == taken[n + 1 :]
+        begun, back = fresh(), fresh()
+        begun.next_indices()
+        for _ in range(20):
+            back.next_indices()
+        for data in (begun, back):
+            data.go_to(n)
+            assert [data.next_indices() for _ in range(30 - n)] == taken[n:]
             assert data.seen == straight.seen
 
 
@@ -157,8 +158,7 @@ def test_poisson_batches(task_data: EncodedTask) -> None:
     other = ClientData(task_data, indices, 2, seed=2, poisson=True)
     assert [other.next_indices() for _ in range(20)] != batches[:20]
     empty = next(i for i, batch in enumerate(batches) if not batch)
-    data.seen = 0
-    data.skip(empty)
+    data.go_to(empty)
     assert data.next_batches(Objective.CANDIDATES, CPU) == []
 
 
@@ -198,7 +198,7 @@ def test_a_private_answer_tells_scalars_and_no_loss(federation: Make, monkeypatc
     for seed in (77, 78):
         client = private(federation(steps=2), noise_seed=seed)
         for round in (1, 2):
-            client.data.seen = 0
+            client.data.go_to(0)
             client.replica.round = round
             client.handle(
                 TrainRequest(
@@ -240,11 +240,24 @@ def test_a_private_client_takes_a_round_once(federation: Make) -> None:
         ):
             client.train(round, 2)
     request = fed.server.request(0)
-    with pytest.raises(MessageError, match="round 1 was asked for after round 2"):
+    with pytest.raises(MessageError, match="a private client takes each batch once"):
         client.handle(request)
     client.train(3, 2)
     fed.clients[0].train(1, 2)  # one that is not private may
     fed.clients[0].train(1, 2)
+
+
+def test_a_private_client_takes_no_batch_twice(federation: Make) -> None:
+    """Who is in a Poisson batch is the chance that its privacy counts on, once."""
+    fed = federation()
+    client = private(fed)
+    request = TrainRequest.decode(fed.server.request(0))
+    client.handle(request.encode())
+    fed.replica.round = 2
+    again = replace(request, round=2, first_round=2, steps_before=1)
+    with pytest.raises(MessageError, match="for data from step 1 on, of which this client has taken some; a private"):
+        client.handle(again.encode())
+    client.handle(replace(again, steps_before=2).encode())
 
 
 def test_private_steps_are_taken_on_any_batch(federation: Make) -> None:

@@ -1,7 +1,7 @@
 """Rounds from the first request to the last bit: shared and separate replicas, replay, late clients, refusals."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import DataError, MaskError, MessageError
 from meerkat_engine.examples import EncodedTask
-from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, simulate
+from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, serve, simulate
 from meerkat_engine.fed.aggregation import Weighting
-from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
+from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.fed.terms import Schedule
@@ -149,14 +149,12 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
     fed.round()
     late = fed.clients[0]
     good = TrainRequest.decode(fed.server.request(0))
-    stranger = replace(late, replica=fed.fresh_replica(torch.float32))
     for client, request, message in (
         (late, replace(good, client=1), "is for client 1, this is client 0"),
         (late, replace(good, local_steps=3), "3 local steps were asked for, the terms allow 1 to 2"),
         (late, replace(good, scalars=good.scalars[:1]), "no whole number of rounds"),
         (late, replace(good, round=9), "stands at round 3 with it"),
         (late, replace(good, scalars=np.tile(good.scalars, 2)), "for round 3; this client stands at round 4 with it"),
-        (stranger, good, "the scalars begin at round 2, this client stands at round 1"),
         (late, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
         (late, replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)), "3 master values for a mask of"),
     ):
@@ -164,6 +162,52 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
         with pytest.raises(MessageError, match=message):
             client.handle(request.encode())
         assert (fingerprint(client.replica.model), client.replica.round) == before
+
+
+@pytest.mark.parametrize("gradient", [Gradient.TWO_POINT, Gradient.BACKPROPAGATION])
+def test_a_client_that_was_started_anew_goes_on_as_if_it_never_stopped(federation: Make, gradient: Gradient) -> None:
+    """It has base model, mask and examples, and remembers nothing; the server sends it what it missed."""
+    undisturbed = federation(shared=False, gradient=gradient)
+    for line in simulate(undisturbed.server, undisturbed.clients, 4):
+        assert not line.line.rejected
+    fed = federation(shared=False, gradient=gradient)
+    for done in simulate(fed.server, fed.clients, 2):
+        assert not done.line.rejected
+    old = fed.clients[1]
+    assert old.data.seen == 2 * 2 * 8
+    data = ClientData(old.data.task, old.data.indices, 8, stream.derived_seed(11, "data", 1))
+    fed.clients[1] = replace(old, replica=fed.fresh_replica(torch.float32), data=data)
+    third, fourth = simulate(fed.server, fed.clients, 4)
+    by_scalars = gradient is Gradient.TWO_POINT  # masters need nothing before them
+    assert third.line.rejected == ({"client 1: stands at an earlier round": 1} if by_scalars else {})
+    assert not fourth.line.rejected
+    assert set(third.line.clients) == ({0, 1, 2} if by_scalars else set())
+    assert fed.weights == undisturbed.weights
+    assert fingerprint(fed.clients[1].replica.model) == fingerprint(undisturbed.clients[1].replica.model)
+
+
+def test_who_says_it_is_behind_for_ever_is_asked_twice_a_round(federation: Make) -> None:
+    fed = federation(shared=False)
+    fed.round()
+    asked = []
+
+    def exchange(requests: Iterable[tuple[int, bytes]]) -> Iterable[tuple[int, bytes]]:
+        for i, request in requests:
+            asked.append(i)
+            yield i, Behind(client=1, round=2, stands=1).encode() if i == 1 else fed.clients[i].handle(request)
+
+    (done,) = serve(fed.server, exchange, 2)
+    assert asked == [0, 1, 2, 1]
+    assert done.line.rejected == {"client 1: stands at an earlier round": 2}
+    assert sorted(done.line.clients) == [0, 2]
+
+
+def test_the_same_request_gets_the_same_answer(federation: Make) -> None:
+    fed = federation(shared=False)
+    fed.round()
+    request = fed.server.request(0)
+    assert fed.server.request(0) == request
+    assert fed.clients[0].handle(request) == fed.clients[0].handle(request)
 
 
 def test_a_client_takes_no_more_rounds_than_were_agreed_on(federation: Make) -> None:

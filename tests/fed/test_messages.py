@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_engine.errors import MessageError
-from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply, TrainRequest
+from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest, decode_answer
+from meerkat_engine.fed.refusal import Refusal, RefusedError
 from tests.conftest import FUZZ
 
 UINT = st.integers(0, 2**32 - 1)
@@ -31,29 +32,29 @@ def sealed(fields: bytes) -> bytes:
 
 ONE_OF_EACH: dict[str, tuple[TrainRequest | TrainReply, str]] = {
     "request with scalars": (
-        TrainRequest(client=7, round=3, local_steps=2, first_round=2, scalars=fp32(1.5, -2.0)),
-        "4d4b5431" "01020000" "07000000" "03000000" "02000000" "02000000" "02000000" "00000000" "00000000"
-        "a911f6f7" "0000c03f" "000000c0",
+        TrainRequest(client=7, round=3, local_steps=2, first_round=2, steps_before=4, scalars=fp32(1.5, -2.0)),
+        "4d4b5431" "01030000" "07000000" "03000000" "02000000" "02000000" "02000000" "04000000" "00000000"
+        "87564e6d" "0000c03f" "000000c0",
     ),
     "request with masters": (
         TrainRequest(client=7, round=3, local_steps=2, first_round=3, masters=fp32(0.5)),
-        "4d4b5431" "02020000" "07000000" "03000000" "02000000" "03000000" "01000000" "00000000" "00000000"
-        "6c0c5a9f" "0000003f",
+        "4d4b5431" "02030000" "07000000" "03000000" "02000000" "03000000" "01000000" "00000000" "00000000"
+        "a41bc450" "0000003f",
     ),
     "reply with scalars": (
         TrainReply(client=7, round=3, local_steps=3, scalars=fp32(NAN, 0.25, NAN), examples=131, loss=0.5),
-        "4d4b5431" "03020100" "07000000" "03000000" "03000000" "02000000" "05000000" "83000000" "0000003f"
-        "1d2dc334" "00000000" "0000803e" "00000000" "00000000" "02000000",
+        "4d4b5431" "03030100" "07000000" "03000000" "03000000" "02000000" "05000000" "83000000" "0000003f"
+        "8edefdfe" "00000000" "0000803e" "00000000" "00000000" "02000000",
     ),
     "reply without a loss": (
         TrainReply(client=7, round=3, local_steps=1, scalars=fp32(NAN), examples=131, loss=None),
-        "4d4b5431" "03020000" "07000000" "03000000" "01000000" "01000000" "02000000" "83000000" "00000000"
-        "3c3706f4" "00000000" "00000000",
+        "4d4b5431" "03030000" "07000000" "03000000" "01000000" "01000000" "02000000" "83000000" "00000000"
+        "953c8fba" "00000000" "00000000",
     ),
     "reply with masters": (
         TrainReply(client=7, round=3, local_steps=2, masters=fp32(1.0), examples=131, loss=0.5),
-        "4d4b5431" "04020100" "07000000" "03000000" "02000000" "00000000" "01000000" "83000000" "0000003f"
-        "60ed1ad2" "0000803f",
+        "4d4b5431" "04030100" "07000000" "03000000" "02000000" "00000000" "01000000" "83000000" "0000003f"
+        "a8fa841d" "0000803f",
     ),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("message", [m for m, _ in ONE_OF_EACH.values()], ids=list(ONE_OF_EACH))
@@ -68,13 +69,21 @@ def test_golden_bytes(message: TrainRequest | TrainReply, golden: str) -> None:
 
 
 @given(
-    client=UINT, round=st.integers(1, 2**32 - 1), steps=UINT, values=st.lists(FLOAT, max_size=20), whole=st.booleans()
+    client=UINT,
+    round=st.integers(1, 2**32 - 1),
+    steps=UINT,
+    before=UINT,
+    values=st.lists(FLOAT, max_size=20),
+    whole=st.booleans(),
 )
-def test_requests_survive_the_round_trip(client: int, round: int, steps: int, values: list[float], whole: bool) -> None:
+def test_requests_survive_the_round_trip(
+    client: int, round: int, steps: int, before: int, values: list[float], whole: bool
+) -> None:
     named = {"masters" if whole else "scalars": fp32(*values)}
-    sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, **named)
+    sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, steps_before=before, **named)
     got = TrainRequest.decode(sent.encode())
     assert (got.client, got.round, got.local_steps, got.first_round) == (client, round, steps, 1)
+    assert got.steps_before == before
     found, other = (got.masters, got.scalars) if whole else (got.scalars, got.masters)
     assert other is None
     assert found is not None
@@ -187,7 +196,7 @@ def test_one_kind_is_not_the_other(message: TrainRequest | TrainReply) -> None:
 def reply(*values: float, words: tuple[int, ...] = (), skipped: int = 0) -> bytes:
     """A reply made by hand: values, then words that are said to be positions."""
     header = struct.pack(
-        "<4sBBBB6IfI", b"MKT1", 3, 2, 1, 0, 1, 2, 3, skipped, len(values) + len(words), 5, 0.5, 0
+        "<4sBBBB6IfI", b"MKT1", 3, 3, 1, 0, 1, 2, 3, skipped, len(values) + len(words), 5, 0.5, 0
     )  # fmt: skip
     return sealed(header + struct.pack(f"<{len(values)}f", *values) + struct.pack(f"<{len(words)}I", *words))
 
@@ -213,8 +222,8 @@ UNTOLD = ONE_OF_EACH["reply without a loss"][0].encode
         (changed(UNTOLD(), 32, b"\0\0\0\x80"), "the loss is -0.0 in a message that tells none"),
         (changed(reply(1.0), 6, b"\3"), r"reserved bits are set \(flags 0x03, then 0x00\)"),
         (changed(reply(1.0), 7, b"\1"), r"reserved bits are set \(flags 0x01, then 0x01\)"),
-        (changed(reply(1.0), 4, b"\5"), "unknown kind of message 5"),
-        (changed(reply(1.0), 5, b"\1"), "version 1; expected b'MKT1', version 2"),
+        (changed(reply(1.0), 4, b"\6"), "unknown kind of message 6"),
+        (changed(reply(1.0), 5, b"\2"), "version 2; expected b'MKT1', version 3"),
         (reply(skipped=1, words=(0,)), "1 of 1 values are said to be positions of the others"),
         (reply(0.0, 1.0, skipped=2**32 - 1), "4294967295 of 2 values are said to be positions"),
         (reply(0.0, 1.0, skipped=1, words=(2,)), "must ascend, without repetition, below 2"),
@@ -236,8 +245,8 @@ def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
     [
         (changed(REQUEST(), 20, b"\4\0\0\0"), "a request for round 3 cannot bring the scalars from round 4 on"),
         (changed(REQUEST(), 20, b"\0\0\0\0"), "a request for round 3 cannot bring the scalars from round 0 on"),
-        (changed(REQUEST(), 28, b"\1\0\0\0"), "a request has no examples and no loss"),
-        (changed(REQUEST(), 6, b"\1"), "a request has no examples and no loss"),
+        (changed(REQUEST(), 6, b"\1"), "a request has no loss"),
+        (Behind(client=1, round=3, stands=2).encode(), "expected a request, got a reply"),
         (changed(REQUEST(), 44, b"\0\0\xc0\x7f"), "value 1 is not finite"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -245,6 +254,37 @@ def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
 def test_requests_that_cannot_be(data: bytes, reason: str) -> None:
     with pytest.raises(MessageError, match=reason):
         TrainRequest.decode(data)
+
+
+BEHIND = Behind(client=7, round=3, stands=2)
+
+
+def test_a_client_that_is_behind_says_where_it_stands() -> None:
+    golden = (
+        "4d4b5431" "05030000" "07000000" "03000000" "00000000" "02000000" "00000000" "00000000" "00000000" "0272a9cf"
+    )  # fmt: skip
+    assert BEHIND.encode().hex() == golden
+    assert decode_answer(bytes.fromhex(golden)) == BEHIND
+    with pytest.raises(RefusedError, match="client 7 stands at round 2") as refused:
+        TrainReply.decode(bytes.fromhex(golden))
+    assert refused.value.refusal is Refusal.BEHIND
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (changed(BEHIND.encode(), 16, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (changed(BEHIND.encode(), 28, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (changed(BEHIND.encode(), 6, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (sealed(BEHIND.encode()[:24] + b"\1\0\0\0" + bytes(16)), "has no steps, examples, loss or values to tell of"),
+        (changed(BEHIND.encode(), 20, b"\0"), "asked for round 3 cannot be behind at round 0"),
+        (changed(BEHIND.encode(), 20, b"\3"), "asked for round 3 cannot be behind at round 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_behind_that_cannot_be(data: bytes, reason: str) -> None:
+    with pytest.raises(MessageError, match=reason):
+        decode_answer(data)
 
 
 @BOTH
