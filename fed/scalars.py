@@ -50,17 +50,23 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
     matrix: np.ndarray
 
     @classmethod
-    def of(cls, scalars: Mapping[int, Sequence[float | None] | np.ndarray]) -> "ClientScalars":
+    def of(cls, scalars: Mapping[int, Sequence[float | None]]) -> "ClientScalars":
         """From each client's own, in any order; NaN, or None, for a step that was not taken."""
         if isinstance(scalars, cls):
             return scalars
         ids = sorted(scalars)
         rows = [scalars[i] for i in ids]
         counts = _integers(map(len, rows), len(rows))
-        if rows and isinstance(rows[0], np.ndarray):
-            flat = np.concatenate(rows, dtype=np.float64)
-        else:
-            flat = np.fromiter(chain.from_iterable(rows), dtype=np.float64, count=int(counts.sum()))
+        flat = np.fromiter(chain.from_iterable(rows), dtype=np.float64, count=int(counts.sum()))
+        return cls(_integers(ids, len(ids)), counts, _padded(flat, counts))
+
+    @classmethod
+    def of_bytes(cls, sent: Mapping[int, bytes]) -> "ClientScalars":
+        """From each client's own as fp32, in any order."""
+        ids = sorted(sent)
+        rows = [sent[i] for i in ids]
+        counts = _integers(map(len, rows), len(rows)) // 4
+        flat = np.frombuffer(b"".join(rows), dtype=np.float32).astype(np.float64)
         return cls(_integers(ids, len(ids)), counts, _padded(flat, counts))
 
     def __getitem__(self, client: int) -> list[float]:
