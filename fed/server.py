@@ -228,7 +228,7 @@ class Server:
         if len(sent) != wanted:
             raise _refused(reply, Refusal.COUNT, f"sent {len(sent)} {what} instead of {wanted}")
         if reply.scalars is not None and len(sent):
-            largest = np.fmax.reduce(np.abs(sent))
+            largest = float(np.fmax.reduce(np.abs(sent)))
             if largest > self._max_scalar:
                 text = f"sent a scalar of size {largest:g}, above {self._max_scalar:g}"
                 raise _refused(reply, Refusal.TOO_LARGE, text)
