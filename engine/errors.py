@@ -45,6 +45,14 @@ class RunError(MeerkatError, OSError):
     """A run directory or a file cannot be made, written or read."""
 
 
+class TransportError(MeerkatError, RuntimeError):
+    """Whoever carries messages to the clients cannot."""
+
+
+class WorkerError(MeerkatError, RuntimeError):
+    """The worker that holds a client's model cannot be started or reached, or ended."""
+
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -57,4 +65,6 @@ __all__ = [
     "ModelError",
     "NonFiniteLossError",
     "RunError",
+    "TransportError",
+    "WorkerError",
 ]

@@ -3,12 +3,10 @@
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from .. import __version__
 from ..bench.command import bench
@@ -21,11 +19,14 @@ from .export import apply_delta, save_run
 from .masks import make_mask, reach
 from .methods import Method
 from .options import from_file, given, settings
+from .ranks import launched
 from .replaying import replay_run
 from .report import write_report
-from .run import Progress, check_same, execute, resume
+from .run import check_same, execute, resume
 from .rundir import is_run
+from .showing import show
 from .task_choice import chosen_task, on_task
+from .team import Team, help_out
 
 
 class _Group(click.Group):
@@ -64,26 +65,43 @@ _trust = click.option(  # an option and no setting: a file cannot ask for it
 @click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
               help="go on with the run in DIR; with settings, begin it where there is none yet")  # fmt: skip
 @click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
+@click.option("--ranks-per-client", type=click.IntRange(min=1), default=1, metavar="N",
+              help="under torchrun: processes that share a client's micro-batches [default: 1]")  # fmt: skip
 @_trust
-def run(
+def run(ranks_per_client: int, trust_remote_code: bool, **options: Any) -> None:
+    """Fine-tunes a model across simulated clients and writes a run directory.
+
+    Without --model, settings that suit the embedded model go before the defaults below. Started by torchrun, the
+    clients of a round are dealt to all processes.
+    """
+    with launched(ranks_per_client) as ranks:
+        if ranks is not None and ranks.rank:
+            help_out(ranks, trust_remote_code=trust_remote_code)
+            return
+        team = None if ranks is None else Team(ranks)
+        _serve(trust_remote_code=trust_remote_code, team=team, **options)
+        if team is not None:
+            team.end()
+
+
+def _serve(
+    *,
     config_file: Path | None,
     output: Path | None,
     resumed: Path | None,
     compare_random: bool,
     trust_remote_code: bool,
+    team: Team | None,
     **options: Any,
 ) -> None:
-    """Fine-tunes a model across simulated clients and writes a run directory.
-
-    Without --model, settings that suit the embedded model go before the defaults below.
-    """
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "team": team}
     user = from_file(config_file) | given(options)
     if resumed is not None:
         if output is not None or compare_random:
             raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
         if is_run(resumed) or not user:
             check_same(user, resumed)
-            _show(resumed, lambda report, say: resume(resumed, report, say, trust_remote_code=trust_remote_code))
+            show(resumed, lambda report, say: resume(resumed, report, say, **where))
             return
         output = resumed
     config = make_config(user)
@@ -93,10 +111,10 @@ def run(
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
     if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
         raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
-    summary = _run(config, output, trust_remote_code)
+    summary = _run(config, output, where)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", trust_remote_code)
+        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", where)
         click.echo(
             f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
             f"   (both at learning rate {config.lr:g})"
@@ -208,81 +226,8 @@ main.add_command(bench)
 main.add_command(experiment)
 
 
-def _run(config: RunConfig, output: Path, trust_remote_code: bool) -> dict[str, Any]:
-    return _show(output, lambda report, say: execute(config, output, report, say, trust_remote_code=trust_remote_code))
-
-
-def _show(
-    output: Path, go: Callable[[Callable[[Progress], None], Callable[[str], None]], dict[str, Any]]
-) -> dict[str, Any]:
-    """Shows what a run reports while it goes, and its summary."""
-    with tqdm(unit="round", disable=None) as bar:
-
-        def report(progress: Progress) -> None:
-            bar.total, bar.n = progress.rounds, progress.round
-            fields = {"loss": "unknown" if progress.loss is None else f"{progress.loss:.4f}"}
-            if progress.accuracy is not None:
-                known["accuracy"] = f"{progress.accuracy:.4f}"
-            fields |= known | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
-            bar.set_postfix(fields)
-
-        known: dict[str, str] = {}
-        summary = go(report, bar.write if not bar.disable else click.echo)
-    _print_summary(summary, output)
-    return summary
-
-
-def _print_summary(s: dict[str, Any], output: Path) -> None:
-    full = s["bytes_each_way_if_weights_were_sent"]
-    click.echo(f"accuracy        {s['accuracy_before']:.4f} before, {s['accuracy_after']:.4f} after "
-               f"({s['validation_examples']} held-out examples); "
-               f"macro-F1 {s['macro_f1_before']:.4f}, {s['macro_f1_after']:.4f}")  # fmt: skip
-    if s["truncated_train"] or s["truncated_validation"]:
-        click.echo(f"cut to fit      {s['truncated_train']} training examples, "
-                   f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
-    click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
-    if s["queries_not_taken"]:
-        click.echo(f"not taken       {s['queries_not_taken']:,} perturbations, whose loss was not finite")
-    for way in ("up", "down"):
-        sent = s[f"bytes_{way}"]
-        click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
-                   f"({full / sent:,.0f} times as much)")  # fmt: skip
-    if s["mask_bytes"]:
-        click.echo(
-            f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
-        )
-    if s["seconds_per_step"] is not None:
-        share = s["forward_share_of_step"]
-        click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
-                   f"everything else {1 - share:.1%}")  # fmt: skip
-    if "stopped" in s:
-        known = ""
-        if "single_label_clients" in s:
-            known = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
-        click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{known}")
-    if "attackers" in s:
-        click.echo(f"hostile         {_ids(s['attackers'], 'none')} ({s['attack']})")
-    if "epsilon" in s:
-        click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} "
-                   f"(simulated: the noise follows from the seed)")  # fmt: skip
-    click.echo(f"run directory   {output}")
-
-
-def _ids(clients: list[int], none: str) -> str:
-    return ", ".join(map(str, clients)) or none
-
-
-def _quality(s: dict[str, Any]) -> str:
-    found = [f"{name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None]
-    return "".join(f"; {each}" for each in found)
-
-
-def _amount(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def _run(config: RunConfig, output: Path, where: dict[str, Any]) -> dict[str, Any]:
+    return show(output, lambda report, say: execute(config, output, report, say, **where))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ..clock import Clock
 from ..errors import ConfigError, DataError, MessageError, NonFiniteLossError
 from ..examples import Batch, EncodedTask
 from ..firstorder import sgd_steps
-from ..objective import Objective, example_losses, task_loss
+from ..objective import Objective, Spread, example_losses, task_loss
 from ..privacy import PrivateClosure
 from .messages import Behind, TrainReply, TrainRequest
 from .methods import Gradient
@@ -27,11 +27,23 @@ from .replica import Replica
 
 @dataclass
 class Timing:
-    """Where the time of some steps went, in seconds."""
+    """Where the time of some steps went, in seconds, of processes that take some at a time."""
 
     steps: int = 0
     forward: float = 0.0
     total: float = 0.0
+    processes: int = 1
+
+    def add(self, steps: int, forward: float, total: float) -> None:
+        """Counts some more steps."""
+        self.steps += steps
+        self.forward += forward
+        self.total += total
+
+    @property
+    def rate(self) -> float:
+        """Steps a second, all processes together."""
+        return self.processes * self.steps / self.total if self.steps else 0.0
 
 
 class ClientData:
@@ -125,6 +137,7 @@ class Client:
             and it tells no loss. None: they keep nothing. The number of examples is sent as it is.
         noise_seed: with privacy, root of its noise, in [0, 2**64), the client's own secret: a deployment draws it anew
             by ``secrets.randbits(64)`` whenever a client starts. One that follows from a run's seed simulates privacy.
+        spread: computes the micro-batches of a step, where several processes share the client; None: this one.
 
     Raises:
         ConfigError: if the client trains by backpropagation, the data are not of such batches, or privacy and noise
@@ -138,6 +151,7 @@ class Client:
     timing: Timing = field(default_factory=Timing)
     privacy: Privacy | None = None
     noise_seed: int | None = None
+    spread: Spread | None = None
     _spent: int = field(default=-1, init=False, repr=False)  # the latest round that private scalars were made for
 
     def __post_init__(self) -> None:
@@ -253,9 +267,8 @@ class Client:
                     found = {"scalars": np.array(optimizer.projected_gradients, dtype=np.float32)}
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
-        self.timing.total += clock.seconds(begun, ended)
-        self.timing.forward += sum(clock.seconds(*forward) for forward in forwards)
-        self.timing.steps += steps
+        forward = sum(clock.seconds(*each) for each in forwards)
+        self.timing.add(steps, forward, clock.seconds(begun, ended))
         return found, None if self.privacy is not None else _mean_taken(losses, found.get("scalars"))
 
     def _closures(
@@ -269,7 +282,7 @@ class Client:
 
             def closure(batches: list[Batch] = batches) -> Tensor:
                 begun = clock.now()
-                loss = evaluate(self.replica.model, batches, self.objective)
+                loss = evaluate(self.replica.model, batches, self.objective, self.spread)
                 forwards.append((begun, clock.now()))
                 return loss
 

@@ -10,6 +10,7 @@ from .. import stream
 from ..errors import ConfigError, NonFiniteLossError
 from ..examples import EncodedTask
 from ..mask import SparseMask
+from ..objective import Spread
 from ..weights import MaskedWeights
 from .attack import with_attackers
 from .client import Client, ClientData, Timing
@@ -22,7 +23,6 @@ from .replica import Replica
 from .selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
 from .server import RoundResult, Server
 from .setup import TaskData
-from .simulation import Exchange, locally
 from .terms import CALIBRATION, Terms
 
 # Share of the masked elements that may stand still without a word. In float32 it is 0 at usual scales.
@@ -83,8 +83,11 @@ class Federation:
         mask: of the model.
         data: of the task.
         shares: of each client, the indices of its training examples; none where the clients are elsewhere.
-        ledger: an open ledger.
-        exchange: carries messages to clients elsewhere; None: the clients are here.
+        ledger: an open ledger, or None to keep none.
+        spread: computes the micro-batches of a step, where several processes share a client; None: this one.
+
+    Attributes:
+        clients: in the order of their ids.
     """
 
     def __init__(
@@ -94,8 +97,8 @@ class Federation:
         mask: SparseMask,
         data: TaskData,
         shares: list[Tensor],
-        ledger: LedgerWriter,
-        exchange: Exchange | None = None,
+        ledger: LedgerWriter | None,
+        spread: Spread | None = None,
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
@@ -105,9 +108,8 @@ class Federation:
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
         privacy = self._replica.terms.privacy
-        honest = [self._client(i, data.train, share, "data", privacy) for i, share in enumerate(shares)]
-        clients = with_attackers(honest, config.attack, config.attackers)
-        self.exchange = locally(clients) if exchange is None else exchange
+        honest = [self._client(i, data.train, share, "data", privacy, spread) for i, share in enumerate(shares)]
+        self.clients = with_attackers(honest, config.attack, config.attackers)
         self.server = Server(
             list(range(config.clients)),
             self._replica,
@@ -121,7 +123,13 @@ class Federation:
         )
 
     def _client(
-        self, id: int, data: EncodedTask, indices: Tensor, purpose: str, privacy: Privacy | None = None
+        self,
+        id: int,
+        data: EncodedTask,
+        indices: Tensor,
+        purpose: str,
+        privacy: Privacy | None = None,
+        spread: Spread | None = None,
     ) -> Client:
         config = self.config
         seed = stream.derived_seed(config.seed, purpose, id)
@@ -129,7 +137,7 @@ class Federation:
         examples = ClientData(
             data, indices, config.batch_size, seed, config.micro_batch_size, poisson=privacy is not None
         )
-        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise)
+        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise, spread)
 
     def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""

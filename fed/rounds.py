@@ -12,7 +12,7 @@ from .metrics import Metrics
 from .recorded import Recorded
 from .rundir import SNAPSHOT, RunDirectory
 from .server import RoundResult
-from .simulation import serve
+from .simulation import Exchange, serve
 from .snapshot import Snapshot
 from .terms import CALIBRATION
 
@@ -40,6 +40,7 @@ class Rounds:
     def __init__(
         self,
         federation: Federation,
+        exchange: Exchange,
         directory: RunDirectory,
         ledger: LedgerWriter,
         metrics: Metrics,
@@ -47,7 +48,7 @@ class Rounds:
         say: Say,
     ) -> None:
         self._federation, self._directory, self._ledger, self._metrics = federation, directory, ledger, metrics
-        self._report, self._say = report, say
+        self._exchange, self._report, self._say = exchange, report, say
         self._config, self._timing = federation.config, federation.timing
         self._begun, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
 
@@ -65,7 +66,7 @@ class Rounds:
         self._snapshot(recorded)
         if federation.server.round == CALIBRATION:
             self._say(f"a path of {self._config.vp_steps} steps of every client, to find the extreme ones")
-        for done in serve(federation.server, federation.exchange, self._config.rounds):
+        for done in serve(federation.server, self._exchange, self._config.rounds):
             self._close(done, before)
             self._snapshot(recorded)
 
@@ -107,7 +108,7 @@ class Rounds:
                 loss=written["loss"],
                 accuracy=None if evaluated is None else evaluated.accuracy,
                 bytes=self._metrics.bytes,
-                steps_per_second=timing.steps / timing.total if timing.steps else 0.0,
+                steps_per_second=timing.rate,
             )
         )
 

@@ -1,8 +1,6 @@
 """``execute`` and ``resume``: a run from its settings, or from what it left behind, to its last round."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,10 @@ from .recorded import go_on, read_recorded
 from .rounds import Progress, Report, Rounds, Say
 from .rundir import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
 from .setup import TaskData, shares_of
-from .simulation import Exchange
+from .simulation import Exchange, locally
 from .summary import of_federation, of_selection
 from .task_choice import chosen_task
+from .team import Team
 
 
 def execute(
@@ -40,6 +39,7 @@ def execute(
     *,
     trust_remote_code: bool = False,
     exchange: Exchange | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
@@ -50,7 +50,9 @@ def execute(
         say: called with a line before each slow preparation, and about the data.
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
         exchange: carries messages to the clients, which are elsewhere, with examples of their own; None: all clients
-            are in this process, and are dealt the task's examples.
+            are here, and are dealt the task's examples.
+        team: processes that the clients here are dealt to; None: this one alone. Its bits are those of one process
+            with as many threads as each of these has.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
@@ -60,7 +62,7 @@ def execute(
     """
     check_free(output)
     setup.check_files(config)
-    it = _prepare(config, say, trust_remote_code, exchange)
+    it = _prepare(config, say, trust_remote_code, exchange, team)
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
     _check(it, mask, say)
     if config.mask is not None:
@@ -71,7 +73,13 @@ def execute(
 
 
 def resume(
-    path: Path, report: Report, say: Say, *, trust_remote_code: bool = False, exchange: Exchange | None = None
+    path: Path,
+    report: Report,
+    say: Say,
+    *,
+    trust_remote_code: bool = False,
+    exchange: Exchange | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
 
@@ -83,6 +91,7 @@ def resume(
         say: as for ``execute``.
         trust_remote_code: as for ``execute``.
         exchange: as for ``execute``.
+        team: as for ``execute``.
 
     Returns:
         The summary; that of a finished run, of which nothing is changed.
@@ -103,7 +112,7 @@ def resume(
         if made:  # what it was made of is no longer needed
             config = dataclasses.replace(config, mask=None, calibration=None)
         setup.check_files(config)
-        it = _prepare(config, say, trust_remote_code, exchange)
+        it = _prepare(config, say, trust_remote_code, exchange, team)
         mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
         _check(it, mask, say)
         return _carry_out(it, directory, mask, report, say)
@@ -141,6 +150,7 @@ class _Prepared:
     shares: list[Tensor]
     base: str
     exchange: Exchange | None
+    team: Team | None
 
     def mask(self, say: Say) -> SparseMask:
         say(f"choosing the mask ({self.config.mask or self.config.method.recipe.elements})")
@@ -148,9 +158,8 @@ class _Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the examples and of who has which, in hexadecimal."""
-        shares = json.dumps([share.tolist() for share in self.shares])
-        return hashlib.sha256((self.data.digest + shares).encode()).hexdigest()
+        """Of the examples and of who has which."""
+        return self.data.digest(self.shares)
 
     @property
     def labels(self) -> list[list[int]]:
@@ -173,7 +182,12 @@ class _Prepared:
         }
 
 
-def _prepare(config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None) -> _Prepared:
+def _prepare(
+    config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None, team: Team | None
+) -> _Prepared:
+    if team is not None:
+        team.begin(config)
+        say(team.described())
     if exchange is not None and config.attackers:
         raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
     if config.backend != "auto":
@@ -183,7 +197,10 @@ def _prepare(config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exc
     lm = setup.load_language_model(config, trust_remote_code=trust_remote_code)
     data = setup.encode(config, lm.tokenizer)
     shares = [] if exchange is not None else shares_of(config, data)
-    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=fingerprint(lm.model), exchange=exchange)
+    base = fingerprint(lm.model)
+    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=base, exchange=exchange, team=team)
+    if team is not None:
+        team.check(base, it.digest)
     for i, row in enumerate(it.labels[:8]):
         called = f" ({it.names[i]})" if it.names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
@@ -250,9 +267,14 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
     recorded = read_recorded(directory, header)
     directory.keep(mask, here)
     with go_on(directory, header, recorded) as ledger:
-        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, it.exchange)
+        spread = None if it.team is None else it.team.ranks.spread
+        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, spread)
+        exchange = it.exchange or locally(federation.clients)
+        if it.team is not None:
+            it.team.join(federation, directory.path / MASK)
+            exchange = it.team.exchange
         metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
-        Rounds(federation, directory, ledger, metrics, report, say).run(recorded)
+        Rounds(federation, exchange, directory, ledger, metrics, report, say).run(recorded)
     summary = metrics.summary() | of_federation(federation) | of_selection(federation.selection, it.labels)
     summary |= {
         "labels": [word.strip() for word in it.data.train.task.label_words],
@@ -261,7 +283,13 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
         "mask": mask.digest,
         "mask_source": mask.source,
         "weights": fingerprint(it.lm.model),
-        "machine": {"python": here.python, "torch": here.torch, "threads": here.threads, "device": config.device},
+        "machine": {
+            "python": here.python,
+            "torch": here.torch,
+            "threads": here.threads,
+            "device": config.device,
+            "processes": 1 if it.team is None else it.team.ranks.world,
+        },
     }
     metrics.finish(summary)
     return summary

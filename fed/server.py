@@ -133,26 +133,35 @@ class Server:
 
         It may be asked for again: for a client that did not get it, or that answered ``Behind``.
         """
-        terms, first = self.replica.terms, self._at[client]
-        masters, missed = None, np.empty(0, dtype=np.float32)
-        by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
-        if self._calibrating:
-            first = CALIBRATION
-        elif by_weights or (self.round - first) * terms.values > terms.elements:
-            first, masters = self.round, self.replica.optimizer.weights.masters().cpu().numpy()
-        else:
-            missed = np.array(self._history[(first - 1) * terms.values :], dtype=np.float32)
+        none = np.empty(0, dtype=np.float32)
+        calibrating = (CALIBRATION, none, None)  # from the base model
+        first, scalars, masters = calibrating if self._calibrating else self.missed(self._at[client])
         message = TrainRequest(
             client=client,
             round=self.round,
             local_steps=self.local_steps(client),
             first_round=first,
             steps_before=self._asked[client],
-            scalars=missed if masters is None else None,
+            scalars=scalars,
             masters=masters,
         ).encode()
         self._bytes_down += len(message)
         return message
+
+    def missed(self, first: int) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+        """What brings a replica from the beginning of some round to that of this one, in the smaller of the two forms.
+
+        Args:
+            first: the round, from 1.
+
+        Returns:
+            The round it begins at; the aggregated scalars from there on, float32; or else the masters, float32 [k].
+        """
+        terms = self.replica.terms
+        by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
+        if by_weights or (self.round - first) * terms.values > terms.elements:
+            return self.round, None, self.replica.optimizer.weights.masters().cpu().numpy()
+        return first, np.array(self._history[(first - 1) * terms.values :], dtype=np.float32), None
 
     def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
         """Takes a client's answer into this round.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,10 @@ class TaskData:
     validation: EncodedTask
     groups: list[Group] | None = None
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all examples, in hexadecimal."""
-        return hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
+    def digest(self, shares: Sequence[Tensor]) -> str:
+        """SHA-256 of all examples and of who has which, in hexadecimal."""
+        whole = hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
+        return hashlib.sha256((whole + json.dumps([share.tolist() for share in shares])).encode()).hexdigest()
 
 
 def load_base(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:

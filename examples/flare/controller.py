@@ -1,0 +1,60 @@
+"""The server's side in NVIDIA FLARE: carries the messages of ``meerkat_engine.fed``'s server to the sites and back."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from federation import MASK, make_server
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.workflows.model_controller import ModelController
+
+from meerkat_engine.fed import serve
+from meerkat_engine.parameters import fingerprint
+
+
+class ScalarController(ModelController):
+    """Rounds of scalars.
+
+    Args:
+        sites: how many there are; their names are ``site-1`` and so on, their clients' ids count from 0.
+        rounds: to take.
+        deadline: seconds that a round waits for answers, at most.
+        output: file for what came out.
+    """
+
+    def __init__(self, sites: int, rounds: int, deadline: int, output: str) -> None:
+        super().__init__(persistor_id="", task_check_period=0.02)
+        self.sites, self.rounds, self.deadline, self.output = sites, rounds, deadline, output
+        self.answers: list[FLModel] = []
+
+    def run(self) -> None:
+        """Called by FLARE when the job begins."""
+        torch.set_num_threads(1)
+        self.server = make_server(Path(__file__).with_name(MASK), self.sites)
+        seconds, losses, told, begun = [], [], [], time.perf_counter()
+        for result in serve(self.server, self.exchange, self.rounds):
+            seconds.append(time.perf_counter() - begun)
+            losses.append(result.line.loss)
+            told.append({answer.meta["client_name"]: answer.metrics for answer in self.answers})
+            self.info(f"round {result.line.round}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s")
+            begun = time.perf_counter()
+        found = {"weights": fingerprint(self.server.replica.model), "losses": losses, "seconds": seconds, "told": told}
+        Path(self.output).write_text(json.dumps(found))
+
+    def exchange(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Sends each request to its site; gives back the answers that come in time, and whom FLARE has them from."""
+        self.answers = []
+        for id, request in requests:
+            message = FLModel(params={"message": np.frombuffer(request, dtype=np.uint8)})
+            self.send_model(
+                data=message, targets=[f"site-{id + 1}"], timeout=self.deadline, callback=self.answers.append
+            )
+        while self.get_num_standing_tasks():
+            if self.abort_signal.triggered:
+                raise InterruptedError("the job was aborted")
+            time.sleep(0.005)
+        for answer in self.answers:
+            yield int(answer.meta["client_name"].removeprefix("site-")) - 1, answer.params["message"].tobytes()

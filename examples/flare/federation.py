@@ -1,0 +1,42 @@
+"""What server and sites agree on: base model, mask, terms; and whose examples are whose."""
+
+from pathlib import Path
+
+from meerkat_engine import SparseMask, embedded, stream
+from meerkat_engine.data import token_batches
+from meerkat_engine.examples import EncodedTask
+from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
+from meerkat_engine.fed.aggregation import Aggregation
+from meerkat_engine.fed.partition import Partition, split
+from meerkat_engine.objective import Objective
+
+SEED = 11
+MASK = "mask.safetensors"
+
+
+def make_mask() -> SparseMask:
+    """Chosen once, where the job is made; it goes to all as a file beside this one."""
+    lm = embedded.load()
+    texts, _ = embedded.calibration_texts(256)
+    return SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
+
+
+def make_replica(mask: Path) -> Replica:
+    """A copy of the base model, at the beginning."""
+    model = embedded.load().model
+    found = SparseMask.load(mask, model)
+    return Replica(model, found, Terms.of(found, seed=SEED, eps=1e-3, lr=1e-2, local_steps=5))
+
+
+def make_server(mask: Path, sites: int) -> Server:
+    """The server; it keeps no ledger here."""
+    return Server(list(range(sites)), make_replica(mask), None, Aggregation())
+
+
+def make_client(mask: Path, id: int, sites: int) -> Client:
+    """A site's client, with its share of the examples; in a deployment it reads its own."""
+    lm = embedded.load()
+    data = EncodedTask(embedded.TASKS["embedded"], embedded.rows("train"), lm.tokenizer, 128, "embedded")
+    share = split(data.labels, sites, Partition.DIRICHLET, SEED, alpha=0.5, at_least=16)[id]
+    examples = ClientData(data, share, 16, stream.derived_seed(SEED, "data", id))
+    return Client(id, examples, make_replica(mask), Objective.CANDIDATES)

@@ -1,0 +1,1 @@
+"""A Flower App around meerkat-engine."""

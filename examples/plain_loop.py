@@ -1,0 +1,72 @@
+"""A plain PyTorch loop: a mask from pre-training text, a schedule, evaluation, and a log that is replayed.
+
+    python examples/plain_loop.py [--steps N] [--output DIR]
+
+DIR holds ``mask.safetensors`` and ``updates.jsonl`` afterwards: with the base model, all that the fine-tuned one is.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from meerkat_engine import SparseMask, SparseZO, embedded, replay, stream
+from meerkat_engine.data import token_batches
+from meerkat_engine.evaluation import evaluate
+from meerkat_engine.examples import EncodedTask
+from meerkat_engine.objective import Objective, task_loss
+from meerkat_engine.parameters import fingerprint
+from meerkat_engine.updates import read_updates, write_updates
+
+SEED = 7
+
+
+def main(steps: int, output: Path) -> None:
+    """Trains, logs, and replays."""
+    lm = embedded.load()
+    texts, _ = embedded.calibration_texts(256)
+    mask = SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
+    task = embedded.TASKS["embedded"]
+    train, held_out = (
+        EncodedTask(task, embedded.rows(split), lm.tokenizer, 128, split) for split in ("train", "validation")
+    )
+    order = torch.Generator().manual_seed(SEED)
+    loader = DataLoader(range(len(train)), batch_size=16, shuffle=True, drop_last=True, generator=order)
+
+    optimizer = SparseZO(lm.model, mask, lr=1e-2, seed=SEED)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    log = []
+    while optimizer.steps < steps:
+        for indices in loader:
+            batch = train.batch(indices.tolist(), answers="all", device=lm.model.device)
+
+            def closure(batch=batch) -> Tensor:  # called twice a step, at +eps and at -eps
+                return task_loss(lm.model, batch, Objective.CANDIDATES)
+
+            seed, (lr,) = stream.step_seed(SEED, 0, optimizer.steps), scheduler.get_last_lr()
+            loss = optimizer.step(closure)
+            scheduler.step()
+            log.append((seed, lr, optimizer.projected_gradients.pop()))
+            if optimizer.steps % 50 == 0 or optimizer.steps == steps:
+                accuracy = evaluate(lm.model, held_out).accuracy
+                print(f"step {optimizer.steps}: loss {loss:.4f}, held-out accuracy {accuracy:.4f}")
+            if optimizer.steps == steps:
+                break
+
+    output.mkdir(parents=True, exist_ok=True)
+    mask.save(output / "mask.safetensors")
+    write_updates(output / "updates.jsonl", log)
+    print(f"trained   {fingerprint(lm.model)}")
+    base = embedded.load().model
+    replay(base, SparseMask.load(output / "mask.safetensors"), read_updates(output / "updates.jsonl"))
+    print(f"replayed  {fingerprint(base)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=Path("runs/plain-loop"))
+    arguments = parser.parse_args()
+    main(arguments.steps, arguments.output)

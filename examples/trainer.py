@@ -1,0 +1,77 @@
+"""transformers' Trainer with zeroth-order steps: evaluation, logging, schedule, checkpoints, the best model at the end.
+
+    python examples/trainer.py [--steps N] [--output DIR] [--resume]
+
+Every checkpoint has ``updates.jsonl`` beside it, which ``replay`` turns into its weights.
+"""
+
+import argparse
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import TrainingArguments
+
+from meerkat_engine import SparseMask, embedded, replay
+from meerkat_engine.data import token_batches
+from meerkat_engine.parameters import fingerprint
+from meerkat_engine.trainer import SparseZOTrainer
+from meerkat_engine.updates import read_updates
+
+
+def main(steps: int, output: Path, resume: bool) -> None:
+    """Trains, or goes on with a training, and replays what came out."""
+    lm, task = embedded.load(), embedded.TASKS["embedded"]
+    texts, _ = embedded.calibration_texts(256)
+    mask = SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
+    train, held_out = (
+        [lm.tokenizer(task.prompt(row)) | {"label": task.class_of(row)} for row in embedded.rows(split)]
+        for split in ("train", "validation")
+    )
+    answers = lm.tokenizer(list(task.label_words), add_special_tokens=False, return_tensors="pt")["input_ids"][:, 0]
+
+    def scores(logits: Tensor) -> Tensor:  # of the label words, after the prompt: prompts are padded on the left
+        return logits[:, -1, answers].float()
+
+    def loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+        return functional.cross_entropy(scores(outputs.logits), labels)
+
+    trainer = SparseZOTrainer(
+        model=lm.model,
+        mask=mask,
+        args=TrainingArguments(
+            str(output),
+            learning_rate=1e-2,
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            lr_scheduler_type="cosine",
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=50,
+            save_steps=50,
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            report_to=[],
+        ),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=lm.tokenizer,
+        compute_loss_func=loss,
+        preprocess_logits_for_metrics=lambda logits, _: scores(logits).argmax(-1),
+        compute_metrics=lambda found: {"accuracy": float((found.predictions == found.label_ids).mean())},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(output / "best")
+    print(f"best      {fingerprint(lm.model)}, after step {trainer.state.best_global_step}")
+    base = embedded.load().model
+    replay(base, mask, read_updates(output / "best" / "updates.jsonl"))
+    print(f"replayed  {fingerprint(base)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=Path("runs/trainer"))
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    main(arguments.steps, arguments.output, arguments.resume)

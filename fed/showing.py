@@ -1,0 +1,92 @@
+"""What the command line shows of a run: a bar while it goes, then its summary."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from .rounds import Progress, Report, Say
+
+
+def show(output: Path, go: Callable[[Report, Say], dict[str, Any]]) -> dict[str, Any]:
+    """Shows what a run reports while it goes, and its summary.
+
+    Args:
+        output: its directory, as the user called it.
+        go: starts it, given the functions that it reports to: see ``execute``.
+
+    Returns:
+        The summary.
+    """
+    with tqdm(unit="round", disable=None) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.total, bar.n = progress.rounds, progress.round
+            fields = {"loss": "unknown" if progress.loss is None else f"{progress.loss:.4f}"}
+            if progress.accuracy is not None:
+                known["accuracy"] = f"{progress.accuracy:.4f}"
+            fields |= known | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
+            bar.set_postfix(fields)
+
+        known: dict[str, str] = {}
+        summary = go(report, bar.write if not bar.disable else click.echo)
+    _print_summary(summary, output)
+    return summary
+
+
+def _print_summary(s: dict[str, Any], output: Path) -> None:
+    full = s["bytes_each_way_if_weights_were_sent"]
+    click.echo(f"accuracy        {s['accuracy_before']:.4f} before, {s['accuracy_after']:.4f} after "
+               f"({s['validation_examples']} held-out examples); "
+               f"macro-F1 {s['macro_f1_before']:.4f}, {s['macro_f1_after']:.4f}")  # fmt: skip
+    if s["truncated_train"] or s["truncated_validation"]:
+        click.echo(f"cut to fit      {s['truncated_train']} training examples, "
+                   f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
+    click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
+    if s["queries_not_taken"]:
+        click.echo(f"not taken       {s['queries_not_taken']:,} perturbations, whose loss was not finite")
+    for way in ("up", "down"):
+        sent = s[f"bytes_{way}"]
+        click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
+                   f"({full / sent:,.0f} times as much)")  # fmt: skip
+    if s["mask_bytes"]:
+        click.echo(
+            f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
+        )
+    if s["seconds_per_step"] is not None:
+        share = s["forward_share_of_step"]
+        click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
+                   f"everything else {1 - share:.1%}")  # fmt: skip
+    if "stopped" in s:
+        known = ""
+        if "single_label_clients" in s:
+            known = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
+        click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{known}")
+    if "attackers" in s:
+        click.echo(f"hostile         {_ids(s['attackers'], 'none')} ({s['attack']})")
+    if "epsilon" in s:
+        click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} "
+                   f"(simulated: the noise follows from the seed)")  # fmt: skip
+    click.echo(f"run directory   {output}")
+
+
+def _ids(clients: list[int], none: str) -> str:
+    return ", ".join(map(str, clients)) or none
+
+
+def _quality(s: dict[str, Any]) -> str:
+    found = [f"{name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None]
+    return "".join(f"; {each}" for each in found)
+
+
+def _amount(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+__all__ = ["show"]

@@ -1,0 +1,44 @@
+"""``examples/lightning_module.py``: the bits of a plain loop over the same batches, whole and resumed."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from meerkat_engine import SparseMask, SparseZO, embedded
+from meerkat_engine.data import token_batches
+from meerkat_engine.examples import EncodedTask
+from meerkat_engine.objective import Objective, task_loss
+from meerkat_engine.parameters import fingerprint
+from tests.examples.running import fingerprints, run
+
+
+def plain_loop(epochs: int) -> str:
+    """The fingerprint that the example is to come to, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lm, (texts, _) = embedded.load(), embedded.calibration_texts(256)
+    mask = SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
+    data = EncodedTask(embedded.TASKS["embedded"], embedded.rows("train"), lm.tokenizer, 128, "train")
+    opt = SparseZO(lm.model, mask, lr=1e-2, seed=7)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=50 * epochs)
+    numbers = range(len(data))
+    order = DistributedSampler(numbers, num_replicas=1, rank=0, seed=7)  # type: ignore[arg-type]
+    for epoch in range(epochs):
+        order.set_epoch(epoch)
+        for indices in DataLoader(numbers, batch_size=16, sampler=order):  # type: ignore[arg-type]
+            batch = data.batch(indices.tolist(), answers="all", device=torch.device("cpu"))
+            opt.step(lambda batch=batch: task_loss(lm.model, batch, Objective.CANDIDATES))
+            scheduler.step()
+    torch.set_num_threads(threads)
+    return fingerprint(lm.model)
+
+
+def test_it_has_the_bits_of_a_plain_loop_whole_and_resumed(tmp_path: Path) -> None:
+    whole = run("lightning_module.py", "--epochs", 2, "--output", tmp_path / "whole")
+    assert fingerprints(whole) == [plain_loop(2)] * 2
+    assert "'accuracy': " in whole
+    first = tmp_path / "whole" / "epoch=0.ckpt"
+    resumed = run("lightning_module.py", "--epochs", 2, "--output", tmp_path / "resumed", "--resume", first)
+    assert resumed.splitlines()[-3:] == whole.splitlines()[-3:]
+    assert not (tmp_path / "resumed" / "epoch=0.ckpt").exists()

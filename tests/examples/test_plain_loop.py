@@ -1,0 +1,25 @@
+"""``examples/plain_loop.py``: what it leaves is the model that it trained."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from meerkat_engine import SparseMask, embedded, replay, stream
+from meerkat_engine.parameters import fingerprint
+from meerkat_engine.updates import read_updates
+from tests.examples.running import fingerprints, run
+
+
+def test_the_files_that_it_leaves_are_the_model_that_it_trained(tmp_path: Path) -> None:
+    printed = run("plain_loop.py", "--steps", 60, "--output", tmp_path)
+    assert "step 50: loss" in printed
+    assert "step 60: loss" in printed
+    trained, replayed = fingerprints(printed)
+    model = embedded.load().model
+    updates = read_updates(tmp_path / "updates.jsonl")
+    replay(model, SparseMask.load(tmp_path / "mask.safetensors"), updates)
+    assert fingerprint(model) == trained == replayed != fingerprint(embedded.load().model)
+    assert [seed for seed, _, _ in updates] == [stream.step_seed(7, 0, step) for step in range(60)]
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 60)) / 2 for step in range(60)]
+    assert [lr for _, lr, _ in updates] == pytest.approx(cosine)

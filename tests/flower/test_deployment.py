@@ -1,0 +1,141 @@
+"""The real thing on loopback: a SuperLink with TLS, three SuperNodes with keys, `flwr run`, the embedded model."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meerkat_engine.fed import execute, make_config, read_ledger
+from meerkat_engine.fed.flower.participant import Participant
+from meerkat_engine.fed.flower.serving import setup_of
+from tests.fed.command import call, summary_of
+
+from .deployment import Deployment, make_keys, wait_until, workers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Flower's, of what it imports
+    pytest.mark.timeout(600),
+]
+SETTINGS = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_every": 1, "partition": "dirichlet", "seed": 5}
+
+
+def in_process(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same run with all clients in this process."""
+    return execute(make_config(settings), path, lambda progress: None, lambda line: None)
+
+
+def rounds_in(run: Path) -> int:
+    ledger = run / "ledger.jsonl"
+    return max(0, ledger.read_bytes().count(b"\n") - 1) if ledger.exists() else 0
+
+
+def answers_follow_from_the_ledger(run: Path, client: int) -> int:
+    """Checks that a client's own scalars are those of a replica that stands where the ledger says; how many rounds.
+
+    A scalar is a difference of losses: a client whose masked weights differ in a bit that matters answers otherwise.
+    """
+    ledger, setup = read_ledger(run / "ledger.jsonl"), setup_of(run, seconds=1)
+    participant = Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, {})
+    one, checked = participant.client(client), 0
+    for line in ledger.rounds:
+        one.data.go_to((line.round - 1) * participant.config.local_steps)
+        found, _ = one.train(line.round, participant.config.local_steps)
+        if client in line.clients:
+            checked += 1
+            assert np.array_equal(found["scalars"], np.array(line.clients[client], dtype=np.float32))
+        participant.replica.apply_rounds([line.scalars])
+    return checked
+
+
+def test_same_bits_as_in_one_process_and_strangers_stay_outside(
+    three_nodes: Deployment, run_directory: Path, tmp_path: Path
+) -> None:
+    up = three_nodes
+    up.node("stranger", make_keys(up.directory, "stranger"), "client-id=0")
+    up.node("trusts-nobody", up.directory / "key0", "client-id=0", certificate=False)
+    up.run("first", output=run_directory, deadline=120, **SETTINGS)
+    here = in_process(tmp_path / "here", SETTINGS)
+    told = up.finish("first", 180)
+    there = summary_of(run_directory)
+    assert there["weights"] == here["weights"], told
+    for name in ("ledger.jsonl", "gradip.jsonl", "mask.safetensors"):
+        assert (run_directory / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert "the same bits as at the end of the run" in call("replay", run_directory).output
+    assert len(workers(up.directory / "rt")) == 3
+    up.processes["stranger"].wait(30)
+    assert "SuperNode ID" not in up.log("stranger") + up.log("trusts-nobody")
+    assert "Failed to initialize the connection to the SuperLink" in up.log("stranger")
+    assert "CERTIFICATE_VERIFY_FAILED" in up.log("trusts-nobody")
+    assert "3 answers in" in told
+    print("\n".join(line for line in told.splitlines() if "answers in" in line))
+
+
+def test_a_worker_that_was_killed_is_started_anew_and_catches_up(
+    three_nodes: Deployment, run_directory: Path, tmp_path: Path
+) -> None:
+    up = three_nodes
+    before = set(workers(up.directory / "rt"))
+    up.run("second", output=run_directory, deadline=120, **SETTINGS)
+    wait_until(lambda: rounds_in(run_directory) >= 2, 120, "two rounds are over")
+    victim = min(set(workers(up.directory / "rt")) - before)
+    os.kill(victim, signal.SIGKILL)
+    here = in_process(tmp_path / "here", SETTINGS)
+    told = up.finish("second", 180)
+    assert summary_of(run_directory)["weights"] == here["weights"], told
+    rejected = summary_of(run_directory)["rejected_messages"]
+    assert list(rejected.values()) == [1]
+    assert next(iter(rejected)).endswith("stands at an earlier round")
+
+
+@pytest.mark.slow
+def test_a_node_that_never_answers_holds_no_round_past_its_deadline(
+    three_nodes: Deployment, run_directory: Path
+) -> None:
+    up = three_nodes
+    before, deadline = set(workers(up.directory / "rt")), 8
+    up.run("third", output=run_directory, deadline=deadline, wait=120, **SETTINGS | {"rounds": 12})
+    wait_until(lambda: rounds_in(run_directory) >= 2, 120, "two rounds are over")
+    victim = max(set(workers(up.directory / "rt")) - before)
+    os.kill(victim, signal.SIGSTOP)
+    stood, begun = rounds_in(run_directory), time.monotonic()
+    wait_until(lambda: rounds_in(run_directory) >= stood + 3, 60, "three rounds more are over")
+    assert time.monotonic() - begun < 3 * (deadline + 5)
+    os.kill(victim, signal.SIGCONT)
+    told = up.finish("third", 240)
+    assert f"no answer within {deadline} s from client" in told
+    lines = read_ledger(run_directory / "ledger.jsonl").rounds
+    missing = {i for line in lines for i in range(3) if i not in line.clients}
+    assert len(missing) == 1
+    assert set(lines[-1].clients) == {0, 1, 2}
+    assert 2 <= answers_follow_from_the_ledger(run_directory, missing.pop()) < 12
+    assert "the same bits as at the end of the run" in call("replay", run_directory).output
+
+
+@pytest.mark.slow
+def test_a_node_that_was_killed_and_restarted_catches_up(
+    three_nodes: Deployment, run_directory: Path, tmp_path: Path
+) -> None:
+    """It is killed between two rounds; the next waits for it, and Flower's SuperLink for a minute until it lets it in."""
+    up = three_nodes
+    before = set(workers(up.directory / "rt"))
+    up.run("fourth", output=run_directory, deadline=200, **SETTINGS)
+    wait_until(lambda: rounds_in(run_directory) >= 2, 120, "two rounds are over")
+    up.kill("node1")
+    wait_until(lambda: len(set(workers(up.directory / "rt")) - before) == 2, 10, "its worker ended by itself")
+
+    def back() -> bool:
+        if "node1" in up.processes and up.processes["node1"].poll() is not None:
+            del up.processes["node1"]
+        if "node1" not in up.processes:
+            up.node("node1", up.directory / "key1", "client-id=1")
+        return up.log("node1").count("SuperNode ID") == 2
+
+    wait_until(back, 120, "the SuperLink lets node 1 in again")
+    here = in_process(tmp_path / "here", SETTINGS)
+    told = up.finish("fourth", 240)
+    assert "client 1 was started anew: it is told of the run" in told
+    assert summary_of(run_directory)["weights"] == here["weights"], told
