@@ -152,7 +152,9 @@ class Federation:
         self.selection = self._judged(traces, thresholds)
         return self.selection
 
-    def _judged(self, traces: Mapping[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None) -> Selection:
+    def _judged(
+        self, traces: Mapping[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None
+    ) -> Selection:
         """Who is stopped early by these thresholds, where that is not known yet."""
         windows = self._windows()
         statistics = {i: path_statistics(trace.gradip, windows, thresholds.sigma) for i, trace in traces.items()}

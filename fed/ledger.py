@@ -144,7 +144,7 @@ def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:
     """A line, and its CRC-32 continued from the line before it."""
     body = b"{" + b",".join(b"%b:%b" % (_json(name), _json(value)) for name, value in fields.items())
     seal = zlib.crc32(body, before)
-    return b"%b%b%08x\"}\n" % (body, _CRC, seal), seal
+    return b'%b%b%08x"}\n' % (body, _CRC, seal), seal
 
 
 def _json(value: Any) -> bytes:

@@ -99,7 +99,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
         text, comma = texts(flat)
         # Without a client's scalars there is no comma behind them.
         ends = np.append(0, comma)[self.counts.cumsum()]
-        begins = np.append(0, ends[:-1])
+        begins = np.append(0, ends)[:-1]
         own = (
             b'"%d":[%b]' % (client, text[begin:end])
             for client, begin, end in zip(
