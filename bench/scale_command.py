@@ -59,15 +59,17 @@ def markdown(result: dict[str, Any]) -> str:
     heading = (
         f"`{result['command']}` on {machine['device']}, {machine['threads']} CPU threads, "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}, commit {result['commit'][:7]}, "
-        f"{result['date']}. T = {cases[0]['steps']}; medians of {cases[0]['repeats']} (20th to 80th percentile). Load average "
+        f"{result['date']}. T = {cases[0]['steps']}; medians of {cases[0]['repeats']} "
+        "(20th to 80th percentile). Load average "
         f"{machine['load_before']:.1f} before, {machine['load_after']:.1f} after, this process's own 1 included."
     )
     return "\n\n".join([heading, _rounds(cases), _parts(cases), *_traffic(result["traffic"])]) + "\n"
 
 
 def _rounds(cases: list[dict[str, Any]]) -> str:
-    columns = ["clients", "seconds a round", "of CPU", "microseconds of CPU a client", "ledger bytes a round", "bytes of memory a client: "
-               "at the beginning", *list(cases[0]["memory"])[1:]]  # fmt: skip
+    held = list(cases[0]["memory"])
+    columns = ["clients", "seconds a round", "of CPU", "microseconds of CPU a client", "ledger a round",
+               f"bytes of memory a client: {held[0]}", *held[1:]]  # fmt: skip
     lines = []
     for case in cases:
         whole, cpu = case["seconds"]["round"], case["cpu"]["round"]
@@ -96,11 +98,13 @@ def _parts(cases: list[dict[str, Any]]) -> str:
 def _traffic(traffic: dict[str, Any]) -> list[str]:
     days = traffic["per_day"]
     names = list(days[0]["bytes"])
-    lines = [
-        [f"{day['seconds_a_round']:g}", *(amount(day["bytes"][n]) for n in names),
-         f"{day['bytes']['LoRA'] / day['bytes'][names[0]]:,.0f}", f"{day['bytes']['weights'] / day['bytes'][names[0]]:,.0f}"]
-        for day in days
-    ]  # fmt: skip
+    lines = []
+    for day in days:
+        own = day["bytes"]
+        times = (own["LoRA"] / own[names[0]], own["weights"] / own[names[0]])
+        lines.append(
+            [f"{day['seconds_a_round']:g}", *(amount(own[n]) for n in names), *(f"{ratio:,.0f}" for ratio in times)]
+        )
     columns = ["assumed seconds a round", *names, "LoRA over T = 1", "weights over T = 1"]
     away = [
         [f"{c['values']}", f"{c['seconds_a_round']:g}", amount(c["day"]), amount(c["week"]), amount(c["masters"]),
