@@ -11,7 +11,7 @@ from .nodes import Nodes
 from .records import INTRODUCTION, ROUND, Setup, answer_of, client_of, round_content
 
 # Seconds between looks for answers. Flower's own `send_and_receive` takes three.
-_LOOK = 0.2
+_LOOK = 0.1
 # Seconds that a message lives longer than it is waited for: clocks of other machines are not ours.
 _GRACE = 60.0
 # Seconds after which a node that could not take part is told of the run again.

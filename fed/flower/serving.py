@@ -36,10 +36,10 @@ def serve_run(
         settings: by name, as ``make_config`` takes them.
         output: run directory.
         say: called with lines for people.
-        deadline: seconds that a round waits for answers, and a node for its model to load. A round in which a client
-            turns out to be behind waits once more.
+        deadline: seconds that a round waits for answers. A round in which a client turns out to be behind waits once
+            more.
         min_nodes: clients that must have a node before the first round; 0 is all.
-        wait: seconds that these are waited for.
+        wait: seconds that these are waited for, and that a node may take to load model and examples.
         send_mask: whether nodes are sent the mask; otherwise each has its file, or chooses the same.
 
     Returns:
@@ -51,7 +51,7 @@ def serve_run(
     config = make_config(settings)
     exchange = GridExchange(
         grid,
-        lambda: setup_of(output, seconds=deadline, send_mask=send_mask),
+        lambda: setup_of(output, seconds=wait, send_mask=send_mask),
         deadline=deadline,
         at_least=min_nodes or config.clients_per_round or config.clients,
         wait=wait,

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from typing import IO, Any
 
-from .supernode import LOOK, replaced
+from .supernode import LOOK, look_sooner, replaced
 
 _CLIENT_APP = "flwr-clientapp"
 
 
 def main() -> None:
     """Runs the SuperExec; the process to fork off is there before it has threads and connections."""
+    look_sooner()
     commands, theirs = os.pipe()
     if os.fork() == 0:
         os.close(theirs)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .deployment import Deployment, deployment, make_keys, wait_until
 
@@ -25,3 +26,10 @@ def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment
 @pytest.fixture
 def run_directory(tmp_path: Path) -> Path:
     return tmp_path / "there"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
