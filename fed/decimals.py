@@ -101,7 +101,7 @@ def _nearest(floor: np.ndarray, P: np.ndarray, s: np.ndarray, unit: np.uint64) -
     twice = (P - (below << s)) << 1
     whole = unit << s
     up = (twice > whole) | ((twice == whole) & (count & 1 == 1))
-    return below + up * unit
+    return np.asarray(below + up * unit)
 
 
 def _fill(rows: np.ndarray, digits: np.ndarray, k: np.ndarray, negative: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def _fill(rows: np.ndarray, digits: np.ndarray, k: np.ndarray, negative: np.ndar
     length = np.maximum(k.astype(np.int64) - _zeros(digits), 1)
     size = 1 + sum((whole >= power).astype(np.int64) for power in _POWERS[1:_WHOLE])
     shape = (negative * _WHOLE + size - 1) * _FRACTION + length - 1
-    return np.take(_KEPT, shape, axis=0)
+    return np.asarray(np.take(_KEPT, shape, axis=0))
 
 
 def _zeros(digits: np.ndarray) -> np.ndarray:
@@ -136,12 +136,13 @@ def _kept() -> np.ndarray:
     column = np.arange(_ROW.itemsize)
     negative, whole, fraction = (axis.reshape(-1, 1) for axis in np.indices((2, _WHOLE, _FRACTION)))
     point = 1 + _WHOLE
-    return (
+    kept: np.ndarray = (
         ((column == 0) & (negative == 1))
         | ((column < point) & (column >= point - 1 - whole))
         | ((column >= point) & (column <= point + 1 + fraction))
         | (column == _ROW.itemsize - 1)
     )
+    return kept
 
 
 _KEPT = _kept()
