@@ -3,25 +3,19 @@
 Every row is checked to compute its update before the clock starts; a row that does not gets no numbers.
 """
 
-import contextlib
 import datetime
 import json
-import platform
-import shlex
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from click.core import ParameterSource
 
 from .. import embedded
 from ..errors import ConfigError
 from ..figures import require_matplotlib
 from ..models import DTYPES, check_device
-from . import kernels, lists, measure, report, shapes, step
+from . import kernels, lists, measure, origin, report, shapes, step
 
 _CPU = {
     "kernels": [
@@ -67,9 +61,9 @@ def run_all(
     result: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
-        "machine": _machine(device),
-        "versions": _versions(device),
+        "commit": origin.commit(),
+        "machine": origin.machine(device),
+        "versions": origin.versions(device),
         "kernels": [],
         "steps": [],
     }
@@ -137,47 +131,6 @@ def _read(path: Path) -> report.Result:
     return result
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
-    return {"device": f"{_processor()} CPU", "threads": torch.get_num_threads()}
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "numba"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    if device.type == "cuda":
-        found["HIP" if torch.version.hip else "CUDA"] = str(torch.version.hip or torch.version.cuda)
-    return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found or f"unknown (version {version('meerkat-engine')})"
-
-
-def _as_given(context: click.Context) -> str:
-    """The command with the options that were given."""
-    words = ["meerkat-engine", "bench"]
-    for option in context.command.params:
-        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
-            value = context.params[str(option.name)]
-            for each in value if isinstance(value, tuple) else (value,):
-                words += [option.opts[0], str(each)]
-    return shlex.join(words)
-
-
 @click.command()
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="auto is cuda where there is one")  # fmt: skip
@@ -229,7 +182,7 @@ def bench(
         cases = {"kernels": named, "steps": named}
     result = run_all(
         cases,
-        command=_as_given(context),
+        command=origin.as_given(context),
         device=where,
         densities=list(densities),
         repeats=repeats,

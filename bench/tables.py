@@ -13,8 +13,8 @@ def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def amount(count: float, unit: str = "B") -> str:
     """A number with a prefix: ``1.35 M``."""
-    for prefix in ("", "k", "M", "G"):
-        if count < 1000 or prefix == "G":
+    for prefix in ("", "k", "M", "G", "T"):
+        if count < 1000 or prefix == "T":
             break
         count /= 1000
     return f"{count:.3g} {prefix}{unit}".rstrip()

@@ -37,17 +37,8 @@ def __getattr__(name: str) -> Any:
     """A public name, when it is first asked for: see ``meerkat_engine``."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .client import Client, ClientData
-    from .config import RunConfig, make_config
-    from .joining import catch_up
-    from .ledger import read_ledger
-    from .messages import TrainReply, TrainRequest
-    from .replica import Replica
-    from .run import execute, resume
-    from .server import Server
-    from .simulation import serve, simulate
-    from .terms import Terms
+    from . import client, config, joining, ledger, messages, replica, run, server, simulation, terms
 
-    found = locals()
-    globals().update({each: found[each] for each in __all__})
+    modules = (client, config, joining, ledger, messages, replica, run, server, simulation, terms)
+    globals()[name] = next(getattr(module, name) for module in modules if name in module.__all__)
     return globals()[name]

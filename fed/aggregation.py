@@ -16,7 +16,6 @@ References:
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,6 +25,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..weights import round_fp32
+from .scalars import ClientScalars
 
 
 class Weighting(StrEnum):
@@ -80,9 +80,22 @@ def client_weights(examples: Mapping[int, int], weighting: Weighting) -> dict[in
         examples: number of examples of each client, positive.
         weighting: the rule.
     """
-    raw = {i: float(examples[i]) if weighting is Weighting.EXAMPLES else 1.0 for i in sorted(examples)}
-    total = sum(raw.values())
-    return {i: value / total for i, value in raw.items()}
+    ids = sorted(examples)
+    raw = [examples[i] if weighting is Weighting.EXAMPLES else 1 for i in ids]
+    total = sum(raw)
+    return {i: count / total for i, count in zip(ids, raw, strict=True)}
+
+
+def in_order(terms: np.ndarray) -> np.ndarray:
+    """The sum over the first axis, term by term as a loop from 0.0 on: NumPy's own adds up in pairs.
+
+    Args:
+        terms: float64 [n, ...].
+    """
+    if not len(terms):
+        return np.zeros(terms.shape[1:])
+    # What began at -0.0 may still be -0.0, and 0.0 where it began at 0.0.
+    return np.asarray(np.add.accumulate(terms, axis=0)[-1] + 0.0)
 
 
 def aggregate(
@@ -96,27 +109,30 @@ def aggregate(
         count: one a step and query, ``T q``.
         how: the rule.
     """
-    taken: list[list[tuple[float, float]]] = [[] for _ in range(count)]
-    for i in sorted(scalars):
-        for t, g in enumerate(scalars[i]):
-            if not math.isnan(g):
-                taken[t].append((weights[i], max(-how.clip, min(how.clip, g)) if how.clip else g))
-    return [round_fp32(_combined(each, how)) for each in taken]
-
-
-def _combined(taken: Sequence[tuple[float, float]], how: Aggregation) -> float:
-    """One step's aggregate of (p_i, g_i) in client-id order."""
-    if not taken:
-        return 0.0
+    sent = ClientScalars.of(scalars)
+    values = np.clip(sent.matrix, -how.clip, how.clip) if how.clip else sent.matrix
+    taken = ~np.isnan(values)
     if how.rule is Rule.MEAN:
-        total = 0.0
-        for p, g in taken:  # not sum(), which adds up otherwise from Python 3.12 on
-            total += p * g
-        return total
+        p = np.fromiter((weights[i] for i in sent), dtype=np.float64, count=len(sent))
+        combined = in_order(np.where(taken, p[:, None] * values, 0.0))
+    else:
+        combined = np.array([_middle(values[taken[:, t], t], how) for t in range(values.shape[1])])
+    found = np.zeros(count)
+    found[: values.shape[1]] = combined
+    return [round_fp32(value) for value in found.tolist()]
+
+
+def _middle(taken: np.ndarray, how: Aggregation) -> float:
+    """The median or trimmed mean of the scalars of one step, float64 in client-id order."""
+    count = len(taken)
+    if not count:
+        return 0.0
+    ordered = np.sort(taken, kind="stable")  # which keeps 0.0 and -0.0 in the clients' order
     if how.rule is Rule.MEDIAN:
-        return float(statistics.median(g for _, g in taken))
-    cut = how.cut(len(taken))
-    kept = sorted(g for _, g in taken)[cut : len(taken) - cut]
+        low, high = ordered[(count - 1) // 2], ordered[count // 2]
+        return float(low if count % 2 else (low + high) / 2)
+    cut = how.cut(count)
+    kept = ordered[cut : count - cut].tolist()
     return math.fsum(kept) / len(kept)
 
 

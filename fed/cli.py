@@ -11,6 +11,7 @@ import click
 from .. import __version__
 from ..bench.command import bench
 from ..bench.experiments.command import experiment
+from ..bench.scale_command import bench_server
 from ..checkpoint import check_absent
 from ..errors import ConfigError, MeerkatError
 from . import setup
@@ -223,6 +224,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 main.add_command(bench)
+main.add_command(bench_server)
 main.add_command(experiment)
 
 

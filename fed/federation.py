@@ -1,5 +1,7 @@
 """``Federation``: server and clients of a run around one model, as the settings and the method's recipe say."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -144,13 +146,15 @@ class Federation:
             self.selection = self._judged(result.traces, line.thresholds, line.stopped)
         return result
 
-    def _select(self, traces: dict[int, Trace]) -> Selection:
+    def _select(self, traces: Mapping[int, Trace]) -> Selection:
         config = self.config
         thresholds = config.vp_thresholds() or null_thresholds(self._null_paths(), self._windows())
         self.selection = self._judged(traces, thresholds)
         return self.selection
 
-    def _judged(self, traces: dict[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None) -> Selection:
+    def _judged(
+        self, traces: Mapping[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None
+    ) -> Selection:
         """Who is stopped early by these thresholds, where that is not known yet."""
         windows = self._windows()
         statistics = {i: path_statistics(trace.gradip, windows, thresholds.sigma) for i, trace in traces.items()}

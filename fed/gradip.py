@@ -10,16 +10,17 @@ References:
     Meerkat, arXiv 2506.03337, section 4.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .. import backend as backends
 from ..errors import MaskError
 from ..mask import SparseMask
 from ..values import DeviceValues
+from .scalars import ByClient, ClientScalars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,24 @@ class Trace:
     gradip: list[float]
     norm: list[float]
     cosine: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Traces(ByClient, Mapping[int, Trace]):
+    """The paths of some clients: a mapping from a client's id to its ``Trace``.
+
+    Args:
+        gradip: of ``Trace``, float64 [n, width].
+        norm: likewise.
+        cosine: likewise.
+    """
+
+    gradip: np.ndarray
+    norm: np.ndarray
+    cosine: np.ndarray
+
+    def __getitem__(self, client: int) -> Trace:
+        return Trace(**{name: self._own(getattr(self, name), client) for name in ("gradip", "norm", "cosine")})
 
 
 class GradIP:
@@ -59,25 +78,22 @@ class GradIP:
         self._length = float(mask.gradient.double().norm())
         self._values, self._ops = DeviceValues(device), backends.resolve(backend, device)
 
-    def traces(self, seeds: Sequence[int], scalars: Mapping[int, Sequence[float]]) -> dict[int, Trace]:
+    def traces(self, seeds: Sequence[int], scalars: Mapping[int, Sequence[float]]) -> Traces:
         """The paths of some clients.
 
         Args:
             seeds: of the steps.
             scalars: of each client, at most one a seed; NaN, a step that was not taken, counts as 0.
         """
-        products = self._ops.inner(self._gradient, self._ids, self._values.seeds(seeds)).tolist()
-        return {client: self._trace(products, own) for client, own in scalars.items()}
-
-    def _trace(self, products: list[list[float]], scalars: Sequence[float]) -> Trace:
-        gradip, norm, cosine = [], [], []
-        for scalar, (s, z_square) in zip(scalars, products, strict=False):
-            g = 0.0 if math.isnan(scalar) else scalar
-            gradip.append(g * s)
-            norm.append(abs(g) * z_square**0.5)
-            longest = self._length * norm[-1]
-            cosine.append(gradip[-1] / longest if longest else 0.0)
-        return Trace(gradip=gradip, norm=norm, cosine=cosine)
+        sent = ClientScalars.of(scalars)
+        products = self._ops.inner(self._gradient, self._ids, self._values.seeds(seeds))[: sent.matrix.shape[1]]
+        s, z_square = products.cpu().numpy().T
+        g = np.where(np.isnan(sent.matrix), 0.0, sent.matrix)
+        # Python's power, whose bits do not hang on NumPy's build; one a step.
+        gradip, norm = g * s, np.abs(g) * np.array([square**0.5 for square in z_square.tolist()])
+        longest = self._length * norm
+        cosine = np.divide(gradip, longest, out=np.zeros_like(gradip), where=longest != 0)
+        return Traces(sent.ids, sent.counts, gradip, norm, cosine)
 
 
-__all__ = ["GradIP", "Trace"]
+__all__ = ["GradIP", "Trace", "Traces"]

@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, Self
 from ..errors import LedgerError, RunError
 from ..files import append_whole, sync_directory
 from .ledger_lines import FORMAT, Header, Round, header_of, round_of
+from .scalars import ClientScalars
 from .terms import CALIBRATION
 
-_CRC = ',"crc32":"'
+_CRC = b',"crc32":"'
 _SEAL = re.compile(rb',"crc32":"[0-9a-f]{8}"}')
 
 
@@ -141,13 +142,19 @@ def read_ledger(path: Path) -> Ledger:
 
 def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:
     """A line, and its CRC-32 continued from the line before it."""
-    body = json.dumps(fields, separators=(",", ":"), allow_nan=False)[:-1]
-    seal = zlib.crc32(body.encode(), before)
-    return f'{body}{_CRC}{seal:08x}"}}\n'.encode(), seal
+    body = b"{" + b",".join(b"%b:%b" % (_json(name), _json(value)) for name, value in fields.items())
+    seal = zlib.crc32(body, before)
+    return b'%b%b%08x"}\n' % (body, _CRC, seal), seal
+
+
+def _json(value: Any) -> bytes:
+    if isinstance(value, ClientScalars):
+        return value.json()
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _opened(line: bytes, before: int, path: Path, number: int) -> tuple[dict[str, Any], int]:
-    body, found, crc = line.rpartition(_CRC.encode())
+    body, found, crc = line.rpartition(_CRC)
     seal = zlib.crc32(body, before)
     if not found or crc != f'{seal:08x}"}}'.encode():
         raise LedgerError(

@@ -1,7 +1,7 @@
 """The lines of a ledger: what a header and a round are, and how they stand in the file (see ``docs/formats.md``)."""
 
 import base64
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..errors import LedgerError
 from .aggregation import Aggregation, Rule, Weighting
 from .methods import Gradient
 from .privacy import Privacy
+from .scalars import ClientScalars
 from .selection import Thresholds
 from .terms import CALIBRATION, Schedule, Terms
 
@@ -86,7 +87,7 @@ class Round:
     round: int
     lr: list[float]
     scalars: list[float]
-    clients: dict[int, list[float]]
+    clients: Mapping[int, Sequence[float]]
     examples: dict[int, int] = field(default_factory=dict)
     loss: float | None = None
     steps: int = 0
@@ -107,7 +108,7 @@ class Round:
             "round": self.round,
             "lr": self.lr,
             "scalars": self.scalars,
-            "clients": {str(i): [None if math.isnan(g) else g for g in own] for i, own in self.clients.items()},
+            "clients": ClientScalars.of(self.clients),
             "examples": {str(i): count for i, count in self.examples.items()},
             "loss": self.loss,
             "steps": self.steps,
@@ -162,14 +163,13 @@ def header_of(fields: dict[str, Any], path: Path) -> Header:
 def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, expected: int) -> Round:
     """The round that stands in a line of a file; raises ``LedgerError`` naming the line."""
     terms = header.terms
+    steps = terms.steps(expected)
     try:
         line = Round(
             round=int(fields["round"]),
             lr=[float(value) for value in fields["lr"]],
             scalars=[float(value) for value in fields["scalars"]],
-            clients={
-                int(i): [math.nan if g is None else float(g) for g in own] for i, own in fields["clients"].items()
-            },
+            clients=_client_scalars(fields["clients"], steps * terms.queries),
             examples={int(i): int(count) for i, count in fields["examples"].items()},
             loss=None if fields["loss"] is None else float(fields["loss"]),
             steps=int(fields["steps"]),
@@ -185,10 +185,8 @@ def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, ex
         raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error
     if line.round != expected:
         raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {expected} belongs")
-    steps = terms.steps(expected)
     values = 0 if expected == CALIBRATION or line.masters is not None else terms.values
-    most = steps * terms.queries
-    if len(line.lr) != steps or len(line.scalars) != values or any(len(g) > most for g in line.clients.values()):
+    if len(line.lr) != steps or len(line.scalars) != values:
         raise LedgerError(f"{path}, line {number}: expected {steps} learning rates and {values} scalars")
     if line.masters is not None and len(line.masters) != terms.elements:
         raise LedgerError(f"{path}, line {number}: {len(line.masters)} master values for {terms.elements} elements")
@@ -198,12 +196,20 @@ def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, ex
         raise LedgerError(f"{path}, line {number}: other learning rates than those of line 1")
     if line.masters is not None and not np.isfinite(line.masters).all():
         raise LedgerError(f"{path}, line {number}: a master value is not finite")
-    scalars = np.array([*line.scalars, *(g for own in line.clients.values() for g in own if not math.isnan(g))])
+    sent = ClientScalars.of(line.clients).matrix
+    scalars = np.concatenate([line.scalars, sent[~np.isnan(sent)]])
     with np.errstate(over="ignore"):
         rounded = scalars.astype(np.float32)
     if not (np.isfinite(rounded) & (rounded == scalars)).all():
         raise LedgerError(f"{path}, line {number}: a scalar is not a finite fp32 number")
     return line
+
+
+def _client_scalars(fields: dict[str, list[float | None]], most: int) -> ClientScalars:
+    # Checked before there is a table as wide as the longest row, which whoever made the line chose.
+    if any(len(own) > most for own in fields.values()):
+        raise ValueError(f"a client with more than {most} scalars")
+    return ClientScalars.of({int(i): own for i, own in fields.items()})
 
 
 def _aggregation(fields: dict[str, Any]) -> Aggregation:

@@ -14,6 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,9 @@ class _Kind(IntEnum):
     BEHIND = 5
 
 
+_KINDS = {kind.value: kind for kind in _Kind}
 _REQUESTS = (_Kind.SCALARS, _Kind.MASTERS)
+_WORD, _VALUE = np.dtype("<u4"), np.dtype("<f4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ class Behind:
         return _sealed(fields, b"")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)  # not frozen: a server makes a hundred thousand a round, in a third of the time
 class TrainReply:
     """Client to server: the scalars of its local steps.
 
@@ -192,14 +195,16 @@ class TrainReply:
     def _of(cls, fields: "_Fields", words: np.ndarray) -> "TrainReply":
         if fields.kind is _Kind.MASTERS_REPLY and fields.extra:
             raise fields.malformed(f"{fields.extra} queries were not taken, and backpropagation has none")
-        named = {"scalars" if fields.kind is _Kind.REPLY else "masters": _with_gaps(fields, words)}
+        values = _with_gaps(fields, words)
+        by_scalars = fields.kind is _Kind.REPLY
         return cls(
             client=fields.client,
             round=fields.round,
             local_steps=fields.local_steps,
             examples=fields.amount,
             loss=fields.loss,
-            **named,
+            scalars=values if by_scalars else None,
+            masters=None if by_scalars else values,
         )
 
 
@@ -217,8 +222,7 @@ def decode_answer(data: bytes, most: int = MOST_VALUES) -> TrainReply | Behind:
     return Behind(client=fields.client, round=fields.round, stands=fields.extra)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Fields:
+class _Fields(NamedTuple):
     """A header, less what follows from the payload; ``extra`` is the number at offset 20, ``amount`` that at 28."""
 
     kind: _Kind
@@ -273,7 +277,7 @@ def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
         raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes and claims {count} values")
     if zlib.crc32(memoryview(data)[HEADER_BYTES:], zlib.crc32(data[: HEADER_BYTES - 4])) != crc:
         raise RefusedError(Refusal.MALFORMED, "the message's checksum does not match: it was damaged on the way")
-    if kind not in tuple(_Kind):
+    if kind not in _KINDS:
         raise RefusedError(Refusal.MALFORMED, f"unknown kind of message {kind}", client)
     if zero or flags & ~_LOSS_KNOWN:
         raise RefusedError(Refusal.MALFORMED, f"reserved bits are set (flags {flags:#04x}, then {zero:#04x})", client)
@@ -281,23 +285,15 @@ def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
         raise RefusedError(Refusal.MALFORMED, f"the loss is {loss} in a message that tells none", client)
     if not math.isfinite(loss):
         raise RefusedError(Refusal.NOT_FINITE, f"the loss is {loss}", client)
-    fields = _Fields(
-        kind=_Kind(kind),
-        client=client,
-        round=round,
-        local_steps=steps,
-        extra=extra,
-        amount=amount,
-        loss=loss if flags else None,
-    )
-    return fields, np.frombuffer(data, dtype="<u4", offset=HEADER_BYTES)
+    fields = _Fields(_KINDS[kind], client, round, steps, extra, amount, loss if flags else None)
+    return fields, np.frombuffer(data, _WORD, -1, HEADER_BYTES)
 
 
 def _finite(fields: _Fields, words: np.ndarray) -> np.ndarray:
     """Words as fp32 values, each finite."""
-    values = words.view("<f4")
+    values = words.view(_VALUE)
     finite = np.isfinite(values)
-    if not finite.all():
+    if np.count_nonzero(finite) < len(values):  # of few values in half the time of all()
         at = int(np.flatnonzero(~finite)[0])
         raise RefusedError(Refusal.NOT_FINITE, f"value {at} is not finite ({values[at]})", fields.client)
     return values
@@ -305,12 +301,12 @@ def _finite(fields: _Fields, words: np.ndarray) -> np.ndarray:
 
 def _with_gaps(fields: _Fields, words: np.ndarray) -> np.ndarray:
     """A reply's values, NaN at the positions that follow them."""
+    if not fields.extra:
+        return _finite(fields, words)
     count = len(words) - fields.extra
     if fields.extra > count:
         raise fields.malformed(f"{fields.extra} of {len(words)} values are said to be positions of the others")
     values, positions = _finite(fields, words[:count]), words[count:]
-    if not len(positions):
-        return values
     if (positions >= count).any() or (positions[1:] <= positions[:-1]).any():
         raise fields.malformed(f"the positions of queries not taken must ascend, without repetition, below {count}")
     if words[positions].any():

@@ -12,6 +12,7 @@ from ..evaluation import Evaluation
 from .jsonl import Line, finite, is_number, read_lines
 from .ledger import Round
 from .rundir import METRICS, RunDirectory
+from .scalars import ClientScalars
 
 _TIMES = ("seconds", "seconds_in_steps", "seconds_in_forwards")
 
@@ -135,7 +136,7 @@ def _of_round(done: Round | None) -> Line:
         return {"round": 0, "steps": 0, "bytes_up": 0, "bytes_down": 0}
     line: Line = {"round": done.round} | ({"loss": done.loss} if done.round else {})
     line |= {"steps": done.steps, "bytes_up": done.bytes_up, "bytes_down": done.bytes_down}
-    not_taken = sum(math.isnan(g) for own in done.clients.values() for g in own)
+    not_taken = ClientScalars.of(done.clients).not_taken
     return (
         line
         | ({"rejected": done.rejected} if done.rejected else {})

@@ -1,14 +1,15 @@
 """The server: asks clients for a round, checks what they answer, aggregates, writes the ledger, moves on."""
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .. import stream
 from ..errors import MeerkatError
-from .aggregation import Aggregation, aggregate, client_weights, mean_masters
+from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
 from .gradip import GradIP, Trace
 from .ledger import LedgerWriter, Round
 from .messages import Behind, TrainReply, TrainRequest, decode_answer
@@ -16,11 +17,12 @@ from .methods import Gradient
 from .privacy import largest_epsilon
 from .refusal import Refusal, RefusedError
 from .replica import Replica
+from .scalars import ClientScalars
 from .selection import Selection
 from .terms import CALIBRATION
 
 # From the calibration paths of all clients to those that are to be stopped early.
-Select = Callable[[dict[int, Trace]], Selection]
+Select = Callable[[Mapping[int, Trace]], Selection]
 
 
 class RoundFailedError(MeerkatError, RuntimeError):
@@ -37,7 +39,7 @@ class RoundResult:
     """
 
     line: Round
-    traces: dict[int, Trace] = field(default_factory=dict)
+    traces: Mapping[int, Trace] = field(default_factory=dict)
 
 
 class Server:
@@ -89,15 +91,18 @@ class Server:
         self._max_scalar, self._max_examples = max_scalar, max_examples
         self._gradip, self._select = gradip, select
         self._calibrating = replica.terms.calibration_steps > 0
-        self._asked = Counter[int]()  # steps of each client so far, those of the calibration too
+        self._asked = dict.fromkeys(self._clients, 0)  # steps of each client so far, those of the calibration too
         self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
-        self._history: list[list[float]] = []
+        self._history = array("f")  # the aggregated scalars of all rounds so far
         self._open_round()
         self._sampled: tuple[int, frozenset[int]] | None = None  # round -> who takes part
 
     def _open_round(self) -> None:
-        self._replies: dict[int, TrainReply] = {}
-        self._bytes_up = self._bytes_down = 0
+        # What clients sent, fp32, as bytes: of a hundred thousand objects Python's collector would walk each.
+        self._sent: dict[int, bytes] = {}
+        self._losses: dict[int, float] = {}
+        self._steps = self._bytes_up = self._bytes_down = 0
+        self._most = self._most_values()
         self._rejected_before = Counter(self.rejected)
         self._claimed_before = frozenset(self.claimed)
 
@@ -156,7 +161,7 @@ class Server:
         by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
         if by_weights or (self.round - first) * terms.values > terms.elements:
             return self.round, None, self.replica.optimizer.weights.masters().cpu().numpy()
-        return first, np.array(self._history[first - 1 :], dtype=np.float32).reshape(-1), None
+        return first, np.array(self._history[(first - 1) * terms.values :], dtype=np.float32), None
 
     def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
         """Takes a client's answer into this round.
@@ -173,7 +178,7 @@ class Server:
         """
         self._bytes_up += len(message)
         try:
-            reply = decode_answer(message, self._most_values())
+            reply = decode_answer(message, self._most)
             self._check_sender(reply, sender)
             if isinstance(reply, Behind):
                 self._at[reply.client] = min(reply.stands, self._at[reply.client])
@@ -184,7 +189,12 @@ class Server:
             who = error.client if sender is None else sender
             self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.refusal}"] += 1
             raise
-        self._replies[reply.client] = reply
+        values = reply.masters if reply.scalars is None else reply.scalars
+        assert values is not None
+        self._sent[reply.client] = values.tobytes()
+        self._steps += reply.local_steps
+        if reply.loss is not None:
+            self._losses[reply.client] = reply.loss
         self._at[reply.client] = max(self.round, 1)
         self.claimed[reply.client] = reply.examples
         return reply
@@ -200,53 +210,45 @@ class Server:
 
     def _check_sender(self, reply: TrainReply | Behind, sender: int | None) -> None:
         """Raises ``RefusedError`` unless whoever speaks has a say, now."""
-        who = f"client {reply.client}"
-
-        def refused(refusal: Refusal, text: str) -> RefusedError:
-            return RefusedError(refusal, text, reply.client)
-
         if sender is not None and sender != reply.client:
-            raise refused(Refusal.IMPOSTOR, f"client {sender} speaks for {who}")
+            text = f"client {sender} speaks for client {reply.client}"
+            raise RefusedError(Refusal.IMPOSTOR, text, reply.client)
         if reply.client not in self._at:
-            raise refused(Refusal.UNKNOWN, f"{who} is unknown")
-        if reply.round != self.round:
-            raise refused(Refusal.ROUND, f"{who} answers round {reply.round}; round {self.round} is under way")
-        if reply.client in self._replies:
-            raise refused(Refusal.REPEATED, f"{who} has answered round {self.round} already")
+            raise _refused(reply, Refusal.UNKNOWN, "is unknown")
+        round = self.round
+        if reply.round != round:
+            raise _refused(reply, Refusal.ROUND, f"answers round {reply.round}; round {round} is under way")
+        if reply.client in self._sent:
+            raise _refused(reply, Refusal.REPEATED, f"has answered round {round} already")
         if reply.client not in self._taking_part():
-            raise refused(Refusal.NOT_SAMPLED, f"{who} does not take part in round {self.round}")
+            raise _refused(reply, Refusal.NOT_SAMPLED, f"does not take part in round {round}")
 
     def _check(self, reply: TrainReply) -> None:
         """Raises ``RefusedError`` unless an answer is what was asked for."""
-        who = f"client {reply.client}"
-
-        def refused(refusal: Refusal, text: str) -> RefusedError:
-            return RefusedError(refusal, text, reply.client)
-
-        terms, steps = self.replica.terms, self.local_steps(reply.client)
+        terms, steps, examples = self.replica.terms, self.local_steps(reply.client), reply.examples
         if reply.local_steps != steps:
-            raise refused(Refusal.COUNT, f"{who} took {reply.local_steps} steps instead of {steps}")
+            raise _refused(reply, Refusal.COUNT, f"took {reply.local_steps} steps instead of {steps}")
         if terms.gradient is Gradient.BACKPROPAGATION:
             sent, what, wanted = reply.masters, "master values", terms.elements
         else:
             sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
         if sent is None:
-            raise refused(Refusal.COUNT, f"{who} sent no {what}, which {terms.gradient} steps are made of")
+            raise _refused(reply, Refusal.COUNT, f"sent no {what}, which {terms.gradient} steps are made of")
         if len(sent) != wanted:
-            raise refused(Refusal.COUNT, f"{who} sent {len(sent)} {what} instead of {wanted}")
-        largest = 0.0 if reply.scalars is None else float(np.fmax.reduce(np.abs(reply.scalars), initial=0.0))
-        if largest > self._max_scalar:
-            raise refused(Refusal.TOO_LARGE, f"{who} sent a scalar of size {largest:g}, above {self._max_scalar:g}")
-        if reply.examples == 0:
-            raise refused(Refusal.EXAMPLES, f"{who} has no examples")
-        if 0 < self._max_examples < reply.examples:
-            raise refused(
-                Refusal.EXAMPLES, f"{who} claims {reply.examples} examples, above the {self._max_examples} allowed"
-            )
-        if reply.examples != self.claimed.get(reply.client, reply.examples):
-            raise refused(
-                Refusal.EXAMPLES, f"{who} claims {reply.examples} examples after {self.claimed[reply.client]} before"
-            )
+            raise _refused(reply, Refusal.COUNT, f"sent {len(sent)} {what} instead of {wanted}")
+        if reply.scalars is not None and len(sent):
+            largest = float(np.fmax.reduce(np.abs(sent)))
+            if largest > self._max_scalar:
+                text = f"sent a scalar of size {largest:g}, above {self._max_scalar:g}"
+                raise _refused(reply, Refusal.TOO_LARGE, text)
+        if examples == 0:
+            raise _refused(reply, Refusal.EXAMPLES, "has no examples")
+        if 0 < self._max_examples < examples:
+            text = f"claims {examples} examples, above the {self._max_examples} allowed"
+            raise _refused(reply, Refusal.EXAMPLES, text)
+        if examples != self.claimed.get(reply.client, examples):
+            text = f"claims {examples} examples after {self.claimed[reply.client]} before"
+            raise _refused(reply, Refusal.EXAMPLES, text)
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and moves the model on.
@@ -254,9 +256,10 @@ class Server:
         Raises:
             RoundFailedError: if there was no usable answer; the round stays open.
         """
-        if not self._replies:
+        if not self._sent:
             raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
-        own = {i: scalars.tolist() for i in sorted(self._replies) if (scalars := self._replies[i].scalars) is not None}
+        by_weights = self.replica.terms.gradient is Gradient.BACKPROPAGATION
+        own = ClientScalars.of_bytes({} if by_weights else self._sent)
         traces = self._traces(self.round, own)
         line = self._line(own, traces)
         if self._ledger is not None:
@@ -281,15 +284,15 @@ class Server:
         self._move_on(line, weights=weights)
         return RoundResult(line=line, traces=traces)
 
-    def _traces(self, round: int, scalars: dict[int, list[float]]) -> dict[int, Trace]:
+    def _traces(self, round: int, scalars: Mapping[int, Sequence[float]]) -> Mapping[int, Trace]:
         if self._gradip is None or not scalars:
             return {}
         return self._gradip.traces(self.replica.terms.seeds(round), scalars)
 
-    def _line(self, own: dict[int, list[float]], traces: dict[int, Trace]) -> Round:
+    def _line(self, own: ClientScalars, traces: Mapping[int, Trace]) -> Round:
         """The round as the ledger keeps it."""
         terms, number = self.replica.terms, self.round
-        weights = client_weights({i: reply.examples for i, reply in self._replies.items()}, self._aggregation.weighting)
+        weights = client_weights({i: self.claimed[i] for i in self._sent}, self._aggregation.weighting)
         scalars: list[float] = []
         selection = Selection()
         masters = None
@@ -297,7 +300,7 @@ class Server:
             assert self._select is not None
             selection = self._select(traces)
         elif terms.gradient is Gradient.BACKPROPAGATION:
-            masters = mean_masters({i: reply.masters for i, reply in self._replies.items()}, weights)
+            masters = mean_masters({i: np.frombuffer(own, dtype=np.float32) for i, own in self._sent.items()}, weights)
         else:
             scalars = aggregate(own, weights, terms.values, self._aggregation)
         return Round(
@@ -307,7 +310,7 @@ class Server:
             clients=own,
             examples={i: self.claimed[i] for i in sorted(self.claimed.keys() - self._claimed_before)},
             loss=self._loss(),
-            steps=sum(reply.local_steps for reply in self._replies.values()),
+            steps=self._steps,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             rejected=self.rejected_now(),
@@ -319,28 +322,26 @@ class Server:
 
     def _loss(self) -> float | None:
         """Mean training loss of the clients that told one, weighted by ``p_i``; None if none did."""
-        told = {i: reply.loss for i, reply in self._replies.items() if reply.loss is not None}
-        shares = client_weights({i: self._replies[i].examples for i in told}, self._aggregation.weighting)
-        return sum(shares[i] * told[i] for i in shares) if told else None
+        told = self._losses
+        shares = client_weights({i: self.claimed[i] for i in told}, self._aggregation.weighting)
+        return float(in_order(np.array([share * told[i] for i, share in shares.items()]))) if told else None
 
     def _epsilon(self) -> float | None:
         """What the client that is protected least will have spent after this round."""
         terms = self.replica.terms
         if terms.privacy is None:
             return None
-        asked = self._asked + Counter(self._steps_now())
+        asked = self._asked | {i: self._asked[i] + self.local_steps(i) for i in self._taking_part()}
         spent = {(self.claimed[i], steps) for i, steps in asked.items() if i in self.claimed}
         return largest_epsilon(terms.privacy, spent, terms.queries)
 
-    def _steps_now(self) -> dict[int, int]:
-        return {i: self.local_steps(i) for i in self._taking_part()}
-
     def _move_on(self, line: Round, *, weights: bool = True) -> None:
-        self._asked.update(self._steps_now())
+        for i in self._taking_part():
+            self._asked[i] += self.local_steps(i)
         if self._calibrating:
             self.stopped, self._calibrating = frozenset(line.stopped), False
         else:
-            self._history.append(line.scalars)
+            self._history.extend(line.scalars)
             if not weights:
                 self.replica.round += 1
             elif line.masters is not None:
@@ -348,6 +349,10 @@ class Server:
             else:
                 self.replica.apply_rounds([line.scalars])
         self._open_round()
+
+
+def _refused(reply: TrainReply | Behind, refusal: Refusal, text: str) -> RefusedError:
+    return RefusedError(refusal, f"client {reply.client} {text}", reply.client)
 
 
 __all__ = ["RoundFailedError", "RoundResult", "Select", "Server"]

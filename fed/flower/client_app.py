@@ -51,6 +51,16 @@ def train(message: Message, context: Context) -> Message:
     return Message(answer_content(answer if found["known"] else None, found["seconds"]), reply_to=message)
 
 
+@app.query("meerkat_end")
+def leave(message: Message, context: Context) -> Message:
+    """The run is over: the worker, and the memory that its model takes, are not needed any more."""
+    if _in_simulation():
+        _here()({"do": "end"}, b"", 0.0)
+    else:
+        _elsewhere(context).end()
+    return Message(RecordDict(), reply_to=message)
+
+
 @app.train()
 def train_for_any_strategy(message: Message, context: Context) -> Message:
     """A round of one of Flower's own strategies; see ``stock``."""
@@ -83,7 +93,7 @@ def _asked(
 ) -> tuple[Header, bytes]:
     """Asks the worker; one that was started anew is told of the run first, if this node knows it."""
     header |= {"client": _client(context)}
-    reach: Any = _here() if _in_simulation() else _elsewhere(context)
+    reach: Any = _here() if _in_simulation() else _elsewhere(context).ask
     telling = setup is not None and header["do"] == "setup"
     found: Header = {"known": False}
     if not telling:
@@ -116,9 +126,9 @@ def _here() -> Any:
     return lambda header, payload, seconds: resident.handle(header, payload)
 
 
-def _elsewhere(context: Context) -> Any:
+def _elsewhere(context: Context) -> Worker:
     """The worker of this SuperNode and run: it ends with the process that starts this one for every message."""
-    return Worker(f"{context.node_id} {context.run_id}", os.getppid()).ask
+    return Worker(f"{context.node_id} {context.run_id}", os.getppid())
 
 
-__all__ = ["app", "introduce", "train", "train_for_any_strategy"]
+__all__ = ["app", "introduce", "leave", "train", "train_for_any_strategy"]

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from ...errors import TransportError
 from .nodes import Nodes
-from .records import INTRODUCTION, ROUND, Setup, answer_of, client_of, round_content
+from .records import DISMISSAL, INTRODUCTION, ROUND, Setup, answer_of, client_of, round_content
 
 # Seconds between looks for answers. Flower's own `send_and_receive` takes three.
 _LOOK = 0.1
@@ -97,7 +97,20 @@ class GridExchange:
                 if answer is not None or not self._coming({client: b""}):
                     del wanted[client]
             time.sleep(_LOOK)
-        self._say(f"{count} answers in {time.monotonic() - begun:.2f} s, of which the slowest worker took {slowest:.2f}")
+        self._say(
+            f"{count} answers in {time.monotonic() - begun:.2f} s, of which the slowest worker took {slowest:.2f}"
+        )
+
+    def dismiss(self, seconds: float = 10.0) -> None:
+        """Lets the nodes go that know the run, so that their workers end; waits until they heard, but not long."""
+        if self._setup is None:
+            return
+        online = [node for node in self._grid.get_node_ids() if node in self.nodes]
+        left = set(self._post({node: RecordDict() for node in online}, DISMISSAL, seconds))
+        until = time.monotonic() + seconds
+        while left and time.monotonic() < until:
+            time.sleep(_LOOK)
+            left -= {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(list(left))}
 
     def _greet(self) -> None:
         """Tells nodes that are new of the run."""
@@ -110,7 +123,7 @@ class GridExchange:
     def _introduce(self, nodes: list[int]) -> None:
         if nodes:
             content = self.setup.content()
-            self._introductions |= self._post({node: content for node in nodes}, INTRODUCTION, self.setup.seconds)
+            self._introductions |= self._post(dict.fromkeys(nodes, content), INTRODUCTION, self.setup.seconds)
 
     def _coming(self, wanted: dict[int, bytes]) -> set[int]:
         """Clients that are to be asked as soon as their node, which forgot the run, knows it again."""
@@ -119,12 +132,12 @@ class GridExchange:
     def _sent(self, wanted: dict[int, bytes], sent: dict[str, int], seconds: float) -> dict[str, int]:
         """Sends what is wanted, and was not sent, from clients whose node knows the run; message -> client."""
         busy, under_way = set(self._introductions.values()), set(sent.values())
-        ready = {i: node for i in wanted if i not in under_way and (node := self.nodes.node_of(i)) not in (None, *busy)}
+        nodes = {i: self.nodes.node_of(i) for i in wanted if i not in under_way}
+        clients = {node: i for i, node in nodes.items() if node is not None and node not in busy}
         content = {
             node: round_content(self.setup.session, wanted[i], max(seconds, 0.0), 2 * self._deadline + 300)
-            for i, node in ready.items()
+            for node, i in clients.items()
         }
-        clients = {node: i for i, node in ready.items()}
         return {id: clients[node] for id, node in self._post(content, ROUND, seconds).items()}
 
     def _post(self, contents: dict[int, RecordDict], kind: str, seconds: float) -> dict[str, int]:

@@ -25,6 +25,8 @@ from ...errors import WorkerError
 Header = dict[str, Any]
 # Seconds for a worker to listen: it does so before it loads anything.
 _START = 60.0
+# What a worker does that is told to end.
+END = "end"
 _MODULE = "meerkat_engine.fed.flower.worker"
 
 
@@ -76,13 +78,27 @@ class Worker:
             except (OSError, EOFError) as error:
                 raise WorkerError(f"the worker ended before it answered ({error or 'end of file'})") from error
 
+    def end(self) -> None:
+        """Has the worker end, if it runs."""
+        with self._locked():
+            connection = self._connected()
+        if connection is not None:
+            with connection:
+                connection.send_bytes(json.dumps({"do": END}).encode())
+                connection.send_bytes(b"")
+
     @contextmanager
     def _reached(self) -> Iterator[Connection]:
-        with open(self._place.with_suffix(".lock"), "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two that need it, one starts it
+        with self._locked():  # of two that need it, one starts it
             connection = self._connected() or self._started()
         with connection:
             yield connection
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self._place.with_suffix(".lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _connected(self) -> "Connection | None":
         """A connection, or None if no worker listens."""
@@ -116,4 +132,4 @@ class Worker:
         raise WorkerError(f"the worker did not listen within {_START:g} s")
 
 
-__all__ = ["Header", "Worker", "runtime_directory"]
+__all__ = ["END", "Header", "Worker", "runtime_directory"]

@@ -28,7 +28,9 @@ class Nodes:
         if holder is None or holder == node:
             self._say(f"client {client} is node {node}")
         else:
-            self._say(f"node {node} is refused: it says it is client {client}, which node {holder} is while it is there")
+            self._say(
+                f"node {node} is refused: it says it is client {client}, which node {holder} is while it is there"
+            )
 
     def node_of(self, client: int) -> int | None:
         """The node that is a client; of several that claim to be, the first."""

@@ -57,9 +57,13 @@ def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"the server's settings cannot be read: {error}") from error
     model = str(given.get("model", embedded.NAME))
     if "model" not in node and model != embedded.NAME and (not _HUB_ID.fullmatch(model) or Path(model).exists()):
-        raise ConfigError(f"the run's model is {model!r}, a path; say where it lies here: --node-config 'model=\"DIR\"'")
+        raise ConfigError(
+            f"the run's model is {model!r}, a path; say where it lies here: --node-config 'model=\"DIR\"'"
+        )
     if "template" in given and "data" not in node:
-        raise ConfigError("the run is on data of the nodes' own; say where they lie: --node-config 'data=\"FILE.jsonl\"'")
+        raise ConfigError(
+            "the run is on data of the nodes' own; say where they lie: --node-config 'data=\"FILE.jsonl\"'"
+        )
     return make_config(given, {name: node[key] for key, name in _OWN.items() if key in node})
 
 

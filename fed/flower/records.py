@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-# Message types: who are you, this is the run; and a request of the rounds.
+# Message types: who are you, this is the run; a request of the rounds; the run is over.
 INTRODUCTION = "query.meerkat"
 ROUND = "train.meerkat"
+DISMISSAL = "query.meerkat_end"
 # Flower's code for a ClientApp that raised, which is what an error of ours is to it.
 _RAISED = 2
 _SETUP, _MASK, _ROUND, _NODE = "meerkat-setup", "meerkat-mask", "meerkat-round", "meerkat-node"
@@ -40,7 +41,12 @@ class Setup:
 
     def content(self) -> RecordDict:
         """As records; the mask is an array, which Flower sends in pieces."""
-        plain = {"settings": self.settings, "base": self.base, "mask": self.mask_digest, "seconds": self.seconds}
+        plain: dict[str, Any] = {
+            "settings": self.settings,
+            "base": self.base,
+            "mask": self.mask_digest,
+            "seconds": self.seconds,
+        }
         array = np.frombuffer(self.mask, dtype=np.uint8)
         return RecordDict({_SETUP: ConfigRecord(plain), _MASK: ArrayRecord({"file": Array(array)})})
 
@@ -68,7 +74,7 @@ def round_content(session: str, request: bytes, seconds: float, idle: float) -> 
         seconds: how long the answer is waited for.
         idle: after how many seconds without a message the node's worker may end.
     """
-    record = {"session": session, "request": request, "seconds": seconds, "idle": idle}
+    record: dict[str, Any] = {"session": session, "request": request, "seconds": seconds, "idle": idle}
     return RecordDict({_ROUND: ConfigRecord(record)})
 
 
@@ -84,7 +90,9 @@ def answer_content(answer: bytes | None, seconds: float) -> RecordDict:
         answer: the message of ``fed.messages``, or None.
         seconds: that the worker took.
     """
-    return RecordDict({_ROUND: ConfigRecord({"known": answer is not None, "answer": answer or b"", "seconds": seconds})})
+    return RecordDict(
+        {_ROUND: ConfigRecord({"known": answer is not None, "answer": answer or b"", "seconds": seconds})}
+    )
 
 
 def answer_of(message: Message) -> tuple[bytes | None, float]:
@@ -112,6 +120,7 @@ def failure(text: str, message: Message) -> Message:
 
 
 __all__ = [
+    "DISMISSAL",
     "INTRODUCTION",
     "ROUND",
     "Setup",

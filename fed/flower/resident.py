@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from ...errors import MeerkatError
-from .link import Header
+from .link import END, Header
 from .participant import Participant
 from .stock import stock_round
 
@@ -22,7 +22,7 @@ class Resident:
         self._participant: Participant | None = None
 
     def handle(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
-        """Deals with a frame: ``do`` is "setup", "round" or "stock"; the answer's ``error`` says what was wrong."""
+        """Deals with a frame: ``do`` is "setup", "round", "stock" or "end"; the answer's ``error`` is what failed."""
         begun = time.perf_counter()
         try:
             found, answer = getattr(self, f"_{_DOES[header['do']]}")(header, payload)
@@ -45,6 +45,10 @@ class Resident:
         self._participant.client(int(header["client"]))
         return {"known": True}, b""
 
+    def _finish(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+        self._session, self._participant = "", None
+        return _UNKNOWN, b""
+
     def _round(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
         if self._participant is None or header["session"] != self._session:
             return _UNKNOWN, b""
@@ -60,7 +64,7 @@ class Resident:
         return {"known": True, "examples": examples, "loss": loss}, answer.tobytes()
 
 
-_DOES = {"setup": "set_up", "round": "round", "stock": "stock"}
+_DOES = {"setup": "set_up", "round": "round", "stock": "stock", END: "finish"}
 
 
 __all__ = ["Resident"]

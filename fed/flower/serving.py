@@ -65,10 +65,13 @@ def serve_run(
                 told.append(f"{what} {value:.4f}")
         say(", ".join(told))
 
-    if is_run(output):
-        check_same(settings, output)
-        return resume(output, report, say, exchange=exchange)
-    return execute(config, output, report, say, exchange=exchange)
+    try:
+        if is_run(output):
+            check_same(settings, output)
+            return resume(output, report, say, exchange=exchange)
+        return execute(config, output, report, say, exchange=exchange)
+    finally:
+        exchange.dismiss()
 
 
 def setup_of(run: Path, *, seconds: float, send_mask: bool = True) -> Setup:

@@ -101,15 +101,19 @@ def start_strategy(
     mask = make_mask(config, lm, data.train)
     replica = Replica(lm.model, mask, terms_of(config, mask), config.backend)
     setup = _setup(config, base, mask, deadline)
-    GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients, wait=wait, say=say).gather()
+    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients, wait=wait, say=say)
     follower = _Follower(config, replica, data)
-    result = strategy.start(
-        grid,
-        ArrayRecord({SCALARS: Array(np.zeros(replica.terms.values))}),
-        num_rounds=config.rounds,
-        timeout=deadline,
-        evaluate_fn=follower,
-    )
+    try:
+        nodes.gather()
+        result = strategy.start(
+            grid,
+            ArrayRecord({SCALARS: Array(np.zeros(replica.terms.values))}),
+            num_rounds=config.rounds,
+            timeout=deadline,
+            evaluate_fn=follower,
+        )
+    finally:
+        nodes.dismiss()
     return Trained(result=result, lm=lm, weights=fingerprint(lm.model), scalars=follower.scalars)
 
 

@@ -1,4 +1,4 @@
-"""What ``supernode`` starts in place of ``flower-superexec``: it forks ClientApps off a process that has imported Flower."""
+"""What ``supernode`` starts for ``flower-superexec``: it forks ClientApps off a process that has imported Flower."""
 
 import json
 import os
@@ -23,7 +23,8 @@ def main() -> None:
         os._exit(0)
     os.close(commands)
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", str(LOOK))
-    _run(open(theirs, "w", encoding="utf-8", buffering=1))  # noqa: SIM115: open until this process ends
+    with open(theirs, "w", encoding="utf-8", buffering=1) as lines:
+        _run(lines)
 
 
 def _run(commands: IO[str]) -> None:

@@ -27,7 +27,9 @@ def replaced(module: ModuleType, name: str, **attributes: Any) -> None:
     """
     original = getattr(module, name, None)
     if not isinstance(original, ModuleType):
-        raise TransportError(f"{module.__name__} of this version of Flower uses no {name}; take flower-supernode itself")
+        raise TransportError(
+            f"{module.__name__} of this version of Flower uses no {name}; take flower-supernode itself"
+        )
     setattr(module, name, SimpleNamespace(**(vars(original) | attributes)))
 
 

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import NoReturn
 
+from .link import END
+
 _LOG = logging.getLogger("meerkat.worker")
 # Seconds without a message after which it ends, where none of them said otherwise.
 _IDLE = 3600.0
@@ -53,6 +55,8 @@ def _serve(waiting: "queue.Queue[Connection]", place: Path) -> None:
         with connection:
             try:
                 header, payload = json.loads(connection.recv_bytes()), connection.recv_bytes()
+                if header["do"] == END:
+                    _end(place)
                 idle = float(header.get("idle", _IDLE))
                 header, payload = resident.handle(header, payload)
                 connection.send_bytes(json.dumps(header).encode())

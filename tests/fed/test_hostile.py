@@ -36,7 +36,7 @@ def answer(fed: Any, client: int) -> TrainReply:
 def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
     """All that a refused message may not change."""
     server = fed.server
-    books = (server.round, server.participants(), dict(server.claimed), dict(server._at), dict(server._replies))
+    books = (server.round, server.participants(), dict(server.claimed), dict(server._at), dict(server._sent))
     return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), books
 
 

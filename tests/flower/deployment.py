@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -50,7 +50,9 @@ def programs(directory: Path) -> Path:
         if entry.group == "console_scripts":
             module, _, function = entry.value.partition(":")
             script = directory / entry.name
-            script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+            script.write_text(
+                f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+            )
             script.chmod(0o755)
     return directory
 
@@ -69,12 +71,8 @@ def _certificate(subject: str, issuer: str, key: Any, signing: Any, *, authority
         .not_valid_before(now - timedelta(minutes=5))
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-        )
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.public_key()), critical=False
-        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.public_key()), critical=False)
     )
     if authority:
         usage = x509.KeyUsage(
@@ -106,9 +104,7 @@ def make_keys(directory: Path, name: str) -> Path:
     key = ec.generate_private_key(ec.SECP384R1())
     private = directory / name
     private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     )
     private.with_suffix(".pub").write_bytes(
         key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
@@ -221,10 +217,8 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
         yield found
     finally:
         for name in list(found.processes):
-            try:
+            with suppress(ProcessLookupError):
                 found.kill(name)
-            except ProcessLookupError:
-                pass
         wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
         shutil.rmtree(runtime)
 
@@ -242,6 +236,8 @@ def workers(runtime: Path) -> list[int]:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"meerkat_engine.fed.flower.worker" in words and any(word.startswith(str(runtime).encode()) for word in words):
+        if b"meerkat_engine.fed.flower.worker" in words and any(
+            word.startswith(str(runtime).encode()) for word in words
+        ):
             found.append(int(process.name))
     return found

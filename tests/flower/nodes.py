@@ -1,6 +1,6 @@
 """Nodes in this process, each with a worker and a model of its own, and the Grid that reaches them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,17 @@ class Node:
 
     context: Context
     resident: Resident = field(default_factory=Resident)
+    ended: bool = False
 
     @classmethod
     def numbered(cls, i: int) -> "Node":
         return cls(Context(1, 100 + i, {"client-id": i}, RecordDict(), {}))
+
+    def ask(self, header: Any, payload: bytes, seconds: float) -> tuple[Any, bytes]:
+        return self.resident.handle(header, payload)
+
+    def end(self) -> None:
+        self.ended = True  # what it held is looked at by the tests
 
 
 class LocalGrid(Grid):
@@ -37,15 +44,11 @@ class LocalGrid(Grid):
         self.errors: list[str] = []
         self._app, self._replies = app, dict[str, Message]()
 
-        def worker(context: Context) -> Callable[[Any, bytes, float], Any]:
-            resident = self.nodes[context.node_id].resident
-            return lambda header, payload, seconds: resident.handle(header, payload)
-
         patch.setattr(TaskIdentity, "_run_id", 1)
         patch.setattr(TaskIdentity, "_node_id", 1)
         patch.setattr(TaskIdentity, "_task_id", 1)
         patch.setattr(client_app, "_in_simulation", lambda: False)
-        patch.setattr(client_app, "_elsewhere", worker)
+        patch.setattr(client_app, "_elsewhere", lambda context: self.nodes[context.node_id])
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)

@@ -68,7 +68,7 @@ def test_same_bits_as_in_one_process_and_strangers_stay_outside(
     for name in ("ledger.jsonl", "gradip.jsonl"):
         assert (run_directory / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert "the same bits as at the end of the run" in call("replay", run_directory).output
-    assert len(workers(up.directory / "rt")) == 3
+    wait_until(lambda: not workers(up.directory / "rt"), 5, "the workers ended with the run")
     up.processes["stranger"].wait(30)
     assert "SuperNode ID" not in up.log("stranger") + up.log("trusts-nobody")
     assert "Failed to initialize the connection to the SuperLink" in up.log("stranger")
@@ -123,7 +123,7 @@ def test_a_node_that_never_answers_holds_no_round_past_its_deadline(
 def test_a_node_that_was_killed_and_restarted_catches_up(
     three_nodes: Deployment, run_directory: Path, tmp_path: Path
 ) -> None:
-    """It is killed between two rounds; the next waits for it, and Flower's SuperLink for a minute until it lets it in."""
+    """Killed between two rounds; the next waits for it, as does Flower's SuperLink, a minute, until it lets it in."""
     up = three_nodes
     before = set(workers(up.directory / "rt"))
     up.run("fourth", output=run_directory, deadline=200, **SETTINGS)

@@ -49,6 +49,7 @@ def app_with(*mods: Any) -> ClientApp:
     """As a user writes it whose strategy needs a mod on the client's side."""
     app = ClientApp()
     app.query("meerkat")(client_app.introduce)
+    app.query("meerkat_end")(client_app.leave)
     app.train(mods=list(mods))(client_app.train_for_any_strategy)
     return app
 
@@ -62,6 +63,7 @@ def started(patch: pytest.MonkeyPatch, strategy: Any, *mods: Any, **settings: An
 def nodes_follow(trained: Trained, grid: LocalGrid) -> None:
     """Every node's model gets the bits of the server's as soon as it is sent the last sums."""
     for node in grid.nodes.values():
+        assert node.ended
         held = node.resident._participant
         assert held is not None
         held.replica.catch_up(1, trained.scalars.reshape(-1))

@@ -1,0 +1,124 @@
+"""``meerkat-engine bench-server``: what a round costs the server, by its number of clients, and the network."""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..errors import ConfigError
+from . import origin, scale, traffic
+from .tables import amount, table
+
+_CPU = torch.device("cpu")
+
+
+@click.command("bench-server")
+@click.option("--clients", "counts", multiple=True, type=click.IntRange(1), default=(1000, 10_000, 100_000),
+              show_default=True)  # fmt: skip
+@click.option("--local-steps", type=click.IntRange(1), default=10, show_default=True, help="scalars of a client")
+@click.option("--repeats", type=click.IntRange(3), default=5, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="new directory for result.json and result.md")
+@click.pass_context
+def bench_server(
+    context: click.Context, counts: tuple[int, ...], local_steps: int, repeats: int, output: Path | None
+) -> None:
+    """Times a round of the server, part by part, with answers of synthetic clients.
+
+    Every round is checked before its times count: the aggregate against its definition, the ledger by reading it.
+    """
+    if output is not None and output.exists():
+        raise ConfigError(f"{str(output)!r} exists; give --output a new directory")
+    cases, before = [], os.getloadavg()[0]
+    for count in counts:
+        click.echo(f"measuring {count:,} clients", err=True)
+        cases.append(scale.of_clients(count, local_steps, repeats))
+    result = {
+        "command": origin.as_given(context),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": origin.commit(),
+        "machine": origin.machine(_CPU) | {"load_before": before, "load_after": os.getloadavg()[0]},
+        "versions": origin.versions(_CPU),
+        "cases": cases,
+        "traffic": traffic.all_of_it(),
+    }
+    text = markdown(result)
+    click.echo(text)
+    if output is not None:
+        output.mkdir(parents=True)
+        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (output / "result.md").write_text(text)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result's tables."""
+    machine, versions, cases = result["machine"], result["versions"], result["cases"]
+    heading = (
+        f"`{result['command']}` on {machine['device']}, {machine['threads']} CPU threads, "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}, commit {result['commit'][:7]}, "
+        f"{result['date']}. T = {cases[0]['steps']}; medians of {cases[0]['repeats']} "
+        "(20th to 80th percentile). Load average "
+        f"{machine['load_before']:.1f} before, {machine['load_after']:.1f} after, this process's own 1 included."
+    )
+    return "\n\n".join([heading, _rounds(cases), _parts(cases), *_traffic(result["traffic"])]) + "\n"
+
+
+def _rounds(cases: list[dict[str, Any]]) -> str:
+    held = list(cases[0]["memory"])
+    columns = ["clients", "seconds a round", "of CPU", "microseconds of CPU a client", "ledger a round",
+               f"bytes of memory a client: {held[0]}", *held[1:]]  # fmt: skip
+    lines = []
+    for case in cases:
+        whole, cpu = case["seconds"]["round"], case["cpu"]["round"]
+        lines.append([
+            f"{case['clients']:,}",
+            f"{whole['median']:.3g} ({whole['p20']:.3g} to {whole['p80']:.3g})",
+            f"{cpu['median']:.3g} ({cpu['p20']:.3g} to {cpu['p80']:.3g})",
+            f"{cpu['median'] / case['clients'] * 1e6:.3g}",
+            amount(case["ledger_bytes"]),
+            *(f"{held:,.0f}" for held in case["memory"].values()),
+        ])  # fmt: skip
+    return table(columns, lines)
+
+
+def _parts(cases: list[dict[str, Any]]) -> str:
+    columns = ["part", *(f"{case['clients']:,} clients" for case in cases)]
+    lines = []
+    for part in (*scale.PARTS, *scale.BESIDE):
+        each = [case["cpu"][part]["median"] / case["clients"] * 1e6 for case in cases]
+        shares = [case["shares"][part] for case in cases]
+        lines.append([part, *(f"{own:.3g} ({share:.1%})" for own, share in zip(each, shares, strict=True))])
+    beside = ", ".join(scale.BESIDE)
+    return f"Microseconds of CPU a client (share of the round; {beside} are beside it):\n\n{table(columns, lines)}"
+
+
+def _traffic(traffic: dict[str, Any]) -> list[str]:
+    days = traffic["per_day"]
+    names = list(days[0]["bytes"])
+    lines = []
+    for day in days:
+        own = day["bytes"]
+        times = (own["LoRA"] / own[names[0]], own["weights"] / own[names[0]])
+        lines.append(
+            [f"{day['seconds_a_round']:g}", *(amount(own[n]) for n in names), *(f"{ratio:,.0f}" for ratio in times)]
+        )
+    columns = ["assumed seconds a round", *names, "LoRA over T = 1", "weights over T = 1"]
+    away = [
+        [f"{c['values']}", f"{c['seconds_a_round']:g}", amount(c["day"]), amount(c["week"]), amount(c["masters"]),
+         f"{c['days_until_masters']:,.1f}"]
+        for c in traffic["catching_up"]
+    ]  # fmt: skip
+    head = ["T", "assumed seconds a round", "away a day", "away a week", "masters", "masters are smaller from day"]
+    return [
+        f"Bytes a client and day, both ways, {traffic['model']} ({traffic['elements']:,} weights in bfloat16; LoRA of "
+        f"rank 8 on q and v, {traffic['lora_elements']:,}), a client that takes part in every round:",
+        table(columns, lines),
+        "Catching up, by scalars or by masters (density 0.001, fp32):",
+        table(head, away),
+    ]
+
+
+__all__ = ["bench_server", "markdown"]

@@ -1,0 +1,134 @@
+"""Clients' scalars as arrays against plain Python definitions: equal to the bit, and to the byte in a ledger."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from meerkat_engine.fed.aggregation import Aggregation, Rule, aggregate, in_order
+from meerkat_engine.fed.decimals import texts
+from meerkat_engine.fed.scalars import ClientScalars
+from meerkat_engine.weights import round_fp32
+
+FLOAT = st.floats(width=32, allow_infinity=False)
+ROWS = st.dictionaries(st.integers(0, 2**32 - 1), st.lists(FLOAT, max_size=6), max_size=12)
+
+
+def plain_texts(values: Sequence[float]) -> bytes:
+    return b"".join(b"null," if math.isnan(x) else f"{x!r},".encode() for x in values)
+
+
+def plain_json(scalars: dict[int, list[float]]) -> bytes:
+    kept = {str(i): [None if math.isnan(g) else g for g in scalars[i]] for i in sorted(scalars)}
+    return json.dumps(kept, separators=(",", ":"), allow_nan=False).encode()
+
+
+def plain_aggregate(scalars: dict[int, list[float]], weights: dict[int, float], count: int, how: Aggregation) -> bytes:
+    found = []
+    for t in range(count):
+        taken = [(i, scalars[i][t]) for i in sorted(scalars) if t < len(scalars[i]) and not math.isnan(scalars[i][t])]
+        own = sorted(g for _, g in taken)
+        if how.rule is Rule.MEAN:
+            value = 0.0
+            for i, g in taken:
+                value += weights[i] * g
+        elif not own:
+            value = 0.0
+        elif how.rule is Rule.MEDIAN:
+            value = statistics.median(own)
+        else:
+            cut = how.cut(len(own))
+            value = math.fsum(own[cut : len(own) - cut]) / (len(own) - 2 * cut)
+        found.append(round_fp32(value))
+    return np.array(found).tobytes()
+
+
+def around_every_power() -> np.ndarray:
+    """The fp32 numbers at and beside every power of two and of ten, those with few bits, and the least and greatest."""
+    powers = [2.0**n for n in range(-149, 128)] + [10.0**n for n in range(-44, 39)]
+    at = np.array(powers, dtype=np.float32)
+    few = np.arange(1, 20_000, dtype=np.float32)
+    known = np.concatenate([at, few, few / 64, few / np.float32(1000)])
+    beside = [np.nextafter(known, np.float32(way)) for way in (0, np.inf)]
+    own = np.concatenate([known, *beside, np.array([0, np.nan], dtype=np.float32)])
+    return np.concatenate([own, -own]).astype(np.float64)
+
+
+def check_texts(values: np.ndarray) -> None:
+    text, ends = texts(values)
+    assert text == plain_texts(values.tolist())
+    assert ends.tolist() == [i + 1 for i, c in enumerate(text) if c == ord(",")]
+
+
+def test_decimals_of_numbers_at_the_edges() -> None:
+    with np.errstate(all="ignore"):
+        check_texts(around_every_power())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decimals_of_any_fp32_numbers(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    any_bits = random.integers(0, 2**32, 50_000, dtype=np.uint32).view(np.float32)
+    usual = (random.standard_normal(100_000) * 10.0 ** random.integers(-5, 6, 100_000)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        values = np.concatenate([any_bits[np.isfinite(any_bits)], usual]).astype(np.float64)
+    check_texts(values)
+
+
+def test_decimals_of_float64_numbers_that_are_no_fp32() -> None:
+    check_texts(np.array([0.1, 1 / 3, -1e300, 5e-324, 123456.789, 1e16, 1e22, np.nan, -0.0]))
+    check_texts(np.empty(0))
+
+
+@given(ROWS)
+@example({})
+@example({0: [], 7: []})
+@example({3: [math.nan, -0.0], 1: [], 2: [2.0**-149]})
+def test_a_ledger_has_the_json_that_python_writes(scalars: dict[int, list[float]]) -> None:
+    own = ClientScalars.of(scalars)
+    assert own.json() == plain_json(scalars)
+    assert {i: plain_texts(row) for i, row in own.items()} == {i: plain_texts(scalars[i]) for i in sorted(scalars)}
+    assert own.not_taken == sum(math.isnan(g) for row in scalars.values() for g in row)
+    sent = {i: np.array(row, dtype=np.float32).tobytes() for i, row in scalars.items()}
+    assert ClientScalars.of_bytes(sent) == own
+
+
+def test_what_json_does_not_have_is_not_written() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        ClientScalars.of({1: [1.0, math.inf]}).json()
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@given(ROWS.filter(bool), st.lists(st.floats(0, 1), min_size=12, max_size=12))
+@example({0: [-0.0], 1: [-0.0]}, [0.5] * 12)
+def test_the_aggregate_is_that_of_the_plain_loop(
+    rule: Rule, scalars: dict[int, list[float]], shares: list[float]
+) -> None:
+    how, weights = Aggregation(rule=rule, trim=0.3), dict(zip(sorted(scalars), shares, strict=False))
+    for order in (sorted(scalars), sorted(scalars, reverse=True)):
+        found = aggregate({i: scalars[i] for i in order}, weights, 6, how)
+        assert np.array(found).tobytes() == plain_aggregate(scalars, weights, 6, how)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("clients", [1, 8, 9, 127, 129, 10_001])
+def test_the_aggregate_of_many_clients(rule: Rule, clients: int) -> None:
+    """Where NumPy's own sum, which adds in pairs, has other bits."""
+    random = np.random.default_rng(clients)
+    table = (random.standard_normal((clients, 3)) * 10.0 ** random.integers(-6, 7, (clients, 3))).astype(np.float32)
+    table[random.random(table.shape) < 0.1] = np.nan
+    scalars = dict(enumerate(table.astype(np.float64).tolist()))
+    weights = dict(enumerate(random.random(clients).tolist()))
+    how = Aggregation(rule=rule, trim=0.3)
+    assert np.array(aggregate(scalars, weights, 3, how)).tobytes() == plain_aggregate(scalars, weights, 3, how)
+
+
+def test_a_sum_in_order_is_that_of_the_loop_before_any_rounding() -> None:
+    terms = np.random.default_rng(1).standard_normal((5001, 2))
+    assert in_order(terms).tolist() == [sum(column) for column in terms.T.tolist()]
+    assert in_order(terms).tolist() != terms.T.copy().sum(axis=1).tolist()
