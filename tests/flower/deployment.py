@@ -219,8 +219,20 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
         for name in list(found.processes):
             with suppress(ProcessLookupError):
                 found.kill(name)
-        wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
+        try:
+            wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
+        finally:
+            end_all(directory)
         shutil.rmtree(runtime)
+
+
+def end_all(directory: Path) -> None:
+    """Ends what Flower's programs started in sessions of their own, such as a ServerApp whose SuperLink has gone."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if int(process.name) != os.getpid() and any(word.startswith(bytes(directory) + b"/") for word in words):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def listens(port: int) -> bool:

@@ -13,7 +13,7 @@ from meerkat_engine.models import load_model
 from meerkat_engine.parameters import fingerprint
 from tests.fed.command import summary_of
 
-from .deployment import APP, Deployment, free_ports, listens, programs, wait_until
+from .deployment import APP, Deployment, end_all, free_ports, listens, programs, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SETTINGS = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_every": 1, "partition": "dirichlet", "seed": 5}
@@ -50,6 +50,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         for name in list(found.processes):
             with suppress(ProcessLookupError):  # it has ended by itself
                 found.kill(name)
+        end_all(directory)
 
 
 def simulated(up: Deployment, name: str, app: Path, output: Path, actors: int) -> str:
