@@ -90,7 +90,7 @@ def _squares(line: Round, rates: list[float]) -> list[float]:
     return [
         sum(
             (lr * (g - mean)) ** 2
-            for lr, g, mean in zip(rates, own + [0.0] * (len(rates) - len(own)), line.scalars, strict=True)
+            for lr, g, mean in zip(rates, [*own, *[0.0] * (len(rates) - len(own))], line.scalars, strict=True)
         )
         for own in line.clients.values()
     ]

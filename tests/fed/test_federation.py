@@ -14,10 +14,10 @@ from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import DataError, MaskError, MessageError
 from meerkat_engine.examples import EncodedTask
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, serve, simulate
-from meerkat_engine.fed.aggregation import Weighting
+from meerkat_engine.fed.aggregation import Aggregation, Weighting
 from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest
 from meerkat_engine.fed.methods import Gradient
-from meerkat_engine.fed.server import RoundFailedError
+from meerkat_engine.fed.server import RoundFailedError, Server
 from meerkat_engine.fed.terms import Schedule
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.weights import round_fp32
@@ -318,11 +318,10 @@ def test_a_thousand_clients_cost_the_memory_of_one(task_data: EncodedTask) -> No
     def peak(clients: int) -> int:
         fed = Federation(task_data, clients=1, steps=1)
         one = fed.clients[0]
-        fed.server._at = dict.fromkeys(range(clients), 1)
-        fed.server._clients = list(range(clients))
+        server = Server(list(range(clients)), fed.replica, None, Aggregation())
         tracemalloc.start()
         crowd = [replace(one, id=i, data=ClientData(task_data, torch.arange(16), 8, seed=i)) for i in range(clients)]
-        list(simulate(fed.server, crowd, 1))
+        list(simulate(server, crowd, 1))
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert all(client.replica is fed.replica for client in crowd)
