@@ -22,6 +22,7 @@ class Node:
 
     context: Context
     resident: Resident = field(default_factory=Resident)
+    asked: list[str] = field(default_factory=list)
     ended: bool = False
 
     @classmethod
@@ -29,6 +30,7 @@ class Node:
         return cls(Context(1, 100 + i, {"client-id": i}, RecordDict(), {}))
 
     def ask(self, header: Any, payload: bytes, seconds: float) -> tuple[Any, bytes]:
+        self.asked.append(header["do"])
         return self.resident.handle(header, payload)
 
     def end(self) -> None:

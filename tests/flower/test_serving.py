@@ -1,5 +1,6 @@
 """A run over a Grid, in this process: nodes that come, go, forget and fail, and what a node takes from the server."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_a_node_that_forgot_everything_is_told_of_the_run_again(served: Served, 
 def test_a_round_waits_for_nobody_beyond_its_deadline(served: Served, tmp_path: Path) -> None:
     served.when["round 1 of 4"] = lambda: served.grid.deaf.add(101)
     served.when["round 2 of 4"] = lambda: served.grid.deaf.clear()
+    begun = time.monotonic()
     served.run(tmp_path / "there", deadline=2)
+    assert time.monotonic() - begun < 15
     assert served.said.count("no answer within 2 s from client 1") == 1
     lines = read_ledger(tmp_path / "there" / "ledger.jsonl").rounds
     assert [set(line.clients) for line in lines] == [{0, 1, 2}, {0, 2}, {0, 1, 2}, {0, 1, 2}]
@@ -126,6 +129,8 @@ def test_of_two_that_claim_to_be_one_client_the_first_is(served: Served, tmp_pat
     served.run(tmp_path / "there")
     assert served.heard("node 200 is refused: it says it is client 1, which node 101 is while it is there")
     assert ledger_of(tmp_path / "there") == ledger_of(here)
+    assert "round" in served.nodes[1].asked
+    assert "round" not in double.asked
 
 
 def test_too_few_nodes_are_an_error_that_leaves_a_run_to_go_on_with(served: Served, tmp_path: Path, here: Path) -> None:
