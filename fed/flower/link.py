@@ -25,6 +25,8 @@ from ...errors import WorkerError
 Header = dict[str, Any]
 # Seconds for a worker to listen: it does so before it loads anything.
 _START = 60.0
+# Bytes of a Unix socket's address, on the systems that allow least.
+_LONGEST = 103
 # What a worker does that is told to end.
 END = "end"
 _MODULE = "meerkat_engine.fed.flower.worker"
@@ -56,11 +58,18 @@ class Worker:
     Args:
         name: what it is for; the same words lead to the same worker.
         parent: process id; the worker ends when this process has ended.
+
+    Raises:
+        WorkerError: if there is no place for its socket.
     """
 
     def __init__(self, name: str, parent: int) -> None:
-        self._place = runtime_directory() / hashlib.sha256(f"{name} {parent}".encode()).hexdigest()[:24]
+        self._place = runtime_directory() / hashlib.sha256(f"{name} {parent}".encode()).hexdigest()[:16]
         self._parent = parent
+        if len(os.fsencode(self._place)) + len(".sock") > _LONGEST:
+            raise WorkerError(
+                f"{self._place.parent} is too long for a socket's address; set XDG_RUNTIME_DIR to a shorter one"
+            )
 
     def ask(self, header: Header, payload: bytes, seconds: float) -> tuple[Header, bytes]:
         """Sends a frame and waits for the answer; starts the worker if it does not run.

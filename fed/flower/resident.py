@@ -2,14 +2,13 @@
 
 import logging
 import time
-from typing import Any
 
 import numpy as np
 
-from ...errors import ConfigError, MeerkatError
-from ..methods import Stopping
+from ...errors import MeerkatError
 from .link import END, Header
 from .participant import Participant
+from .stock import stock_round
 
 _LOG = logging.getLogger("meerkat.worker")
 _UNKNOWN: Header = {"known": False}
@@ -68,29 +67,4 @@ class Resident:
 _DOES = {"setup": "set_up", "round": "round", "stock": "stock", END: "finish"}
 
 
-def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
-    """A round under a strategy that knows nothing of this engine: see ``stock``.
-
-    Args:
-        participant: the node's.
-        client: id.
-        sums: float64 [r, T * queries], what came down in rounds 1 to r.
-
-    Returns:
-        What goes up, float64 [T * queries], and the mean loss; 0 where no step was taken or it is not told.
-    """
-    config, replica = participant.config, participant.replica
-    if config.method.recipe.stopping is not Stopping.NONE or replica.terms.privacy is not None:
-        raise ConfigError("early stopping and dp_noise need this engine's own server; leave them out, or take its app")
-    moved = np.diff(sums, axis=0).astype(np.float32)
-    if replica.round > len(sums):
-        raise ConfigError(f"round {len(sums)} was asked for, this client stands at round {replica.round} already")
-    replica.catch_up(1, moved.reshape(-1))
-    one = participant.client(client)
-    one.data.go_to((len(sums) - 1) * config.local_steps)
-    found, loss = one.train(len(sums), config.local_steps)
-    taken: Any = np.nan_to_num(found["scalars"].astype(np.float64), nan=0.0)
-    return sums[-1] + taken, 0.0 if loss is None else loss
-
-
-__all__ = ["Resident", "stock_round"]
+__all__ = ["Resident"]

@@ -164,12 +164,14 @@ class Deployment:
             "--host", "127.0.0.1", "--port", free_ports(1)[0], "--node-config", config,
         )  # fmt: skip
 
-    def run(self, name: str, **settings: object) -> subprocess.Popen[bytes]:
-        """`flwr run` of the example, which ends when the run is over."""
+    def run(
+        self, name: str, app: Path = APP, options: tuple[str, ...] = (), **settings: object
+    ) -> subprocess.Popen[bytes]:
+        """`flwr run` of an app, which ends when the run is over."""
         toml = {key.replace("_", "-"): value if isinstance(value, int | float) else str(value)
                 for key, value in settings.items()}  # fmt: skip
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in toml.items())
-        return self.start(name, "flwr", "run", APP, "here", "--stream", "--run-config", given)
+        return self.start(name, "flwr", "run", app, "here", "--stream", "--run-config", given, *options)
 
     def finish(self, name: str, seconds: float) -> str:
         """Waits for a process; returns its output."""
@@ -211,17 +213,29 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
             *(["--enable-supernode-auth"] if authenticated else []), "--disable-runtime-dependency-installation",
             "--host", "127.0.0.1", "--port", port,
         )  # fmt: skip
-        wait_until(lambda: _listens(port), 60, "the SuperLink listens")
+        wait_until(lambda: listens(port), 60, "the SuperLink listens")
         yield found
     finally:
         for name in list(found.processes):
             with suppress(ProcessLookupError):
                 found.kill(name)
-        wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
+        try:
+            wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
+        finally:
+            end_all(directory)
         shutil.rmtree(runtime)
 
 
-def _listens(port: int) -> bool:
+def end_all(directory: Path) -> None:
+    """Ends what Flower's programs started in sessions of their own, such as a ServerApp whose SuperLink has gone."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if int(process.name) != os.getpid() and any(word.startswith(bytes(directory) + b"/") for word in words):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

@@ -1,0 +1,30 @@
+"""One of Flower's own strategies over the same nodes: name it in pyproject.toml in place of ``server_app``."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedMedian
+
+from meerkat_engine.checkpoint import save_checkpoint
+from meerkat_engine.fed.flower.serving import settings_from
+from meerkat_engine.fed.flower.strategies import start_strategy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Trains, and saves the model as transformers lays it out."""
+    settings = settings_from(context.run_config)
+    output = Path(str(settings.pop("output", f"models/flower-{context.run_id}")))
+    waiting = {name: float(settings.pop(name)) for name in ("deadline", "wait") if name in settings}
+    for name in ("min_nodes", "send_mask"):  # here, all nodes take part and are sent the mask
+        settings.pop(name, None)
+    clients = int(settings["clients"])
+    strategy = FedMedian(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
+    say = logging.getLogger("flwr").info
+    trained = start_strategy(grid, strategy, settings, say, **waiting)
+    save_checkpoint(trained.lm, output, f"# FedMedian, {len(trained.scalars)} rounds\n")
+    say(f"weights {trained.weights}")

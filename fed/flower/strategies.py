@@ -1,0 +1,129 @@
+"""``start_strategy``: a run of one of Flower's own strategies over this engine's clients; see ``stock``."""
+
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from ...evaluation import evaluate
+from ...mask import SparseMask
+from ...models import LanguageModel
+from ...parameters import fingerprint
+from ..config import RunConfig, make_config
+from ..federation import terms_of
+from ..masks import make_mask
+from ..replica import Replica
+from ..rundir import MASK
+from ..setup import TaskData, encode, load_language_model
+from .exchange import GridExchange
+from .participant import LOCAL
+from .records import Setup
+from .stock import check_stock, moves
+from .stock_records import SCALARS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a strategy came to.
+
+    Args:
+        result: what the strategy returned: its arrays are sums of scalars, its metrics those of the clients (``loss``)
+            and the server's evaluation (``accuracy``, ``loss``).
+        lm: the fine-tuned model; ``save_checkpoint`` saves it.
+        weights: fingerprint of it.
+        scalars: float32 [rounds, T * queries], what moved it.
+    """
+
+    result: Result
+    lm: LanguageModel
+    weights: str
+    scalars: np.ndarray
+
+
+class _Follower:
+    """The server's own model, moved on as the clients' are."""
+
+    def __init__(self, config: RunConfig, replica: Replica, data: TaskData) -> None:
+        self._config, self._replica, self._data = config, replica, data
+        self._sums: list[np.ndarray] = []
+
+    @property
+    def scalars(self) -> np.ndarray:
+        return moves(np.stack(self._sums))
+
+    def __call__(self, round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """As Flower's ``evaluate_fn``: called before the first round, and after each."""
+        self._sums.append(arrays[SCALARS].numpy().astype(np.float64))
+        self._replica.catch_up(1, self.scalars.reshape(-1))
+        every = self._config.eval_every
+        if round not in (0, self._config.rounds) and not (every and round % every == 0):
+            return None
+        found = evaluate(self._replica.model, self._data.validation)
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+
+
+def start_strategy(
+    grid: Grid,
+    strategy: Strategy,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    deadline: float = 600.0,
+    wait: float = 600.0,
+) -> Trained:
+    """Tells the nodes of a run, and starts the strategy on it.
+
+    Args:
+        grid: of the ServerApp.
+        strategy: one that asks every node in every round (``fraction_train=1``) and evaluates on none
+            (``fraction_evaluate=0``): the server evaluates.
+        settings: by name, as ``make_config`` takes them.
+        say: called with lines for people.
+        deadline: seconds that the strategy waits for the answers of a round, and a node may take to load its model.
+        wait: seconds that all clients are waited for before the first round.
+
+    Raises:
+        ConfigError: if the settings need this engine's own server.
+        MeerkatError: for any other input that does not fit; ``TransportError`` if not all clients come.
+    """
+    config = make_config(settings)
+    check_stock(config)
+    lm = load_language_model(config)
+    base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
+    mask = make_mask(config, lm, data.train)
+    replica = Replica(lm.model, mask, terms_of(config, mask), config.backend)
+    setup = _setup(config, base, mask, deadline)
+    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients, wait=wait, say=say)
+    follower = _Follower(config, replica, data)
+    try:
+        nodes.gather()
+        result = strategy.start(
+            grid,
+            ArrayRecord({SCALARS: Array(np.zeros(replica.terms.values))}),
+            num_rounds=config.rounds,
+            timeout=deadline,
+            evaluate_fn=follower,
+        )
+    finally:
+        nodes.dismiss()
+    return Trained(result=result, lm=lm, weights=fingerprint(lm.model), scalars=follower.scalars)
+
+
+def _setup(config: RunConfig, base: str, mask: SparseMask, seconds: float) -> Setup:
+    settings = {name: value for name, value in tomllib.loads(config.to_toml()).items() if name not in LOCAL}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / MASK
+        mask.save(path)
+        sent = path.read_bytes()
+    return Setup(settings=tomli_w.dumps(settings), base=base, mask_digest=mask.digest, mask=sent, seconds=seconds)
+
+
+__all__ = ["Trained", "start_strategy"]

@@ -1,0 +1,216 @@
+"""A run over a Grid, in this process: nodes that come, go, forget and fail, and what a node takes from the server."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from flwr.app import Context, RecordDict
+
+from meerkat_engine import embedded
+from meerkat_engine.errors import ConfigError, MaskError, ModelError, TransportError
+from meerkat_engine.fed import execute, make_config
+from meerkat_engine.fed.flower import client_app
+from meerkat_engine.fed.flower.participant import Participant, settings_here
+from meerkat_engine.fed.flower.records import Setup
+from meerkat_engine.fed.flower.resident import Resident
+from meerkat_engine.fed.flower.serving import serve_run, settings_from, setup_of
+from meerkat_engine.fed.ledger import read_ledger
+
+from .nodes import LocalGrid, Node
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SETTINGS: dict[str, Any] = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_examples": 40, "seed": 3,
+                            "calibration_texts": 32}  # fmt: skip
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a ServerApp."""
+
+
+class Served:
+    """Runs over three nodes, and what was said meanwhile."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.nodes = [Node.numbered(i) for i in range(3)]
+        self.grid = LocalGrid(self.nodes, client_app.app, patch)
+        self.said: list[str] = []
+        self.when: dict[str, Callable[[], None]] = {}  # beginning of a line -> what happens then, once
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+        for start in [start for start in self.when if line.startswith(start)]:
+            self.when.pop(start)()
+
+    def run(self, output: Path, **options: Any) -> dict[str, Any]:
+        return serve_run(self.grid, SETTINGS, output, self.say, **{"deadline": 30, "wait": 1} | options)
+
+    def heard(self, text: str) -> bool:
+        return any(text in line for line in self.said)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with all clients in this process."""
+    output = tmp_path_factory.mktemp("here") / "run"
+    execute(make_config(SETTINGS), output, lambda progress: None, lambda line: None)
+    return output
+
+
+def ledger_of(run: Path) -> bytes:
+    return (run / "ledger.jsonl").read_bytes()
+
+
+def test_the_bits_of_one_process(served: Served, tmp_path: Path, here: Path) -> None:
+    served.run(tmp_path / "there")
+    assert ledger_of(tmp_path / "there") == ledger_of(here)
+    assert all(node.ended for node in served.nodes)
+
+
+def test_a_worker_that_forgot_everything_catches_up_in_the_same_round(
+    served: Served, tmp_path: Path, here: Path
+) -> None:
+    def forget() -> None:
+        served.nodes[1].resident = Resident()
+
+    served.when["round 2 of 4"] = forget
+    served.run(tmp_path / "there")
+    lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "there", here))
+    assert [line.clients for line in lines] == [line.clients for line in same]
+    assert [dict(line.rejected) for line in lines] == [{}, {}, {"client 1: stands at an earlier round": 1}, {}]
+
+
+def test_a_node_that_forgot_everything_is_told_of_the_run_again(served: Served, tmp_path: Path, here: Path) -> None:
+    def forget() -> None:
+        served.nodes[1].resident = Resident()
+        served.nodes[1].context.state.clear()  # a SuperNode keeps it in memory
+
+    served.when["round 2 of 4"] = forget
+    served.run(tmp_path / "there")
+    assert served.heard("client 1 was started anew: it is told of the run")
+    lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "there", here))
+    assert [line.clients for line in lines] == [line.clients for line in same]
+
+
+def test_a_round_waits_for_nobody_beyond_its_deadline(served: Served, tmp_path: Path) -> None:
+    served.when["round 1 of 4"] = lambda: served.grid.deaf.add(101)
+    served.when["round 2 of 4"] = lambda: served.grid.deaf.clear()
+    served.run(tmp_path / "there", deadline=2)
+    assert served.said.count("no answer within 2 s from client 1") == 1
+    lines = read_ledger(tmp_path / "there" / "ledger.jsonl").rounds
+    assert [set(line.clients) for line in lines] == [{0, 1, 2}, {0, 2}, {0, 1, 2}, {0, 1, 2}]
+
+
+def test_a_run_goes_on_over_other_nodes(served: Served, tmp_path: Path, here: Path, monkeypatch: Any) -> None:
+    def stop() -> None:
+        raise StoppedError
+
+    served.when["round 2 of 4"] = stop
+    with pytest.raises(StoppedError):
+        served.run(tmp_path / "there")
+    Served(monkeypatch).run(tmp_path / "there")
+    lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "there", here))
+    assert [line.clients for line in lines] == [line.clients for line in same]
+
+
+def test_of_two_that_claim_to_be_one_client_the_first_is(served: Served, tmp_path: Path, here: Path) -> None:
+    double = Node(Context(1, 200, {"client-id": 1}, RecordDict(), {}))
+    served.grid.nodes[200] = double
+    served.run(tmp_path / "there")
+    assert served.heard("node 200 is refused: it says it is client 1, which node 101 is while it is there")
+    assert ledger_of(tmp_path / "there") == ledger_of(here)
+
+
+def test_too_few_nodes_are_an_error_that_leaves_a_run_to_go_on_with(served: Served, tmp_path: Path, here: Path) -> None:
+    gone = served.grid.nodes.pop(102)
+    with pytest.raises(TransportError, match="2 of 3 clients have a node after 1 s"):
+        served.run(tmp_path / "there")
+    served.grid.nodes[102] = gone
+    served.run(tmp_path / "there")
+    lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "there", here))
+    assert [line.clients for line in lines] == [line.clients for line in same]
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        ({"client-id": 3}, "the node is client 3; the run has the clients 0 to 2"),
+        ({}, "does not say which client it is"),
+        ({"client-id": "0"}, "does not say which client it is"),
+        ({"client-id": 2, "mask": "/no/where"}, "/no/where"),
+    ],
+)
+def test_a_node_that_cannot_take_part_says_why(served: Served, tmp_path: Path, node: Any, text: str) -> None:
+    served.grid.nodes[102] = Node(Context(1, 102, node, RecordDict(), {}))
+    served.run(tmp_path / "there", min_nodes=2)
+    assert served.heard("node 102 cannot take part: "), served.said
+    assert served.heard(text), served.said
+    assert {i for line in read_ledger(tmp_path / "there" / "ledger.jsonl").rounds for i in line.clients} == {0, 1}
+
+
+def prepared(setup: Setup, node: Any = None) -> Participant:
+    return Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, node or {})
+
+
+def test_a_node_has_the_runs_model_and_mask_or_none(here: Path) -> None:
+    setup = setup_of(here, seconds=1)
+    prepared(setup)
+    with pytest.raises(ModelError, match="the run's base model is 000000000000, the one here"):
+        prepared(replace(setup, base="0" * 64))
+    with pytest.raises(MaskError, match="the run's mask is 000000000000, the one here"):
+        prepared(replace(setup, mask_digest="0" * 64))
+    with pytest.raises(MaskError, match="the server sent no mask"):
+        prepared(replace(setup, mask=b""))
+    prepared(replace(setup, mask=b""), {"mask": str(here / "mask.safetensors")})
+
+
+def test_the_server_names_no_path_device_or_backend() -> None:
+    given = {"rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd", "calibration": "/etc/passwd",
+             "mask": "/etc/passwd", "backend": "triton", "device": "cuda", "trust_remote_code": True}  # fmt: skip
+    trusting = given.pop("trust_remote_code")
+    config = settings_here(tomli_w.dumps(given), {})
+    assert config.rounds == 7
+    assert (config.data_dir, config.validation, config.calibration, config.mask) == (None,) * 4
+    assert (config.backend, config.device) == ("auto", "cpu")
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        settings_here(tomli_w.dumps({"trust_remote_code": trusting}), {})
+
+
+@pytest.mark.parametrize("model", ["/models/mine", "../mine", "a/b/c", "~/mine", "x.gguf/../../y"])
+def test_a_path_as_the_runs_model_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="say where it lies here"):
+        settings_here(tomli_w.dumps({"model": model, "task": "sst2"}), {})
+
+
+def test_a_hub_id_that_is_a_directory_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tomli_w.dumps({"model": "org/name", "task": "sst2"})
+    assert settings_here(text, {}).model == "org/name"
+    Path("org/name").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="say where it lies here"):
+        settings_here(text, {})
+    assert settings_here(text, {"model": "org/name"}).model == "org/name"
+
+
+def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
+    rows = tmp_path / "own.jsonl"
+    rows.write_text("".join(f'{{"text": "a film {i}", "label": {i % 2}}}\n' for i in range(20)))
+    text = tomli_w.dumps({"model": "org/name", "template": "{text} It was", "labels": "bad,good"})
+    with pytest.raises(ConfigError, match="data of the nodes' own"):
+        settings_here(text, {})
+    assert settings_here(text, {"data": str(rows)}).data == rows
+
+
+def test_settings_from_an_app() -> None:
+    assert settings_from({"local-steps": 3, "data-dir": "", "alpha": 0.5}) == {"local_steps": 3, "alpha": 0.5}
+
+
+def test_names_of_the_embedded_model_are_no_paths() -> None:
+    assert settings_here("", {}).model == embedded.NAME

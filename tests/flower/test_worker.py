@@ -1,0 +1,115 @@
+"""The resident worker: real processes, reached as a ClientApp reaches them."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+
+from meerkat_engine.errors import WorkerError
+from meerkat_engine.fed.flower.link import Worker, runtime_directory
+
+from .deployment import wait_until, workers
+
+ROUND = {"do": "round", "session": "none", "client": 0}
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short path: the address of a socket has at most a hundred bytes."""
+    with tempfile.TemporaryDirectory(prefix="mk") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        yield Path(directory)
+
+
+@pytest.fixture
+def parent(runtime: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Whom a worker belongs to."""
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+    wait_until(lambda: not workers(runtime), 10, "workers ended with whom they belong to")
+
+
+def left(runtime: Path) -> list[Path]:
+    return [path for path in runtime_directory().iterdir() if path.suffix in (".sock", ".key")]
+
+
+def test_it_stays_until_it_is_told_to_end(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+    worker = Worker("one", parent.pid)
+    assert worker.ask(ROUND, b"", 60) == ({"known": False, "seconds": pytest.approx(0, abs=5)}, b"")
+    (process,) = workers(runtime)
+    Worker("one", parent.pid).ask(ROUND, b"", 60)
+    assert workers(runtime) == [process]
+    for path in left(runtime):
+        assert path.stat().st_mode & 0o077 == 0
+    worker.end()
+    wait_until(lambda: not workers(runtime), 10, "it ended")
+    assert left(runtime) == []
+    worker.end()  # of none, nothing
+
+
+def test_one_that_was_killed_is_started_anew_and_ends_with_whom_it_belongs_to(
+    runtime: Path, parent: subprocess.Popen[bytes]
+) -> None:
+    worker = Worker("one", parent.pid)
+    worker.ask(ROUND, b"", 60)
+    (process,) = workers(runtime)
+    os.kill(process, signal.SIGKILL)
+    worker.ask(ROUND, b"", 60)
+    (other,) = workers(runtime)
+    assert other != process
+    parent.kill()
+    wait_until(lambda: not workers(runtime), 10, "it ended too")
+    assert left(runtime) == []
+
+
+def test_who_has_not_the_key_is_turned_away(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+    worker = Worker("one", parent.pid)
+    worker.ask(ROUND, b"", 60)
+    (socket,) = runtime_directory().glob("*.sock")
+    with pytest.raises(AuthenticationError):
+        Client(str(socket), family="AF_UNIX", authkey=b"guessed")
+    worker.ask(ROUND, b"", 60)
+    assert len(workers(runtime)) == 1
+
+
+def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+    worker = Worker("one", parent.pid)
+    assert "error" in worker.ask({"do": "something else"}, b"", 60)[0]
+    assert "error" in worker.ask({"do": "setup", "session": "s"}, b"", 60)[0]
+    assert worker.ask(ROUND, b"", 60)[0]["known"] is False
+    assert len(workers(runtime)) == 1
+
+
+def test_a_directory_that_others_may_enter_is_refused(runtime: Path, tmp_path: Path) -> None:
+    path = runtime_directory()
+    path.chmod(0o755)
+    with pytest.raises(WorkerError, match="nobody else may enter"):
+        runtime_directory()
+    path.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkerError, match="nobody else may enter"):
+        runtime_directory()
+
+
+def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
+    with pytest.raises(WorkerError, match="too long for a socket's address"):
+        Worker("one", os.getpid())
+
+
+def test_a_client_app_loads_no_torch() -> None:
+    code = "import sys, meerkat_engine.fed.flower.client_app; print('torch' in sys.modules, 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False False\n", done.stderr
