@@ -4,6 +4,7 @@ A step takes the loss of the whole batch, its gradient accumulation parts one af
 the masked weights. Nothing is backpropagated, and there are no gradients to clip, scale, reduce or check.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,13 @@ from transformers.utils import is_accelerate_available
 from . import stream
 from .errors import ConfigError
 from .estimator import Estimator, NonFinite
-from .mask import SparseMask, at_ids
+from .mask import SparseMask
 from .optimizer import SparseZO
-from .parameters import fingerprint, floating_parameters
-from .trainer_arguments import check_arguments
+from .trainer_checks import UPDATES, check_arguments, check_checkpoint, check_processes
 from .updates import Update, read_updates, write_updates
 
 if not is_accelerate_available():
     raise ConfigError("SparseZOTrainer needs the package accelerate: pip install 'meerkat-engine[trainer]'")
-
-UPDATES = "updates.jsonl"
-_OPTIMIZER = "optimizer.pt"
 
 
 @dataclass(frozen=True)
@@ -124,35 +121,28 @@ class SparseZOTrainer(Trainer):
             of = self.model if model is None else model
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._options}
             self.optimizer = self.zo = _TakenBefore(of, self.mask, **options)
-            self._check_processes(of)
+            check_processes(self.accelerator, of, self.mask)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
     ) -> Any:
         """As ``Trainer.train``.
 
         Raises:
-            ConfigError: if the checkpoint to go on from holds no optimizer state or no updates.
+            ConfigError: if the checkpoint to go on from lacks a file that it takes.
         """
         if resume_from_checkpoint is True:  # Trainer says so if there is none
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str):
-            for name in (_OPTIMIZER, UPDATES):
-                if not Path(resume_from_checkpoint, name).is_file():
-                    raise ConfigError(
-                        f"{resume_from_checkpoint} has no {name}: a training cannot go on from it, but one may start "
-                        f"with its model as the base"
-                    )
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._take_updates(resume_from_checkpoint)
         elif self.zo is None or self.model_init is not None:
             self._updates, self._unread = [], []
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
-            self._take_weights()
-            self._take_updates(best)
-        return output
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -194,7 +184,10 @@ class SparseZOTrainer(Trainer):
         return self._updates
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As ``Trainer.log``; the projected gradient of the latest step, a mean over its queries, for ``grad_norm``."""
+        """As ``Trainer.log``, with ``projected_gradient`` for ``grad_norm``.
+
+        It is the mean over the queries of the latest step, and NaN where one of them was skipped.
+        """
         if "grad_norm" in logs and self.zo is not None:
             del logs["grad_norm"]
             latest = [g for _, _, g in self.updates[-self.zo.queries :]]
@@ -228,24 +221,20 @@ class SparseZOTrainer(Trainer):
         by_items = self.model_accepts_loss_kwargs and part.items is not None
         return by_items or self.compute_loss_func is not None
 
+    def _load_best_model(self) -> None:
+        """As Trainer does, and with the model the masters that its weights are roundings of."""
+        assert self.zo is not None
+        best, steps = self.state.best_model_checkpoint, self.zo.steps
+        self._take_updates(best)
+        super()._load_best_model()
+        self._load_optimizer_and_scheduler(best)
+        self.zo.steps = steps  # another training takes other seeds
+
     def _take_updates(self, checkpoint: str) -> None:
+        """Those of a checkpoint, once it is clear that Trainer will find there what belongs to them."""
+        check_checkpoint(checkpoint)
         self.updates.clear()
         self._updates = read_updates(Path(checkpoint, UPDATES))
-
-    def _take_weights(self) -> None:
-        """Sets the masters to the model's weights, which were loaded over them."""
-        assert self.zo is not None
-        weights = [p.detach() for _, p in floating_parameters(self.model)]
-        values = at_ids(weights, self.mask.table, self.mask.ids)
-        self.zo.weights.set_masters_(values.float())
-
-    def _check_processes(self, model: nn.Module) -> None:
-        if self.args.world_size == 1:
-            return
-        digest = bytes.fromhex(fingerprint(model)) + bytes.fromhex(self.mask.digest)
-        mine = torch.tensor(list(digest), device=self.args.device)
-        if (self.accelerator.gather(mine).view(self.args.world_size, -1) != mine).any():
-            raise ConfigError("the processes hold different models or masks; load the same on all")
 
 
 __all__ = ["UPDATES", "SparseZOTrainer"]

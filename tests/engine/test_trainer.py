@@ -8,10 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from meerkat_engine import embedded, replay
+from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import ConfigError
 from meerkat_engine.parameters import fingerprint
+from meerkat_engine.trajectory import replay_
 from meerkat_engine.updates import read_updates
+from meerkat_engine.weights import MaskedWeights
 from tests.engine.trainers import LR, Batch, Setting, by_items, in_parts, plain_loop
 
 
@@ -123,7 +125,7 @@ def test_a_resumed_training_ends_on_the_bits_of_an_uninterrupted_one(tmp_path: P
     first.train()
     resumed = Setting(dtype)
     second = resumed.trainer(tmp_path, zo={"queries": 2}, **arguments)
-    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    second.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert fingerprint(resumed.model) == fingerprint(whole.model)
     assert second.updates == first.updates
     assert len(second.updates) == 18
@@ -172,8 +174,10 @@ def test_every_saved_model_is_its_base_and_the_updates_beside_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_best_model_comes_with_its_updates(tmp_path: Path, dtype: torch.dtype) -> None:
-    setting, scores = Setting(dtype), iter([1.0, 3.0, 2.0, 0.0, 0.0, 0.0])
+def test_the_best_model_comes_with_its_updates_and_another_training_goes_on_from_it(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    setting, scores = Setting(dtype), iter([1.0, 3.0, 2.0] + [0.0] * 3)
     trainer = setting.trainer(
         tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="score", eval_dataset=setting.rows[:4], compute_metrics=lambda _: {"score": next(scores)},
@@ -181,14 +185,22 @@ def test_the_best_model_comes_with_its_updates(tmp_path: Path, dtype: torch.dtyp
     trainer.train()
     assert trainer.state.best_global_step == 4
     best = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", dtype=dtype)
-    assert fingerprint(setting.model) == fingerprint(best)
+    base = embedded.load(dtype).model
+    weights = MaskedWeights(base, setting.mask)
+    replay_(weights, trainer.updates)
     assert len(trainer.updates) == 4
+    assert fingerprint(setting.model) == fingerprint(base) == fingerprint(best)
+    assert trainer.zo is not None
+    assert torch.equal(trainer.zo.weights.masters(), weights.masters())  # not those of the model, which are rounded
+    trainer.args.load_best_model_at_end = False
+    trainer.train()
+    assert [lr for _, lr, _ in trainer.updates[4:]] == pytest.approx([LR * (1 - step / 6) for step in range(6)])
+    # seeds that none of the steps had, those after the best among them
+    seeds = [stream.step_seed(3, 0, step) for step in (*range(4), *range(6, 12))]
+    assert [seed for seed, _, _ in trainer.updates] == seeds
     base = embedded.load(dtype).model
     replay(base, setting.mask, trainer.updates)
-    assert fingerprint(base) == fingerprint(best)
-    assert trainer.zo is not None
-    trainer.zo.restore()
-    assert fingerprint(setting.model) == fingerprint(best)
+    assert fingerprint(setting.model) == fingerprint(base) != fingerprint(best)
 
 
 def test_another_training_goes_on_from_the_weights(tmp_path: Path) -> None:
@@ -233,7 +245,7 @@ def test_a_model_made_for_each_training(tmp_path: Path) -> None:
     assert fingerprint(embedded.load().model) not in prints
 
 
-@pytest.mark.parametrize("missing", ["optimizer.pt", "updates.jsonl"])
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "updates.jsonl"])
 def test_a_checkpoint_that_training_cannot_go_on_from(tmp_path: Path, missing: str) -> None:
     Setting().trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     (tmp_path / "checkpoint-6" / missing).unlink()

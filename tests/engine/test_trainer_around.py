@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import ConfigError, NonFiniteLossError
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.updates import read_updates
@@ -86,6 +87,40 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert taken == [True, False, True]
 
 
+def test_a_query_that_is_skipped_has_its_place_among_the_updates(tmp_path: Path) -> None:
+    """Three queries a step, of two forwards each: the second of the first step and all of the second are bad."""
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        calls.append(None)
+        return outputs.logits.mean() * (float("nan") if len(calls) in (4, 7, 10, 11) else 1)
+
+    calls: list[None] = []
+    setting = Setting()
+    trainer = setting.trainer(
+        tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip", "queries": 3}, max_steps=3,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    updates = read_updates(tmp_path / "checkpoint-3" / "updates.jsonl")
+    assert [g == g for _, _, g in updates] == [True, False, True, False, False, False, True, True, True]
+    assert [seed for seed, _, _ in updates] == [stream.step_seed(3, 0, t, j) for t in range(3) for j in range(3)]
+    assert [lr for _, lr, _ in updates] == pytest.approx([LR * (1 - t / 3) / 3 for t in range(3) for _ in range(3)])
+    logged = [line["projected_gradient"] for line in trainer.state.log_history if "loss" in line]
+    assert [g == g for g in logged] == [False, False, True]
+    base = embedded.load().model
+    replay(base, setting.mask, updates)
+    assert fingerprint(base) == fingerprint(setting.model)
+    # resumed between them
+    calls.extend([None] * 20)
+    resumed = Setting()
+    again = resumed.trainer(
+        tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip", "queries": 3}, max_steps=3,
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert fingerprint(resumed.model) == fingerprint(setting.model)
+    assert [str(update) for update in again.updates] == [str(update) for update in updates]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -95,6 +130,17 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"activation_checkpointing": True}, "activation_checkpointing"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"fp16": True}, "fp16"),
+        (
+            {
+                "save_only_model": True,
+                "load_best_model_at_end": True,
+                "save_strategy": "steps",
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "save_steps": 2,
+            },
+            "save_only_model",
+        ),
     ],
 )
 def test_arguments_about_gradients_are_refused(tmp_path: Path, arguments: dict[str, Any], named: str) -> None:
@@ -131,6 +177,7 @@ def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 _WORKER = """
 import json, sys
 from pathlib import Path
+from meerkat_engine import embedded, replay, stream
 from meerkat_engine.errors import ConfigError
 from meerkat_engine.parameters import fingerprint
 from tests.engine.trainers import Setting
