@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import IO, Any
 
-from .supernode import LOOK, look_sooner, replaced
+from .supernode import replaced
+from .waiting import LOOK, look_sooner
 
 _CLIENT_APP = "flwr-clientapp"
 

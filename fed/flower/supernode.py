@@ -13,10 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ...errors import TransportError
-
-# Seconds between looks.
-LOOK = 0.1
-_BACKOFF = "PULL_INITIAL_BACKOFF"
+from .waiting import LOOK, look_sooner
 
 
 def replaced(module: ModuleType, name: str, **attributes: Any) -> None:
@@ -33,22 +30,10 @@ def replaced(module: ModuleType, name: str, **attributes: Any) -> None:
     setattr(module, name, SimpleNamespace(**(vars(original) | attributes)))
 
 
-def look_sooner() -> None:
-    """Has what of Flower is imported from now on ask soon again for a part of a message that is not there yet.
-
-    Raises:
-        TransportError: if this is another version of Flower.
-    """
-    from flwr.supercore import constant
-
-    if not hasattr(constant, _BACKOFF):
-        raise TransportError(f"this version of Flower has no {_BACKOFF}; take flower-supernode itself")
-    setattr(constant, _BACKOFF, LOOK / 2)
-
-
 def main() -> None:
     """Runs the SuperNode."""
-    look_sooner()
+    if not look_sooner():
+        raise TransportError("this version of Flower waits in another way; take flower-supernode itself")
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -57,7 +42,8 @@ def main() -> None:
             command = [sys.executable, "-m", "meerkat_engine.fed.flower.superexec", *command[1:]]
         return subprocess.Popen(command, **named)
 
-    replaced(start_client_internal, "time", sleep=lambda seconds: time.sleep(min(seconds, LOOK)))
+    # three seconds between looks for a message; half a second between those for its answer, which are free
+    replaced(start_client_internal, "time", sleep=lambda seconds: time.sleep(LOOK if seconds > 1 else LOOK / 10))
     replaced(start_client_internal, "subprocess", Popen=start)
     sys.argv[0] = "flower-supernode"
     flower_supernode()

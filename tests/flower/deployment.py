@@ -200,7 +200,6 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
         "XDG_RUNTIME_DIR": str(runtime),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",

@@ -1,0 +1,22 @@
+"""How long Flower's programs wait before they look again."""
+
+# Seconds between looks, where this engine says so. Flower's own: three, for messages.
+LOOK = 0.1
+
+
+def look_sooner() -> bool:
+    """Has Flower, in this process, ask again soon for a part of a message that is not there yet, not after a second.
+
+    Returns:
+        Whether this version of Flower lets itself be told.
+    """
+    from flwr.supercore.inflatable import inflatable_utils
+
+    defaults = [getattr(each, "__kwdefaults__", None) or {} for each in vars(inflatable_utils).values()]
+    found = [each for each in defaults if "initial_backoff" in each]
+    for each in found:
+        each["initial_backoff"] = LOOK / 2
+    return bool(found)
+
+
+__all__ = ["LOOK", "look_sooner"]
