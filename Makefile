@@ -6,7 +6,7 @@ help:  ## Lists the targets.
 test:  ## Runs the tests.
 	$(PYTHON) -m pytest -n auto --dist loadfile
 
-test-slow:  ## Runs the tests that take minutes; MEERKAT_GGUF names SmolLM2's GGUF file.
+test-slow:  ## Runs the tests that take minutes (extra frameworks); MEERKAT_GGUF names SmolLM2's GGUF file.
 	$(PYTHON) -m pytest -m slow
 
 fuzz:  ## Runs the fuzz tests fifty times as long, and the long kill tests: an hour.

@@ -1,6 +1,7 @@
 """``examples/flare``: in FLARE's simulator, the bits of the same federation in one process."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,11 @@ import torch
 from meerkat_engine.fed import simulate
 from meerkat_engine.parameters import fingerprint
 from tests.examples.running import EXAMPLES, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("nvflare") is None, reason="needs the extra frameworks"),
+]
 
 
 @pytest.fixture

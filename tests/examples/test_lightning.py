@@ -1,7 +1,9 @@
 """``examples/lightning_module.py``: the bits of a plain loop over the same batches, whole and resumed."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -11,6 +13,11 @@ from meerkat_engine.examples import EncodedTask
 from meerkat_engine.objective import Objective, task_loss
 from meerkat_engine.parameters import fingerprint
 from tests.examples.running import fingerprints, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("lightning") is None, reason="needs the extra frameworks"),
+]
 
 
 def plain_loop(epochs: int) -> str:

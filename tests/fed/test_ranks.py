@@ -69,14 +69,14 @@ def same(one: Path, other: Path) -> bool:
 
 
 RUNS = {
+    "three that share one client": (3, ("--ranks-per-client", 3, "--micro-batch-size", 4, "--clients", 2)),
+}  # fmt: skip
+MORE_RUNS = {
     "sampled clients, stopped early": (
         3,
         ("--method", "meerkat-vp", "--clients", 7, "--clients-per-round", 4, "--vp-steps", 6, "--vp-initial", 2,
          "--vp-later", 3, "--vp-rho-later", 0.8, "--vp-rho-quie", 0.1, "--vp-sigma", 10, "--partition", "iid"),
     ),
-    "three that share one client": (3, ("--ranks-per-client", 3, "--micro-batch-size", 4, "--clients", 2)),
-}  # fmt: skip
-MORE_RUNS = {
     "a client each": (2, ()),
     "weights": (2, ("--method", "fedavg", "--clients", 3, "--clients-per-round", 2)),
     "private, two that share one client": (
