@@ -12,6 +12,7 @@ import pytest
 
 from meerkat_engine.bench.assembly import Assembly
 
+pytestmark = pytest.mark.slow  # compiles every kernel for three GPUs: to be run when one has changed
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 TABLE = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
 LISTS = {"_normal_kernel", "_bits_kernel", "_inner_kernel", "_coefficients_kernel"}

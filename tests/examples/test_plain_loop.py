@@ -11,6 +11,7 @@ from meerkat_engine.updates import read_updates
 from tests.examples.running import fingerprints, run
 
 
+@pytest.mark.slow
 def test_the_files_that_it_leaves_are_the_model_that_it_trained(tmp_path: Path) -> None:
     printed = run("plain_loop.py", "--steps", 60, "--output", tmp_path)
     assert "step 50: loss" in printed

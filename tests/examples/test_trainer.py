@@ -3,12 +3,15 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from meerkat_engine import embedded
 from meerkat_engine.parameters import fingerprint
 from meerkat_engine.updates import read_updates
 from tests.examples.running import fingerprints, run
 
 
+@pytest.mark.slow
 def test_it_ends_on_the_same_model_when_resumed(tmp_path: Path) -> None:
     whole = run("trainer.py", "--steps", 100, "--output", tmp_path)
     best, replayed = fingerprints(whole)

@@ -348,6 +348,7 @@ def accuracy(output: Path, **settings: Any) -> float:
     return float(summary["accuracy_after"])
 
 
+@pytest.mark.slow
 def test_with_a_fifth_hostile_median_and_trimmed_mean_hold_and_the_mean_does_not(tmp_path: Path) -> None:
     clean = accuracy(tmp_path / "clean")
     mask = {"mask": tmp_path / "clean" / "mask.safetensors"}

@@ -192,7 +192,10 @@ def test_processes_that_do_not_divide() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(("--method", "fedavg"), "fedavg has no losses to share"), ((), "give their size as --micro-batch-size")],
+    [
+        pytest.param(("--method", "fedavg"), "fedavg has no losses to share", marks=pytest.mark.slow),
+        ((), "give their size as --micro-batch-size"),
+    ],
 )
 def test_clients_that_cannot_be_shared(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
     process = start(2, *settings, "--ranks-per-client", 2, "--output", tmp_path / "run")

@@ -34,6 +34,7 @@ KILLED = {
     "in private": ("write", "method=decomfl", "dp_noise=2", "rounds=3", "snapshot_every=2"),
     "by backpropagation": ("write", "method=fedavg", "rounds=3"),
 }  # fmt: skip
+OFTEN = {"between and inside writes", "with early stopping"}  # killed in every run of the suite
 
 
 def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str, ...]) -> dict[str, Any]:
@@ -48,7 +49,9 @@ def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str,
     return found
 
 
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in OFTEN)) for each in KILLED]
+)
 def test_a_run_that_is_killed_ends_on_the_same_bits(tmp_path: Path, name: str) -> None:
     kind, *settings = KILLED[name]
     wanted = 3 if name == "in private" else 4  # 19 and more in all

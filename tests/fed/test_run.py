@@ -280,10 +280,8 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path
     assert "is a file" in result.output
 
 
-@pytest.mark.parametrize(
-    ("method", "file"),
-    [("random-mask", "ledger.jsonl"), pytest.param("meerkat", "gradip.jsonl", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "file"), [("random-mask", "ledger.jsonl"), ("meerkat", "gradip.jsonl")])
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, method: str, file: str
 ) -> None:
