@@ -6,6 +6,7 @@ taken.
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _parsed(line: bytes, where: str) -> Update:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
 
 
 __all__ = ["Update", "read_updates", "write_updates"]

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -66,11 +67,8 @@ class Ranks:
             lengths: list[int] = sizes[1:].tolist()
             data = torch.empty(max(1, sum(lengths)), dtype=torch.uint8)
             distributed.recv(data, rank)
-        whole, parts = data.numpy().tobytes(), []
-        for length in lengths:
-            parts.append(whole[:length])
-            whole = whole[length:]
-        return parts
+        whole, ends = data.numpy().tobytes(), list(accumulate(lengths))
+        return [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
     @property
     def spread(self) -> Spread | None:
@@ -99,7 +97,7 @@ def launched(per_client: int) -> Iterator[Ranks | None]:
     Raises:
         ConfigError: if the number of processes is no multiple of it.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if world % per_client:
         raise ConfigError(
             f"{per_client} ranks per client do not divide the {world} processes of this run; "
@@ -109,7 +107,13 @@ def launched(per_client: int) -> Iterator[Ranks | None]:
         yield None
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(
+                f"process {local} of this host has no GPU, of which there are {gpus}; start fewer, or hide them all "
+                f"with CUDA_VISIBLE_DEVICES= for a run on CPUs"
+            )
+        torch.cuda.set_device(local)
     with _told(None):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     ranks = Ranks(per_client)

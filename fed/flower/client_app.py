@@ -127,8 +127,8 @@ def _here() -> Any:
 
 
 def _elsewhere(context: Context) -> Worker:
-    """The worker of this SuperNode and run: it ends with the process that starts this one for every message."""
-    return Worker(f"{context.node_id} {context.run_id}", os.getppid())
+    """The worker of this SuperNode, for one run at a time; it ends with what starts this process for every message."""
+    return Worker(str(context.node_id), os.getppid())
 
 
 __all__ = ["app", "introduce", "leave", "train", "train_for_any_strategy"]

@@ -11,6 +11,8 @@ from .nodes import Nodes
 from .records import DISMISSAL, INTRODUCTION, ROUND, Setup, answer_of, client_of, round_content
 from .waiting import LOOK, look_sooner
 
+# Seconds that a part of an answer is waited for, whose other parts are there.
+_PART = 20.0
 # Seconds that a message lives longer than it is waited for: clocks of other machines are not ours.
 _GRACE = 60.0
 # Seconds after which a node that could not take part is told of the run again.
@@ -42,12 +44,13 @@ class GridExchange:
         wait: float,
         say: Callable[[str], None],
     ) -> None:
-        if not look_sooner():
+        if not look_sooner(_PART):
             say("this version of Flower waits in another way: answers may come a second late")
         self.nodes = Nodes(say)
         self._grid, self._make_setup, self._say = grid, setup, say
         self._deadline, self._at_least, self._wait = deadline, at_least, wait
         self._setup: Setup | None = None
+        self._unread: set[str] = set()  # why answers could not be read
         self._introductions: dict[str, int] = {}  # message -> node, of those that wait for an answer
         self._unfit: dict[int, float] = {}  # nodes that cannot take part -> since when
 
@@ -87,7 +90,9 @@ class GridExchange:
         while True:
             sent |= self._sent(wanted, sent, begun + self._deadline - time.monotonic())
             if not sent and not self._coming(wanted):
-                break
+                if count or not wanted:
+                    break
+                self._greet()  # nobody who is wanted is there: until the deadline, somebody may come
             if time.monotonic() > begun + self._deadline:
                 late = ", ".join(str(i) for i in sorted(set(sent.values()) | self._coming(wanted)))
                 self._say(f"no answer within {self._deadline:g} s from client {late}")
@@ -104,15 +109,14 @@ class GridExchange:
         )
 
     def dismiss(self, seconds: float = 10.0) -> None:
-        """Lets the nodes go that know the run, so that their workers end; waits until they heard, but not long."""
+        """Lets the nodes go, so that their workers end; waits until they heard, but not long."""
         if self._setup is None:
             return
-        online = [node for node in self._grid.get_node_ids() if node in self.nodes]
-        left = set(self._post({node: RecordDict() for node in online}, DISMISSAL, seconds))
+        left = set(self._post({node: RecordDict() for node in self._grid.get_node_ids()}, DISMISSAL, seconds))
         until = time.monotonic() + seconds
         while left and time.monotonic() < until:
             time.sleep(LOOK)
-            left -= {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(list(left))}
+            left -= {reply.metadata.reply_to_message_id for reply in self._pulled(list(left))}
 
     def _greet(self) -> None:
         """Tells nodes that are new of the run."""
@@ -156,13 +160,23 @@ class GridExchange:
         """What has come since the last look, taken out of ``sent``: client, answer or None, seconds that it took."""
         if not sent and not self._introductions:
             return
-        for reply in self._grid.pull_messages([*sent, *self._introductions]):
+        for reply in self._pulled([*sent, *self._introductions]):
             id = reply.metadata.reply_to_message_id
             if id in self._introductions:
                 self._introduced(self._introductions.pop(id), reply)
             elif id in sent:
                 client = sent.pop(id)
                 yield client, *self._answered(client, reply)
+
+    def _pulled(self, ids: list[str]) -> list[Message]:
+        """What Flower has of the answers; one that it cannot read, whoever made it, ends no run."""
+        try:
+            return list(self._grid.pull_messages(ids))
+        except Exception as error:
+            if (text := f"answers could not be read: {type(error).__name__}: {error}") not in self._unread:
+                self._unread.add(text)
+                self._say(text)
+            return []
 
     def _introduced(self, node: int, reply: Message) -> None:
         try:

@@ -5,13 +5,15 @@ import time
 
 import numpy as np
 
-from ...errors import MeerkatError
+from ...errors import ConfigError, MaskError, MessageError, ModelError
 from .link import END, Header
 from .participant import Participant
 from .stock import stock_round
 
 _LOG = logging.getLogger("meerkat.worker")
 _UNKNOWN: Header = {"known": False}
+# Errors of settings, model, mask and messages, which say nothing of the node's examples.
+_TOLD = (ConfigError, MaskError, MessageError, ModelError)
 
 
 class Resident:
@@ -26,12 +28,18 @@ class Resident:
         begun = time.perf_counter()
         try:
             found, answer = getattr(self, f"_{_DOES[header['do']]}")(header, payload)
-        except MeerkatError as error:
+        except _TOLD as error:
             return {"error": f"{error}"}, b""
         except Exception as error:  # a worker that ends takes the model with it
+            # what it says may quote the node's examples, which are not the server's to read
             _LOG.exception("%s failed", header.get("do"))
-            return {"error": f"{type(error).__name__}: {error}"}, b""
-        return {**found, "seconds": time.perf_counter() - begun}, answer
+            return {"error": f"{type(error).__name__}; the node's own log says why"}, b""
+        return {**found, "seconds": 0.0 if self._is_private else time.perf_counter() - begun}, answer
+
+    @property
+    def _is_private(self) -> bool:
+        """Whether nobody is to know how long steps take, from which the size of a batch could be guessed."""
+        return self._participant is not None and self._participant.replica.terms.privacy is not None
 
     def _set_up(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
         session = str(header["session"])

@@ -53,7 +53,7 @@ def serve_run(
         grid,
         lambda: setup_of(output, seconds=wait, send_mask=send_mask),
         deadline=deadline,
-        at_least=min_nodes or config.clients_per_round or config.clients,
+        at_least=min_nodes or config.clients,
         wait=wait,
         say=say,
     )

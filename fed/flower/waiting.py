@@ -4,8 +4,11 @@
 LOOK = 0.1
 
 
-def look_sooner() -> bool:
+def look_sooner(most: float | None = None) -> bool:
     """Has Flower, in this process, ask again soon for a part of a message that is not there yet, not after a second.
+
+    Args:
+        most: seconds after which it gives such a part up; None leaves Flower's two hours.
 
     Returns:
         Whether this version of Flower lets itself be told.
@@ -16,6 +19,8 @@ def look_sooner() -> bool:
     found = [each for each in defaults if "initial_backoff" in each]
     for each in found:
         each["initial_backoff"] = LOOK / 2
+        if most is not None:
+            each |= {"max_time": most, "backoff_cap": 1.0}
     return bool(found)
 
 

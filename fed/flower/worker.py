@@ -96,7 +96,7 @@ def _wait_for(process: int) -> None:
 
 
 def _end(place: Path) -> NoReturn:
-    for suffix in (".sock", ".key", ".lock"):
+    for suffix in (".sock", ".key"):  # not the lock, for which somebody may wait
         place.with_suffix(suffix).unlink(missing_ok=True)
     os._exit(0)
 

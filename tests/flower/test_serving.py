@@ -1,5 +1,6 @@
 """A run over a Grid, in this process: nodes that come, go, forget and fail, and what a node takes from the server."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -211,6 +212,47 @@ def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data of the nodes' own"):
         settings_here(text, {})
     assert settings_here(text, {"data": str(rows)}).data == rows
+
+
+def test_what_a_node_cannot_do_tells_nothing_of_its_examples(served: Served, tmp_path: Path) -> None:
+    rows = tmp_path / "own.jsonl"
+    rows.write_text('{"text": "x", "label": "Jane Doe is ill"}\n' * 20)
+    node = {"client-id": 2, "data": str(rows)}
+    served.grid.nodes[102] = Node(Context(1, 102, node, RecordDict(), {}))
+    served.run(tmp_path / "there", min_nodes=2)
+    assert served.heard("node 102 cannot take part: "), served.said
+    assert not served.heard("Jane"), served.said
+
+
+def test_a_round_waits_for_somebody_to_come(served: Served, tmp_path: Path, here: Path) -> None:
+    """All are gone when it begins, and come back."""
+    gone = dict(served.grid.nodes)
+
+    def leave() -> None:
+        served.grid.nodes.clear()
+
+    served.when["round 2 of 4"] = leave
+    timer = threading.Timer(8, lambda: served.grid.nodes.update(gone))
+    timer.start()
+    served.run(tmp_path / "there", deadline=60)
+    timer.join()
+    assert [len(line.clients) > 0 for line in read_ledger(tmp_path / "there" / "ledger.jsonl").rounds] == [True] * 4
+
+
+def test_answers_that_cannot_be_read_end_no_run(
+    served: Served, tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull, failures = served.grid.pull_messages, iter([True])
+
+    def once(ids: Any) -> Any:
+        if len(served.said) > 8 and next(failures, False):
+            raise ValueError("garbage")
+        return pull(ids)
+
+    monkeypatch.setattr(served.grid, "pull_messages", once)
+    served.run(tmp_path / "there")
+    assert served.heard("answers could not be read: ValueError: garbage")
+    assert ledger_of(tmp_path / "there") == ledger_of(here)
 
 
 def test_settings_from_an_app() -> None:
