@@ -77,7 +77,7 @@ def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> No
     assert same_bits(flat(base), flat(model))
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "numba", pytest.param("triton", marks=pytest.mark.slow)])
 def test_step_by_step_or_in_one_call_and_with_seeds_of_ones_own(backend: str, estimator: str) -> None:
     ends = []
     for many, given in itertools.product((True, False), repeat=2):

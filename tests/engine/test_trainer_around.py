@@ -199,6 +199,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_one_step_on_the_mean_of_their_losses(tmp_path: Path) -> None:
     """Resumed too; and processes whose models differ are told."""
     script = tmp_path / "worker.py"

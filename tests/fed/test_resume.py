@@ -34,7 +34,7 @@ KILLED = {
     "in private": ("write", "method=decomfl", "dp_noise=2", "rounds=3", "snapshot_every=2"),
     "by backpropagation": ("write", "method=fedavg", "rounds=3"),
 }  # fmt: skip
-OFTEN = {"between and inside writes", "with early stopping"}  # killed in every run of the suite
+OFTEN = {"between and inside writes"}  # killed in every run of the suite
 
 
 def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str, ...]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tests.fed.command import call, summary_of
 from .deployment import Deployment, make_keys, wait_until, workers
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Flower's, of what it imports
     pytest.mark.timeout(600),
 ]
@@ -77,7 +78,6 @@ def test_same_bits_as_in_one_process_and_strangers_stay_outside(
     print("\n".join(line for line in told.splitlines() if "answers in" in line))
 
 
-@pytest.mark.slow
 def test_a_worker_that_was_killed_is_started_anew_and_catches_up(
     three_nodes: Deployment, run_directory: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +95,6 @@ def test_a_worker_that_was_killed_is_started_anew_and_catches_up(
     assert next(iter(rejected)).endswith("stands at an earlier round")
 
 
-@pytest.mark.slow
 def test_a_node_that_never_answers_holds_no_round_past_its_deadline(
     three_nodes: Deployment, run_directory: Path
 ) -> None:
@@ -119,7 +118,6 @@ def test_a_node_that_never_answers_holds_no_round_past_its_deadline(
     assert "the same bits as at the end of the run" in call("replay", run_directory).output
 
 
-@pytest.mark.slow
 def test_a_node_that_was_killed_and_restarted_catches_up(three_nodes: Deployment, run_directory: Path) -> None:
     """Flower's SuperLink notices after a minute, and lets it in again; until then rounds go on without it."""
     up = three_nodes
