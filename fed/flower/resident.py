@@ -5,15 +5,15 @@ import time
 
 import numpy as np
 
-from ...errors import ConfigError, MaskError, MessageError, ModelError
+from ...errors import ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError
 from .link import END, Header
 from .participant import Participant
 from .stock import stock_round
 
 _LOG = logging.getLogger("meerkat.worker")
 _UNKNOWN: Header = {"known": False}
-# Errors of settings, model, mask and messages, which say nothing of the node's examples.
-_TOLD = (ConfigError, MaskError, MessageError, ModelError)
+# Errors of settings, model, mask, messages and losses, which quote none of the node's examples.
+_TOLD = (ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError)
 
 
 class Resident:
