@@ -6,8 +6,10 @@ metadata, and a checksum covers it all (see ``docs/formats.md``).
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,6 +224,20 @@ class SparseMask:
             "table": self.table.to_json(),
         }
         write_sealed(path, _KIND, tensors, metadata | self._derived())
+
+    def to_bytes(self) -> bytes:
+        """What ``save`` writes, to be sent elsewhere."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(path := Path(directory, "mask.safetensors"))
+            return path.read_bytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, model: nn.Module | None = None) -> "SparseMask":
+        """Reads what ``to_bytes`` gave, or a file's content; arguments and errors are those of ``load``."""
+        with tempfile.TemporaryDirectory() as directory:  # safetensors reads metadata from files alone
+            path = Path(directory, "mask.safetensors")
+            path.write_bytes(data)
+            return cls.load(path, model)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "SparseMask":

@@ -5,7 +5,6 @@ client may change from round to round, because a request says all that a client 
 """
 
 import struct
-import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -137,13 +136,7 @@ class _Helper:
 
     def join(self, digest: bytes, file: bytes) -> list[bytes]:
         """Builds the clients."""
-        if file:
-            with tempfile.TemporaryDirectory() as directory:
-                path = Path(directory) / "mask.safetensors"
-                path.write_bytes(file)
-                mask = SparseMask.load(path, self._lm.model)
-        else:
-            mask = make_mask(self._config, self._lm)
+        mask = SparseMask.from_bytes(file, self._lm.model) if file else make_mask(self._config, self._lm)
         if mask.digest.encode() != digest:
             raise RunError(f"the mask is {mask.digest[:12]}, on rank 0 it is {digest.decode()[:12]}")
         federation = Federation(

@@ -5,13 +5,13 @@ The server is believed what a run needs and nothing else: paths, devices and the
 
 import re
 import secrets
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from ..setup import encode, load_language_model, shares_of
 from ..task_choice import chosen_task
 
 # Settings that are the business of the machine they are on: none of them travels, and none is taken from a message.
-LOCAL = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device", "snapshot_every",
+_LOCAL = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device", "snapshot_every",
                    "attack", "attackers"})  # fmt: skip
 # What a node may say of itself, by the names of `--node-config`, and the settings that these become.
 _OWN = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask", "device": "device",
@@ -39,6 +39,11 @@ _OWN = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Elements that follow from settings and model alone, so that no mask need travel.
 FOLLOWING = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
+
+
+def settings_sent(settings: Mapping[str, Any]) -> str:
+    """The settings of a run that nodes are told, as TOML."""
+    return tomli_w.dumps({name: value for name, value in settings.items() if name not in _LOCAL})
 
 
 def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
@@ -52,7 +57,7 @@ def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
         ConfigError: if the two do not go together, or the server names what only the node may name.
     """
     try:
-        given = {name: value for name, value in tomllib.loads(toml).items() if name not in LOCAL}
+        given = {name: value for name, value in tomllib.loads(toml).items() if name not in _LOCAL}
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the server's settings cannot be read: {error}") from error
     model = str(given.get("model", embedded.NAME))
@@ -138,10 +143,7 @@ def _mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:
         return make_mask(config, lm)
     if not sent:
         raise MaskError("the server sent no mask; say where it lies here: --node-config 'mask=\"FILE\"'")
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "mask.safetensors"
-        path.write_bytes(sent)
-        return SparseMask.load(path, lm.model)
+    return SparseMask.from_bytes(sent, lm.model)
 
 
-__all__ = ["FOLLOWING", "LOCAL", "Participant", "settings_here"]
+__all__ = ["FOLLOWING", "Participant", "settings_here", "settings_sent"]

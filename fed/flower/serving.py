@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from flwr.serverapp import Grid
 
 from ..config import make_config, read_toml
@@ -12,7 +11,7 @@ from ..ledger import read_ledger
 from ..run import Progress, check_same, execute, resume
 from ..rundir import CONFIG, LEDGER, MASK, is_run
 from .exchange import GridExchange
-from .participant import FOLLOWING, LOCAL
+from .participant import FOLLOWING, settings_sent
 from .records import Setup
 
 Say = Callable[[str], None]
@@ -79,7 +78,7 @@ def setup_of(run: Path, *, seconds: float, send_mask: bool = True) -> Setup:
     settings, header = read_toml(run / CONFIG), read_ledger(run / LEDGER).header
     follows = make_config(settings).method.recipe.elements in FOLLOWING
     return Setup(
-        settings=tomli_w.dumps({name: value for name, value in settings.items() if name not in LOCAL}),
+        settings=settings_sent(settings),
         base=header.base,
         mask_digest=header.terms.mask_digest,
         mask=(run / MASK).read_bytes() if send_mask and not follows else b"",

@@ -1,30 +1,25 @@
 """``start_strategy``: a run of one of Flower's own strategies over this engine's clients; see ``stock``."""
 
-import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli_w
 from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ...evaluation import evaluate
-from ...mask import SparseMask
 from ...models import LanguageModel
 from ...parameters import fingerprint
 from ..config import RunConfig, make_config
 from ..federation import terms_of
 from ..masks import make_mask
 from ..replica import Replica
-from ..rundir import MASK
 from ..setup import TaskData, encode, load_language_model
 from .exchange import GridExchange
-from .participant import LOCAL
+from .participant import settings_sent
 from .records import Setup
 from .stock import check_stock, moves
 from .stock_records import SCALARS
@@ -87,8 +82,8 @@ def start_strategy(
             (``fraction_evaluate=0``): the server evaluates.
         settings: by name, as ``make_config`` takes them.
         say: called with lines for people.
-        deadline: seconds that the strategy waits for the answers of a round, and a node may take to load its model.
-        wait: seconds that all clients are waited for before the first round.
+        deadline: seconds that the strategy waits for the answers of a round.
+        wait: seconds that all clients are waited for before the first round, in which they load their models.
 
     Raises:
         ConfigError: if the settings need this engine's own server.
@@ -100,7 +95,13 @@ def start_strategy(
     base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
     mask = make_mask(config, lm, data.train)
     replica = Replica(lm.model, mask, terms_of(config, mask), config.backend)
-    setup = _setup(config, base, mask, deadline)
+    setup = Setup(
+        settings=settings_sent(tomllib.loads(config.to_toml())),
+        base=base,
+        mask_digest=mask.digest,
+        mask=mask.to_bytes(),
+        seconds=max(deadline, wait),
+    )
     nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients, wait=wait, say=say)
     follower = _Follower(config, replica, data)
     try:
@@ -115,15 +116,6 @@ def start_strategy(
     finally:
         nodes.dismiss()
     return Trained(result=result, lm=lm, weights=fingerprint(lm.model), scalars=follower.scalars)
-
-
-def _setup(config: RunConfig, base: str, mask: SparseMask, seconds: float) -> Setup:
-    settings = {name: value for name, value in tomllib.loads(config.to_toml()).items() if name not in LOCAL}
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / MASK
-        mask.save(path)
-        sent = path.read_bytes()
-    return Setup(settings=tomli_w.dumps(settings), base=base, mask_digest=mask.digest, mask=sent, seconds=seconds)
 
 
 __all__ = ["Trained", "start_strategy"]

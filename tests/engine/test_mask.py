@@ -132,14 +132,15 @@ def test_loss_that_is_not_finite(llama: nn.Module) -> None:
 def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> None:
     mask = SparseMask.from_gradients(llama, BATCHES, 0.01, calibration="three batches")
     mask.save(tmp_path / "m.safetensors")
-    loaded = SparseMask.load(tmp_path / "m.safetensors", llama)
-    assert loaded.digest == mask.digest
-    assert torch.equal(loaded.ids, mask.ids)
-    for a, b in ((loaded.gradient, mask.gradient), (loaded.scores, mask.scores)):
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a, b)
-    assert (loaded.density, loaded.source, loaded.calibration) == (0.01, "sensitivity", "three batches")
+    sent = SparseMask.from_bytes(mask.to_bytes(), llama)
+    for loaded in (SparseMask.load(tmp_path / "m.safetensors", llama), sent):
+        assert loaded.digest == mask.digest
+        assert torch.equal(loaded.ids, mask.ids)
+        for a, b in ((loaded.gradient, mask.gradient), (loaded.scores, mask.scores)):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b)
+        assert (loaded.density, loaded.source, loaded.calibration) == (0.01, "sensitivity", "three batches")
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "meerkat-mask/2"
