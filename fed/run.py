@@ -59,6 +59,7 @@ def execute(
 
     Raises:
         MeerkatError: for any input that does not fit; what was complete on disk stays.
+        ValueError: for an exchange and a team at once.
     """
     check_free(output)
     setup.check_files(config)
@@ -185,6 +186,8 @@ class _Prepared:
 def _prepare(
     config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None, team: Team | None
 ) -> _Prepared:
+    if team is not None and exchange is not None:
+        raise ValueError("clients are elsewhere, or dealt to processes here; not both")
     if team is not None:
         team.begin(config)
         say(team.described())

@@ -94,8 +94,8 @@ class GridExchange:
                     break
                 self._greet()  # nobody who is wanted is there: until the deadline, somebody may come
             if time.monotonic() > begun + self._deadline:
-                late = ", ".join(str(i) for i in sorted(set(sent.values()) | self._coming(wanted)))
-                self._say(f"no answer within {self._deadline:g} s from client {late}")
+                late = set(sent.values()) | self._coming(wanted) or set(wanted)
+                self._say(f"no answer within {self._deadline:g} s from client {', '.join(map(str, sorted(late)))}")
                 break
             for client, answer, seconds in self._answers(sent):
                 if answer is not None:
