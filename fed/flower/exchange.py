@@ -17,6 +17,8 @@ _PART = 20.0
 _GRACE = 60.0
 # Seconds after which a node that could not take part is told of the run again.
 _AGAIN = 60.0
+# Seconds after which it is said again how many nodes have come.
+_STILL = 30.0
 
 
 class GridExchange:
@@ -67,10 +69,15 @@ class GridExchange:
         Raises:
             TransportError: if too few come.
         """
-        until = time.monotonic() + self._wait
+        began = said = time.monotonic()
         self._greet()
+        if len(self.nodes) < self._at_least:
+            self._say(f"waiting up to {self._wait:g} s for nodes of {self._at_least} clients")
         while len(self.nodes) < self._at_least:
-            late = time.monotonic() > until
+            late = time.monotonic() > began + self._wait
+            if time.monotonic() > said + _STILL:
+                said = time.monotonic()
+                self._say(f"{len(self.nodes)} of {self._at_least} clients have a node after {said - began:.0f} s")
             for _ in self._answers({}):
                 raise AssertionError("nobody was asked for anything")
             if late and len(self.nodes) < self._at_least:

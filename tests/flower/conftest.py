@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from .deployment import Deployment, deployment, make_keys, wait_until
+from .deployment import Deployment, deployment
 
 
 @pytest.fixture(scope="module")
 def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("flower", numbered=True)
     with deployment(directory) as found:
-        for i in range(3):
-            key = make_keys(directory, f"key{i}")
-            found.register(key)
-            found.node(f"node{i}", key, f"client-id={i}")
-        for i in range(3):
-            name = f"node{i}"
-            wait_until(lambda name=name: "SuperNode ID" in found.log(name), 60, f"{name} is there")
+        found.three_nodes()
         yield found
 
 

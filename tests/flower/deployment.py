@@ -119,6 +119,7 @@ class Deployment:
     directory: Path
     port: int
     environment: dict[str, str]
+    options: list[str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
@@ -145,12 +146,28 @@ class Deployment:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def superlink(self) -> None:
+        """Starts the SuperLink, and waits until it listens."""
+        self.start(
+            "superlink", "flower-superlink", "--ssl-certfile", self.directory / "server.pem",
+            "--ssl-keyfile", self.directory / "server.key", "--ssl-ca-certfile", self.directory / "ca.pem",
+            "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", self.port, *self.options,
+        )  # fmt: skip
+        wait_until(lambda: listens(self.port), 60, "the SuperLink listens")
+
     def register(self, key: Path) -> None:
         done = subprocess.run(
             ["flwr", "supernode", "register", str(key.with_suffix(".pub")), "here"],
             env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def three_nodes(self) -> None:
+        """Nodes that are the clients 0 to 2, each with a key of its own; waits until the SuperLink has let them in."""
+        for i in range(3):
+            self.register(key := make_keys(self.directory, f"key{i}"))
+            self.node(f"node{i}", key, f"client-id={i}")
+        wait_until(lambda: all("SuperNode ID" in self.log(f"node{i}") for i in range(3)), 60, "three nodes are there")
 
     def node(
         self, name: str, key: Path | None, config: str, *, certificate: bool = True, stock: bool = False
@@ -183,8 +200,8 @@ class Deployment:
 
 
 @contextmanager
-def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deployment]:
-    """A SuperLink with TLS; everything that was started is killed in the end."""
+def deployment(directory: Path, *, authenticated: bool = True, database: bool = False) -> Iterator[Deployment]:
+    """A SuperLink with TLS, its state in memory or in a file; everything that was started is killed in the end."""
     home = directory / "flwr"
     home.mkdir()
     runtime = directory / "rt"
@@ -204,15 +221,11 @@ def deployment(directory: Path, *, authenticated: bool = True) -> Iterator[Deplo
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
-    found = Deployment(directory, port, environment)
+    options = ["--enable-supernode-auth"] if authenticated else []
+    options += ["--database", str(directory / "state.db")] if database else []
+    found = Deployment(directory, port, environment, options)
     try:
-        found.start(
-            "superlink", "flower-superlink", "--ssl-certfile", directory / "server.pem",
-            "--ssl-keyfile", directory / "server.key", "--ssl-ca-certfile", directory / "ca.pem",
-            *(["--enable-supernode-auth"] if authenticated else []), "--disable-runtime-dependency-installation",
-            "--host", "127.0.0.1", "--port", port,
-        )  # fmt: skip
-        wait_until(lambda: listens(port), 60, "the SuperLink listens")
+        found.superlink()
         yield found
     finally:
         for name in list(found.processes):

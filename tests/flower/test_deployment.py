@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from meerkat_engine.errors import RunError
 from meerkat_engine.fed import execute, make_config, read_ledger
 from meerkat_engine.fed.flower.participant import Participant
 from meerkat_engine.fed.flower.serving import setup_of
+from meerkat_engine.fed.rundir import RunDirectory
 from tests.fed.command import call, summary_of
 
-from .deployment import Deployment, make_keys, wait_until, workers
+from .deployment import Deployment, deployment, make_keys, wait_until, workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,6 +36,15 @@ def in_process(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def rounds_in(run: Path) -> int:
     ledger = run / "ledger.jsonl"
     return max(0, ledger.read_bytes().count(b"\n") - 1) if ledger.exists() else 0
+
+
+def is_left(run: Path) -> bool:
+    """Whether no process writes to a run directory."""
+    try:
+        with RunDirectory(run):
+            return True
+    except RunError:
+        return False
 
 
 def answers_follow_from_the_ledger(run: Path, client: int) -> int:
@@ -142,3 +153,33 @@ def test_a_node_that_was_killed_and_restarted_catches_up(three_nodes: Deployment
     assert took_part[-1], told
     assert answers_follow_from_the_ledger(run_directory, 1) == sum(took_part)
     assert "the same bits as at the end of the run" in call("replay", run_directory).output
+
+
+@pytest.mark.parametrize("database", [True, False])
+def test_a_superlink_that_was_killed_and_started_again_has_the_run_gone_on_with(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, database: bool
+) -> None:
+    """With its database the nodes stay; without, their keys are registered again and they are started again."""
+    run, settings = tmp_path / "there", SETTINGS | {"rounds": 20}
+    directory = tmp_path_factory.mktemp("flower")
+    with deployment(directory, database=database) as up:
+        up.three_nodes()
+        up.run("before", output=run, deadline=60, wait=120, **settings)
+        wait_until(lambda: rounds_in(run) >= 2, 120, "two rounds are over")
+        up.kill("superlink")
+        up.processes.pop("before").wait(60)
+        assert 2 <= rounds_in(run) < 20
+        up.superlink()
+        if not database:
+            for i in range(3):
+                up.register(directory / f"key{i}")
+                up.processes.pop(f"node{i}").wait(60)  # it is known no more
+                up.node(f"node{i}", directory / f"key{i}", f"client-id={i}")
+        wait_until(lambda: is_left(run), 60, "the ServerApp has noticed that its run is over")
+        up.run("after", output=run, deadline=60, wait=120, **settings)
+        told = up.finish("after", 240)
+    here = in_process(tmp_path / "here", settings)
+    assert "going on after round" in told
+    assert summary_of(run)["weights"] == here["weights"], told
+    lines, same = (read_ledger(each / "ledger.jsonl").rounds for each in (run, tmp_path / "here"))
+    assert [line.clients for line in lines] == [line.clients for line in same]  # catching up, nodes were sent more

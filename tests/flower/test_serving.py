@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from meerkat_engine import embedded
 from meerkat_engine.errors import ConfigError, MaskError, ModelError, TransportError
 from meerkat_engine.fed import execute, make_config
-from meerkat_engine.fed.flower import client_app
+from meerkat_engine.fed.flower import client_app, exchange
 from meerkat_engine.fed.flower.participant import Participant, settings_here
 from meerkat_engine.fed.flower.records import Setup
 from meerkat_engine.fed.flower.resident import Resident
@@ -134,10 +134,15 @@ def test_of_two_that_claim_to_be_one_client_the_first_is(served: Served, tmp_pat
     assert "round" not in double.asked
 
 
-def test_too_few_nodes_are_an_error_that_leaves_a_run_to_go_on_with(served: Served, tmp_path: Path, here: Path) -> None:
+def test_too_few_nodes_are_an_error_that_leaves_a_run_to_go_on_with(
+    served: Served, tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_STILL", 0.5)
     gone = served.grid.nodes.pop(102)
-    with pytest.raises(TransportError, match="2 of 3 clients have a node after 1 s"):
+    with pytest.raises(TransportError, match="2 of 3 clients have a node after 1 s; start the others"):
         served.run(tmp_path / "there")
+    assert served.heard("waiting up to 1 s for nodes of 3 clients")
+    assert served.heard("2 of 3 clients have a node after")
     served.grid.nodes[102] = gone
     served.run(tmp_path / "there")
     lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "there", here))
