@@ -150,11 +150,13 @@ def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> N
 
 
 def test_mask_of_another_model_says_what_differs(llama: nn.Module, tmp_path: Path) -> None:
-    SparseMask.random(llama, 0.1, 0).save(tmp_path / "m")
-    with pytest.raises(
-        MaskError, match=r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"
-    ):
-        SparseMask.load(tmp_path / "m", make_model("qwen2"))
+    mask, other = SparseMask.random(llama, 0.1, 0), make_model("qwen2")
+    mask.save(tmp_path / "m")
+    what = r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"
+    with pytest.raises(MaskError, match=what):
+        SparseMask.load(tmp_path / "m", other)
+    with pytest.raises(MaskError, match=what):
+        SparseMask.from_bytes(mask.to_bytes(), other)
 
 
 def test_damaged_masks_are_refused(llama: nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from meerkat_engine.fed.federation import terms_of
 from meerkat_engine.fed.masks import make_mask
 from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.fed.setup import encode, load_language_model, shares_of
+from meerkat_engine.fed.team import Team
 from tests.fed.command import call, metrics_of
 
 SETTINGS = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_examples": 50, "method": "meerkat-vp", "vp_steps": 6,
@@ -73,3 +75,9 @@ def test_attackers_are_simulated(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="attackers are simulated clients"):
         execute(config, tmp_path / "run", lambda progress: None, lambda line: None, exchange=lambda requests: [])
     assert not (tmp_path / "run").exists()
+
+
+def test_clients_are_in_one_place(tmp_path: Path) -> None:
+    config, team = make_config(SETTINGS), Team(SimpleNamespace(rank=0, world=2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clients are elsewhere, or dealt to processes here; not both"):
+        execute(config, tmp_path, lambda progress: None, lambda line: None, exchange=lambda requests: [], team=team)

@@ -20,6 +20,7 @@ from meerkat_engine.fed.flower.records import Setup
 from meerkat_engine.fed.flower.resident import Resident
 from meerkat_engine.fed.flower.serving import serve_run, settings_from, setup_of
 from meerkat_engine.fed.ledger import read_ledger
+from tests.conftest import make_model, make_tokenizer
 
 from .nodes import LocalGrid, Node
 
@@ -46,8 +47,9 @@ class Served:
         for start in [start for start in self.when if line.startswith(start)]:
             self.when.pop(start)()
 
-    def run(self, output: Path, **options: Any) -> dict[str, Any]:
-        return serve_run(self.grid, SETTINGS, output, self.say, **{"deadline": 30, "wait": 1} | options)
+    def run(self, output: Path, settings: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+        given = SETTINGS | (settings or {})
+        return serve_run(self.grid, given, output, self.say, **{"deadline": 30, "wait": 1} | options)
 
     def heard(self, text: str) -> bool:
         return any(text in line for line in self.said)
@@ -220,12 +222,18 @@ def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_a_node_cannot_do_tells_nothing_of_its_examples(served: Served, tmp_path: Path) -> None:
-    rows = tmp_path / "own.jsonl"
-    rows.write_text('{"text": "x", "label": "Jane Doe is ill"}\n' * 20)
-    node = {"client-id": 2, "data": str(rows)}
-    served.grid.nodes[102] = Node(Context(1, 102, node, RecordDict(), {}))
-    served.run(tmp_path / "there", min_nodes=2)
-    assert served.heard("node 102 cannot take part: "), served.said
+    make_model().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    make_tokenizer("a film it was bad good").save_pretrained(tmp_path / "model")
+    for i, last in enumerate(("good", "bad", "Jane Doe is ill")):
+        rows = [*(("good", "bad")[n % 2] for n in range(20)), last]
+        (tmp_path / f"{i}.jsonl").write_text("".join(f'{{"text": "a film", "label": "{label}"}}\n' for label in rows))
+        node = {"client-id": i, "model": str(tmp_path / "model"), "data": str(tmp_path / f"{i}.jsonl")}
+        served.grid.nodes[100 + i] = Node(Context(1, 100 + i, node, RecordDict(), {}))
+    settings = {"model": str(tmp_path / "model"), "template": "{text} it was", "labels": "bad,good",
+                "data": str(tmp_path / "0.jsonl"), "method": "random-mask", "density": 0.1}  # fmt: skip
+    served.run(tmp_path / "there", settings, min_nodes=2)
+    assert served.heard("client 0 is node 100"), served.said
+    assert served.heard("node 102 cannot take part: DataError; the node's own log says why"), served.said
     assert not served.heard("Jane"), served.said
 
 
