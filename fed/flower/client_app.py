@@ -54,10 +54,13 @@ def train(message: Message, context: Context) -> Message:
 @app.query("meerkat_end")
 def leave(message: Message, context: Context) -> Message:
     """The run is over: the worker, and the memory that its model takes, are not needed any more."""
-    if _in_simulation():
-        _here()({"do": "end"}, b"", 0.0)
-    else:
-        _elsewhere(context).end()
+    try:
+        if _in_simulation():
+            _here()({"do": "end"}, b"", 0.0)
+        else:
+            _elsewhere(context).end()
+    except MeerkatError as error:
+        return failure(str(error), message)
     return Message(RecordDict(), reply_to=message)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Worker:
         Raises:
             WorkerError: if it cannot be started, ends, or takes longer.
         """
-        with self._reached() as connection:
+        with self._reached(seconds) as connection:
             try:
                 connection.send_bytes(json.dumps(header).encode())
                 connection.send_bytes(payload)
@@ -88,18 +88,18 @@ class Worker:
                 raise WorkerError(f"the worker ended before it answered ({error or 'end of file'})") from error
 
     def end(self) -> None:
-        """Has the worker end, if it runs."""
+        """Has the worker end, if it runs; raises ``WorkerError`` if it lets nobody in."""
         with self._locked():
-            connection = self._connected()
+            connection = self._connected(_START)
         if connection is not None:
             with connection:
                 connection.send_bytes(json.dumps({"do": END}).encode())
                 connection.send_bytes(b"")
 
     @contextmanager
-    def _reached(self) -> Iterator[Connection]:
+    def _reached(self, seconds: float) -> Iterator[Connection]:
         with self._locked():  # of two that need it, one starts it
-            connection = self._connected() or self._started()
+            connection = self._connected(seconds) or self._started()
         with connection:
             yield connection
 
@@ -109,13 +109,19 @@ class Worker:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _connected(self) -> "Connection | None":
-        """A connection, or None if no worker listens."""
+    def _connected(self, seconds: float) -> "Connection | None":
+        """A connection, or None if no worker listens; raises ``WorkerError`` if one does, and says nothing."""
         try:
             key = self._place.with_suffix(".key").read_bytes()
-            return Client(str(self._place.with_suffix(".sock")), family="AF_UNIX", authkey=key)
+            connection = Client(str(self._place.with_suffix(".sock")), family="AF_UNIX")
+            if not connection.poll(seconds):  # Client, given the key, would wait for good
+                connection.close()
+                raise WorkerError(f"the worker did not answer within {seconds:g} s")
+            answer_challenge(connection, key)
+            deliver_challenge(connection, key)
         except (OSError, EOFError, AuthenticationError):  # none, or the leavings of one that was killed
             return None
+        return connection
 
     def _started(self) -> "Connection":
         key = self._place.with_suffix(".key")
@@ -131,7 +137,7 @@ class Worker:
         )
         until = time.monotonic() + _START
         while time.monotonic() < until:
-            if (connection := self._connected()) is not None:
+            if (connection := self._connected(_START)) is not None:
                 process.returncode = 0  # not waited for: it is no child of ours to look after
                 return connection
             if process.poll() is not None:

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from ...errors import ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError
+from ..messages import TrainRequest
 from .link import END, Header
 from .participant import Participant
 from .stock import stock_round
@@ -58,18 +59,35 @@ class Resident:
         return _UNKNOWN, b""
 
     def _round(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
-        if self._participant is None or header["session"] != self._session:
+        participant = self._participant_for(header["session"])
+        if participant is None or self._is_past(TrainRequest.decode(payload).round):
             return _UNKNOWN, b""
-        return {"known": True}, self._participant.client(int(header["client"])).handle(payload)
+        return {"known": True}, participant.client(int(header["client"])).handle(payload)
 
     def _stock(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
-        if self._participant is None or header["session"] != self._session:
+        participant = self._participant_for(header["session"])
+        if participant is None:
             return _UNKNOWN, b""
-        values = self._participant.replica.terms.values
-        sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, values)
-        answer, loss = stock_round(self._participant, int(header["client"]), sums)
-        examples = len(self._participant.client(int(header["client"])).data)
+        sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, participant.replica.terms.values)
+        if self._is_past(len(sums)):
+            return _UNKNOWN, b""
+        answer, loss = stock_round(participant, int(header["client"]), sums)
+        examples = len(participant.client(int(header["client"])).data)
         return {"known": True, "examples": examples, "loss": loss}, answer.tobytes()
+
+    def _participant_for(self, session: str) -> Participant | None:
+        return self._participant if session == self._session else None
+
+    def _is_past(self, round: int) -> bool:
+        """Forgets a model that has moved beyond a round: that of a run that was begun again in another directory.
+
+        Not a private one, which answers no round twice.
+        """
+        assert self._participant is not None
+        if self._is_private or self._participant.replica.round <= max(round, 1):
+            return False
+        self._session, self._participant = "", None
+        return True
 
 
 _DOES = {"setup": "set_up", "round": "round", "stock": "stock", END: "finish"}

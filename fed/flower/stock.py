@@ -8,7 +8,7 @@ model.
 
 import numpy as np
 
-from ...errors import ConfigError, MessageError, NonFiniteLossError
+from ...errors import ConfigError, NonFiniteLossError
 from ..config import RunConfig
 from ..methods import Gradient, Stopping
 from .participant import Participant
@@ -40,7 +40,7 @@ def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tupl
     """A node's answer.
 
     Args:
-        participant: the node's.
+        participant: the node's, its model not past round r.
         client: id.
         sums: float64 [r, T * queries], what came down in rounds 1 to r.
 
@@ -49,13 +49,10 @@ def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tupl
         loss.
 
     Raises:
-        MessageError: if the model has moved on already, by a round that this one follows no more.
         NonFiniteLossError: if no step was taken.
     """
     config, replica, round = participant.config, participant.replica, len(sums)
     check_stock(config)
-    if replica.round > round:
-        raise MessageError(f"round {round} was asked for, this node's model stands at round {replica.round} already")
     replica.catch_up(1, moves(sums).reshape(-1))
     one = participant.client(client)
     one.data.go_to((round - 1) * config.local_steps)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 
 from meerkat_engine import embedded
 from meerkat_engine.errors import ConfigError, MaskError, ModelError, TransportError
@@ -126,6 +127,68 @@ def test_a_run_goes_on_over_other_nodes(served: Served, tmp_path: Path, here: Pa
     assert [line.clients for line in lines] == [line.clients for line in same]
 
 
+def test_a_run_begun_again_elsewhere_over_nodes_that_are_past_it(served: Served, tmp_path: Path, here: Path) -> None:
+    """Nodes that heard nothing of the first one's end hold its model; the second has the same settings."""
+
+    def stop() -> None:
+        raise StoppedError
+
+    served.when["round 3 of 4"] = stop
+    with pytest.raises(StoppedError):
+        served.run(tmp_path / "first")
+    assert [node.resident._participant.replica.round for node in served.nodes if node.resident._participant] == [3] * 3
+    served.run(tmp_path / "second")
+    lines, same = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "second", here))
+    assert [line.clients for line in lines] == [line.clients for line in same]
+
+
+def test_runs_with_other_settings_over_the_same_nodes(served: Served, tmp_path: Path, here: Path) -> None:
+    served.run(tmp_path / "first", {"seed": 4})
+    served.run(tmp_path / "second")
+    assert ledger_of(tmp_path / "second") == ledger_of(here)
+    with pytest.raises(ConfigError, match="seed"):
+        served.run(tmp_path / "second", {"seed": 4})
+    assert ledger_of(tmp_path / "second") == ledger_of(here)
+
+
+def test_a_node_that_could_not_take_part_is_asked_again(
+    served: Served, tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_AGAIN", 0.2)
+    node = Node(Context(1, 102, {"client-id": 2, "mask": "/no/where"}, RecordDict(), {}))
+    served.grid.nodes[102] = node
+    served.when["node 102 cannot take part"] = lambda: node.context.node_config.pop("mask")
+    served.run(tmp_path / "there", wait=30)
+    assert ledger_of(tmp_path / "there") == ledger_of(here)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"answer": "text", "known": True, "seconds": 0.1},
+        {"answer": b"garbage", "known": True, "seconds": 0.1},
+        {"known": True, "seconds": 0.1},
+        {"answer": b"", "known": True, "seconds": "long"},
+    ],
+)
+def test_answers_that_no_honest_node_gives(
+    served: Served, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull = served.grid.pull_messages
+
+    def pulled(ids: Any) -> Any:
+        for reply in pull(ids):
+            if "meerkat-round" in reply.content.config_records and reply.metadata.src_node_id == 102:
+                reply.content = RecordDict({"meerkat-round": ConfigRecord(content)} if content else {})
+            yield reply
+
+    monkeypatch.setattr(served.grid, "pull_messages", pulled)
+    served.run(tmp_path / "there")
+    taken = [set(line.clients) for line in read_ledger(tmp_path / "there" / "ledger.jsonl").rounds]
+    assert taken == [{0, 1}] * 4, served.said
+
+
 def test_of_two_that_claim_to_be_one_client_the_first_is(served: Served, tmp_path: Path, here: Path) -> None:
     double = Node(Context(1, 200, {"client-id": 1}, RecordDict(), {}))
     served.grid.nodes[200] = double
@@ -170,6 +233,30 @@ def test_a_node_that_cannot_take_part_says_why(served: Served, tmp_path: Path, n
 
 def prepared(setup: Setup, node: Any = None) -> Participant:
     return Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, node or {})
+
+
+def test_a_round_of_another_run_is_not_taken(here: Path) -> None:
+    setup, resident = setup_of(here, seconds=1), Resident()
+    told: Any = {"do": "setup", "session": "one", "settings": setup.settings, "base": setup.base,
+                 "mask": setup.mask_digest, "node": {}, "client": 0}  # fmt: skip
+    assert resident.handle(told, setup.mask)[0]["known"]
+    for do in ("round", "stock"):
+        assert not resident.handle({"do": do, "session": "other", "client": 0}, b"")[0]["known"]
+
+
+def test_a_private_node_keeps_noise_batches_and_times_to_itself(here: Path) -> None:
+    setup = setup_of(here, seconds=1)
+    settings = tomllib.loads(setup.settings) | {"dp_noise": 1.0, "dp_clip": 0.01}
+    private = replace(setup, settings=tomli_w.dumps(settings))
+    one, other = (prepared(private).client(0) for _ in range(2))
+    assert [one.data.next_indices() for _ in range(3)] != [other.data.next_indices() for _ in range(3)]
+    assert one.noise_seed != other.noise_seed
+    told: Any = {"do": "setup", "session": "one", "settings": private.settings, "base": setup.base,
+                 "mask": setup.mask_digest, "node": {}, "client": 0}  # fmt: skip
+    resident = Resident()
+    assert resident.handle(told, setup.mask)[0] == {"known": True, "seconds": 0.0}
+    same = [prepared(setup).client(0).data.next_indices() for _ in range(2)]
+    assert same[0] == same[1]  # a node whose scalars are not private draws what the settings say
 
 
 def test_a_node_has_the_runs_model_and_mask_or_none(here: Path) -> None:

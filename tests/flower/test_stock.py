@@ -169,6 +169,14 @@ def test_a_worker_that_was_started_anew_follows(monkeypatch: pytest.MonkeyPatch)
     nodes_follow(trained, grid)
 
 
+def test_a_strategy_started_again_over_nodes_that_are_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, grid = started(monkeypatch, flower.FedAvg(**PLAIN), rounds=2)
+    again = start_strategy(grid, flower.FedAvg(**PLAIN), SETTINGS | {"rounds": 2}, lambda line: None, wait=30)
+    assert grid.errors == []
+    assert again.weights == first.weights
+    nodes_follow(again, grid)
+
+
 def test_a_node_whose_losses_are_not_finite_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its model stays with the others'."""
     made = Client.train

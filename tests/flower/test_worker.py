@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
@@ -91,11 +92,43 @@ def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subpr
     assert len(workers(runtime)) == 1
 
 
+def test_one_that_does_not_answer_is_waited_for_as_long_as_was_said(
+    runtime: Path, parent: subprocess.Popen[bytes]
+) -> None:
+    worker = Worker("one", parent.pid)
+    with pytest.raises(WorkerError, match=r"did not answer within 0\.01 s"):
+        worker.ask(ROUND, b"", 0.01)  # it loads torch first
+    worker.ask(ROUND, b"", 60)
+    (process,) = workers(runtime)
+    os.kill(process, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="did not answer within 1 s"):
+        worker.ask(ROUND, b"", 1)
+    os.kill(process, signal.SIGCONT)
+    assert worker.ask(ROUND, b"", 60)[0]["known"] is False
+    assert workers(runtime) == [process]
+
+
+def test_it_ends_when_nothing_is_asked_for_as_long_as_the_last_message_said(
+    runtime: Path, parent: subprocess.Popen[bytes]
+) -> None:
+    worker = Worker("one", parent.pid)
+    worker.ask(ROUND | {"idle": 60}, b"", 60)
+    time.sleep(2)
+    worker.ask(ROUND | {"idle": 0.5}, b"", 60)
+    wait_until(lambda: not workers(runtime), 10, "it ended by itself")
+    assert left(runtime) == []
+
+
 def test_a_directory_that_others_may_enter_is_refused(runtime: Path, tmp_path: Path) -> None:
     path = runtime_directory()
     path.chmod(0o755)
     with pytest.raises(WorkerError, match="nobody else may enter"):
         runtime_directory()
+    path.chmod(0o700)
+    if os.getuid() == 0:  # who else may give a directory away
+        os.chown(path, 12345, -1)
+        with pytest.raises(WorkerError, match="must be a directory that is yours"):
+            runtime_directory()
     path.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     path.symlink_to(tmp_path / "elsewhere")
