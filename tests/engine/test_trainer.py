@@ -114,6 +114,18 @@ def test_losses_of_ones_own_label_smoothing_and_autocast(tmp_path: Path, which: 
     assert fingerprint(setting.model) == fingerprint(model)
 
 
+def test_no_dropout_while_it_trains(tmp_path: Path) -> None:
+    setting = Setting()
+    for module in setting.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    setting.model.train()  # as a model is that was not loaded
+    setting.trainer(tmp_path, max_steps=3).train()
+    lrs = [LR * (1 - step / 3) for step in range(3)]
+    model, _, _ = plain_loop(setting, in_parts(setting.batches[:3], 1), lrs, by_items)
+    assert fingerprint(setting.model) == fingerprint(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_training_ends_on_the_bits_of_an_uninterrupted_one(tmp_path: Path, dtype: torch.dtype) -> None:
     arguments: dict[str, Any] = {

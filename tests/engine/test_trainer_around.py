@@ -158,6 +158,18 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         setting.trainer(tmp_path, optimizers=(torch.optim.SGD(setting.model.parameters(), lr=1.0), None))
 
 
+def test_weights_that_a_launcher_takes_apart_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = transformers.Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp(trainer: transformers.Trainer) -> None:  # accelerate's own takes several GPUs
+        made(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    with pytest.raises(ConfigError, match="no DeepSpeed, no FSDP"):
+        Setting().trainer(tmp_path)
+
+
 def test_importing_the_engine_imports_no_trainer() -> None:
     script = (
         "import sys, meerkat_engine; sys.exit('accelerate' in sys.modules or 'transformers.trainer' in sys.modules)"
