@@ -119,7 +119,7 @@ class Deployment:
     directory: Path
     port: int
     environment: dict[str, str]
-    options: list[str]
+    options: list[str] = field(default_factory=list)  # of the SuperLink
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
