@@ -60,7 +60,7 @@ class Resident:
 
     def _round(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
         participant = self._participant_for(header["session"])
-        if participant is None or self._is_past(TrainRequest.decode(payload).round):
+        if participant is None or self._forgets(TrainRequest.decode(payload).round):
             return _UNKNOWN, b""
         return {"known": True}, participant.client(int(header["client"])).handle(payload)
 
@@ -69,7 +69,7 @@ class Resident:
         if participant is None:
             return _UNKNOWN, b""
         sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, participant.replica.terms.values)
-        if self._is_past(len(sums)):
+        if self._forgets(len(sums)):
             return _UNKNOWN, b""
         answer, loss = stock_round(participant, int(header["client"]), sums)
         examples = len(participant.client(int(header["client"])).data)
@@ -78,8 +78,8 @@ class Resident:
     def _participant_for(self, session: str) -> Participant | None:
         return self._participant if session == self._session else None
 
-    def _is_past(self, round: int) -> bool:
-        """Forgets a model that has moved beyond a round: that of a run that was begun again in another directory.
+    def _forgets(self, round: int) -> bool:
+        """Forgets a model that has moved beyond a round, where a run was begun again in another directory; whether so.
 
         Not a private one, which answers no round twice.
         """

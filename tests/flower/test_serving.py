@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -21,6 +22,7 @@ from meerkat_engine.fed.flower.records import Setup
 from meerkat_engine.fed.flower.resident import Resident
 from meerkat_engine.fed.flower.serving import serve_run, settings_from, setup_of
 from meerkat_engine.fed.ledger import read_ledger
+from meerkat_engine.fed.messages import TrainRequest
 from tests.conftest import make_model, make_tokenizer
 
 from .nodes import LocalGrid, Node
@@ -235,26 +237,45 @@ def prepared(setup: Setup, node: Any = None) -> Participant:
     return Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, node or {})
 
 
-def test_a_round_of_another_run_is_not_taken(here: Path) -> None:
-    setup, resident = setup_of(here, seconds=1), Resident()
+def asked(round: int) -> bytes:
+    return TrainRequest(client=0, round=round, local_steps=2, first_round=1, scalars=np.zeros(2, np.float32)).encode()
+
+
+def told_of(setup: Setup) -> Resident:
+    """A worker that was told of a run."""
     told: Any = {"do": "setup", "session": "one", "settings": setup.settings, "base": setup.base,
                  "mask": setup.mask_digest, "node": {}, "client": 0}  # fmt: skip
+    resident = Resident()
     assert resident.handle(told, setup.mask)[0]["known"]
-    for do in ("round", "stock"):
-        assert not resident.handle({"do": do, "session": "other", "client": 0}, b"")[0]["known"]
+    return resident
 
 
-def test_a_private_node_keeps_noise_batches_and_times_to_itself(here: Path) -> None:
-    setup = setup_of(here, seconds=1)
+def private(setup: Setup) -> Setup:
     settings = tomllib.loads(setup.settings) | {"dp_noise": 1.0, "dp_clip": 0.01}
-    private = replace(setup, settings=tomli_w.dumps(settings))
-    one, other = (prepared(private).client(0) for _ in range(2))
+    return replace(setup, settings=tomli_w.dumps(settings))
+
+
+def test_a_round_of_another_run_is_not_taken(here: Path) -> None:
+    resident = told_of(setup_of(here, seconds=1))
+    for do in ("round", "stock"):
+        assert not resident.handle({"do": do, "session": "other", "client": 0, "round": 2}, asked(2))[0]["known"]
+    assert resident.handle({"do": "round", "session": "one", "client": 0}, asked(2))[0]["known"]
+
+
+def test_a_private_node_takes_no_round_twice(here: Path) -> None:
+    resident = told_of(private(setup_of(here, seconds=1)))
+    header = {"do": "round", "session": "one", "client": 0}
+    assert resident.handle(header, asked(2))[0] == {"known": True, "seconds": 0.0}
+    assert "a private client takes each" in resident.handle(header, asked(2))[0]["error"]
+    earlier = TrainRequest(client=0, round=1, local_steps=2, first_round=1, scalars=np.zeros(0, np.float32)).encode()
+    assert "this client stands at round 2" in resident.handle(header, earlier)[0]["error"]
+
+
+def test_a_private_node_keeps_noise_and_batches_to_itself(here: Path) -> None:
+    setup = setup_of(here, seconds=1)
+    one, other = (prepared(private(setup)).client(0) for _ in range(2))
     assert [one.data.next_indices() for _ in range(3)] != [other.data.next_indices() for _ in range(3)]
     assert one.noise_seed != other.noise_seed
-    told: Any = {"do": "setup", "session": "one", "settings": private.settings, "base": setup.base,
-                 "mask": setup.mask_digest, "node": {}, "client": 0}  # fmt: skip
-    resident = Resident()
-    assert resident.handle(told, setup.mask)[0] == {"known": True, "seconds": 0.0}
     same = [prepared(setup).client(0).data.next_indices() for _ in range(2)]
     assert same[0] == same[1]  # a node whose scalars are not private draws what the settings say
 
