@@ -11,11 +11,11 @@ from typing import Any
 import click
 import torch
 
-from .. import embedded
-from ..errors import ConfigError
-from ..figures import require_matplotlib
-from ..models import DTYPES, check_device
-from . import kernels, lists, measure, origin, report, shapes, step
+from ..engine.errors import ConfigError
+from ..engine.extras import require_matplotlib
+from ..engine.lm import embedded
+from ..engine.lm.models import DTYPES, check_device
+from . import environment, kernels, measure, one_pass, report, shapes, step
 
 _CPU = {
     "kernels": [
@@ -61,9 +61,9 @@ def run_all(
     result: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": origin.commit(),
-        "machine": origin.machine(device),
-        "versions": origin.versions(device),
+        "commit": environment.commit(),
+        "machine": environment.machine(device),
+        "versions": environment.versions(device),
         "kernels": [],
         "steps": [],
     }
@@ -87,7 +87,7 @@ def run_all(
         whole = step.of_optimizer(model, base, closure, repeats)
         passes: dict[str, Any]
         try:
-            passes = lists.in_one_pass(model, base, _REPLAYED[device.type])
+            passes = one_pass.in_one_pass(model, base, _REPLAYED[device.type])
         except kernels.CheckError as error:
             passes = {"failed": str(error)}
         result["steps"].append(
@@ -182,7 +182,7 @@ def bench(
         cases = {"kernels": named, "steps": named}
     result = run_all(
         cases,
-        command=origin.as_given(context),
+        command=environment.as_given(context),
         device=where,
         densities=list(densities),
         repeats=repeats,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import SparseMask
-from ..errors import MeerkatError
+from ..engine.errors import MeerkatError
+from ..engine.mask import SparseMask
 from .measure import Spread, Stopwatch, peak_bytes
 from .rows import DENSE, OPERATIONS, SPARSE, SPARSE_ONCE, PlainTorch, Row
 

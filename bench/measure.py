@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clock import Clock
+from ..engine.clock import Clock
 
 _CPU_FLUSH = 128 << 20  # bytes; more than the last-level cache of common processors
 _COPY = 256 << 20
@@ -112,7 +112,7 @@ def empty_launch(device: torch.device) -> float | None:
     """Seconds on the device of a kernel that does nothing; None on a CPU."""
     if device.type != "cuda":
         return None
-    from .empty import nothing_kernel  # triton is there on Linux only
+    from .empty_kernel import nothing_kernel  # triton is there on Linux only
 
     x: Tensor = torch.zeros(1, device=device)
     watch = Stopwatch(device)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..figures import require_matplotlib
+from ..engine.extras import require_matplotlib
 from .step import PARTS
 from .tables import amount, table
 

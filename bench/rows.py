@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import SparseMask, stream
-from ..backend import KEPT_NORMALS, resolve
+from ..engine import stream
+from ..engine.backend import KEPT_NORMALS, resolve
+from ..engine.device_values import DeviceValues
+from ..engine.mask import SparseMask
+from ..engine.weights import MaskedWeights
 from ..triton_kernels import ElementTable, build_table
 from ..triton_kernels.reference import normals_of
-from ..values import DeviceValues
-from ..weights import MaskedWeights
 
 OPERATIONS = ("perturb", "flip", "update")
 _SECTOR = 32  # bytes that memory moves at least

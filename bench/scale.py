@@ -16,17 +16,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import embedded, stream
+from ..engine import stream
+from ..engine.lm import embedded
+from ..engine.mask import SparseMask
+from ..engine.weights import round_fp32
 from ..fed.aggregation import Aggregation, Rule, aggregate, client_weights
 from ..fed.gradip import GradIP
-from ..fed.ledger import Header, LedgerWriter, Round, read_ledger
+from ..fed.ledger.file import Header, LedgerWriter, Round, read_ledger
 from ..fed.messages import TrainReply
 from ..fed.replica import Replica
 from ..fed.scalars import ClientScalars
 from ..fed.server import Server
 from ..fed.terms import Terms
-from ..mask import SparseMask
-from ..weights import round_fp32
 from .kernels import CheckError
 from .measure import Spread
 

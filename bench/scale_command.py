@@ -9,8 +9,8 @@ from typing import Any
 import click
 import torch
 
-from ..errors import ConfigError
-from . import origin, scale, traffic
+from ..engine.errors import ConfigError
+from . import environment, scale, traffic
 from .tables import amount, table
 
 _CPU = torch.device("cpu")
@@ -37,11 +37,11 @@ def bench_server(
         click.echo(f"measuring {count:,} clients", err=True)
         cases.append(scale.of_clients(count, local_steps, repeats))
     result = {
-        "command": origin.as_given(context),
+        "command": environment.as_given(context),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": origin.commit(),
-        "machine": origin.machine(_CPU) | {"load_before": before, "load_after": os.getloadavg()[0]},
-        "versions": origin.versions(_CPU),
+        "commit": environment.commit(),
+        "machine": environment.machine(_CPU) | {"load_before": before, "load_after": os.getloadavg()[0]},
+        "versions": environment.versions(_CPU),
         "cases": cases,
         "traffic": traffic.all_of_it(),
     }

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from .. import embedded
+from ..engine.lm import embedded
 
 _LLAMA_1B = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

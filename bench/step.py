@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import SparseMask, SparseZO, stream
-from ..clock import Clock
+from ..engine import stream
+from ..engine.clock import Clock
+from ..engine.mask import SparseMask
+from ..engine.optimizer import SparseZO
 from .kernels import EPS, SEED, C, CheckError, Entry, check
 from .measure import Spread, Stopwatch
 from .rows import DENSE, SPARSE

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..triton_kernels import ElementTable, reference
 from .errors import ConfigError
-from .triton_kernels import ElementTable, reference
 
 BACKENDS = ("auto", "torch", "numba", "triton")
 
@@ -104,7 +104,7 @@ class TritonBackend:
         try:
             from triton.runtime.jit import JITFunction
 
-            from .triton_kernels import coefficients, inner, normal, perturb, replay, restore, update
+            from ..triton_kernels import coefficients, inner, normal, perturb, replay, restore, update
         except ImportError as error:
             raise ConfigError(f"backend 'triton' needs the package triton: {error}; use backend='torch'") from error
         interpreted = not isinstance(perturb._perturb_kernel, JITFunction)
@@ -132,7 +132,7 @@ def _numba_backend(device: torch.device) -> Backend:
     if device.type != "cpu":
         raise ConfigError(f"backend 'numba' works on CPU tensors, these are on {device}; use backend='auto'")
     try:
-        from .triton_kernels import compiled
+        from ..triton_kernels import numba_normal
     except ImportError as error:
         raise ConfigError(
             f"backend 'numba' needs the package numba: {error}; "
@@ -143,7 +143,7 @@ def _numba_backend(device: torch.device) -> Backend:
             f"backend 'numba' cannot keep what it compiles: {error}; "
             f"set NUMBA_CACHE_DIR to a directory that can be written, or use backend='torch'"
         ) from error
-    return TorchBackend(reference.Source(compiled.normal, compiled.normal_run))
+    return TorchBackend(reference.Source(numba_normal.normal, numba_normal.normal_run))
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checksummed import Kind, read_sealed, write_sealed
 from .errors import DeltaError, MaskError
 from .mask import SparseMask
 from .parameters import ParameterTable, fingerprint, floating_parameters
-from .sealed import Kind, read_sealed, write_sealed
 from .weights import MaskedWeights
 
 _KIND = Kind(

@@ -69,7 +69,7 @@ def over_batches(
         MaskError: if there is no batch, a loss is not finite, or does not depend on any of the parameters.
     """
     if loss is None:
-        from .objective import language_model_loss  # transformers is imported only where it is needed
+        from .lm.objective import language_model_loss  # transformers is imported only where it is needed
 
         loss = language_model_loss
     training = model.training

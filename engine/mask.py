@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import sensitivity, stream
+from .checksummed import Kind, read_sealed, write_sealed
 from .errors import MaskError
 from .parameters import ParameterTable, floating_parameters
-from .sealed import Kind, read_sealed, write_sealed
 from .sensitivity import LossFunction
 
 _KIND = Kind(

@@ -7,8 +7,8 @@ depends on a global generator: perturbations, step seeds, the order of the data,
 import torch
 from torch import Tensor
 
+from ..triton_kernels import reference
 from . import backend as backends
-from .triton_kernels import reference
 
 VERSION = 1
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .atomic_files import write_whole
 from .errors import RunError
-from .files import write_whole
 
 # Seed, learning rate (a query's share of it), projected gradient; see ``replay``.
 Update = tuple[int, float, float]

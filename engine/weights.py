@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..triton_kernels import ElementTable, build_table, can_be_dense, reference
 from . import backend as backends
 from .backend import Backend
+from .device_values import DeviceValues, send
 from .errors import MaskError, ModelChangedError
 from .mask import SparseMask
 from .parameters import floating_parameters
 from .stream import check_seed
-from .triton_kernels import ElementTable, build_table, can_be_dense, reference
-from .values import DeviceValues, send
 
 
 @dataclass(frozen=True)

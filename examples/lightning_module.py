@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from meerkat_engine import SparseMask, SparseZO, embedded, replay, stream
-from meerkat_engine.data import token_batches
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.objective import Objective, candidate_scores, task_loss
-from meerkat_engine.parameters import fingerprint
+from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.data import token_batches
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import Objective, candidate_scores, task_loss
+from meerkat_engine.engine.parameters import fingerprint
 
 SEED = 7
 

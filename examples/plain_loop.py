@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from meerkat_engine import SparseMask, SparseZO, embedded, replay, stream
-from meerkat_engine.data import token_batches
-from meerkat_engine.evaluation import evaluate
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.objective import Objective, task_loss
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.updates import read_updates, write_updates
+from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.data import token_batches
+from meerkat_engine.engine.lm.evaluation import evaluate
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import Objective, task_loss
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.updates import read_updates, write_updates
 
 SEED = 7
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from meerkat_engine import SparseMask, embedded, replay
-from meerkat_engine.data import token_batches
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.trainer import SparseZOTrainer
-from meerkat_engine.updates import read_updates
+from meerkat_engine import SparseMask, replay
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.data import token_batches
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.trainer import SparseZOTrainer
+from meerkat_engine.engine.updates import read_updates
 
 
 def main(steps: int, output: Path, resume: bool) -> None:

@@ -23,8 +23,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from ..errors import ConfigError
-from ..weights import round_fp32
+from ..engine.errors import ConfigError
+from ..engine.weights import round_fp32
 from .scalars import ClientScalars
 
 

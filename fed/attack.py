@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .client import Client
+from .exchange import Participant
 from .messages import Behind, decode_answer
-from .simulation import Participant
 
 
 class Attack(StrEnum):

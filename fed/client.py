@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import stream
-from ..clock import Clock
-from ..errors import ConfigError, DataError, MessageError, NonFiniteLossError
-from ..examples import Batch, EncodedTask
-from ..firstorder import sgd_steps
-from ..objective import Objective, Spread, example_losses, task_loss
-from ..privacy import PrivateClosure
+from ..engine import stream
+from ..engine.clock import Clock
+from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
+from ..engine.lm.examples import Batch, EncodedTask
+from ..engine.lm.objective import Objective, Spread, example_losses, task_loss
+from ..engine.private_closure import PrivateClosure
+from ..engine.sgd import sgd_steps
 from .messages import Behind, TrainReply, TrainRequest
 from .methods import Gradient
 from .privacy import Privacy

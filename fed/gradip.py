@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import backend as backends
-from ..errors import MaskError
-from ..mask import SparseMask
-from ..values import DeviceValues
+from ..engine import backend as backends
+from ..engine.device_values import DeviceValues
+from ..engine.errors import MaskError
+from ..engine.mask import SparseMask
 from .scalars import ByClient, ClientScalars
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .refusal import Refusal, RefusedError
+from .rejection import Refusal, RefusedError
 
 _MAGIC = b"MKT1"
 _VERSION = 3

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import stream
-from ..errors import DataError
-from ..tasks import Row
+from ..engine import stream
+from ..engine.errors import DataError
+from ..engine.lm.tasks import Row
 
 # What a field of the data calls a client.
 Group = str | int

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
-from ..privacy import check_mechanism
+from ..engine.errors import ConfigError
+from ..engine.private_closure import check_mechanism
 
 # Privacy losses are rounded up to multiples of an interval: this one, or as much more as keeps the numbers of them that
 # all steps without sampling would reach below the other (measured: a second or two, and the same four digits).

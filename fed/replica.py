@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import MaskError, MessageError
-from ..estimator import Estimator, NonFinite
-from ..mask import SparseMask
-from ..optimizer import SparseZO
+from ..engine.errors import MaskError, MessageError
+from ..engine.estimator import Estimator, NonFinite
+from ..engine.mask import SparseMask
+from ..engine.optimizer import SparseZO
 from .methods import Gradient
 from .terms import Terms
 

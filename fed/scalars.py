@@ -7,8 +7,6 @@ from itertools import chain
 
 import numpy as np
 
-from .decimals import texts
-
 
 @dataclass(frozen=True, eq=False)
 class ByClient:
@@ -85,28 +83,6 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
     def not_taken(self) -> int:
         """Steps, and queries, that the clients were to take and did not."""
         return int(self.counts.sum() - np.count_nonzero(~np.isnan(self.matrix)))
-
-    def json(self) -> bytes:
-        """The object that stands for them in a ledger, null for a step that was not taken.
-
-        Raises:
-            ValueError: if a scalar is infinite.
-        """
-        sent = np.arange(self.matrix.shape[1]) < self.counts[:, None]
-        flat = self.matrix[sent]
-        if np.isinf(flat).any():
-            raise ValueError("a client's scalar is infinite, which is not JSON compliant")
-        text, comma = texts(flat)
-        # Without a client's scalars there is no comma behind them.
-        ends = np.append(0, comma)[self.counts.cumsum()]
-        begins = np.append(0, ends)[:-1]
-        own = (
-            b'"%d":[%b]' % (client, text[begin:end])
-            for client, begin, end in zip(
-                self.ids.tolist(), begins.tolist(), (ends - (self.counts > 0)).tolist(), strict=True
-            )
-        )
-        return b"{%b}" % b",".join(own)
 
 
 def _integers(values: Iterator[int] | Sequence[int], count: int) -> np.ndarray:

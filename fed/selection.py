@@ -17,8 +17,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .. import stream
-from ..errors import ConfigError
+from ..engine import stream
+from ..engine.errors import ConfigError
 
 # A threshold lies so many standard deviations beyond the null paths' mean; sigma is this quantile of their later steps.
 # Of 80 clients of the embedded tasks, half of one label, these found 35 and flagged 1 other; 3 and 0.25 found 32 and 1,

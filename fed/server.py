@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .. import stream
-from ..errors import MeerkatError
+from ..engine import stream
+from ..engine.errors import MeerkatError
 from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
 from .gradip import GradIP, Trace
-from .ledger import LedgerWriter, Round
+from .ledger.file import LedgerWriter, Round
 from .messages import Behind, TrainReply, TrainRequest, decode_answer
 from .methods import Gradient
 from .privacy import largest_epsilon
-from .refusal import Refusal, RefusedError
+from .rejection import Refusal, RefusedError
 from .replica import Replica
 from .scalars import ClientScalars
 from .selection import Selection

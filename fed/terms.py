@@ -6,8 +6,8 @@ from enum import StrEnum
 
 import torch
 
-from .. import stream
-from ..mask import SparseMask
+from ..engine import stream
+from ..engine.mask import SparseMask
 from ..triton_kernels import reference
 from .methods import Gradient
 from .privacy import Privacy

@@ -12,91 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+
+from helpers.constants import COMBINATION
+from helpers.models import ARCHITECTURES, make_model
 
 # Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
 torch.set_num_threads(1)
 
-# How many times as long the fuzz tests take: `make fuzz`.
-FUZZ = int(os.environ.get("MEERKAT_FUZZ", "1"))
-
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-_COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_ARCHITECTURES = {
-    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"tie_word_embeddings": True}),
-    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 8}),
-    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {}),  # absolute positions, left to the caller
-    "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-}
-
-
-def make_model(
-    architecture: str = "llama",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    vocabulary: int = 96,
-    positions: int = 64,
-) -> nn.Module:
-    """A tiny random causal language model."""
-    kind, config, extra = _ARCHITECTURES[architecture]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(config(**(_COMMON | extra | {"vocab_size": vocabulary, "max_position_embeddings": positions})))
-    # biases and norms start at constants; random ones make every parameter count
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            p.data += 0.01 * torch.arange(p.numel()).remainder(7) * (1 if "bias" in name else 0.1)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:
-    """One token a word."""
-    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(words.split())]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
-
-
-def make_byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte."""
-    special = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of every bit: NaN equals itself, -0 differs from +0."""
-    as_ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.contiguous().view(as_ints[a.element_size()]), b.contiguous().view(as_ints[b.element_size()])
-    )  # fmt: skip
-
-
-# Property of a test's report: method, task, change of the held-out loss, elements; a table when the tests are over.
-COMBINATION = "combination"
+# method and task -> change of the held-out loss, elements
 _COMBINATIONS: dict[tuple[str, str], tuple[str, int]] = {}
 
 
@@ -128,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU; run with TRITON_INTERPRET=0 and -m gpu"))
 
 
-@pytest.fixture(params=sorted(_ARCHITECTURES))
+@pytest.fixture(params=sorted(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

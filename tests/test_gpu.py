@@ -11,11 +11,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from meerkat_engine import SparseMask, SparseZO, replay, stream
-from meerkat_engine.backend import resolve
+from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.backend import resolve
+from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import BLOCK, build_table, reference
-from meerkat_engine.weights import MaskedWeights
-from tests.conftest import make_model, same_bits
+
+from helpers.models import make_model
+from helpers.tensors import same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

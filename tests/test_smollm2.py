@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from meerkat_engine.fed.cli import main
+from meerkat_engine.cli import main
 
 pytestmark = [
     pytest.mark.slow,

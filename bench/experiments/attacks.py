@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ...errors import ConfigError
+from ...engine.errors import ConfigError
 from ...fed.aggregation import Rule
 from ...fed.attack import Attack
-from ...fed.config import RunConfig
+from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
 from .figures import finished, mean_line, subplots
 from .grid import Arm, Experiment, Results, Settings

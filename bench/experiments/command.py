@@ -6,9 +6,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ...fed.options import from_file, given, settings
-from ...figures import require_matplotlib
-from ...files import write_whole
+from ...engine.atomic_files import write_whole
+from ...engine.extras import require_matplotlib
+from ...fed.config.options import from_file, given, settings
 from .attacks import Attacks
 from .concentration import Concentration
 from .gradip import GradIPPaths

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError
-from ...fed import setup
-from ...fed.config import RunConfig
-from ...fed.masks import calibration_batches
-from ...objective import language_model_loss
-from ...sensitivity import Sensitivity, accumulate, largest
-from ...transfer import concentration
+from ...engine.errors import ConfigError
+from ...engine.lm.objective import language_model_loss
+from ...engine.mask_coverage import concentration
+from ...engine.sensitivity import Sensitivity, accumulate, largest
+from ...fed.config.run_config import RunConfig
+from ...fed.setup.mask import calibration_batches
+from ...fed.setup.model import load_language_model
 from ..tables import over_seeds, table
 from .figures import finished, mean_line, subplots
 from .grid import Experiment, Results
@@ -32,7 +32,7 @@ class Concentration(Experiment):
     def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
         """Ratio and cumulative shares; one each for disjoint parts of the text, as many as there are seeds."""
         config = configs[0]
-        lm = setup.load_language_model(config)
+        lm = load_language_model(config)
         batches, calibration = calibration_batches(config, lm)
         if len(batches) < len(configs):
             raise ConfigError(f"{len(batches)} calibration batches make no {len(configs)} parts; give more texts")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ...fed.config import RunConfig
+from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
 from .figures import finished, mean_line, subplots
 from .grid import Arm, Experiment, Finished, Results, Settings

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ... import embedded
-from ...errors import ConfigError, RunError
-from ...fed import setup
-from ...fed.config import RunConfig, make_config, read_toml
-from ...fed.jsonl import read_lines
-from ...fed.masks import make_mask
+from ...engine.atomic_files import write_whole
+from ...engine.errors import ConfigError, RunError
+from ...engine.lm import embedded
+from ...fed.config.run_config import RunConfig, make_config, read_toml
+from ...fed.config.task import chosen_task, on_task
 from ...fed.methods import Elements
-from ...fed.run import execute, resume
-from ...fed.rundir import CONFIG, GRADIP, METRICS, is_run
-from ...fed.task_choice import chosen_task, on_task
-from ...files import write_whole
+from ...fed.run.directory import CONFIG, GRADIP, METRICS, is_run
+from ...fed.run.execute import execute, resume
+from ...fed.run.jsonl import read_lines
+from ...fed.setup.mask import make_mask
+from ...fed.setup.model import load_language_model
 
 Settings = Mapping[str, Any]
 
@@ -205,7 +205,7 @@ def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
     path = masks / f"{elements}-{config.density:g}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_mask(config, setup.load_language_model(config)).save(path)
+        make_mask(config, load_language_model(config)).save(path)
     return dataclasses.replace(config, mask=path)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ...errors import ConfigError
-from ...fed.config import RunConfig
-from ...fed.ledger import Round, read_ledger
+from ...engine.errors import ConfigError
+from ...fed.config.run_config import RunConfig
+from ...fed.ledger.file import Round, read_ledger
 from ...fed.methods import Gradient
-from ...fed.rundir import LEDGER
+from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
 from .figures import finished, mean_line, subplots
 from .grid import Arm, Experiment, Finished, Results, Settings

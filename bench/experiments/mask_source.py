@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...fed import setup
-from ...fed.config import RunConfig
-from ...fed.masks import make_mask, reach
+from ...fed.config.run_config import RunConfig
+from ...fed.config.task import on_task
 from ...fed.methods import Method
-from ...fed.task_choice import on_task
+from ...fed.setup.data import encode
+from ...fed.setup.mask import make_mask, reach
+from ...fed.setup.model import load_language_model
 from ..tables import over_seeds, table
 from .figures import finished, subplots
 from .grid import Arm, Experiment, Results
@@ -47,8 +48,8 @@ class MaskSource(Experiment):
         """{task: {source: [transfer a seed]}}; a seed chooses the task's examples and the random mask."""
         found: dict[str, dict[str, list[dict[str, float]]]] = {}
         for config in configs:
-            lm = setup.load_language_model(config)
-            train = setup.encode(config, lm.tokenizer).train
+            lm = load_language_model(config)
+            train = encode(config, lm.tokenizer).train
             masks = [make_mask(dataclasses.replace(config, method=m), lm, train) for m in _SOURCES]
             for task in tasks:
                 reached = reach(on_task(config, task), lm, masks)

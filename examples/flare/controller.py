@@ -11,8 +11,8 @@ from federation import MASK, make_server
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.workflows.model_controller import ModelController
 
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import serve
-from meerkat_engine.parameters import fingerprint
 
 
 class ScalarController(ModelController):

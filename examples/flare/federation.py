@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from meerkat_engine import SparseMask, embedded, stream
-from meerkat_engine.data import token_batches
-from meerkat_engine.examples import EncodedTask
+from meerkat_engine import SparseMask
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.data import token_batches
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import Objective
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
 from meerkat_engine.fed.aggregation import Aggregation
 from meerkat_engine.fed.partition import Partition, split
-from meerkat_engine.objective import Objective
 
 SEED = 11
 MASK = "mask.safetensors"

@@ -13,20 +13,19 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from meerkat_engine import SparseMask, embedded
-from meerkat_engine.bench import kernels, lists, measure, report, rows, shapes, step, tables
+from meerkat_engine import SparseMask
+from meerkat_engine.bench import kernels, measure, report, rows, shapes, step, tables
+from meerkat_engine.bench import one_pass as lists
 from meerkat_engine.bench.measure import Spread
-from meerkat_engine.fed.cli import main
+from meerkat_engine.cli import main
+from meerkat_engine.engine.lm import embedded
 from meerkat_engine.triton_kernels import ElementTable, reference
-from tests.conftest import same_bits
+
+from helpers.tensors import flat_weights, same_bits
 
 ROWS = [*rows.SPARSE, *rows.SPARSE_ONCE, *rows.DENSE]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def entry_of(name: str, model: nn.Module, density: float = 0.01) -> kernels.Entry:
@@ -114,19 +113,12 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
     assert message in done.output
 
 
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "meerkat_engine.bench", "--help"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("Usage: meerkat-engine bench")
-
-
 def test_it_runs_without_triton_numba_and_matplotlib() -> None:
     """Triton is there on Linux only, the others are extras."""
     script = (
         "import sys\n"
         "for name in ('triton', 'numba', 'matplotlib'): sys.modules[name] = None\n"
-        "from meerkat_engine.fed.cli import main\n"
+        "from meerkat_engine.cli import main\n"
         "main(['bench', '--model', 'embedded', '--repeats', '3', '--density', '0.01'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -143,10 +135,10 @@ def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_computes_its_update_and_leaves_the_weights(name: str, model: nn.Module) -> None:
-    before, addresses = flat(model), [p.data_ptr() for p in model.parameters()]
+    before, addresses = flat_weights(model), [p.data_ptr() for p in model.parameters()]
     entry = entry_of(name, model)
     assert kernels.check(entry, model) > 0
-    assert same_bits(flat(model), before)
+    assert same_bits(flat_weights(model), before)
     assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
@@ -183,11 +175,11 @@ FAULTS = {"seed": "perturb is not", "scale": "perturb is not", "flip": "flip is 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_that_computes_something_else_is_seen(name: str, fault: str) -> None:
     model = embedded.load().model
-    before, entry = flat(model), entry_of(name, model)
+    before, entry = flat_weights(model), entry_of(name, model)
     wrong = dataclasses.replace(entry, row=_Wrong(entry.row, fault))
     with pytest.raises(kernels.CheckError, match=FAULTS[fault]):
         kernels.check(wrong, model)
-    assert same_bits(flat(model), before)
+    assert same_bits(flat_weights(model), before)
 
 
 def test_a_row_that_fails_gets_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

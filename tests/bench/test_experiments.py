@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from meerkat_engine import SparseMask, stream
+from meerkat_engine import SparseMask
 from meerkat_engine.bench.experiments import local_steps
 from meerkat_engine.bench.experiments.command import EXPERIMENTS
 from meerkat_engine.bench.experiments.grid import Finished
 from meerkat_engine.bench.tables import over_seeds
+from meerkat_engine.cli import main
+from meerkat_engine.engine import stream
 from meerkat_engine.fed import execute, make_config, read_ledger
-from meerkat_engine.fed.cli import main
 
 TINY = ("--rounds", "1", "--local-steps", "1", "--eval-examples", "40", "--calibration-texts", "16", "--vp-steps", "8",
         "--vp-initial", "3", "--vp-later", "4", "--vp-null-paths", "3", "--clients", "4", "--batch-size", "8",

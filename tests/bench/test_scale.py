@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from meerkat_engine.bench import scale, traffic
 from meerkat_engine.bench.kernels import CheckError
+from meerkat_engine.cli import main
 from meerkat_engine.fed import server
-from meerkat_engine.fed.cli import main
-from meerkat_engine.fed.ledger import Round, round_of
+from meerkat_engine.fed.ledger.file import Round, round_of
 from meerkat_engine.fed.messages import TrainRequest
 
 
@@ -54,7 +54,7 @@ def test_a_ledger_that_keeps_something_else_gets_no_numbers(monkeypatch: pytest.
         found = round_of(*arguments)
         return replace(found, clients={i: own for i, own in found.clients.items() if i})
 
-    monkeypatch.setattr("meerkat_engine.fed.ledger.round_of", forgetful)
+    monkeypatch.setattr("meerkat_engine.fed.ledger.file.round_of", forgetful)
     with pytest.raises(CheckError, match="the ledger reads back another round than was written"):
         scale.of_clients(200, 2, 2)
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from meerkat_engine.backend import TritonBackend, resolve
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.triton_kernels import compiled, reference
+from meerkat_engine.engine.backend import TritonBackend, resolve
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.triton_kernels import numba_normal as compiled
+from meerkat_engine.triton_kernels import reference
 
 
 def run_script(*lines: str, **environment: str) -> subprocess.CompletedProcess[str]:

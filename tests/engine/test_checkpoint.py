@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine import embedded
-from meerkat_engine.checkpoint import save_checkpoint
-from meerkat_engine.errors import ConfigError, RunError
+from meerkat_engine.engine.errors import ConfigError, RunError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.checkpoint import save_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["empty directory", "file", "dangling link"])

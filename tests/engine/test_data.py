@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from meerkat_engine.data import calibration_texts, own_rows, read_jsonl, task_rows, token_batches
-from meerkat_engine.errors import DataError
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.hub import HubSource
-from meerkat_engine.tasks import SST2, TASKS, Task, get_task, own_task
-from tests.conftest import make_byte_tokenizer, make_tokenizer
-from tests.engine.prompts import WORDS
+from meerkat_engine.engine.errors import DataError
+from meerkat_engine.engine.lm.data import calibration_texts, own_rows, read_jsonl, task_rows, token_batches
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.hub import HubSource
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, get_task, own_task
+
+from helpers.models import make_byte_tokenizer, make_tokenizer
+from helpers.prompts import WORDS
 
 
 def test_rows_from_a_directory(write_jsonl: Callable[[str, list[str]], Path]) -> None:

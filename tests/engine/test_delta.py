@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
-from meerkat_engine.delta import _KIND, Delta
-from meerkat_engine.errors import DeltaError
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.parameters import ParameterTable, fingerprint
-from meerkat_engine.sealed import read_sealed, write_sealed
-from meerkat_engine.weights import MaskedWeights
-from tests.conftest import FUZZ, make_model, same_bits
-from tests.engine.damage import blanks, flips, header_of, other_byte
+from meerkat_engine.engine.checksummed import read_sealed, write_sealed
+from meerkat_engine.engine.delta import _KIND, Delta
+from meerkat_engine.engine.errors import DeltaError
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.parameters import ParameterTable, fingerprint
+from meerkat_engine.engine.weights import MaskedWeights
+
+from helpers.constants import FUZZ
+from helpers.damage import blanks, flips, header_of, other_byte
+from helpers.models import make_model
+from helpers.tensors import same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH = torch.arange(60).view(3, 20) % 90 + 3

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 
-from meerkat_engine import embedded
-from meerkat_engine.embedded import corpus
-from meerkat_engine.embedded.pretrain import main
-from meerkat_engine.evaluation import evaluate
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.objective import language_model_loss
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.embedded import corpus
+from meerkat_engine.engine.lm.embedded.pretrain import main
+from meerkat_engine.engine.lm.evaluation import evaluate
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import language_model_loss
 
 
 def test_training_and_validation_reviews_are_apart_and_balanced() -> None:

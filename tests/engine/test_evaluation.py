@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from meerkat_engine.evaluation import confusion_matrix, evaluate, macro_f1
-from meerkat_engine.objective import candidate_scores
-from tests.engine.prompts import CPU, encoded
+from meerkat_engine.engine.lm.evaluation import confusion_matrix, evaluate, macro_f1
+from meerkat_engine.engine.lm.objective import candidate_scores
+
+from helpers.constants import CPU
+from helpers.prompts import encoded
 
 
 def test_evaluation_counts_right_answers(llama: nn.Module) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from meerkat_engine.data import task_rows
-from meerkat_engine.errors import DataError, ModelError
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.tasks import SST2, TASKS, Task
-from tests.conftest import make_byte_tokenizer, make_tokenizer
-from tests.engine.prompts import ROWS, WORDS, encoded
+from meerkat_engine.engine.errors import DataError, ModelError
+from meerkat_engine.engine.lm.data import task_rows
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task
+
+from helpers.models import make_byte_tokenizer, make_tokenizer
+from helpers.prompts import ROWS, WORDS, encoded
 
 
 def test_long_prompts_lose_the_end_of_the_field_and_keep_the_question() -> None:

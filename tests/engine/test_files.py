@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.errors import RunError
-from meerkat_engine.files import append_whole, write_whole
+from meerkat_engine.engine.atomic_files import append_whole, write_whole
+from meerkat_engine.engine.errors import RunError
 
 
 def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from meerkat_engine.errors import RunError\n"
-        "from meerkat_engine.files import write_whole\n"
+        "from meerkat_engine.engine.errors import RunError\n"
+        "from meerkat_engine.engine.atomic_files import write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"

@@ -8,12 +8,15 @@ from torch import nn
 
 from meerkat_engine import SparseMask
 from meerkat_engine.bench.measure import peak_bytes
-from meerkat_engine.errors import MaskError, ModelChangedError, NonFiniteLossError
-from meerkat_engine.firstorder import sgd_steps
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.weights import MaskedWeights
-from tests.conftest import make_model, same_bits
-from tests.engine.test_optimizer import BATCH, DTYPES, flat
+from meerkat_engine.engine.errors import MaskError, ModelChangedError, NonFiniteLossError
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.sgd import sgd_steps
+from meerkat_engine.engine.weights import MaskedWeights
+
+from helpers.constants import DTYPES
+from helpers.losses import BATCH
+from helpers.models import make_model
+from helpers.tensors import flat_weights, same_bits
 
 RATES = [0.5, 0.25, 0.125]
 
@@ -36,7 +39,7 @@ def gradient_of(model: nn.Module, mask: SparseMask) -> tuple[torch.Tensor, torch
 def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype) -> None:
     model, other = make_model(architecture, dtype), make_model(architecture, dtype)
     mask = SparseMask.random(model, 0.05, 1)
-    before = flat(model)
+    before = flat_weights(model)
     weights, by_hand = MaskedWeights(model, mask), MaskedWeights(other, mask)
     weights.perturb_(weights.values.seed(1), weights.values.numbers([0.5], torch.float32))  # whatever stands there
     losses = sgd_steps(model, weights, [closure_of(model)] * 3, RATES)
@@ -45,18 +48,18 @@ def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype) -> None:
         assert same_bits(loss, wanted)
         by_hand.set_masters_(by_hand.masters() - gradient * torch.tensor(lr))
     assert same_bits(weights.masters(), by_hand.masters())
-    assert same_bits(flat(model), flat(other))
-    assert same_bits(flat(model)[mask.ids], weights.masters().to(dtype))
+    assert same_bits(flat_weights(model), flat_weights(other))
+    assert same_bits(flat_weights(model)[mask.ids], weights.masters().to(dtype))
     outside = torch.ones(before.numel(), dtype=torch.bool)
     outside[mask.ids] = False
-    assert same_bits(flat(model)[outside], before[outside])
+    assert same_bits(flat_weights(model)[outside], before[outside])
     assert losses[-1] < losses[0]
 
 
 def test_it_is_torchs_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
     other, mask = make_model(), SparseMask.random(llama, 0.05, 1)
     sgd_steps(llama, MaskedWeights(llama, mask), [closure_of(llama)] * 3, [0.5] * 3)
-    ones = torch.zeros(flat(other).numel())
+    ones = torch.zeros(flat_weights(other).numel())
     ones[mask.ids] = 1
     opt = torch.optim.SGD(other.requires_grad_(True).parameters(), lr=0.5)
     for _ in range(3):
@@ -66,7 +69,7 @@ def test_it_is_torchs_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
             p.grad *= chosen.view(p.shape)  # type: ignore[operator]
         opt.step()
     # torch fuses product and difference; its gradients after the first step are those of weights one rounding apart
-    torch.testing.assert_close(flat(llama), flat(other), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(flat_weights(llama), flat_weights(other), rtol=1e-6, atol=1e-8)
 
 
 def test_the_model_is_left_as_it_was(llama: nn.Module) -> None:
@@ -107,8 +110,8 @@ def test_a_step_that_fails_is_not_taken(llama: nn.Module, what: str) -> None:
     weights = MaskedWeights(llama, mask)
     with pytest.raises(KeyError if what == "error" else NonFiniteLossError, match=messages[what]):
         sgd_steps(llama, weights, [closure_of(llama), broken], [0.1, 0.1])
-    assert same_bits(flat(llama), flat(other))
-    assert same_bits(weights.masters(), flat(other)[mask.ids])
+    assert same_bits(flat_weights(llama), flat_weights(other))
+    assert same_bits(weights.masters(), flat_weights(other)[mask.ids])
     assert not any(p.requires_grad for p in llama.parameters())
 
 

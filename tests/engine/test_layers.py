@@ -6,11 +6,13 @@ from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
-from meerkat_engine.errors import MaskError, ModelError
-from meerkat_engine.layers import decoder_layers, dominant_layer, parameters_of
-from meerkat_engine.parameters import ParameterTable
-from tests.conftest import make_model, same_bits
-from tests.engine.test_mask import BATCHES, explicit
+from meerkat_engine.engine.errors import MaskError, ModelError
+from meerkat_engine.engine.layers import decoder_layers, dominant_layer, parameters_of
+from meerkat_engine.engine.parameters import ParameterTable
+
+from helpers.losses import CALIBRATION_BATCHES, gradient_moments
+from helpers.models import make_model
+from helpers.tensors import same_bits
 
 BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}
 
@@ -43,7 +45,7 @@ def test_other_modules_have_no_blocks(model: nn.Module) -> None:
 
 def test_the_dominant_block(architecture: str) -> None:
     model = make_model(architecture)
-    squares, _ = explicit(model)
+    squares, _ = gradient_moments(model)
     totals = {}
     for layer in decoder_layers(model):
         ids = SparseMask.of_parameters(model, parameters_of(model, layer)).ids
@@ -51,7 +53,7 @@ def test_the_dominant_block(architecture: str) -> None:
     first, second = sorted(totals, key=lambda layer: totals[layer])
     assert totals[second] > 1.0005 * totals[first]
     before = [p.requires_grad for p in model.parameters()]
-    assert dominant_layer(model, BATCHES) == second
+    assert dominant_layer(model, CALIBRATION_BATCHES) == second
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -64,7 +66,7 @@ def test_the_dominant_block_moves_with_the_gradient(dtype: torch.dtype) -> None:
         model = make_model(dtype=dtype)
         model.model.layers[1].input_layernorm.weight.data *= factor  # type: ignore[union-attr, index]
         model.model.layers[1].post_attention_layernorm.weight.data *= factor  # type: ignore[union-attr, index]
-        found.append(dominant_layer(model, BATCHES))
+        found.append(dominant_layer(model, CALIBRATION_BATCHES))
     assert len(set(found)) == 2
 
 
@@ -94,9 +96,9 @@ def test_parameters_that_are_not_there_are_named(llama: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gradient_attached_later_is_the_calibrations(architecture: str, dtype: torch.dtype) -> None:
     model = make_model(architecture, dtype)
-    mask = SparseMask.from_gradients(model, BATCHES, density=0.02, calibration="three")
+    mask = SparseMask.from_gradients(model, CALIBRATION_BATCHES, density=0.02, calibration="three")
     bare = SparseMask(ids=mask.ids, table=mask.table, density=mask.density, source="other")
-    found = bare.with_gradient(model, BATCHES, calibration="three")
+    found = bare.with_gradient(model, CALIBRATION_BATCHES, calibration="three")
     assert found.gradient is not None
     assert mask.gradient is not None
     assert same_bits(found.gradient, mask.gradient)
@@ -105,12 +107,12 @@ def test_a_gradient_attached_later_is_the_calibrations(architecture: str, dtype:
 
 
 def test_a_gradient_is_attached_to_any_mask(llama: nn.Module) -> None:
-    _, means = explicit(llama)
+    _, means = gradient_moments(llama)
     layer = parameters_of(llama, decoder_layers(llama)[0])
     for mask in (
         SparseMask.random(llama, 0.01, 3), SparseMask.magnitude(llama, 0.01), SparseMask.of_parameters(llama, layer)
     ):  # fmt: skip
-        found = mask.with_gradient(llama, BATCHES)
+        found = mask.with_gradient(llama, CALIBRATION_BATCHES)
         assert found.gradient is not None
         torch.testing.assert_close(found.gradient, means[mask.ids], rtol=1e-3, atol=1e-7)
 
@@ -120,7 +122,7 @@ def test_what_a_gradient_needs(llama: nn.Module) -> None:
     with pytest.raises(MaskError, match="no calibration batch"):
         mask.with_gradient(llama, [])
     with pytest.raises(MaskError, match="another model"):
-        mask.with_gradient(make_model("opt"), BATCHES)
+        mask.with_gradient(make_model("opt"), CALIBRATION_BATCHES)
     with pytest.raises(MaskError, match="does not depend on the chosen parameters"):
         mask.with_gradient(llama, [None], loss=lambda *_: torch.zeros(()))
     with pytest.raises(MaskError, match=r"gradient of 'model\.norm\.weight' is not finite"):
@@ -145,6 +147,6 @@ def test_only_parameters_with_masked_elements_get_a_gradient(llama: nn.Module) -
         assert all(p.grad is None for p in model.parameters())
         return model(input_ids=batch, labels=batch).loss  # type: ignore[no-any-return]
 
-    mask.with_gradient(llama, BATCHES, loss=loss)
+    mask.with_gradient(llama, CALIBRATION_BATCHES, loss=loss)
     assert seen == [["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]] * 3
     assert all(p.requires_grad and p.grad is None for p in llama.parameters())

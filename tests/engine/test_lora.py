@@ -10,11 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from meerkat_engine import SparseMask, SparseZO
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.lora import add_lora, merge_lora
-from meerkat_engine.objective import Objective, language_model_loss, task_loss
-from tests.conftest import make_model, same_bits
-from tests.engine.prompts import CPU, LONG, encoded
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.lm.lora import add_lora, merge_lora
+from meerkat_engine.engine.lm.objective import Objective, language_model_loss, task_loss
+
+from helpers.constants import CPU
+from helpers.models import make_model
+from helpers.prompts import LONG, encoded
+from helpers.tensors import same_bits
 
 IDS = torch.arange(60).view(3, 20) % 90 + 3
 DTYPES = [torch.float32, torch.bfloat16]

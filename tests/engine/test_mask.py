@@ -9,33 +9,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.errors import MaskError
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.parameters import ParameterTable, floating_parameters
-from meerkat_engine.sensitivity import largest
-from tests.conftest import make_model
+from meerkat_engine.engine.errors import MaskError
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.parameters import ParameterTable
+from meerkat_engine.engine.sensitivity import largest
 
-BATCHES = [torch.arange(i, i + 40).view(2, 20) % 90 + 3 for i in (0, 17, 40)]
-
-
-def explicit(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared and mean gradient over the batches, by plain autograd, all in one vector."""
-    model.requires_grad_(True)
-    gradients = []
-    for batch in BATCHES:
-        model.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        gradients.append(torch.cat([p.grad.view(-1).clone() for _, p in floating_parameters(model)]))  # type: ignore[union-attr]
-    model.zero_grad()
-    model.requires_grad_(False)
-    stacked = torch.stack(gradients)
-    return (stacked**2).mean(0), stacked.mean(0)
+from helpers.losses import CALIBRATION_BATCHES, gradient_moments
+from helpers.models import make_model
 
 
 def test_from_gradients_takes_the_largest_mean_squares(architecture: str) -> None:
     model = make_model(architecture)
-    squares, means = explicit(model)
-    mask = SparseMask.from_gradients(model, BATCHES, density=0.02)
+    squares, means = gradient_moments(model)
+    mask = SparseMask.from_gradients(model, CALIBRATION_BATCHES, density=0.02)
     assert len(mask) == round(0.02 * squares.numel())
     assert mask.scores is not None
     assert mask.gradient is not None
@@ -52,7 +38,7 @@ def test_calibration_leaves_the_model_as_it_was(llama: nn.Module) -> None:
     parameter.grad = torch.ones_like(parameter)
     llama.train()
     before = [p.clone() for p in llama.parameters()]
-    SparseMask.from_gradients(llama, BATCHES)
+    SparseMask.from_gradients(llama, CALIBRATION_BATCHES)
     assert llama.training
     assert [p.requires_grad for p in llama.parameters()].count(True) == 1
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
@@ -67,7 +53,7 @@ def test_calibration_holds_one_gradient_at_a_time(llama: nn.Module) -> None:
             p.register_hook(lambda g: alive.append(sum(q.grad is not None for q in model.parameters())))
         return language_model_loss(model, batch)
 
-    SparseMask.from_gradients(llama, BATCHES[:1], loss=loss)
+    SparseMask.from_gradients(llama, CALIBRATION_BATCHES[:1], loss=loss)
     assert len(alive) >= len(list(llama.parameters()))
     assert max(alive) <= 1
 
@@ -125,12 +111,12 @@ def test_no_batches(llama: nn.Module) -> None:
 def test_loss_that_is_not_finite(llama: nn.Module) -> None:
     llama.model.norm.weight.data[:] = float("nan")  # type: ignore[union-attr]
     with pytest.raises(MaskError, match="calibration batch 0 is nan"):
-        SparseMask.from_gradients(llama, BATCHES)
+        SparseMask.from_gradients(llama, CALIBRATION_BATCHES)
     assert all(p.grad is None for p in llama.parameters())
 
 
 def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> None:
-    mask = SparseMask.from_gradients(llama, BATCHES, 0.01, calibration="three batches")
+    mask = SparseMask.from_gradients(llama, CALIBRATION_BATCHES, 0.01, calibration="three batches")
     mask.save(tmp_path / "m.safetensors")
     sent = SparseMask.from_bytes(mask.to_bytes(), llama)
     for loaded in (SparseMask.load(tmp_path / "m.safetensors", llama), sent):

@@ -6,33 +6,18 @@ from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
-from meerkat_engine.examples import Batch, EncodedTask
-from meerkat_engine.firstorder import sgd_steps
-from meerkat_engine.objective import Objective, task_loss
-from meerkat_engine.tasks import SST2, Task
-from meerkat_engine.weights import MaskedWeights
-from tests.conftest import make_model, same_bits
-from tests.engine.prompts import CPU, LONG, encoded
+from meerkat_engine.engine.lm.objective import Objective, task_loss
+from meerkat_engine.engine.lm.tasks import SST2, Task
+from meerkat_engine.engine.sgd import sgd_steps
+from meerkat_engine.engine.weights import MaskedWeights
 
-LINES = [
-    "a fine film",
-    "dull",
-    "not a fine and funny film at all",
-    "funny",
-    "a dull film and not funny",
-    "fine",
-    "not so",
-]
-ROWS = [{"sentence": line, "label": i % 2} for i, line in enumerate(LINES)]
+from helpers.constants import CPU
+from helpers.losses import TOLERANCE, in_parts
+from helpers.models import make_model
+from helpers.prompts import LONG, SEVEN_ROWS, encoded
+from helpers.tensors import same_bits
+
 PARTS = {"ones": [1] * 7, "threes": [3, 3, 1], "uneven": [5, 2]}
-# Rows of another width and number are summed in another order: some units of 2**-24 in logits of the order of 1.
-TOLERANCE = 2e-6
-
-
-def batches(data: EncodedTask, objective: Objective, sizes: list[int]) -> list[Batch]:
-    answers = "all" if objective is Objective.CANDIDATES else "gold"
-    parts = torch.arange(sum(sizes)).split(sizes)
-    return [data.batch(part.tolist(), answers=answers, device=CPU) for part in parts]
 
 
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
@@ -41,9 +26,9 @@ def batches(data: EncodedTask, objective: Objective, sizes: list[int]) -> list[B
 def test_parts_have_the_loss_of_the_whole(
     architecture: str, objective: Objective, task: Task, sizes: list[int]
 ) -> None:
-    model, data = make_model(architecture), encoded(task, rows=ROWS)
-    (whole,) = batches(data, objective, [7])
-    parts = batches(data, objective, sizes)
+    model, data = make_model(architecture), encoded(task, rows=SEVEN_ROWS)
+    (whole,) = in_parts(data, objective, [7])
+    parts = in_parts(data, objective, sizes)
     wanted = task_loss(model, whole, objective)
     found = task_loss(model, parts, objective)
     assert (found.dtype, found.shape) == (torch.float32, ())
@@ -56,9 +41,9 @@ def test_parts_have_the_loss_of_the_whole(
 
 @pytest.mark.parametrize("objective", list(Objective))
 def test_parts_have_the_gradient_of_the_whole(llama: nn.Module, objective: Objective) -> None:
-    mask, data, ends = SparseMask.dense(llama), encoded(LONG, rows=ROWS), []
+    mask, data, ends = SparseMask.dense(llama), encoded(LONG, rows=SEVEN_ROWS), []
     for sizes in ([7], [3, 3, 1]):
-        model, parts = make_model(), batches(data, objective, sizes)
+        model, parts = make_model(), in_parts(data, objective, sizes)
         weights = MaskedWeights(model, mask)
         sgd_steps(model, weights, [lambda model=model, parts=parts: task_loss(model, parts, objective)], [1.0])  # type: ignore[misc]
         ends.append(weights.masters())
@@ -71,18 +56,18 @@ def test_parts_have_the_gradient_of_the_whole(llama: nn.Module, objective: Objec
 def test_the_head_sees_the_rows_of_one_part(llama: nn.Module, objective: Objective) -> None:
     rows: list[int] = []
     llama.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))  # type: ignore[operator, union-attr]
-    data = encoded(LONG, rows=ROWS)
+    data = encoded(LONG, rows=SEVEN_ROWS)
     candidates = 2 if objective is Objective.CANDIDATES else 1
     opt = SparseZO(llama, SparseMask.random(llama, 0.05, 1), lr=0.1)
-    opt.step(lambda: task_loss(llama, batches(data, objective, [3, 3, 1]), objective))
+    opt.step(lambda: task_loss(llama, in_parts(data, objective, [3, 3, 1]), objective))
     assert rows == [3 * candidates, 3 * candidates, candidates] * 2
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "autograd"])
 def test_memory_is_that_of_one_part(grad: bool) -> None:
     model = make_model(vocabulary=8192).requires_grad_(grad)
-    data = encoded(LONG, rows=ROWS * 8)
-    data_of = {size: batches(data, Objective.CANDIDATES, [size] * (56 // size)) for size in (56, 7)}
+    data = encoded(LONG, rows=SEVEN_ROWS * 8)
+    data_of = {size: in_parts(data, Objective.CANDIDATES, [size] * (56 // size)) for size in (56, 7)}
 
     def run(size: int) -> None:
         with torch.set_grad_enabled(grad):

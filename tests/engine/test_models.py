@@ -12,12 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from meerkat_engine import SparseMask, SparseZO
-from meerkat_engine.checkpoint import save_checkpoint
-from meerkat_engine.errors import ModelError
-from meerkat_engine.models import load_model, prepare
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.parameters import fingerprint
-from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer, same_bits
+from meerkat_engine.engine.errors import ModelError
+from meerkat_engine.engine.lm.checkpoint import save_checkpoint
+from meerkat_engine.engine.lm.models import load_model, prepare
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.parameters import fingerprint
+
+from helpers.models import make_byte_tokenizer, make_model, make_tokenizer
+from helpers.tensors import same_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from meerkat_engine import SparseMask, SparseZO, replay, stream
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.weights import round_fp32
-from tests.conftest import make_model, same_bits
-from tests.engine.test_optimizer import BATCH, flat
+from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.weights import round_fp32
+
+from helpers.losses import BATCH
+from helpers.models import make_model
+from helpers.tensors import flat_weights, same_bits
 
 # numpy, which Triton's interpreter computes with, warns of what the kernels are made for
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -66,10 +69,10 @@ def test_a_run_with_skipped_steps_replays_to_the_same_bits(
     seeds = [stream.step_seed(9, 0, t, j) for t in range(4) for j in range(q)]
     log = [(seed, 0.1 / q, each) for seed, each in zip(seeds, g, strict=True)]
     replay(base, opt.weights.mask, log, backend=backend)
-    assert same_bits(flat(base), flat(model))
+    assert same_bits(flat_weights(base), flat_weights(model))
     taken = make_model("llama", dtype)
     replay(taken, opt.weights.mask, [each for i, each in enumerate(log) if i not in missing])
-    assert same_bits(flat(taken), flat(model))
+    assert same_bits(flat_weights(taken), flat_weights(model))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +91,11 @@ def test_a_run_with_skipped_steps_replays_to_the_same_bits(
 )
 def test_what_is_not_taken(backend: str, lr: float, losses: list[float]) -> None:
     model = make_model()
-    before, queue = flat(model), list(losses)
+    before, queue = flat_weights(model), list(losses)
     opt = skipping(model, lr=lr, backend=backend)
     loss = opt.step(lambda: queue.pop(0))
     assert queue == []
-    assert same_bits(flat(model), before)
+    assert same_bits(flat_weights(model), before)
     assert opt.steps == 1
     assert [math.isnan(g) for g in opt.projected_gradients] == [True]
     mean = round_fp32(sum(map(round_fp32, losses)) / 2)
@@ -100,27 +103,27 @@ def test_what_is_not_taken(backend: str, lr: float, losses: list[float]) -> None
     opt.param_groups[0]["lr"] = 0.1
     opt.step(lambda: language_model_loss(model, BATCH))
     assert math.isfinite(opt.projected_gradients[1])
-    assert not same_bits(flat(model), before)
+    assert not same_bits(flat_weights(model), before)
 
 
 def test_a_bad_loss_at_w_skips_all_queries_of_its_step(llama: nn.Module) -> None:
     opt = skipping(llama, estimator="forward-difference", queries=3)
-    before, queue = flat(llama), [INF, 0.1, 0.2, 0.3]
+    before, queue = flat_weights(llama), [INF, 0.1, 0.2, 0.3]
     assert opt.step(lambda: queue.pop(0)).item() == INF
     assert queue == []
     assert all(math.isnan(g) for g in opt.projected_gradients)
     assert len(opt.projected_gradients) == 3
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 def test_a_query_is_taken_in_all_groups_or_in_none(backend: str) -> None:
     model = make_model()
-    before, (first, *rest) = flat(model), model.parameters()
+    before, (first, *rest) = flat_weights(model), model.parameters()
     opt = skipping(model, backend=backend, params=[{"params": [first], "lr": 1e10}, {"params": rest}])
     queue = [1e30, 0.0]  # lr * g fits fp32 in the second group alone
     opt.step(lambda: queue.pop(0))
     assert [math.isnan(g) for g in opt.projected_gradients] == [True]
-    assert same_bits(flat(model), before)
+    assert same_bits(flat_weights(model), before)
 
 
 def test_steps_without_a_bad_loss_are_those_that_raise(backend: str) -> None:
@@ -130,19 +133,19 @@ def test_steps_without_a_bad_loss_are_those_that_raise(backend: str) -> None:
         opt = skipping(model, nonfinite=nonfinite, backend=backend)
         closure, _ = spoilt(model, {})
         losses = opt.step_many([closure] * 2) if many else [opt.step(closure) for _ in range(2)]
-        ends.append((flat(model), torch.stack(losses), torch.tensor(opt.projected_gradients)))
+        ends.append((flat_weights(model), torch.stack(losses), torch.tensor(opt.projected_gradients)))
     for end in ends[1:]:
         assert all(same_bits(a, b) for a, b in zip(end, ends[0], strict=True))
 
 
 def test_replay_of_nothing_but_skipped_steps_moves_nothing(llama: nn.Module, backend: str) -> None:
-    before = flat(llama)
+    before = flat_weights(llama)
     replay(llama, SparseMask.random(llama, 0.05, 1), [(1, 0.1, NAN), (2, 0.1, NAN)], backend=backend)
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     for lr, g in ((0.1, INF), (0.1, -INF), (NAN, NAN), (INF, 1.0)):
         with pytest.raises(ValueError, match="lr and projected gradient must be finite"):
             replay(llama, SparseMask.random(llama, 0.05, 1), [(1, 0.1, 1.0), (2, lr, g)])
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 def test_an_unknown_choice_is_refused(llama: nn.Module) -> None:

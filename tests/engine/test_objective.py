@@ -5,23 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from meerkat_engine.errors import ModelError
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.objective import Objective, candidate_scores, language_model_loss, task_loss
-from meerkat_engine.tasks import SST2, Task
-from tests.conftest import make_model
-from tests.engine.prompts import CPU, LONG, ROWS, encoded
+from meerkat_engine.engine.errors import ModelError
+from meerkat_engine.engine.lm.objective import Objective, candidate_scores, language_model_loss, task_loss
+from meerkat_engine.engine.lm.tasks import SST2, Task
 
-
-def by_hand(model: nn.Module, data: EncodedTask, example: int) -> list[list[float]]:
-    """Log-likelihood of each token of each candidate, one unpadded sequence at a time, all logits."""
-    found = []
-    for answer in data.candidates:
-        ids = torch.tensor([data.prompts[example] + answer])
-        log_p = model(input_ids=ids).logits.float().log_softmax(-1)[0]
-        start = len(data.prompts[example])
-        found.append([log_p[start + j - 1, token].item() for j, token in enumerate(answer)])
-    return found
+from helpers.constants import CPU
+from helpers.losses import candidate_log_likelihoods
+from helpers.models import make_model
+from helpers.prompts import LONG, ROWS, encoded
 
 
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
@@ -30,7 +21,7 @@ def test_scores_are_candidate_likelihoods(architecture: str, task: Task) -> None
     scores = candidate_scores(model, data.batch([0, 1, 2], answers="all", device=CPU))
     assert scores.shape == (3, 2)
     for example in range(3):
-        means = [sum(t) / len(t) for t in by_hand(model, data, example)]
+        means = [sum(t) / len(t) for t in candidate_log_likelihoods(model, data, example)]
         # equal up to a constant per example
         assert (scores[example, 1] - scores[example, 0]).item() == pytest.approx(means[1] - means[0], abs=2e-5)
 
@@ -38,7 +29,7 @@ def test_scores_are_candidate_likelihoods(architecture: str, task: Task) -> None
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
 def test_both_losses(architecture: str, task: Task) -> None:
     model, data = make_model(architecture), encoded(task)
-    hand = [by_hand(model, data, i) for i in range(3)]
+    hand = [candidate_log_likelihoods(model, data, i) for i in range(3)]
     means = torch.tensor([[sum(t) / len(t) for t in row] for row in hand])
     labels = torch.tensor([row["label"] for row in ROWS])
     candidates = task_loss(model, data.batch([0, 1, 2], answers="all", device=CPU), Objective.CANDIDATES)

@@ -7,21 +7,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from meerkat_engine import SparseMask, SparseZO, replay, stream
+from meerkat_engine import SparseMask, SparseZO, replay
 from meerkat_engine.bench.measure import peak_bytes
-from meerkat_engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.weights import MaskedWeights, round_fp32
-from tests.conftest import make_model, same_bits
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.weights import MaskedWeights, round_fp32
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BATCH = torch.arange(60).view(3, 20) % 90 + 3
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().view(-1) for p in model.parameters()])
+from helpers.constants import DTYPES
+from helpers.losses import BATCH
+from helpers.models import make_model
+from helpers.tensors import NothingIsReadBack, flat_weights, same_bits
 
 
 def closure_of(model: nn.Module) -> Callable[[], torch.Tensor]:
@@ -37,16 +34,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype, backend: str) -> None:
     model = make_model(architecture, dtype)
     mask = SparseMask.random(model, 0.05, 1)
-    master = flat(model)[mask.ids].float()
+    master = flat_weights(model)[mask.ids].float()
     z = stream.normal(stream.step_seed(9, 0, 0), mask.ids)
     seen: list[torch.Tensor] = []
 
     def closure() -> torch.Tensor:
         assert torch.is_inference_mode_enabled()
-        seen.append(flat(model))
+        seen.append(flat_weights(model))
         return torch.tensor([0.75, 0.625][len(seen) - 1])
 
-    untouched = flat(model)
+    untouched = flat_weights(model)
     opt = SparseZO(model, mask, lr=0.01, eps=1e-2, seed=9, backend=backend)
     loss = opt.step(closure)
     assert loss.item() == 0.6875
@@ -57,10 +54,10 @@ def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype, backend: s
     c = torch.tensor(0.01 * g, dtype=torch.float32)
     after = master - z * c
     assert same_bits(opt.weights.masters(), after)
-    assert same_bits(flat(model)[mask.ids], after.to(dtype))
+    assert same_bits(flat_weights(model)[mask.ids], after.to(dtype))
     changed = torch.zeros(untouched.numel(), dtype=torch.bool)
     changed[mask.ids] = True
-    for live in (*seen, flat(model)):
+    for live in (*seen, flat_weights(model)):
         assert same_bits(live[~changed], untouched[~changed])
 
 
@@ -71,7 +68,7 @@ def test_backends_take_the_same_path(architecture: str) -> None:
         opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=1e-2, backend=backend)
         for _ in range(5):
             opt.step(closure_of(model))
-        ends.append(flat(model))
+        ends.append(flat_weights(model))
     assert all(same_bits(ends[0], other) for other in ends[1:])
 
 
@@ -119,7 +116,7 @@ def test_many_steps_in_one_call_have_the_bits_of_each_alone(dtype: torch.dtype, 
     assert a.projected_gradients == b.projected_gradients
     assert same_bits(torch.stack(a.losses), torch.stack(b.losses))
     assert same_bits(a.weights.masters(), b.weights.masters())
-    assert same_bits(flat(models[0]), flat(models[1]))
+    assert same_bits(flat_weights(models[0]), flat_weights(models[1]))
 
 
 def test_steps_before_the_one_that_failed_stay_taken() -> None:
@@ -131,24 +128,16 @@ def test_steps_before_the_one_that_failed_stay_taken() -> None:
     replayed.step_many([closure_of(other)] * 2)
     assert opt.steps == 2
     assert opt.projected_gradients == replayed.projected_gradients
-    assert same_bits(flat(model), flat(other))
+    assert same_bits(flat_weights(model), flat_weights(other))
 
 
 def test_a_step_that_overflows_is_not_taken(llama: nn.Module) -> None:
-    before, queue = flat(llama), [3e38, -3e38]
+    before, queue = flat_weights(llama), [3e38, -3e38]
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     with pytest.raises(NonFiniteLossError, match=r"step 0 was not taken: mean loss 0\.0, projected gradient inf"):
         opt.step(lambda: queue.pop(0))
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     assert (opt.steps, opt.projected_gradients) == (0, [])
-
-
-class NothingIsReadBack(TorchDispatchMode):
-    """Refuses what makes the host wait for a number."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back"
-        return func(*args, **(kwargs or {}))
 
 
 def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +159,7 @@ def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(SparseZO, "step_many", watched)
     opt = trained(models[1], [closure_of(models[1])] * 3, many=True, backend="triton")
-    assert same_bits(flat(models[0]), flat(models[1]))
+    assert same_bits(flat_weights(models[0]), flat_weights(models[1]))
     assert opt.projected_gradients == wanted.projected_gradients
     with pytest.raises(AssertionError, match="read back"), NothingIsReadBack():
         torch.ones(1).item()
@@ -183,7 +172,7 @@ def test_on_a_gpu_a_loss_that_is_not_finite_is_told_when_the_scalars_are_read(ba
     opt.step_many([closure_of(model), lambda: torch.tensor(float("nan")), closure_of(model)])
     clean.step(closure_of(other))
     clean.step(closure_of(other), seed=stream.step_seed(0, 0, 2))
-    assert same_bits(flat(model), flat(other))
+    assert same_bits(flat_weights(model), flat_weights(other))
     with pytest.raises(NonFiniteLossError, match="step 1 was not taken: mean loss nan"):
         _ = opt.projected_gradients
     found = opt.projected_gradients
@@ -206,21 +195,21 @@ def test_a_loss_of_many_numbers_is_refused(llama: nn.Module) -> None:
 
 @pytest.mark.parametrize(("lr", "g"), [(0.1, float("nan")), (0.1, float("inf")), (1e10, 1e30)], ids=str)
 def test_an_update_that_fp32_cannot_hold_is_refused(llama: nn.Module, lr: float, g: float) -> None:
-    before, mask = flat(llama), SparseMask.dense(llama)
+    before, mask = flat_weights(llama), SparseMask.dense(llama)
     with pytest.raises(ValueError, match="finite"):
         SparseZO(llama, mask, lr=lr).apply(1, g)
     if g == g:  # a log's NaN is an update that was not taken
         with pytest.raises(ValueError, match=r"finite|which fp32 cannot hold"):
             replay(llama, mask, [(1, lr, g)])
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 def test_lr_zero_moves_nothing(llama: nn.Module) -> None:
-    before = flat(llama)
+    before = flat_weights(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.0)
     for _ in range(3):
         opt.step(closure_of(llama))
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 def test_replay_lands_on_the_same_bits(architecture: str, backend: str) -> None:
@@ -237,18 +226,18 @@ def test_replay_lands_on_the_same_bits(architecture: str, backend: str) -> None:
         schedule.step()
     assert log[0][1] > log[-1][1]
     replay(base, mask, log, backend=backend)
-    assert same_bits(flat(base), flat(model))
+    assert same_bits(flat_weights(base), flat_weights(model))
 
 
 def test_perturb_restore_apply(llama: nn.Module) -> None:
-    before, mask = flat(llama), SparseMask.random(llama, 0.1, 1)
+    before, mask = flat_weights(llama), SparseMask.random(llama, 0.1, 1)
     opt = SparseZO(llama, mask, lr=0.5)
     opt.perturb(77, 0.25)
-    assert same_bits(flat(llama)[mask.ids], before[mask.ids] + stream.normal(77, mask.ids) * 0.25)
+    assert same_bits(flat_weights(llama)[mask.ids], before[mask.ids] + stream.normal(77, mask.ids) * 0.25)
     opt.restore()
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     opt.apply(77, 2.0)
-    assert same_bits(flat(llama)[mask.ids], before[mask.ids] - stream.normal(77, mask.ids))
+    assert same_bits(flat_weights(llama)[mask.ids], before[mask.ids] - stream.normal(77, mask.ids))
     assert opt.projected_gradients == []
 
 
@@ -275,10 +264,10 @@ def test_state_dict_in_the_middle_of_a_run(dtype: torch.dtype) -> None:
     second = fresh()
     second[1].load_state_dict(state["opt"])
     second[2].load_state_dict(state["schedule"])
-    assert same_bits(flat(second[0]), flat(first[0]))
+    assert same_bits(flat_weights(second[0]), flat_weights(first[0]))
     assert state["opt"]["state"]["masters"].dtype == torch.float32
     steps(*second, 3)
-    assert same_bits(flat(second[0]), flat(straight[0]))
+    assert same_bits(flat_weights(second[0]), flat_weights(straight[0]))
     assert same_bits(second[1].weights.masters(), straight[1].weights.masters())
 
 
@@ -289,14 +278,14 @@ def test_state_of_another_mask_is_refused(llama: nn.Module) -> None:
 
 
 def test_parameter_groups_have_their_own_lr(llama: nn.Module, backend: str) -> None:
-    before, mask = flat(llama), SparseMask.random(llama, 0.2, 1)
+    before, mask = flat_weights(llama), SparseMask.random(llama, 0.2, 1)
     norms = [p for name, p in llama.named_parameters() if "norm" in name]
     others = [p for name, p in llama.named_parameters() if "norm" not in name]
     opt = SparseZO(llama, mask, lr=0.5, backend=backend, params=[{"params": others}, {"params": norms, "lr": 0.125}])
     opt.apply(5, 2.0)
     rates = torch.cat([torch.full((p.numel(),), 0.125 if "norm" in n else 0.5) for n, p in llama.named_parameters()])
     expected = before[mask.ids] - stream.normal(5, mask.ids) * (rates[mask.ids] * 2.0)
-    assert same_bits(flat(llama)[mask.ids], expected)
+    assert same_bits(flat_weights(llama)[mask.ids], expected)
     assert same_bits(opt.weights.masters(), expected)
 
 
@@ -337,15 +326,15 @@ def test_a_changed_model_is_named(llama: nn.Module, change: str) -> None:
     else:
         llama.resize_token_embeddings(120)  # type: ignore[operator]
         message = r"'model\.embed_tokens\.weight' was (replaced|moved)"
-    before = flat(llama)
+    before = flat_weights(llama)
     with pytest.raises(ModelChangedError, match=message):
         opt.step(closure_of(llama))
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module, error: type[BaseException]) -> None:
-    before = flat(llama)
+    before = flat_weights(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
 
     def broken() -> torch.Tensor:
@@ -353,18 +342,18 @@ def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module, e
 
     with pytest.raises(error):
         opt.step(broken)
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     assert opt.steps == 0
 
 
 @pytest.mark.parametrize("losses", [[float("nan"), 1.0], [1.0, float("inf")]], ids=str)
 def test_a_loss_that_is_not_finite_leaves_the_weights_restored(llama: nn.Module, losses: list[float]) -> None:
-    before = flat(llama)
+    before = flat_weights(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     queue = list(losses)
     with pytest.raises(NonFiniteLossError, match=r"the loss at [+-]eps is (nan|inf)"):
         opt.step(lambda: queue.pop(0))
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     assert opt.projected_gradients == []
 
 

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from meerkat_engine import SparseMask, SparseZO, stream
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.objective import Objective, example_losses, task_loss
-from meerkat_engine.privacy import PrivateClosure, gaussian
-from meerkat_engine.tasks import SST2, Task
-from meerkat_engine.weights import round_fp32
-from tests.conftest import make_model, same_bits
-from tests.engine.prompts import LONG, encoded
-from tests.engine.test_microbatches import ROWS, TOLERANCE, batches
-from tests.engine.test_objective import by_hand
-from tests.engine.test_optimizer import flat
+from meerkat_engine import SparseMask, SparseZO
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.lm.objective import Objective, example_losses, task_loss
+from meerkat_engine.engine.lm.tasks import SST2, Task
+from meerkat_engine.engine.private_closure import PrivateClosure, gaussian
+from meerkat_engine.engine.weights import round_fp32
+
+from helpers.losses import TOLERANCE, candidate_log_likelihoods, in_parts
+from helpers.models import make_model
+from helpers.prompts import LONG, SEVEN_ROWS, encoded
+from helpers.tensors import flat_weights, same_bits
 
 NAN, INF = float("nan"), float("inf")
 TERMS = {"clip": 2e-3, "noise_multiplier": 0.7, "batch_size": 5, "seed": 31}
@@ -56,8 +57,8 @@ def released(before: list[float], after: list[float]) -> float:
 @pytest.mark.parametrize("q", [1, 3])
 def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
     """From the losses of each example at each point, taken by hand; and the weights move by that alone."""
-    model, other, data = make_model(), make_model(), encoded(LONG, rows=ROWS)
-    (batch,) = batches(data, Objective.CANDIDATES, [7])
+    model, other, data = make_model(), make_model(), encoded(LONG, rows=SEVEN_ROWS)
+    (batch,) = in_parts(data, Objective.CANDIDATES, [7])
     mask, clip, calls = SparseMask.random(model, 0.05, 1), 0.02 if estimator == "two-point" else 0.01, []
 
     def losses() -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
     hand.restore()
     for j, g in enumerate(opt.projected_gradients):
         hand.apply(stream.step_seed(9, 0, 0, j), g)
-    assert same_bits(flat(model), flat(other))
+    assert same_bits(flat_weights(model), flat_weights(other))
 
 
 @pytest.mark.parametrize(
@@ -212,17 +213,17 @@ def test_terms_out_of_range(terms: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("objective", list(Objective))
 def test_losses_by_example(architecture: str, objective: Objective, task: Task) -> None:
-    model, data = make_model(architecture), encoded(task, rows=ROWS)
-    (whole,) = batches(data, objective, [7])
+    model, data = make_model(architecture), encoded(task, rows=SEVEN_ROWS)
+    (whole,) = in_parts(data, objective, [7])
     found = example_losses(model, whole, objective)
     assert (found.dtype, found.shape) == (torch.float32, (7,))
-    for i, row in enumerate(ROWS):
-        tokens = by_hand(model, data, i)
+    for i, row in enumerate(SEVEN_ROWS):
+        tokens = candidate_log_likelihoods(model, data, i)
         means = torch.tensor([sum(each) / len(each) for each in tokens])
         gold = -means[row["label"]]
         wanted = gold + means.logsumexp(0) if objective is Objective.CANDIDATES else gold
         assert found[i].item() == pytest.approx(wanted.item(), abs=2e-5)
-    parts = batches(data, objective, [3, 3, 1])
+    parts = in_parts(data, objective, [3, 3, 1])
     assert example_losses(model, parts, objective).tolist() == pytest.approx(found.tolist(), abs=TOLERANCE)
     if objective is Objective.CANDIDATES or task is SST2:  # answers of one length
         assert found.mean().item() == pytest.approx(task_loss(model, whole, objective).item(), abs=TOLERANCE)

@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from meerkat_engine import SparseMask, SparseZO, replay, stream
-from meerkat_engine.errors import NonFiniteLossError
-from meerkat_engine.objective import language_model_loss
-from meerkat_engine.weights import MaskedWeights, round_fp32
-from tests.conftest import make_model, same_bits
-from tests.engine.test_optimizer import BATCH, DTYPES, NothingIsReadBack, flat
+from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import NonFiniteLossError
+from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.weights import MaskedWeights, round_fp32
+
+from helpers.constants import DTYPES
+from helpers.losses import BATCH
+from helpers.models import make_model
+from helpers.tensors import NothingIsReadBack, flat_weights, same_bits
 
 ESTIMATORS = ["two-point", "forward-difference"]
 FORWARDS = {"two-point": lambda q: 2 * q, "forward-difference": lambda q: q + 1}
@@ -71,10 +75,10 @@ def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> No
     assert opt.projected_gradients == scalars
     assert len(set(scalars)) == 3 * q
     assert [loss.item() for loss in losses] == pytest.approx(wanted, rel=1e-7)  # a sum in another order
-    assert same_bits(flat(model), flat(other))
+    assert same_bits(flat_weights(model), flat_weights(other))
     seeds = [stream.step_seed(9, 0, t, j) for t in range(3) for j in range(q)]
     replay(base, opt.weights.mask, [(seed, 0.07 / q, g) for seed, g in zip(seeds, scalars, strict=True)])
-    assert same_bits(flat(base), flat(model))
+    assert same_bits(flat_weights(base), flat_weights(model))
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba", pytest.param("triton", marks=pytest.mark.slow)])
@@ -90,7 +94,7 @@ def test_step_by_step_or_in_one_call_and_with_seeds_of_ones_own(backend: str, es
         else:
             for t in range(2):
                 opt.step_many([closure], seeds[2 * t : 2 * t + 2] if given else None)
-        ends.append((flat(model), opt.projected_gradients))
+        ends.append((flat_weights(model), opt.projected_gradients))
     assert all(same_bits(ends[0][0], end) and ends[0][1] == scalars for end, scalars in ends[1:])
 
 
@@ -137,7 +141,7 @@ def test_a_loss_that_is_not_finite_takes_nothing_of_its_step(llama: nn.Module, e
     other = make_model()
     for j, g in enumerate(opt.projected_gradients):
         made(other, 3, estimator).apply(stream.step_seed(9, 0, 0, j), g)
-    assert same_bits(flat(llama), flat(other))
+    assert same_bits(flat_weights(llama), flat_weights(other))
 
 
 def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
@@ -153,7 +157,7 @@ def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
     replay(other, opt.weights.mask, [
         (stream.step_seed(9, 0, 0, 0), 0.035, g[0]), (stream.step_seed(9, 0, 1, 0), 0.035, g[2]),
     ])  # fmt: skip
-    assert same_bits(flat(llama), flat(other))
+    assert same_bits(flat_weights(llama), flat_weights(other))
 
 
 def test_on_a_gpu_no_query_waits_for_the_host(llama: nn.Module, estimator: str) -> None:
@@ -167,18 +171,18 @@ def test_on_a_gpu_no_query_waits_for_the_host(llama: nn.Module, estimator: str) 
         opt.step_many([closure] * 2, seeds)
     scalars, _ = by_hand(other, 3, estimator, 2)
     assert opt.projected_gradients == scalars
-    assert same_bits(flat(llama), flat(other))
+    assert same_bits(flat_weights(llama), flat_weights(other))
 
 
 def test_seeds_must_be_enough(llama: nn.Module) -> None:
     opt = made(llama, 2, "two-point")
     with pytest.raises(ValueError, match="a step has 2 queries, each with its own seed"):
         opt.step(lambda: 0.0, seed=3)
-    before = flat(llama)
+    before = flat_weights(llama)
     for seeds in ([], [1]):
         with pytest.raises(ValueError, match=rf"{len(seeds)} seeds were given; 1 steps of 2 queries need 2"):
             opt.step_many([lambda: 0.0], seeds)
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
 
 
 @pytest.mark.parametrize(

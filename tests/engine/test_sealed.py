@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.errors import MaskError
-from meerkat_engine.mask import _KIND
-from meerkat_engine.parameters import ParameterTable
-from meerkat_engine.sealed import write_sealed
-from tests.conftest import FUZZ, make_model, same_bits
-from tests.engine.damage import blanks, flips, header_of, other_byte
+from meerkat_engine.engine.checksummed import write_sealed
+from meerkat_engine.engine.errors import MaskError
+from meerkat_engine.engine.mask import _KIND
+from meerkat_engine.engine.parameters import ParameterTable
+
+from helpers.constants import FUZZ
+from helpers.damage import blanks, flips, header_of, other_byte
+from helpers.models import make_model
+from helpers.tensors import same_bits
 
 
 def small_mask() -> SparseMask:

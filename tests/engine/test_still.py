@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from meerkat_engine import SparseMask, SparseZO, embedded, stream
+from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import reference
-from meerkat_engine.weights import MaskedWeights
-from tests.conftest import make_model, same_bits
-from tests.engine.test_optimizer import DTYPES, flat
+
+from helpers.constants import DTYPES
+from helpers.models import make_model
+from helpers.tensors import flat_weights, same_bits
 
 EPS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
 
@@ -99,9 +103,9 @@ def test_nothing_is_disturbed(llama: nn.Module) -> None:
     at_w = opt.still()
     assert at_w == opt.still(stream.step_seed(3, 0, 0)) != opt.still(1)
     opt.perturb(77, 0.25)
-    before, masters = flat(llama), opt.weights.masters()
+    before, masters = flat_weights(llama), opt.weights.masters()
     assert opt.still() == at_w
-    assert same_bits(flat(llama), before)
+    assert same_bits(flat_weights(llama), before)
     assert same_bits(opt.weights.masters(), masters)
     opt.restore()
     opt.apply(1, 1.0)
@@ -128,16 +132,16 @@ def cycles(dtype: torch.dtype, n: int, backend: str) -> None:
     """``n`` times to +eps, to -eps and back, each time with another seed; every bit is compared at the end."""
     lm = embedded.load(dtype)
     opt = SparseZO(lm.model, SparseMask.random(lm.model, 0.01, 1), lr=0.1, eps=1e-3, backend=backend)
-    before, masters = flat(lm.model), opt.weights.masters()
+    before, masters = flat_weights(lm.model), opt.weights.masters()
     begun = time.perf_counter()
     for step in range(n):
         opt.perturb(stream.step_seed(1, 0, step), 1e-3)
         opt.perturb(stream.step_seed(1, 0, step), -1e-3)
         if step == n - 1:
-            assert not same_bits(flat(lm.model), before)
+            assert not same_bits(flat_weights(lm.model), before)
         opt.restore()
     print(f"{n:,} cycles in {dtype}: {time.perf_counter() - begun:.1f} s")
-    assert same_bits(flat(lm.model), before)
+    assert same_bits(flat_weights(lm.model), before)
     assert same_bits(opt.weights.masters(), masters)
 
 

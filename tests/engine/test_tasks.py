@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from meerkat_engine.errors import ConfigError, DataError
-from meerkat_engine.tasks import SST2, TASKS, Task, get_task, own_task
-from tests.engine.prompts import ROWS
+from meerkat_engine.engine.errors import ConfigError, DataError
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, get_task, own_task
+
+from helpers.prompts import ROWS
 
 
 def test_the_sst2_prompt_is_mezos() -> None:

@@ -8,13 +8,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from meerkat_engine import embedded, replay, stream
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.trajectory import replay_
-from meerkat_engine.updates import read_updates
-from meerkat_engine.weights import MaskedWeights
-from tests.engine.trainers import LR, Batch, Setting, by_items, in_parts, plain_loop
+from meerkat_engine import replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.replay import replay_
+from meerkat_engine.engine.updates import read_updates
+from meerkat_engine.engine.weights import MaskedWeights
+
+from helpers.trainers import LR, Batch, Setting, by_items, in_parts, plain_loop
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

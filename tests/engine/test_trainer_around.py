@@ -14,11 +14,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from meerkat_engine import embedded, replay, stream
-from meerkat_engine.errors import ConfigError, NonFiniteLossError
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.updates import read_updates
-from tests.engine.trainers import LR, Batch, Setting, by_items, plain_loop
+from meerkat_engine import replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError, NonFiniteLossError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.updates import read_updates
+
+from helpers.trainers import LR, Batch, Setting, by_items, plain_loop
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"])
@@ -178,7 +181,7 @@ def test_importing_the_engine_imports_no_trainer() -> None:
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("meerkat_engine.trainer")
+    module = importlib.import_module("meerkat_engine.engine.trainer")
     with monkeypatch.context() as patch:
         patch.setattr("transformers.utils.is_accelerate_available", lambda *_: False)
         with pytest.raises(ConfigError, match=r"meerkat-engine\[trainer\]"), contextlib.suppress(ImportError):
@@ -191,9 +194,9 @@ import json, sys
 from pathlib import Path
 import torch
 from meerkat_engine import embedded, replay, stream
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.parameters import fingerprint
-from tests.engine.trainers import Setting
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.parameters import fingerprint
+from helpers.trainers import Setting
 out, found = Path(sys.argv[1]), []
 for start in (None, str(out / "checkpoint-2")):
     setting = Setting()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.errors import MaskError
-from meerkat_engine.sensitivity import Sensitivity, accumulate
-from meerkat_engine.transfer import concentration, transfer
+from meerkat_engine.engine.errors import MaskError
+from meerkat_engine.engine.mask_coverage import concentration, transfer
+from meerkat_engine.engine.sensitivity import Sensitivity, accumulate
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.errors import RunError
-from meerkat_engine.updates import read_updates, write_updates
+from meerkat_engine.engine.errors import RunError
+from meerkat_engine.engine.updates import read_updates, write_updates
 
 UPDATES = [(0, 1e-2, 0.1), ((1 << 64) - 1, 1 / 3, -1.1754943508222875e-38), (7, 0.0, math.nan)]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from meerkat_engine.values import DeviceValues
+from meerkat_engine.engine.device_values import DeviceValues
 
 
 def test_equal_numbers_with_other_bits_are_kept_apart() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import simulate
-from meerkat_engine.parameters import fingerprint
-from tests.examples.running import EXAMPLES, run
+
+from helpers.examples import EXAMPLES, run
 
 pytestmark = [
     pytest.mark.slow,

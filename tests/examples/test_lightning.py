@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from meerkat_engine import SparseMask, SparseZO, embedded
-from meerkat_engine.data import token_batches
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.objective import Objective, task_loss
-from meerkat_engine.parameters import fingerprint
-from tests.examples.running import fingerprints, run
+from meerkat_engine import SparseMask, SparseZO
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.data import token_batches
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import Objective, task_loss
+from meerkat_engine.engine.parameters import fingerprint
+
+from helpers.examples import fingerprints, run
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine import SparseMask, embedded, replay, stream
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.updates import read_updates
-from tests.examples.running import fingerprints, run
+from meerkat_engine import SparseMask, replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.updates import read_updates
+
+from helpers.examples import fingerprints, run
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from meerkat_engine.errors import ConfigError
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.weights import round_fp32
 from meerkat_engine.fed.aggregation import Aggregation, Rule, Weighting, aggregate, client_weights
-from meerkat_engine.fed.config import make_config
-from meerkat_engine.weights import round_fp32
+from meerkat_engine.fed.config.run_config import make_config
 
 NAN = math.nan
 MEAN, MEDIAN, TRIMMED = (Aggregation(rule=rule, trim=0.3) for rule in Rule)

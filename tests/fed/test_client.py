@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_engine import SparseMask, embedded, stream
-from meerkat_engine.errors import ConfigError, MessageError, NonFiniteLossError
-from meerkat_engine.examples import EncodedTask
-from meerkat_engine.fed import Client, ClientData, TrainReply, TrainRequest, make_config, setup
-from meerkat_engine.fed.federation import Federation
+from meerkat_engine import SparseMask
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError, MessageError, NonFiniteLossError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.objective import Objective, example_losses, task_loss
+from meerkat_engine.engine.private_closure import PrivateClosure
+from meerkat_engine.fed import Client, ClientData, TrainReply, TrainRequest, make_config
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.privacy import Privacy
-from meerkat_engine.objective import Objective, example_losses, task_loss
-from meerkat_engine.privacy import PrivateClosure
-from tests.conftest import same_bits
+from meerkat_engine.fed.setup.data import encode
+from meerkat_engine.fed.setup.model import load_language_model
+from meerkat_engine.fed.setup.server_and_clients import Federation
+
+from helpers.tensors import same_bits
 
 Make = Callable[..., Any]
 BY_SCALARS = [Gradient.TWO_POINT, Gradient.FORWARD_DIFFERENCE]
@@ -115,8 +120,8 @@ def test_a_null_path_needs_all_its_steps() -> None:
     config = make_config({
         "method": "meerkat-vp", "clients": 2, "vp_steps": 50, "vp_initial": 10, "vp_later": 25, "eval_examples": 100,
     })  # fmt: skip
-    lm = setup.load_language_model(config)
-    data = setup.encode(config, lm.tokenizer)
+    lm = load_language_model(config)
+    data = encode(config, lm.tokenizer)
     mask = SparseMask.random(lm.model, 0.01, 1).with_gradient(lm.model, [torch.ones(2, 9, dtype=torch.int64)])
     fed = Federation(config, lm.model, mask, data, [torch.arange(50), torch.arange(50, 100)], None)  # type: ignore[arg-type]
     token = lm.tokenizer.convert_tokens_to_ids("bed")

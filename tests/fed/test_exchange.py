@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
-from meerkat_engine import stream
-from meerkat_engine.errors import ConfigError
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed import Client, ClientData, Replica, execute, make_config, resume
-from meerkat_engine.fed.federation import terms_of
-from meerkat_engine.fed.masks import make_mask
 from meerkat_engine.fed.server import RoundFailedError
-from meerkat_engine.fed.setup import encode, load_language_model, shares_of
-from meerkat_engine.fed.team import Team
-from tests.fed.command import call, metrics_of
+from meerkat_engine.fed.setup.data import encode, shares_of
+from meerkat_engine.fed.setup.mask import make_mask
+from meerkat_engine.fed.setup.model import load_language_model
+from meerkat_engine.fed.setup.server_and_clients import terms_of
+from meerkat_engine.fed.torchrun.rank_pool import Team
+
+from helpers.command import call, metrics_of
 
 SETTINGS = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_examples": 50, "method": "meerkat-vp", "vp_steps": 6,
             "vp_initial": 2, "vp_later": 3, "vp_rho_later": 0.1, "vp_rho_quie": 0.1, "vp_sigma": 10.0}  # fmt: skip

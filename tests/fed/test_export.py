@@ -17,13 +17,14 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import dynamic_module_utils
 
-from meerkat_engine.delta import Delta
-from meerkat_engine.fed import cli
-from meerkat_engine.fed.card import run_command
-from meerkat_engine.fed.config import RunConfig, make_config
-from meerkat_engine.fed.replaying import replay_run
-from tests.conftest import make_model, make_tokenizer
-from tests.fed.command import call, summary_of
+from meerkat_engine import cli
+from meerkat_engine.engine.delta import Delta
+from meerkat_engine.fed.config.run_config import RunConfig, make_config
+from meerkat_engine.fed.report.card import run_command
+from meerkat_engine.fed.run.replay import replay_run
+
+from helpers.command import call, summary_of
+from helpers.models import make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
@@ -324,9 +325,7 @@ def test_nothing_is_overwritten(llama_world: World, tmp_path: Path) -> None:
 
 
 def in_a_process(before: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    script = (
-        f"import os, resource, signal, sys\n{before}\nfrom meerkat_engine.fed.cli import main\nmain(sys.argv[1:])\n"
-    )
+    script = f"import os, resource, signal, sys\n{before}\nfrom meerkat_engine.cli import main\nmain(sys.argv[1:])\n"
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_engine import embedded, replay, stream
-from meerkat_engine.errors import DataError, MaskError, MessageError
-from meerkat_engine.examples import EncodedTask
+from meerkat_engine import replay
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import DataError, MaskError, MessageError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.parameters import fingerprint
+from meerkat_engine.engine.weights import round_fp32
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, serve, simulate
 from meerkat_engine.fed.aggregation import Aggregation, Weighting
 from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.server import RoundFailedError, Server
 from meerkat_engine.fed.terms import Schedule
-from meerkat_engine.parameters import fingerprint
-from meerkat_engine.weights import round_fp32
-from tests.conftest import same_bits
+
+from helpers.tensors import same_bits
 
 Make = Callable[..., Any]
 
@@ -313,7 +316,7 @@ def test_a_replica_checks_the_mask_of_the_terms(federation: Make) -> None:
 
 
 def test_hundreds_of_clients_cost_the_memory_of_one(task_data: EncodedTask) -> None:
-    from tests.fed.conftest import Federation
+    from helpers.federation import Federation
 
     def peak(clients: int) -> int:
         fed = Federation(task_data, clients=1, steps=1)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meerkat_engine import SparseMask, embedded, stream
-from meerkat_engine.errors import MaskError
+from meerkat_engine import SparseMask
+from meerkat_engine.engine import stream
+from meerkat_engine.engine.errors import MaskError
+from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed.gradip import GradIP
 
 CPU = torch.device("cpu")

@@ -10,22 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_engine.errors import MessageError
+from meerkat_engine.engine.errors import MessageError
+from meerkat_engine.engine.weights import round_fp32
 from meerkat_engine.fed import execute, make_config, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Rule, Weighting
 from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply
-from meerkat_engine.fed.refusal import Refusal, RefusedError
+from meerkat_engine.fed.rejection import Refusal, RefusedError
 from meerkat_engine.fed.server import RoundFailedError
-from meerkat_engine.weights import round_fp32
-from tests.fed.command import call
+
+from helpers.command import call
+from helpers.tensors import fp32_array
 
 Make = Callable[..., Any]
 INF, NAN = float("inf"), float("nan")
-
-
-def fp32(*values: float) -> np.ndarray:
-    return np.array(values, dtype=np.float32)
 
 
 def answer(fed: Any, client: int) -> TrainReply:
@@ -48,7 +46,7 @@ def finish(fed: Any, clients: tuple[int, ...]) -> Any:
 
 def with_raw_nan(reply: TrainReply) -> bytes:
     """NaN where a value belongs, under a right checksum: encode() itself makes a position of it."""
-    from tests.fed.test_messages import changed
+    from helpers.messages import changed
 
     return changed(reply.encode(), HEADER_BYTES + 4, b"\0\0\xc0\x7f")
 
@@ -60,27 +58,31 @@ MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Refusal, str]] = {
     "damaged": (lambda r: r.encode()[:-1] + b"\xff", Refusal.MALFORMED, "checksum"),
     "of another protocol": (lambda r: b"X" + r.encode()[1:], Refusal.MALFORMED, "begins"),
     "far too many values": (
-        lambda r: replace(r, scalars=fp32(*[0.1] * 1000)).encode(),
+        lambda r: replace(r, scalars=fp32_array(*[0.1] * 1000)).encode(),
         Refusal.MALFORMED,
         "claims 1000 values where at most 4",
     ),
     "nan": (with_raw_nan, Refusal.NOT_FINITE, "value 1 is not finite"),
-    "inf": (lambda r: replace(r, scalars=fp32(0.5, -INF)).encode(), Refusal.NOT_FINITE, "value 1 is not finite"),
+    "inf": (lambda r: replace(r, scalars=fp32_array(0.5, -INF)).encode(), Refusal.NOT_FINITE, "value 1 is not finite"),
     "loss nan": (lambda r: replace(r, loss=NAN).encode(), Refusal.NOT_FINITE, "the loss is nan"),
     "loss inf": (lambda r: replace(r, loss=INF).encode(), Refusal.NOT_FINITE, "the loss is inf"),
     "too large": (
-        lambda r: replace(r, scalars=fp32(NAN, -1.01e8)).encode(),
+        lambda r: replace(r, scalars=fp32_array(NAN, -1.01e8)).encode(),
         Refusal.TOO_LARGE,
         r"client 0 sent a scalar of size 1.01e\+08",
     ),
     "one step": (lambda r: replace(r, local_steps=1).encode(), Refusal.COUNT, "client 0 took 1 steps instead of 2"),
     "one scalar": (
-        lambda r: replace(r, scalars=fp32(0.5)).encode(),
+        lambda r: replace(r, scalars=fp32_array(0.5)).encode(),
         Refusal.COUNT,
         "client 0 sent 1 scalars instead of 2",
     ),
-    "three scalars": (lambda r: replace(r, scalars=fp32(1, 2, 3)).encode(), Refusal.COUNT, "client 0 sent 3 scalars"),
-    "weights": (lambda r: replace(r, masters=fp32(1, 2)).encode(), Refusal.COUNT, "client 0 sent no scalars"),
+    "three scalars": (
+        lambda r: replace(r, scalars=fp32_array(1, 2, 3)).encode(),
+        Refusal.COUNT,
+        "client 0 sent 3 scalars",
+    ),
+    "weights": (lambda r: replace(r, masters=fp32_array(1, 2)).encode(), Refusal.COUNT, "client 0 sent no scalars"),
     "unknown client": (lambda r: replace(r, client=9).encode(), Refusal.UNKNOWN, "client 9 is unknown"),
     "old round": (
         lambda r: replace(r, round=1).encode(),
@@ -135,7 +137,7 @@ def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
 
 def test_the_weights_of_the_rest_are_made_anew(federation: Make) -> None:
     fed = federation()
-    one, two = (replace(answer(fed, i), scalars=fp32(*g)) for i, g in ((1, (0.5, 0.5)), (2, (1.0, 2.0))))
+    one, two = (replace(answer(fed, i), scalars=fp32_array(*g)) for i, g in ((1, (0.5, 0.5)), (2, (1.0, 2.0))))
     with pytest.raises(MessageError):
         fed.server.receive(replace(answer(fed, 0), examples=0).encode())
     fed.server.receive(replace(one, examples=30).encode())
@@ -190,7 +192,7 @@ def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> No
                 replace(honest, client=1000 + i),
                 replace(honest, round=2 + i),
                 replace(honest, local_steps=3 + i),
-                replace(honest, scalars=fp32(2e8 + 1e3 * i, 0.0)),
+                replace(honest, scalars=fp32_array(2e8 + 1e3 * i, 0.0)),
             ):
                 with pytest.raises(MessageError):
                     fed.server.receive(message.encode())
@@ -221,9 +223,9 @@ def test_who_was_not_sampled_is_refused(federation: Make, tmp_path: Path) -> Non
 
 def test_the_largest_scalar_that_passes(federation: Make) -> None:
     server = federation(max_scalar=10.0).server
-    fit = TrainReply(client=0, round=1, local_steps=2, examples=5, loss=0.5, scalars=fp32(-10.0, NAN))
+    fit = TrainReply(client=0, round=1, local_steps=2, examples=5, loss=0.5, scalars=fp32_array(-10.0, NAN))
     with pytest.raises(MessageError, match=r"client 0 sent a scalar of size 10\.0001, above 10"):
-        server.receive(replace(fit, scalars=fp32(-10.0001, NAN)).encode())
+        server.receive(replace(fit, scalars=fp32_array(-10.0001, NAN)).encode())
     server.receive(fit.encode())
 
 
@@ -253,7 +255,7 @@ def test_claims_of_examples_are_bounded_and_binding(federation: Make) -> None:
 def test_a_claim_to_own_the_mean(federation: Make, settings: dict[str, Any], wanted: float) -> None:
     server = federation(steps=1, **settings).server
     for client, g, examples in ((0, 1.0, 5), (1, 2.0, 5), (2, 99.0, 2**32 - 1)):
-        reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32(g))
+        reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32_array(g))
         server.receive(reply.encode())
     assert server.finish_round().line.scalars == [pytest.approx(wanted, rel=1e-6)]
 
@@ -262,14 +264,14 @@ def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make
     fed = federation(weighting=Weighting.UNIFORM)
     p = 1 / 3
     for client, scalars, loss in ((0, (1.0, NAN), 0.25), (1, (NAN, NAN), None), (2, (2.0, 8.0), 0.75)):
-        reply = TrainReply(client=client, round=1, local_steps=2, examples=5, loss=loss, scalars=fp32(*scalars))
+        reply = TrainReply(client=client, round=1, local_steps=2, examples=5, loss=loss, scalars=fp32_array(*scalars))
         fed.server.receive(reply.encode())
     result = fed.server.finish_round().line
     assert result.scalars == [round_fp32(p * 1.0 + p * 2.0), round_fp32(p * 8.0)]
     assert result.loss == 0.5
     before = fed.weights
     for client in range(3):
-        nothing = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32(NAN, NAN))
+        nothing = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32_array(NAN, NAN))
         fed.server.receive(nothing.encode())
     result = fed.server.finish_round().line
     assert (result.scalars, result.loss) == ([0.0, 0.0], None)

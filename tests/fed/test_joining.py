@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine import SparseMask, embedded
-from meerkat_engine.errors import LedgerError
+from meerkat_engine import SparseMask
+from meerkat_engine.engine.errors import LedgerError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import Replica, catch_up, read_ledger
-from meerkat_engine.parameters import fingerprint
-from tests.fed.command import call
-from tests.fed.conftest import Federation
+
+from helpers.command import call
+from helpers.federation import Federation
 
 
 @pytest.fixture(scope="module", params=["meerkat", "fedavg"])

@@ -2,7 +2,6 @@
 
 import struct
 import tracemalloc
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -10,49 +9,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_engine.errors import MessageError
+from meerkat_engine.engine.errors import MessageError
 from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest, decode_answer
-from meerkat_engine.fed.refusal import Refusal, RefusedError
-from tests.conftest import FUZZ
+from meerkat_engine.fed.rejection import Refusal, RefusedError
+
+from helpers.constants import FUZZ
+from helpers.messages import changed, sealed
+from helpers.tensors import fp32_array
 
 UINT = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
 NAN = float("nan")
 
 
-def fp32(*values: float) -> np.ndarray:
-    return np.array(values, dtype=np.float32)
-
-
-def sealed(fields: bytes) -> bytes:
-    """A message with its checksum set right, whatever else it holds."""
-    crc = zlib.crc32(fields[HEADER_BYTES:], zlib.crc32(fields[: HEADER_BYTES - 4]))
-    return fields[: HEADER_BYTES - 4] + struct.pack("<I", crc) + fields[HEADER_BYTES:]
-
-
 ONE_OF_EACH: dict[str, tuple[TrainRequest | TrainReply, str]] = {
     "request with scalars": (
-        TrainRequest(client=7, round=3, local_steps=2, first_round=2, steps_before=4, scalars=fp32(1.5, -2.0)),
+        TrainRequest(client=7, round=3, local_steps=2, first_round=2, steps_before=4, scalars=fp32_array(1.5, -2.0)),
         "4d4b5431" "01030000" "07000000" "03000000" "02000000" "02000000" "02000000" "04000000" "00000000"
         "87564e6d" "0000c03f" "000000c0",
     ),
     "request with masters": (
-        TrainRequest(client=7, round=3, local_steps=2, first_round=3, masters=fp32(0.5)),
+        TrainRequest(client=7, round=3, local_steps=2, first_round=3, masters=fp32_array(0.5)),
         "4d4b5431" "02030000" "07000000" "03000000" "02000000" "03000000" "01000000" "00000000" "00000000"
         "a41bc450" "0000003f",
     ),
     "reply with scalars": (
-        TrainReply(client=7, round=3, local_steps=3, scalars=fp32(NAN, 0.25, NAN), examples=131, loss=0.5),
+        TrainReply(client=7, round=3, local_steps=3, scalars=fp32_array(NAN, 0.25, NAN), examples=131, loss=0.5),
         "4d4b5431" "03030100" "07000000" "03000000" "03000000" "02000000" "05000000" "83000000" "0000003f"
         "8edefdfe" "00000000" "0000803e" "00000000" "00000000" "02000000",
     ),
     "reply without a loss": (
-        TrainReply(client=7, round=3, local_steps=1, scalars=fp32(NAN), examples=131, loss=None),
+        TrainReply(client=7, round=3, local_steps=1, scalars=fp32_array(NAN), examples=131, loss=None),
         "4d4b5431" "03030000" "07000000" "03000000" "01000000" "01000000" "02000000" "83000000" "00000000"
         "953c8fba" "00000000" "00000000",
     ),
     "reply with masters": (
-        TrainReply(client=7, round=3, local_steps=2, masters=fp32(1.0), examples=131, loss=0.5),
+        TrainReply(client=7, round=3, local_steps=2, masters=fp32_array(1.0), examples=131, loss=0.5),
         "4d4b5431" "04030100" "07000000" "03000000" "02000000" "00000000" "01000000" "83000000" "0000003f"
         "a8fa841d" "0000803f",
     ),
@@ -79,7 +71,7 @@ def test_golden_bytes(message: TrainRequest | TrainReply, golden: str) -> None:
 def test_requests_survive_the_round_trip(
     client: int, round: int, steps: int, before: int, values: list[float], whole: bool
 ) -> None:
-    named = {"masters" if whole else "scalars": fp32(*values)}
+    named = {"masters" if whole else "scalars": fp32_array(*values)}
     sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, steps_before=before, **named)
     got = TrainRequest.decode(sent.encode())
     assert (got.client, got.round, got.local_steps, got.first_round) == (client, round, steps, 1)
@@ -87,7 +79,7 @@ def test_requests_survive_the_round_trip(
     found, other = (got.masters, got.scalars) if whole else (got.scalars, got.masters)
     assert other is None
     assert found is not None
-    assert found.tobytes() == fp32(*values).tobytes()
+    assert found.tobytes() == fp32_array(*values).tobytes()
 
 
 @given(
@@ -102,7 +94,7 @@ def test_replies_survive_the_round_trip_with_what_was_not_taken(
     client: int, round: int, steps: int, examples: int, loss: float | None, values: list[float]
 ) -> None:
     sent = TrainReply(
-        client=client, round=round, local_steps=steps, scalars=fp32(*values), examples=examples, loss=loss
+        client=client, round=round, local_steps=steps, scalars=fp32_array(*values), examples=examples, loss=loss
     )
     data = sent.encode()
     assert len(data) == HEADER_BYTES + 4 * (len(values) + sum(map(np.isnan, values)))
@@ -111,8 +103,8 @@ def test_replies_survive_the_round_trip_with_what_was_not_taken(
     assert got.masters is None
     assert got.scalars is not None
     assert got.scalars.dtype == np.float32
-    np.testing.assert_array_equal(got.scalars, fp32(*values))
-    assert (np.signbit(got.scalars) == np.signbit(fp32(*values)))[~np.isnan(got.scalars)].all()
+    np.testing.assert_array_equal(got.scalars, fp32_array(*values))
+    assert (np.signbit(got.scalars) == np.signbit(fp32_array(*values)))[~np.isnan(got.scalars)].all()
 
 
 def refused_or_itself(data: bytes) -> bool:
@@ -199,10 +191,6 @@ def reply(*values: float, words: tuple[int, ...] = (), skipped: int = 0) -> byte
         "<4sBBBB6IfI", b"MKT1", 3, 3, 1, 0, 1, 2, 3, skipped, len(values) + len(words), 5, 0.5, 0
     )  # fmt: skip
     return sealed(header + struct.pack(f"<{len(values)}f", *values) + struct.pack(f"<{len(words)}I", *words))
-
-
-def changed(data: bytes, at: int, value: bytes) -> bytes:
-    return sealed(data[:at] + value + data[at + len(value) :])
 
 
 REQUEST = ONE_OF_EACH["request with scalars"][0].encode

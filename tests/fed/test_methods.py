@@ -14,15 +14,17 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from meerkat_engine import SparseMask
-from meerkat_engine.errors import ConfigError, MaskError
+from meerkat_engine.cli import main
+from meerkat_engine.engine.errors import ConfigError, MaskError
+from meerkat_engine.engine.lm.tasks import TASKS, Task
 from meerkat_engine.fed import read_ledger
-from meerkat_engine.fed.cli import main
-from meerkat_engine.fed.config import make_config
+from meerkat_engine.fed.config.run_config import make_config
 from meerkat_engine.fed.methods import Elements, Gradient, Method, Stopping
-from meerkat_engine.fed.replaying import replay_run
-from meerkat_engine.fed.run import execute
-from meerkat_engine.tasks import TASKS, Task
-from tests.conftest import COMBINATION, make_byte_tokenizer, make_model
+from meerkat_engine.fed.run.execute import execute
+from meerkat_engine.fed.run.replay import replay_run
+
+from helpers.constants import COMBINATION
+from helpers.models import make_byte_tokenizer, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 

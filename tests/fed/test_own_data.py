@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.fed.config import RunConfig, make_config
-from tests.conftest import make_model, make_tokenizer
-from tests.fed.command import call, summary_of
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.fed.config.run_config import RunConfig, make_config
+
+from helpers.command import call, summary_of
+from helpers.models import make_model, make_tokenizer
 
 WORDS = "good bad fine poor film It was terrible great the a sounds All in all, that negative positive"
 SHORT = ["--batch-size", "4", "--clients", "2", "--rounds", "1", "--local-steps", "2", "--density", "0.05",

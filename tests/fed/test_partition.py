@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_engine.errors import DataError
+from meerkat_engine.engine.errors import DataError
 from meerkat_engine.fed.partition import Partition, groups_of, histogram, split
 
 LABELS = torch.arange(600) % 3

@@ -6,7 +6,7 @@ import sys
 import pytest
 from scipy import integrate, optimize, stats
 
-from meerkat_engine.errors import ConfigError
+from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed.privacy import Privacy, epsilon
 
 

@@ -7,8 +7,9 @@ from click.testing import Result
 
 from meerkat_engine.fed import read_ledger
 from meerkat_engine.fed.privacy import Privacy, epsilon, largest_epsilon
-from meerkat_engine.fed.rundir import LEDGER
-from tests.fed.command import call, metrics_of
+from meerkat_engine.fed.run.directory import LEDGER
+
+from helpers.command import call, metrics_of
 
 pytest.importorskip("dp_accounting")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from meerkat_engine.errors import ConfigError
-from meerkat_engine.fed.ranks import launched
-from tests.conftest import make_model, make_tokenizer
-from tests.fed.command import call, metrics_of, summary_of
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.fed.torchrun.ranks import launched
+
+from helpers.command import call, metrics_of, summary_of
+from helpers.models import make_model, make_tokenizer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
@@ -173,7 +174,7 @@ def test_a_process_with_other_examples_is_told_from_the_others(tmp_path: Path) -
         (tmp_path / str(rank)).mkdir()
         (tmp_path / str(rank) / "own.jsonl").write_text("\n".join(rows + last))
     launch = tmp_path / "launch.py"
-    launch.write_text("import os\nos.chdir(os.environ['RANK'])\nfrom meerkat_engine.fed.cli import main\nmain()\n")
+    launch.write_text("import os\nos.chdir(os.environ['RANK'])\nfrom meerkat_engine.cli import main\nmain()\n")
     own = ("--model", tmp_path / "model", "--data", "own.jsonl", "--template", "{text} .", "--labels", "bad,good",
            "--method", "random-mask", "--density", 0.05, "--partition", "iid")  # fmt: skip
     process = start(2, *SMALL, *own, "--clients", 2, "--batch-size", 4, "--output", tmp_path / "run",

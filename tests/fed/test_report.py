@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_engine.fed import report
-from meerkat_engine.fed.report_figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
-from tests.fed.command import call, summary_of
+from meerkat_engine.fed.report import page as report
+from meerkat_engine.fed.report.figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
+
+from helpers.command import call, summary_of
 
 SMALL = (
     "--rounds",

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from meerkat_engine import SparseMask, embedded
-from meerkat_engine.errors import LedgerError
-from meerkat_engine.fed.ledger import read_ledger
-from meerkat_engine.fed.rundir import RunDirectory
-from meerkat_engine.fed.snapshot import Snapshot
-from tests.fed.command import call
-from tests.fed.killing import contents
+from meerkat_engine import SparseMask
+from meerkat_engine.engine.errors import LedgerError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.fed.ledger.file import read_ledger
+from meerkat_engine.fed.ledger.snapshot import Snapshot
+from meerkat_engine.fed.run.directory import RunDirectory
+
+from helpers.command import call
+from helpers.killing import contents
 
 SETTINGS = ("--rounds", "6", "--local-steps", "2", "--calibration-texts", "32", "--eval-examples", "60",
             "--eval-every", "2", "--snapshot-every", "2", "--clients-per-round", "3")  # fmt: skip
@@ -40,9 +42,9 @@ OFTEN = {"between and inside writes"}  # killed in every run of the suite
 def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str, ...]) -> dict[str, Any]:
     """Runs ``killing`` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fed.killing", str(directory), kind, str(kills), str(seed),
+        [sys.executable, "-m", "helpers.killing", str(directory), kind, str(kills), str(seed),
          "local_steps=2", "eval_examples=60", "calibration_texts=32", *settings],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -334,7 +336,7 @@ def test_a_snapshot_ahead_of_the_ledger_is_refused(whole: Path, stopped: Path) -
 def test_one_process_at_a_time(stopped: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys, time\nfrom pathlib import Path\n"
-         "from meerkat_engine.fed.rundir import RunDirectory\n"
+         "from meerkat_engine.fed.run.directory import RunDirectory\n"
          "with RunDirectory(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)", str(stopped)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -362,8 +364,8 @@ def test_a_directory_that_may_not_be_written_is_named(stopped: Path, public: Pat
     shutil.copytree(stopped, path)
     (path / ".lock").unlink()
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom meerkat_engine.fed.rundir import RunDirectory\n"
-        "from meerkat_engine.errors import RunError\nos.setuid(65534)\n"
+        "import os, sys\nfrom pathlib import Path\nfrom meerkat_engine.fed.run.directory import RunDirectory\n"
+        "from meerkat_engine.engine.errors import RunError\nos.setuid(65534)\n"
         "try:\n    RunDirectory(Path(sys.argv[1]))\nexcept RunError as error:\n    print(error)\n"
     )
     path.chmod(0o555)

@@ -15,14 +15,16 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM
 
-from meerkat_engine import SparseMask, embedded
-from meerkat_engine.errors import ConfigError
+from meerkat_engine import SparseMask
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import read_ledger
-from meerkat_engine.fed.config import RunConfig, make_config
-from meerkat_engine.parameters import fingerprint
-from tests.conftest import make_byte_tokenizer, make_model, make_tokenizer
-from tests.fed.command import call, metrics_of
-from tests.fed.killing import contents
+from meerkat_engine.fed.config.run_config import RunConfig, make_config
+
+from helpers.command import call, metrics_of
+from helpers.killing import contents
+from helpers.models import make_byte_tokenizer, make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 
@@ -92,8 +94,8 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     summary = metrics_of(output)[-1]["summary"]
     assert fingerprint(model) == summary["weights"]
-    from meerkat_engine.evaluation import evaluate
-    from meerkat_engine.examples import EncodedTask
+    from meerkat_engine.engine.lm.evaluation import evaluate
+    from meerkat_engine.engine.lm.examples import EncodedTask
 
     data = EncodedTask(
         embedded.TASKS[embedded.NAME], embedded.rows("validation"), embedded.load().tokenizer, 256, "validation"
@@ -291,7 +293,7 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
     def run(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
         script = (
             "import resource, signal, sys\n"
-            "from meerkat_engine.fed.cli import main\n"
+            "from meerkat_engine.cli import main\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             f"limit = {limit or 'resource.RLIM_INFINITY'}\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from meerkat_engine.engine.weights import round_fp32
 from meerkat_engine.fed.aggregation import Aggregation, Rule, aggregate, in_order
-from meerkat_engine.fed.decimals import texts
+from meerkat_engine.fed.ledger.decimals import texts
+from meerkat_engine.fed.ledger.lines import client_scalars_json
 from meerkat_engine.fed.scalars import ClientScalars
-from meerkat_engine.weights import round_fp32
 
 FLOAT = st.floats(width=32, allow_infinity=False)
 ROWS = st.dictionaries(st.integers(0, 2**32 - 1), st.lists(FLOAT, max_size=6), max_size=12)
@@ -91,7 +92,7 @@ def test_decimals_of_float64_numbers_that_are_no_fp32() -> None:
 @example({3: [math.nan, -0.0], 1: [], 2: [2.0**-149]})
 def test_a_ledger_has_the_json_that_python_writes(scalars: dict[int, list[float]]) -> None:
     own = ClientScalars.of(scalars)
-    assert own.json() == plain_json(scalars)
+    assert client_scalars_json(own) == plain_json(scalars)
     assert {i: plain_texts(row) for i, row in own.items()} == {i: plain_texts(scalars[i]) for i in sorted(scalars)}
     assert own.not_taken == sum(math.isnan(g) for row in scalars.values() for g in row)
     sent = {i: np.array(row, dtype=np.float32).tobytes() for i, row in scalars.items()}
@@ -100,7 +101,7 @@ def test_a_ledger_has_the_json_that_python_writes(scalars: dict[int, list[float]
 
 def test_what_json_does_not_have_is_not_written() -> None:
     with pytest.raises(ValueError, match="infinite"):
-        ClientScalars.of({1: [1.0, math.inf]}).json()
+        client_scalars_json(ClientScalars.of({1: [1.0, math.inf]}))
 
 
 @pytest.mark.parametrize("rule", list(Rule))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from meerkat_engine.errors import ConfigError
+from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed import read_ledger
 from meerkat_engine.fed.client import ClientData
-from meerkat_engine.fed.config import make_config
-from meerkat_engine.fed.replaying import replay_run
-from meerkat_engine.fed.run import execute
+from meerkat_engine.fed.config.run_config import make_config
+from meerkat_engine.fed.run.execute import execute
+from meerkat_engine.fed.run.replay import replay_run
 from meerkat_engine.fed.selection import Statistics, Thresholds, Windows, at_random, null_thresholds, path_statistics
 
 WINDOWS = Windows(initial=2, later=4)
@@ -164,7 +164,7 @@ def test_the_ablation_stops_as_many_clients_at_random(stopped: Stopped, tmp_path
 
 
 def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from meerkat_engine.fed import federation
+    from meerkat_engine.fed.setup import server_and_clients as federation
 
     monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("no null path was to be run"))
     given = {"vp_rho_later": 0.0, "vp_rho_quie": 0.0, "vp_sigma": 1e9}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from meerkat_engine import stream
+from meerkat_engine.engine import stream
 from meerkat_engine.fed.terms import CALIBRATION, Schedule, Terms
 
 

@@ -1,12 +1,18 @@
 """One SuperLink with three authenticated SuperNodes, for all tests of a module."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from .deployment import Deployment, deployment
+from helpers.deployment import Deployment, deployment
+
+with warnings.catch_warnings():  # imported here once, without what Flower says about its own dependencies
+    warnings.simplefilter("ignore")
+    import flwr.clientapp
+    import flwr.serverapp  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_engine.errors import RunError
+from meerkat_engine.engine.errors import RunError
 from meerkat_engine.fed import execute, make_config, read_ledger
-from meerkat_engine.fed.flower.participant import Participant
-from meerkat_engine.fed.flower.serving import setup_of
-from meerkat_engine.fed.rundir import RunDirectory
-from tests.fed.command import call, summary_of
+from meerkat_engine.fed.flower.node.local_run import Participant
+from meerkat_engine.fed.flower.server.run import setup_of
+from meerkat_engine.fed.run.directory import RunDirectory
 
-from .deployment import Deployment, deployment, make_keys, wait_until, workers
+from helpers.command import call, summary_of
+from helpers.deployment import Deployment, deployment, make_keys, wait_until, workers
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from meerkat_engine.fed.flower.nodes import Nodes
 from meerkat_engine.fed.flower.records import Setup
+from meerkat_engine.fed.flower.server.nodes import Nodes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SETUP = Setup(settings="seed = 1", base="b" * 64, mask_digest="m" * 64, mask=b"ids", seconds=3.0)

@@ -13,19 +13,20 @@ import pytest
 import tomli_w
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from meerkat_engine import embedded
-from meerkat_engine.errors import ConfigError, MaskError, ModelError, TransportError
+from meerkat_engine.engine.errors import ConfigError, MaskError, ModelError, TransportError
+from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
-from meerkat_engine.fed.flower import client_app, exchange
-from meerkat_engine.fed.flower.participant import Participant, settings_here
+from meerkat_engine.fed.flower.node import app as client_app
+from meerkat_engine.fed.flower.node.handler import Resident
+from meerkat_engine.fed.flower.node.local_run import Participant, settings_here
 from meerkat_engine.fed.flower.records import Setup
-from meerkat_engine.fed.flower.resident import Resident
-from meerkat_engine.fed.flower.serving import serve_run, settings_from, setup_of
-from meerkat_engine.fed.ledger import read_ledger
+from meerkat_engine.fed.flower.server import exchange
+from meerkat_engine.fed.flower.server.run import serve_run, settings_from, setup_of
+from meerkat_engine.fed.ledger.file import read_ledger
 from meerkat_engine.fed.messages import TrainRequest
-from tests.conftest import make_model, make_tokenizer
 
-from .nodes import LocalGrid, Node
+from helpers.models import make_model, make_tokenizer
+from helpers.nodes import LocalGrid, Node
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SETTINGS: dict[str, Any] = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_examples": 40, "seed": 3,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from meerkat_engine.engine.lm.models import load_model
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import execute, make_config
-from meerkat_engine.models import load_model
-from meerkat_engine.parameters import fingerprint
-from tests.fed.command import summary_of
 
-from .deployment import APP, Deployment, end_all, free_ports, listens, programs, wait_until
+from helpers.command import summary_of
+from helpers.deployment import APP, Deployment, end_all, free_ports, listens, programs, wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,15 +12,17 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_m
 from flwr.serverapp import strategy as flower
 from flwr.supercore.differential_privacy import compute_clip_model_update
 
-from meerkat_engine.errors import ConfigError
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import Client, execute, make_config, read_ledger
-from meerkat_engine.fed.flower import client_app, participant, strategies
-from meerkat_engine.fed.flower.resident import Resident
-from meerkat_engine.fed.flower.strategies import Trained, start_strategy
-from meerkat_engine.fed.setup import encode
-from meerkat_engine.parameters import fingerprint
+from meerkat_engine.fed.flower.node import app as client_app
+from meerkat_engine.fed.flower.node import local_run as participant
+from meerkat_engine.fed.flower.node.handler import Resident
+from meerkat_engine.fed.flower.server import strategy as strategies
+from meerkat_engine.fed.flower.server.strategy import Trained, start_strategy
+from meerkat_engine.fed.setup.data import encode
 
-from .nodes import LocalGrid, Node
+from helpers.nodes import LocalGrid, Node
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CLIENTS = 4

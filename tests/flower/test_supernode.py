@@ -11,8 +11,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
-from meerkat_engine.errors import TransportError
-from meerkat_engine.fed.flower.supernode import in_step, replaced
+from meerkat_engine.engine.errors import TransportError
+from meerkat_engine.fed.flower.node.supernode import in_step, replaced
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

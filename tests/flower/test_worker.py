@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.errors import WorkerError
-from meerkat_engine.fed.flower.link import Worker, runtime_directory
+from meerkat_engine.engine.errors import WorkerError
+from meerkat_engine.fed.flower.node.worker_client import Worker, runtime_directory
 
-from .deployment import wait_until, workers
+from helpers.deployment import wait_until, workers
 
 ROUND = {"do": "round", "session": "none", "client": 0}
 
@@ -145,6 +145,6 @@ def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_client_app_loads_no_torch() -> None:
-    code = "import sys, meerkat_engine.fed.flower.client_app; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, meerkat_engine.fed.flower.node.app; print('torch' in sys.modules, 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False False\n", done.stderr

@@ -25,7 +25,8 @@ from meerkat_engine.triton_kernels import (
     update,
 )
 from meerkat_engine.triton_kernels.reference import seed_tensor
-from tests.conftest import same_bits
+
+from helpers.tensors import fp32, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
@@ -42,10 +43,6 @@ KERNELS = SimpleNamespace(
 
 def bits64(*seeds: int) -> torch.Tensor:
     return torch.cat([seed_tensor(seed, CPU) for seed in seeds])
-
-
-def fp32(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
 
 
 def weights_of(shapes: list[int], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meerkat_engine import stream
+from meerkat_engine.engine import stream
 from meerkat_engine.triton_kernels import normal as kernels
 from meerkat_engine.triton_kernels import reference
 

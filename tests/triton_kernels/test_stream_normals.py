@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from meerkat_engine import stream
-from meerkat_engine.triton_kernels import compiled, philox, reference
+from meerkat_engine.engine import stream
 from meerkat_engine.triton_kernels import normal as kernels
-from tests.conftest import same_bits
+from meerkat_engine.triton_kernels import numba_normal as compiled
+from meerkat_engine.triton_kernels import philox, reference
+
+from helpers.tensors import same_bits
 
 F = np.float32
 EVERY = 1 << 24  # both arguments of the Gaussian have 24 bits

@@ -1,5 +1,5 @@
 """The engine's ServerApp: change the settings in pyproject.toml, or call ``serve_run`` from a ServerApp of your own."""
 
-from meerkat_engine.fed.flower.server_app import app
+from meerkat_engine.fed.flower.server.app import app
 
 __all__ = ["app"]

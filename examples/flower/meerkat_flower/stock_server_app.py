@@ -7,9 +7,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedMedian
 
-from meerkat_engine.checkpoint import save_checkpoint
-from meerkat_engine.fed.flower.serving import settings_from
-from meerkat_engine.fed.flower.strategies import start_strategy
+from meerkat_engine.engine.lm.checkpoint import save_checkpoint
+from meerkat_engine.fed.flower.server.run import settings_from
+from meerkat_engine.fed.flower.server.strategy import start_strategy
 
 app = ServerApp()
 

@@ -1,0 +1,165 @@
+"""Made-up reviews: the text the embedded model was pre-trained on, and the task it is fine-tuned for.
+
+A review is a handful of clauses that praise or pan, some of them by negation, and some neutral ones. In pre-training
+text a closing remark agrees with it. The task asks for the verdict in words that pre-training only ever uses for other
+things: the model knows what a review feels like, but not how it is asked here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ... import stream
+from ..tasks import Task
+
+TASK = Task(
+    name="embedded",
+    template="{review} so my answer is",
+    cut="review",
+    label_words=(" no", " yes"),
+)
+
+_THINGS = {
+    "film": ("plot", "cast", "music", "ending", "script", "camera work"),
+    "book": ("story", "prose", "cover", "ending", "dialogue", "first chapter"),
+    "meal": ("soup", "service", "dessert", "wine", "bread", "main course"),
+    "hotel": ("room", "breakfast", "staff", "view", "bed", "front desk"),
+    "phone": ("screen", "battery", "sound", "camera", "price", "case"),
+    "game": ("story", "controls", "music", "level design", "ending", "art"),
+}
+# The same reviews, asked what they are about.
+TOPIC = Task(
+    name="embedded-topic",
+    template="{review} this was about a",
+    cut="review",
+    label_words=tuple(f" {thing}" for thing in _THINGS),
+)
+
+_GOOD = (
+    "great", "lovely", "superb", "charming", "brilliant", "delightful",
+    "excellent", "clever", "warm", "fresh", "gripping", "perfect",
+)  # fmt: skip
+_BAD = (
+    "awful", "dull", "dreadful", "clumsy", "terrible", "boring",
+    "poor", "stale", "cold", "lazy", "tedious", "broken",
+)  # fmt: skip
+_DEGREES = ("", "", "really", "rather", "quite", "so")
+_OPENINGS = ("the {} was", "its {} is", "i found the {}", "everyone said the {} was", "we thought the {} was")
+_NEUTRAL = (
+    "i tried this {} on a monday",
+    "a friend told me about this {}",
+    "this {} came in a blue box",
+    "we went with the children",
+    "it took about two hours",
+    "the {} was recommended online",
+)
+_PRAISE = (
+    "i would gladly do it again",
+    "i loved it",
+    "you should try this {}",
+    "worth every penny",
+    "it made my day",
+    "i am very happy with it",
+)
+_BLAME = (
+    "i want my money back",
+    "i hated it",
+    "you should avoid this {}",
+    "a waste of time",
+    "it ruined my day",
+    "i am very sorry i bought it",
+)
+# Where the task's own words occur in pre-training: nothing in these depends on the review.
+_CHATTER = (
+    "is it raining ? {}",
+    "did the train stop here ? {}",
+    "my answer is {} , said the clerk",
+    "so , {} , the shop is open on sunday",
+    "was the box blue ? {}",
+    "{} , that is my number",
+)
+
+
+class _Draws:
+    """Choices from the project's stream: the same text on every machine and version."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._block, self._words = seed, 0, list[int]()
+
+    def below(self, n: int) -> int:
+        if not self._words:
+            self._words = stream.bits(self._seed, torch.arange(self._block, self._block + 64)).view(-1).tolist()
+            self._block += 64
+        return self._words.pop() * n >> 32
+
+    def one_of(self, choices: Sequence[str]) -> str:
+        return choices[self.below(len(choices))]
+
+
+def _clause(draws: _Draws, thing: str, good: bool) -> str:
+    negated = draws.below(4) == 0
+    words = [draws.one_of(_OPENINGS).format(draws.one_of(_THINGS[thing]))]
+    words.append("not" if negated else draws.one_of(_DEGREES))
+    words.append(draws.one_of(_GOOD if good != negated else _BAD))
+    return " ".join(word for word in words if word)
+
+
+def _review(draws: _Draws, good: bool) -> tuple[str, str]:
+    """A review that praises or pans, and what it is about."""
+    thing = draws.one_of(tuple(_THINGS))
+    clauses = [_clause(draws, thing, good) for _ in range(1 + draws.below(3))]
+    for _ in range(draws.below(3)):
+        clauses.insert(draws.below(len(clauses) + 1), draws.one_of(_NEUTRAL).format(thing))
+    if draws.below(5) == 0:  # one clause against the rest
+        clauses.insert(0, _clause(draws, thing, not good) + " but")
+    return " . ".join(clauses).replace("but .", "but") + " .", thing
+
+
+def texts(count: int, seed: int) -> list[str]:
+    """Pre-training documents."""
+    draws = _Draws(stream.derived_seed(seed, "text"))
+    found = []
+    for _ in range(count):
+        if draws.below(4) == 0:
+            found.append(
+                " . ".join(draws.one_of(_CHATTER).format(draws.one_of(("yes", "no"))) for _ in range(3)) + " ."
+            )
+            continue
+        good = draws.below(2) == 1
+        review, thing = _review(draws, good)
+        found.append(f"{review} {draws.one_of(_PRAISE if good else _BLAME).format(thing)} .")
+    return found
+
+
+def rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
+    """Examples of the task: distinct reviews, none of them in ``exclude``; as many good ones as bad."""
+    draws = _Draws(stream.derived_seed(seed, "rows"))
+    found: dict[str, int] = {}
+    while len(found) < count:
+        label = len(found) % 2
+        review, _ = _review(draws, label == 1)
+        if review not in exclude:
+            found.setdefault(review, label)
+    return [{"review": review, "label": label} for review, label in found.items()]
+
+
+def topic_rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
+    """Examples of the topic task: distinct reviews, none of them in ``exclude``."""
+    draws, things = _Draws(stream.derived_seed(seed, "topi")), tuple(_THINGS)
+    found: dict[str, int] = {}
+    while len(found) < count:
+        review, thing = _review(draws, draws.below(2) == 1)
+        if review not in exclude:
+            found.setdefault(review, things.index(thing))
+    return [{"review": review, "label": label} for review, label in found.items()]
+
+
+def vocabulary() -> list[str]:
+    """Every word the generator can write, sorted."""
+    patterns = [*_OPENINGS, *_NEUTRAL, *_PRAISE, *_BLAME, *_CHATTER, *_DEGREES, *_GOOD, *_BAD, *_THINGS, TASK.template]
+    patterns += [part for parts in _THINGS.values() for part in parts]
+    patterns += [*TASK.label_words, "not but . ,"]
+    return sorted({word for pattern in patterns for word in pattern.split() if "{" not in word})
+
+
+__all__ = ["TASK", "TOPIC", "rows", "texts", "topic_rows", "vocabulary"]

@@ -1,0 +1,219 @@
+"""Classification tasks as prompts: a template, the field that may be cut, and one label word per class.
+
+The wording of SST-2 is MeZO's (arXiv 2305.17333, table 13): the sentence, "It was", and great or terrible. The others
+are this project's own. Label words were chosen short, because a word of one token costs one forward for all classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from .hub import HubSource
+from .template import fields_of, fill
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A classification task.
+
+    Args:
+        name: as ``--task`` takes it, and the folder under ``--data-dir``.
+        hub: its source on the Hugging Face hub; None where there is none.
+        template: the prompt with its fields in braces; the label word follows it.
+        cut: the field that is shortened when the prompt is too long.
+        label_words: at least two, one per class, with the space that goes before it.
+        label: name of the field that holds the class: an integer from 0, a bool, or a label word.
+        client_field: the field that names the client an example belongs to, for the partition "natural"; or None.
+        domains: the task's rows are those of the folders NAME_DOMAIN, with the added field ``domain``.
+
+    Raises:
+        ConfigError: if the template is malformed, ``cut`` is not in it, or there are no two different label words.
+    """
+
+    name: str
+    hub: HubSource | None = None
+    template: str
+    cut: str
+    label_words: tuple[str, ...]
+    label: str = "label"
+    client_field: str | None = None
+    domains: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields = self.fields
+        if self.cut not in fields:
+            raise ConfigError(f"cut {self.cut!r} is not a field of the template, whose fields are {', '.join(fields)}")
+        plain = [_plain(word) for word in self.label_words]
+        listed = ", ".join(map(repr, plain))
+        if len(plain) < 2 or not all(plain):
+            raise ConfigError(f"task {self.name!r} needs at least two label words, none of them empty; got {listed}")
+        if len(set(plain)) < len(plain):
+            raise ConfigError(f"task {self.name!r} needs different label words; got {listed}")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a row that the template uses."""
+        return fields_of(self.template)
+
+    def check(self, row: Row, where: str) -> None:
+        """Raises ``DataError`` saying where, unless the row has the fields and a label of this task."""
+        for name in (*self.fields, self.label):
+            if name not in row:
+                raise DataError(f"{where}: task {self.name!r} needs the field {name!r}; found {sorted(row)}")
+        for name in self.fields:
+            if not isinstance(row[name], str):
+                raise DataError(f"{where}: field {name!r} must be text, got {type(row[name]).__name__}")
+        try:
+            self.class_of(row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def class_of(self, row: Row) -> int:
+        """The class of a row; raises ``DataError`` if its label is none, or could be read in two ways."""
+        label, words = row[self.label], [_plain(word) for word in self.label_words]
+        if isinstance(label, str) and _plain(label) in words:
+            return words.index(_plain(label))
+        if not isinstance(label, int) or not 0 <= label < len(words):
+            raise DataError(
+                f"label {label!r} is outside task {self.name!r}, "
+                f"whose labels are 0 to {len(words) - 1} or the words {', '.join(words)}"
+            )
+        other = [i for i, word in enumerate(words) if word.casefold() == str(label).casefold() and i != label]
+        if other:
+            raise DataError(
+                f"label {label} of task {self.name!r} is the number of one class and the label word of another; "
+                f'if the word is meant, write it as text: "{words[other[0]]}"'
+            )
+        return int(label)
+
+    def prompt(self, row: Row) -> str:
+        """The prompt of a row, with surrounding white space of its fields removed."""
+        return fill(self.template, {name: row[name] for name in self.fields})
+
+
+def _plain(word: str) -> str:
+    return " ".join(word.split())
+
+
+SST2 = Task(
+    name="sst2",
+    hub=HubSource(path="nyu-mll/glue", config="sst2"),
+    template="{sentence} It was",
+    cut="sentence",
+    label_words=(" terrible", " great"),
+)
+
+_SUPER_GLUE = "aps/super_glue"
+
+TASKS = {
+    task.name: task
+    for task in (
+        SST2,
+        Task(
+            name="ag_news",
+            hub=HubSource(path="fancyzhx/ag_news", validation="test"),
+            template="{text}\nSection of the newspaper:",
+            cut="text",
+            label_words=(" World", " Sports", " Business", " Technology"),
+        ),
+        Task(
+            name="yelp_polarity",
+            hub=HubSource(path="fancyzhx/yelp_polarity", validation="test"),
+            template="{text}\nOn the whole, the experience was",
+            cut="text",
+            label_words=(" bad", " good"),
+        ),
+        Task(
+            name="boolq",
+            hub=HubSource(path="google/boolq"),
+            template="{passage}\nGoing by this text, {question}? The answer is",
+            cut="passage",
+            label_words=(" no", " yes"),
+            label="answer",
+        ),
+        Task(
+            name="rte",
+            hub=HubSource(path=_SUPER_GLUE, config="rte"),
+            template="{premise}\nClaim: {hypothesis}\nThe text supports the claim:",
+            cut="premise",
+            label_words=(" yes", " no"),
+        ),
+        Task(
+            name="wsc",
+            hub=HubSource(path=_SUPER_GLUE, config="wsc"),
+            template='{text}\nHere "{span2_text}" refers to "{span1_text}". This reading is',
+            cut="text",
+            label_words=(" wrong", " right"),
+        ),
+        Task(
+            name="wic",
+            hub=HubSource(path=_SUPER_GLUE, config="wic"),
+            template='{sentence1}\n{sentence2}\nThe meanings of "{word}" in these two sentences are',
+            cut="sentence1",
+            label_words=(" different", " identical"),
+        ),
+        Task(
+            name="trec",
+            hub=HubSource(path="CogComp/trec", revision="refs/convert/parquet", validation="test"),
+            template="{text}\nType of answer:",
+            cut="text",
+            label_words=(" abbreviation", " thing", " description", " person", " place", " number"),
+            label="coarse_label",
+        ),
+        Task(
+            name="medical_abstracts",
+            hub=HubSource(
+                path="TimSchopf/medical_abstracts",
+                validation="test",
+                columns={"text": "medical_abstract", "label": "condition_label"},
+                first_label=1,
+            ),
+            template="{text}\nGroup of diseases:",
+            cut="text",
+            label_words=(" cancer", " digestive", " nervous", " heart", " general"),
+        ),
+        Task(
+            name="vader",
+            template="{sentence} All in all, that sounds",
+            cut="sentence",
+            label_words=(" negative", " positive"),
+            client_field="domain",
+            domains=("amazon", "movie", "nyt", "tweets"),
+        ),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; raises ``ConfigError`` naming the known ones."""
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def own_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
+    """A task for a user's own data.
+
+    Args:
+        name: for messages and run directories.
+        template: the prompt; a space at its end is dropped, for one goes before every label word.
+        labels: the label words, separated by commas.
+        label: name of the field that holds the class.
+        cut: the field that may be cut; None is the first one of the template.
+
+    Raises:
+        ConfigError: see ``Task``.
+    """
+    return Task(
+        name=name,
+        template=template.rstrip(" "),
+        cut=cut or fields_of(template)[0],
+        label_words=tuple(" " + word.strip() for word in labels.split(",")),
+        label=label,
+    )
+
+
+__all__ = ["SST2", "TASKS", "Row", "Task", "get_task", "own_task"]

@@ -1,0 +1,51 @@
+"""Prompt templates: text with the names of a row's fields in braces."""
+
+import string
+from collections.abc import Mapping
+
+from ..errors import ConfigError
+
+
+def fields_of(template: str) -> tuple[str, ...]:
+    """The fields that a template names, each once, in the order of their first use.
+
+    Args:
+        template: text with field names in braces; a brace that is meant is written twice.
+
+    Raises:
+        ConfigError: if a brace has no partner, a field has no plain name or a format, or there is no field.
+
+    Example:
+        >>> fields_of("{passage} So, {question}? In {{braces}}: {question}?")
+        ('passage', 'question')
+    """
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"template {template!r}: {error}; fields stand in braces, and a brace that is meant is written twice"
+        ) from None
+    for name, form, conversion in parts:
+        if form or conversion:
+            written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+            raise ConfigError(f"template {template!r}: {written} asks for a format; write {{{name}}}")
+        if not name or name.isdigit() or set(name) & set(".["):
+            raise ConfigError(
+                f"template {template!r}: {{{name}}} does not name a field; write the field's name, like {{text}}"
+            )
+    if not parts:
+        raise ConfigError(f"template {template!r} has no field; write a field's name in braces, like {{text}}")
+    return tuple(dict.fromkeys(str(name) for name, _, _ in parts))
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with its fields' values, without the white space around them.
+
+    Example:
+        >>> fill("{text} It was", {"text": " A film. "})
+        'A film. It was'
+    """
+    return template.format_map({name: value.strip() for name, value in values.items()})
+
+
+__all__ = ["fields_of", "fill"]

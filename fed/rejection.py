@@ -1,0 +1,38 @@
+"""Why a message is refused: a fixed set of reasons, so that nobody can grow a server's books with ever new ones."""
+
+from enum import StrEnum
+
+from ..engine.errors import MessageError
+
+
+class Refusal(StrEnum):
+    """The kinds of reasons for which a message is refused."""
+
+    MALFORMED = "malformed"
+    NOT_FINITE = "a value that is not finite"
+    TOO_LARGE = "a scalar too large"
+    COUNT = "wrong count of steps or values"
+    UNKNOWN = "unknown client"
+    IMPOSTOR = "speaks for another client"
+    ROUND = "another round"
+    REPEATED = "a second answer"
+    NOT_SAMPLED = "not sampled"
+    BEHIND = "stands at an earlier round"
+    EXAMPLES = "unfit number of examples"
+
+
+class RefusedError(MessageError):
+    """A message that is refused.
+
+    Args:
+        refusal: the kind of reason.
+        text: the reason in full.
+        client: whom the message claims to be from or for, where it is whole enough to say so; else None.
+    """
+
+    def __init__(self, refusal: Refusal, text: str, client: int | None = None) -> None:
+        super().__init__(text)
+        self.refusal, self.client = refusal, client
+
+
+__all__ = ["Refusal", "RefusedError"]

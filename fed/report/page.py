@@ -1,0 +1,149 @@
+"""``write_report``: run directories to one page that needs nothing beside itself."""
+
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ... import __version__
+from ...engine.atomic_files import write_whole
+from ...engine.errors import ConfigError
+from ...engine.extras import require_matplotlib
+from ..run.directory import CONFIG
+from ..run.jsonl import is_number
+from .figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
+from .runs import Run, path_of_clients, read_runs
+from .tables import in_order, results, selection, settings, state
+
+_MOST_CLIENTS = 40  # in a figure: more bars cannot be told apart
+
+_CURVES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "loss": "training loss"}
+
+
+def write_report(paths: list[Path], output: Path | None = None) -> Path:
+    """Writes the report of some runs.
+
+    Args:
+        paths: run directories.
+        output: a new file; None is ``report.html`` in the directory of a single run, or here for several.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: if the file exists, has no directory, or matplotlib is missing.
+        RunError: if a directory holds no run, or a damaged one.
+    """
+    require_matplotlib()
+    runs = read_runs(paths)
+    output = output or (paths[0] if len(paths) == 1 else Path()) / "report.html"
+    if output.exists():
+        raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
+    if not output.parent.is_dir():
+        raise ConfigError(f"there is no directory {output.parent} to write {output.name} to; make it first")
+    write_whole(output, _page(runs).encode())
+    return output
+
+
+def _page(runs: list[Run]) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
+    equal, other, differing = settings(runs)
+    return template.render(
+        title=f"Report: {runs[0].name}" if len(runs) == 1 else f"Report: {len(runs)} runs",
+        version=__version__,
+        names=[run.name for run in runs],
+        equal=equal,
+        other=other,
+        rows=state(runs) + differing + results(runs),
+        by_round=_by_round(runs),
+        by_bytes=_by_bytes(runs),
+        sections=[
+            {
+                "name": run.name,
+                "histogram": _histogram(run),
+                "paths": _paths(run),
+                "selection": selection(run),
+                "commands": [
+                    f"meerkat-engine run --config {shlex.quote(str(run.path / CONFIG))} --output NEW",
+                    f"meerkat-engine replay {shlex.quote(str(run.path))}",
+                ],
+            }
+            for run in runs
+        ],
+    )
+
+
+def _by_round(runs: list[Run]) -> Picture | None:
+    panels = {}
+    for key, label in _CURVES.items():
+        first = 1 if key == "loss" else 0  # nothing is trained in round 0
+        lines = {run.name: [r for r in run.rounds if is_number(r.get(key)) and r["round"] >= first] for run in runs}
+        panels[label] = [
+            Curve(name, [r["round"] for r in found], [r[key] for r in found]) for name, found in lines.items() if found
+        ]
+    panels = {label: curves for label, curves in panels.items() if curves}
+    if not panels:
+        return None
+    parts = (f"{label}: {_in_words(curves)}" for label, curves in panels.items())
+    return draw_curves(panels, "round", f"Line charts against the round, one line a run. {' '.join(parts)}")
+
+
+def _by_bytes(runs: list[Run]) -> Picture | None:
+    curves = []
+    for run in runs:
+        sent, x, y = 0.0, [], []
+        for line in run.rounds:
+            sent += line.get("bytes_up", 0) + line.get("bytes_down", 0)
+            if sent > 0 and is_number(line.get("accuracy")):  # nothing sent has no place on a log axis
+                x.append(sent)
+                y.append(line["accuracy"])
+        if x:
+            curves.append(Curve(run.name, x, y))
+    if not curves:
+        return None
+    alt = f"Line chart of accuracy against the bytes sent so far, one line a run. {_in_words(curves)}"
+    return draw_curves({"accuracy": curves}, "bytes sent so far, up and down", alt, bytes_on_log_x=True)
+
+
+def _in_words(curves: list[Curve]) -> str:
+    return "; ".join(f"{c.name} from {c.y[0]:.4f} at {c.x[0]:g} to {c.y[-1]:.4f} at {c.x[-1]:g}" for c in curves) + "."
+
+
+def _histogram(run: Run) -> dict[str, Any] | None:
+    counts = run.results.get("examples_by_client_and_label")
+    if not isinstance(counts, list) or not counts:  # the summary of a run of many clients leaves it out
+        return None
+    names, words = run.results.get("natural_clients"), run.results.get("labels")
+    clients = [str(name) for name in names] if isinstance(names, list) else [str(i) for i in range(len(counts))]
+    labels = [str(word) for word in words] if isinstance(words, list) else [f"label {i}" for i in range(len(counts[0]))]
+    shown, counts_shown = clients[:_MOST_CLIENTS], counts[:_MOST_CLIENTS]
+    alt = f"Stacked bar chart: examples of {len(shown)} clients by label ({', '.join(labels)}); the table below has it."
+    note = f"The first {_MOST_CLIENTS} of {len(counts)} clients." if len(counts) > _MOST_CLIENTS else ""
+    return {
+        "picture": draw_histogram(shown, labels, counts_shown, alt),
+        "note": note,
+        "labels": labels,
+        "rows": [(client, [sum(row), *row]) for client, row in zip(shown, counts_shown, strict=True)],
+    }
+
+
+def _paths(run: Run) -> Picture | None:
+    paths = path_of_clients(run)
+    if not paths:
+        return None
+    calibrated = any(line["round"] == 0 for line in run.gradip)
+    where = "of the calibration path" if calibrated else "of training, all rounds in turn"
+    stopped = ", ".join(sorted(run.stopped & paths.keys(), key=in_order)) or "none"
+    alt = (
+        f"Three line charts, |GradIP|, gradient norm and cosine, of {len(paths)} clients against the local step "
+        f"{where}: moving means over 10 steps, two of them logarithmic. Stopped clients, in another colour: {stopped}."
+    )
+    return draw_paths(paths, run.stopped, f"local step {where}", alt)
+
+
+__all__ = ["write_report"]

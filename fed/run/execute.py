@@ -1,0 +1,301 @@
+"""``execute`` and ``resume``: a run from its settings, or from what it left behind, to its last round."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...engine.backend import resolve
+from ...engine.errors import ConfigError, RunError
+from ...engine.lm.models import LanguageModel, check_device
+from ...engine.mask import SparseMask
+from ...engine.parameters import fingerprint
+from ..config.run_config import RunConfig, as_settings, make_config, read_toml
+from ..config.task import chosen_task
+from ..exchange import Exchange, locally
+from ..ledger.file import Header, read_ledger
+from ..partition import histogram
+from ..privacy import largest_epsilon
+from ..setup.data import TaskData, check_files, encode, shares_of
+from ..setup.mask import make_mask
+from ..setup.model import load_language_model
+from ..setup.server_and_clients import Federation, check_moves, check_selection, terms_of
+from ..torchrun.rank_pool import Team
+from .directory import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
+from .metrics import Metrics, summary_in
+from .rounds import Progress, Report, Rounds, Say
+from .saved_rounds import go_on, read_recorded
+from .summary import of_federation, of_selection
+
+
+def execute(
+    config: RunConfig,
+    output: Path,
+    report: Report,
+    say: Say,
+    *,
+    trust_remote_code: bool = False,
+    exchange: Exchange | None = None,
+    team: Team | None = None,
+) -> dict[str, Any]:
+    """Runs a federation and writes its run directory.
+
+    Args:
+        config: the settings.
+        output: a directory that is empty or does not exist.
+        report: called after every round.
+        say: called with a line before each slow preparation, and about the data.
+        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
+        exchange: carries messages to the clients, which are elsewhere, with examples of their own; None: all clients
+            are here, and are dealt the task's examples.
+        team: processes that the clients here are dealt to; None: this one alone. Its bits are those of one process
+            with as many threads as each of these has.
+
+    Returns:
+        The summary, as in the last line of ``metrics.jsonl``.
+
+    Raises:
+        MeerkatError: for any input that does not fit; what was complete on disk stays.
+        ValueError: for an exchange and a team at once.
+    """
+    check_free(output)
+    check_files(config)
+    it = _prepare(config, say, trust_remote_code, exchange, team)
+    mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
+    _check(it, mask, say)
+    if config.mask is not None:
+        it = dataclasses.replace(it, config=dataclasses.replace(config, density=mask.density))  # what was used
+    with RunDirectory(output) as directory:
+        directory.begin(it.config)
+        return _carry_out(it, directory, mask, report, say)
+
+
+def resume(
+    path: Path,
+    report: Report,
+    say: Say,
+    *,
+    trust_remote_code: bool = False,
+    exchange: Exchange | None = None,
+    team: Team | None = None,
+) -> dict[str, Any]:
+    """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
+
+    That holds on the same machine with the same number of threads; where these differ, it is said.
+
+    Args:
+        path: run directory.
+        report: called after every round that is new.
+        say: as for ``execute``.
+        trust_remote_code: as for ``execute``.
+        exchange: as for ``execute``.
+        team: as for ``execute``.
+
+    Returns:
+        The summary; that of a finished run, of which nothing is changed.
+
+    Raises:
+        RunError: if there is no run, another process is at it, or a file is damaged.
+        LedgerError: if the ledger is damaged, or the base model, mask or settings are no longer those it began with.
+        MeerkatError: as ``execute``. Whatever is raised, the run stays as it was.
+    """
+    config = _config_of(path)
+    finished = summary_in(path)
+    if finished is not None:
+        _check_finished(config, path)
+        say("this run is finished; nothing to do")
+        return finished
+    with RunDirectory(path) as directory:
+        made = (path / MASK).exists()
+        if made:  # what it was made of is no longer needed
+            config = dataclasses.replace(config, mask=None, calibration=None)
+        check_files(config)
+        it = _prepare(config, say, trust_remote_code, exchange, team)
+        mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
+        _check(it, mask, say)
+        return _carry_out(it, directory, mask, report, say)
+
+
+def check_same(settings: Mapping[str, Any], path: Path) -> None:
+    """Raises ``ConfigError`` if a run began with others than these settings, ``RunError`` if there is none."""
+    config = _config_of(path)
+    for name, value in as_settings(settings).items():
+        if name == "density" and config.mask is not None:  # what is written down is the mask's
+            continue
+        if value != getattr(config, name):
+            raise ConfigError(
+                f"the run in {path} has {name} {getattr(config, name)}, {value} was given; a run goes on with its own "
+                f"settings, nothing was changed"
+            )
+
+
+def _config_of(path: Path) -> RunConfig:
+    if not is_run(path):
+        raise RunError(
+            f"{path} holds no run to go on with (no {CONFIG}); `meerkat-engine run --output {path}`, or "
+            f"--resume with settings, begins one"
+        )
+    return make_config(read_toml(path / CONFIG))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a run works with, but for the mask; no shares where the clients are elsewhere."""
+
+    config: RunConfig
+    lm: LanguageModel
+    data: TaskData
+    shares: list[Tensor]
+    base: str
+    exchange: Exchange | None
+    team: Team | None
+
+    def mask(self, say: Say) -> SparseMask:
+        say(f"choosing the mask ({self.config.mask or self.config.method.recipe.elements})")
+        return make_mask(self.config, self.lm, self.data.train)
+
+    @property
+    def digest(self) -> str:
+        """Of the examples and of who has which."""
+        return self.data.digest(self.shares)
+
+    @property
+    def labels(self) -> list[list[int]]:
+        """Examples by client and label."""
+        return histogram(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
+
+    @property
+    def names(self) -> list[Any]:
+        """Of the clients, where they are natural."""
+        return sorted(set(self.data.groups or ()))
+
+    def dealt(self) -> dict[str, Any]:
+        """Which examples the clients were dealt, as the summary has it."""
+        config, many = self.config, f"{len(self.shares)} clients"
+        few = len(self.shares) <= 100
+        return {
+            "partition": config.partition.describe(config.alpha),
+            "examples_by_client_and_label": self.labels if few else many,
+            **({"natural_clients": self.names if few else many} if self.names else {}),
+        }
+
+
+def _prepare(
+    config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None, team: Team | None
+) -> _Prepared:
+    if team is not None and exchange is not None:
+        raise ValueError("clients are elsewhere, or dealt to processes here; not both")
+    if team is not None:
+        team.begin(config)
+        say(team.described())
+    if exchange is not None and config.attackers:
+        raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
+    if config.backend != "auto":
+        resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
+    say(f"loading the model {config.model} and the task {chosen_task(config).name}")
+    say(f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.lr:g}")
+    lm = load_language_model(config, trust_remote_code=trust_remote_code)
+    data = encode(config, lm.tokenizer)
+    shares = [] if exchange is not None else shares_of(config, data)
+    base = fingerprint(lm.model)
+    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=base, exchange=exchange, team=team)
+    if team is not None:
+        team.check(base, it.digest)
+    for i, row in enumerate(it.labels[:8]):
+        called = f" ({it.names[i]})" if it.names else ""
+        say(f"client {i}{called}: {sum(row)} examples, {row} by label")
+    if len(shares) > 8:
+        say(f"... {config.clients - 8} more clients; `meerkat-engine report` draws them")
+    return it
+
+
+def _check(it: _Prepared, mask: SparseMask, say: Say) -> None:
+    """Raises ``MeerkatError`` for what is known to fail later, before anything is written."""
+    check_selection(it.config, mask, it.data)
+    told = check_moves(it.config, it.lm.model, mask)
+    if told is not None:
+        say(told)
+    terms = terms_of(it.config, mask)
+    if terms.privacy is not None and it.shares:
+        steps = terms.calibration_steps + it.config.rounds * terms.local_steps
+        whole = largest_epsilon(terms.privacy, {(len(share), steps) for share in it.shares}, terms.queries)
+        say(
+            f"differential privacy: epsilon {whole:.3g} at delta {terms.privacy.delta:g} at most, after all "
+            f"rounds (simulated: the noise follows from the seed)"
+        )
+
+
+def _check_finished(config: RunConfig, path: Path) -> None:
+    """Raises ``MeerkatError`` if a finished run is not whole any more."""
+    ledger, began = read_ledger(path / LEDGER), read_origin(path)
+    if began is None or began.settings != config.digest():
+        raise RunError(f"{path / CONFIG} is not what the run began with, or {ORIGIN} is lost; nothing was changed")
+    if SparseMask.load(path / MASK).digest != ledger.header.terms.mask_digest:
+        raise RunError(f"{path / MASK} is not the mask of the run; nothing was changed")
+
+
+def _check_origin(directory: RunDirectory, here: Origin, say: Say) -> None:
+    """Raises ``RunError`` unless a run goes on with what it began with; says what else is different."""
+    began = read_origin(directory.path)
+    if began is None:
+        if directory.has_ledger():
+            raise RunError(f"{directory.path} has a ledger and no {ORIGIN}: it is lost; nothing was changed")
+        return
+    if began.settings != here.settings:
+        raise RunError(f"{directory.path / CONFIG} is not what the run began with; nothing was changed")
+    if began.data != here.data:
+        raise RunError(
+            f"the examples, or who has which, are not those that the run in {directory.path} began with; "
+            f"nothing was changed"
+        )
+    for difference in here.differences(began):
+        say(f"the run began with {difference}: its bits may not be those of a run that was never stopped")
+
+
+def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report: Report, say: Say) -> dict[str, Any]:
+    """Begins a run in its directory, or goes on with the one that is there, to its end."""
+    config = it.config
+    here = Origin.here(data=it.digest, settings=config.digest(), device=config.device)
+    header = Header(
+        terms=terms_of(config, mask),
+        base=it.base,
+        method=config.method,
+        clients=config.clients,
+        aggregation=config.how_aggregated(),
+    )
+    _check_origin(directory, here, say)
+    recorded = read_recorded(directory, header)
+    directory.keep(mask, here)
+    with go_on(directory, header, recorded) as ledger:
+        spread = None if it.team is None else it.team.ranks.spread
+        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, spread)
+        exchange = it.exchange or locally(federation.clients)
+        if it.team is not None:
+            it.team.join(federation, directory.path / MASK)
+            exchange = it.team.exchange
+        metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
+        Rounds(federation, exchange, directory, ledger, metrics, report, say).run(recorded)
+    summary = metrics.summary() | of_federation(federation) | of_selection(federation.selection, it.labels)
+    summary |= {
+        "labels": [word.strip() for word in it.data.train.task.label_words],
+        **(it.dealt() if it.shares else {}),
+        "base": it.base,
+        "mask": mask.digest,
+        "mask_source": mask.source,
+        "weights": fingerprint(it.lm.model),
+        "machine": {
+            "python": here.python,
+            "torch": here.torch,
+            "threads": here.threads,
+            "device": config.device,
+            "processes": 1 if it.team is None else it.team.ranks.world,
+        },
+    }
+    metrics.finish(summary)
+    return summary
+
+
+__all__ = ["Progress", "check_same", "execute", "resume"]

@@ -1,0 +1,90 @@
+"""From settings to examples: the run's task as tokens, and each client's share of it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...engine.errors import ConfigError
+from ...engine.lm import embedded
+from ...engine.lm.data import own_rows, task_rows
+from ...engine.lm.examples import EncodedTask
+from ...engine.lm.tasks import Row, Task
+from ..config.run_config import RunConfig
+from ..config.task import chosen_task
+from ..partition import Group, Partition, groups_of, split
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Training and validation examples of the run's task.
+
+    Args:
+        train: to be dealt to clients.
+        validation: held out.
+        groups: what the data call the client of each training example, where clients are natural; else None.
+    """
+
+    train: EncodedTask
+    validation: EncodedTask
+    groups: list[Group] | None = None
+
+    def digest(self, shares: Sequence[Tensor]) -> str:
+        """SHA-256 of all examples and of who has which, in hexadecimal."""
+        whole = hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
+        return hashlib.sha256((whole + json.dumps([share.tolist() for share in shares])).encode()).hexdigest()
+
+
+def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
+    """The run's task, and its training and validation rows."""
+    task = chosen_task(config)
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    if config.data is not None:
+        train, validation = own_rows(task, config.data, config.validation, config.seed)
+    elif config.task in embedded.TASKS:
+        train, validation = embedded.rows("train", config.task), embedded.rows("validation", config.task)
+    else:
+        train = task_rows(task, "train", config.data_dir)
+        validation = task_rows(task, "validation", config.data_dir)
+    return task, train, validation[: config.eval_examples or None]
+
+
+def encode(config: RunConfig, tokenizer: object) -> TaskData:
+    """The run's examples as tokens."""
+    task, train, validation = read_rows(config)
+    groups = None
+    if config.partition is Partition.NATURAL and task.client_field is not None:
+        groups = groups_of(train, task.client_field, f"{task.name}, train")
+    return TaskData(
+        EncodedTask(task, train, tokenizer, config.max_length, f"{task.name}, train"),
+        EncodedTask(task, validation, tokenizer, config.max_length, f"{task.name}, validation"),
+        groups,
+    )
+
+
+def shares_of(config: RunConfig, data: TaskData) -> list[Tensor]:
+    """Of each client, the indices of the training examples that it is dealt: int64, ascending."""
+    return split(
+        data.train.labels,
+        config.clients,
+        config.partition,
+        config.seed,
+        alpha=config.alpha,
+        at_least=config.batch_size,
+        groups=data.groups,
+    )
+
+
+def check_files(config: RunConfig) -> None:
+    """Raises ``ConfigError`` for a file or directory that was named and is not there, before anything slow begins."""
+    for name in ("data_dir", "data", "validation", "mask", "calibration"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name} {str(path)!r} does not exist")
+
+
+__all__ = ["TaskData", "check_files", "encode", "read_rows", "shares_of"]

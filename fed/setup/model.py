@@ -1,0 +1,37 @@
+"""From settings to the model of a run."""
+
+import dataclasses
+
+from ...engine.lm import embedded
+from ...engine.lm.lora import add_lora
+from ...engine.lm.models import DTYPES, LanguageModel, load_model
+from ..config.run_config import RunConfig
+from ..methods import Elements
+
+
+def load_base(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
+    """A base model by the name that ``--model`` takes, the embedded one included."""
+    if model == embedded.NAME:
+        return embedded.load(DTYPES[dtype], device)
+    return load_model(model, DTYPES[dtype], device, trust_remote_code=trust_remote_code)
+
+
+def load_language_model(
+    config: RunConfig, *, model: str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
+    """The run's model, with its adapters if the method trains these, and its tokenizer.
+
+    Args:
+        config: the settings.
+        model: where the model lies, if elsewhere than the settings say.
+        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
+    """
+    lm = load_base(model or config.model, config.dtype, config.device, trust_remote_code=trust_remote_code)
+    if config.method.recipe.elements is Elements.LORA:
+        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        added = add_lora(lm.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets, seed=config.seed)
+        return dataclasses.replace(lm, adapters=tuple(added))
+    return lm
+
+
+__all__ = ["load_base", "load_language_model"]
