@@ -1,6 +1,5 @@
 """``meerkat-engine``: the command line."""
 
-import dataclasses
 import datetime
 import os
 from pathlib import Path
@@ -14,9 +13,8 @@ from .bench.experiments.command import experiment
 from .bench.scale_command import bench_server
 from .engine.errors import ConfigError, MeerkatError
 from .engine.lm.checkpoint import check_absent
-from .fed.config.options import from_file, given, settings
+from .fed.config.options import GroupedCommand, example, from_file, given, settings
 from .fed.config.run_config import RunConfig, make_config
-from .fed.config.task import chosen_task, on_task
 from .fed.methods import Method
 from .fed.report.export import apply_delta, save_run
 from .fed.report.page import write_report
@@ -61,7 +59,13 @@ _trust = click.option(  # an option and no setting: a file cannot ask for it
 )
 
 
-@main.command()
+@main.command(
+    cls=GroupedCommand,
+    epilog=example(
+        "meerkat-engine run --model HuggingFaceTB/SmolLM2-135M --task sst2 --clients 4 \\",
+        "    --partition dirichlet --alpha 0.5 --rounds 20 --output runs/mine",
+    ),
+)
 @settings()
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
 @click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
@@ -108,22 +112,22 @@ def _serve(
         output = resumed
     config = make_config(user)
     if output is None:
-        output = Path("runs") / f"{chosen_task(config).name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if compare_random and config.mask is not None:
+        output = Path("runs") / f"{config.task.name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if compare_random and config.mask.file is not None:
         raise ConfigError("--compare-random makes its own mask; leave --mask out")
     if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
         raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
     summary = _run(config, output, where)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        other = _run(dataclasses.replace(config, method=Method.RANDOM_MASK), output / "random-mask", where)
+        other = _run(config.replace(method=Method.RANDOM_MASK), output / "random-mask", where)
         click.echo(
             f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
-            f"   (both at learning rate {config.lr:g})"
+            f"   (both at learning rate {config.step.lr:g})"
         )
 
 
-@main.command()
+@main.command(epilog=example("meerkat-engine replay runs/mine --output film-critic"))
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--output", type=click.Path(path_type=Path), help="also save the model here, as a Hugging Face checkpoint"
@@ -163,7 +167,7 @@ def replay(
         click.echo(f"saved to {output}")
 
 
-@main.command()
+@main.command(epilog=example("meerkat-engine apply round-10.delta --model embedded --output film-critic-10"))
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="the base model: Hugging Face id, directory, GGUF file, or embedded")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="directory of the new checkpoint")
@@ -175,7 +179,10 @@ def apply(delta: Path, model: str, output: Path, trust_remote_code: bool) -> Non
     click.echo(f"saved to {output}")
 
 
-@main.command()
+@main.command(
+    cls=GroupedCommand,
+    epilog=example("meerkat-engine mask --model HuggingFaceTB/SmolLM2-135M --output mask.safetensors"),
+)
 @settings("model", "task", "data_dir", "data", "validation", "template", "labels", "label_field", "cut", "method",
           "density", "mask", "calibration", "calibration_texts", "calibration_batch_size", "calibration_length",
           "layer", "objective", "max_length", "seed", "device", "dtype")  # fmt: skip
@@ -208,13 +215,13 @@ def mask(
         made.save(output)
         click.echo(f"digest {made.digest}\nsaved to {output}")
     for task in checked:
-        found = reach(on_task(config, task), lm, [made])[0]
+        found = reach(config.on_task(task), lm, [made])[0]
         click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
                    f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
                    f"elements")  # fmt: skip
 
 
-@main.command()
+@main.command(epilog=example("meerkat-engine report runs/mine runs/other"))
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--output", type=click.Path(path_type=Path), help="new file [default: RUN/report.html; several: report.html]"

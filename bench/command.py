@@ -15,6 +15,7 @@ from ..engine.errors import ConfigError
 from ..engine.extras import require_matplotlib
 from ..engine.lm import embedded
 from ..engine.lm.models import DTYPES, check_device
+from ..fed.config.options import example
 from . import environment, kernels, measure, one_pass, report, shapes, step
 
 _CPU = {
@@ -131,7 +132,7 @@ def _read(path: Path) -> report.Result:
     return result
 
 
-@click.command()
+@click.command(epilog=example("meerkat-engine bench --output results"))
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="auto is cuda where there is one")  # fmt: skip
 @click.option(

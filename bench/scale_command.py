@@ -10,13 +10,14 @@ import click
 import torch
 
 from ..engine.errors import ConfigError
+from ..fed.config.options import example
 from . import environment, scale, traffic
 from .tables import amount, table
 
 _CPU = torch.device("cpu")
 
 
-@click.command("bench-server")
+@click.command("bench-server", epilog=example("meerkat-engine bench-server --output results"))
 @click.option("--clients", "counts", multiple=True, type=click.IntRange(1), default=(1000, 10_000, 100_000),
               show_default=True)  # fmt: skip
 @click.option("--local-steps", type=click.IntRange(1), default=10, show_default=True, help="scalars of a client")

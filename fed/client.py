@@ -20,7 +20,6 @@ from ..engine.lm.objective import Objective, Spread, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps
 from .messages import Behind, TrainReply, TrainRequest
-from .methods import Gradient
 from .privacy import Privacy
 from .replica import Replica
 
@@ -162,7 +161,7 @@ class Client:
             if self.data.poisson:
                 raise ConfigError(f"{who}: Poisson batches, which may be empty, are for private scalars")
             return
-        if self.replica.terms.gradient is Gradient.BACKPROPAGATION:
+        if self.replica.terms.sends_weights:
             raise ConfigError(f"{who}: scalars can be private, the weights that backpropagation sends cannot")
         if not self.data.poisson or self.data.batch_size != self.privacy.batch_size:
             kind = "Poisson" if self.data.poisson else "plain"
@@ -255,7 +254,7 @@ class Client:
         with self.replica.trial() as optimizer:
             closures = self._closures(round, steps, device, clock, forwards)
             try:
-                if terms.gradient is Gradient.BACKPROPAGATION:
+                if terms.sends_weights:
                     losses = sgd_steps(
                         self.replica.model, optimizer.weights, closures, terms.learning_rates(round)[:steps]
                     )

@@ -35,6 +35,11 @@ class Gradient(StrEnum):
     FORWARD_DIFFERENCE = "forward-difference"
     BACKPROPAGATION = "backpropagation"
 
+    @property
+    def sends_weights(self) -> bool:
+        """Whether clients send their masked weights after a round, and not the scalars of its steps."""
+        return self is Gradient.BACKPROPAGATION
+
 
 class Stopping(StrEnum):
     """Which clients take one step a round instead of ``T``."""
@@ -51,6 +56,11 @@ class Recipe:
     elements: Elements
     gradient: Gradient = Gradient.TWO_POINT
     stopping: Stopping = Stopping.NONE
+
+    @property
+    def sends_weights(self) -> bool:
+        """See ``Gradient.sends_weights``."""
+        return self.gradient.sends_weights
 
     @property
     def plain(self) -> bool:

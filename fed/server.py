@@ -13,7 +13,6 @@ from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_
 from .gradip import GradIP, Trace
 from .ledger.file import LedgerWriter, Round
 from .messages import Behind, TrainReply, TrainRequest, decode_answer
-from .methods import Gradient
 from .privacy import largest_epsilon
 from .rejection import Refusal, RefusedError
 from .replica import Replica
@@ -158,7 +157,7 @@ class Server:
             The round it begins at; the aggregated scalars from there on, float32; or else the masters, float32 [k].
         """
         terms = self.replica.terms
-        by_weights = terms.gradient is Gradient.BACKPROPAGATION and self.round > first
+        by_weights = terms.sends_weights and self.round > first
         if by_weights or (self.round - first) * terms.values > terms.elements:
             return self.round, None, self.replica.optimizer.weights.masters().cpu().numpy()
         return first, np.array(self._history[(first - 1) * terms.values :], dtype=np.float32), None
@@ -205,7 +204,7 @@ class Server:
 
     def _most_values(self) -> int:
         terms = self.replica.terms
-        by_weights = terms.gradient is Gradient.BACKPROPAGATION
+        by_weights = terms.sends_weights
         return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
 
     def _check_sender(self, reply: TrainReply | Behind, sender: int | None) -> None:
@@ -228,7 +227,7 @@ class Server:
         terms, steps, examples = self.replica.terms, self.local_steps(reply.client), reply.examples
         if reply.local_steps != steps:
             raise _refused(reply, Refusal.COUNT, f"took {reply.local_steps} steps instead of {steps}")
-        if terms.gradient is Gradient.BACKPROPAGATION:
+        if terms.sends_weights:
             sent, what, wanted = reply.masters, "master values", terms.elements
         else:
             sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
@@ -258,7 +257,7 @@ class Server:
         """
         if not self._sent:
             raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
-        by_weights = self.replica.terms.gradient is Gradient.BACKPROPAGATION
+        by_weights = self.replica.terms.sends_weights
         own = ClientScalars.of_bytes({} if by_weights else self._sent)
         traces = self._traces(self.round, own)
         line = self._line(own, traces)
@@ -299,7 +298,7 @@ class Server:
         if self._calibrating:
             assert self._select is not None
             selection = self._select(traces)
-        elif terms.gradient is Gradient.BACKPROPAGATION:
+        elif terms.sends_weights:
             masters = mean_masters({i: np.frombuffer(own, dtype=np.float32) for i, own in self._sent.items()}, weights)
         else:
             scalars = aggregate(own, weights, terms.values, self._aggregation)

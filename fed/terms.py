@@ -67,6 +67,11 @@ class Terms:
         return cls(seed=seed, eps=eps, lr=lr, local_steps=local_steps, **fixed, **others)  # type: ignore[arg-type]
 
     @property
+    def sends_weights(self) -> bool:
+        """See ``Gradient.sends_weights``."""
+        return self.gradient.sends_weights
+
+    @property
     def values(self) -> int:
         """Scalars of a round that is trained in: one a step and query."""
         return self.local_steps * self.queries

@@ -3,7 +3,6 @@
 Reference: Yin et al., arXiv 1803.01498 (median and trimmed mean).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -30,17 +29,21 @@ class Attacks(Experiment):
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A rule and an attack each."""
-        if not config.clip:
+        if not config.aggregation.clip:
             raise ConfigError(f"the experiment {self.name} compares with clipped scalars; give a clip above 0")
         rules: dict[str, Settings] = {}
         for rule in Rule:
-            dataclasses.replace(config, aggregation=rule)  # one that does not fit is told before anything runs
+            config.replace(aggregation=rule)  # one that does not fit is told before anything runs
             rules[rule] = {"aggregation": rule, "clip": 0.0}
-        rules[_CLIPPED] = {"clip": config.clip}
+        rules[_CLIPPED] = {"clip": config.aggregation.clip}
         return [
             Arm(
                 name=f"{rule}, {attack}",
-                settings={**settings, "attack": attack, "attackers": config.attackers if attack != Attack.NONE else 0},
+                settings={
+                    **settings,
+                    "attack": attack,
+                    "attackers": config.attack.clients if attack != Attack.NONE else 0,
+                },
             )
             for rule, settings in rules.items()
             for attack in Attack

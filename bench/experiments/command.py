@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ...engine.atomic_files import write_whole
 from ...engine.extras import require_matplotlib
-from ...fed.config.options import from_file, given, settings
+from ...fed.config.options import GroupedCommand, example, from_file, given, settings
 from .attacks import Attacks
 from .concentration import Concentration
 from .gradip import GradIPPaths
@@ -32,7 +32,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
-@click.command()
+@click.command(cls=GroupedCommand, epilog=example("meerkat-engine experiment sparsity --seeds 3 --output sparsity"))
 @click.argument("name", type=click.Choice(list(EXPERIMENTS)))
 @settings()
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="runs of each arm")

@@ -36,7 +36,7 @@ class Concentration(Experiment):
         batches, calibration = calibration_batches(config, lm)
         if len(batches) < len(configs):
             raise ConfigError(f"{len(batches)} calibration batches make no {len(configs)} parts; give more texts")
-        found: dict[str, Any] = {"model": config.model, "calibration": calibration, "ratios": [], "held": []}
+        found: dict[str, Any] = {"model": config.model.source, "calibration": calibration, "ratios": [], "held": []}
         for part in range(len(configs)):
             squares = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
             found["elements"] = sum(square.numel() for square in squares.squares)

@@ -3,7 +3,6 @@
 OUTPUT/runs/ARM/seed-S   run directories      OUTPUT/masks   masks that arms share      OUTPUT/measured-N.json
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -16,8 +15,8 @@ from typing import Any, ClassVar
 from ...engine.atomic_files import write_whole
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm import embedded
-from ...fed.config.run_config import RunConfig, make_config, read_toml
-from ...fed.config.task import chosen_task, on_task
+from ...fed.config.run_config import RunConfig, make_config
+from ...fed.config.toml import config_toml, read_toml
 from ...fed.methods import Elements
 from ...fed.run.directory import CONFIG, GRADIP, METRICS, is_run
 from ...fed.run.execute import execute, resume
@@ -175,10 +174,10 @@ def _tasks(experiment: Experiment, config: RunConfig, named: Sequence[str]) -> t
     """The tasks to compare: those named, or all embedded ones, or the settings' own."""
     if len(named) > 1 and not experiment.compares_tasks:
         raise ConfigError(f"the experiment {experiment.name} takes one task, got {', '.join(named)}")
-    every = tuple(embedded.TASKS) if experiment.compares_tasks and config.model == embedded.NAME else ()
-    tasks = tuple(named) or every or (chosen_task(config).name,)
+    every = tuple(embedded.TASKS) if experiment.compares_tasks and config.model.source == embedded.NAME else ()
+    tasks = tuple(named) or every or (config.task.name,)
     for task in tasks:
-        on_task(config, task)
+        config.on_task(task)
     return tasks
 
 
@@ -200,19 +199,19 @@ def _run(config: RunConfig, directory: Path, masks: Path) -> None:
 def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
     """The configuration with a mask file, where the mask does not depend on the seed: it is made once."""
     elements = config.method.recipe.elements
-    if config.mask is not None or elements not in (Elements.SENSITIVITY, Elements.MAGNITUDE):
+    if config.mask.file is not None or elements not in (Elements.SENSITIVITY, Elements.MAGNITUDE):
         return config
-    path = masks / f"{elements}-{config.density:g}.safetensors"
+    path = masks / f"{elements}-{config.mask.density:g}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make_mask(config, load_language_model(config)).save(path)
-    return dataclasses.replace(config, mask=path)
+    return config.replace(mask=path)
 
 
 def _claim(output: Path, experiment: Experiment, given: Settings, tasks: Sequence[str]) -> None:
     """Makes the directory this experiment's, or checks that it is."""
     heading = f"# {experiment.name} on {', '.join(tasks)}"
-    path, wanted = output / CONFIG, f"{heading}\n{configuration(experiment, given).to_toml()}"
+    path, wanted = output / CONFIG, f"{heading}\n{config_toml(configuration(experiment, given))}"
     if path.exists():
         if path.read_text() != wanted:
             raise ConfigError(f"{output} holds an experiment with other settings (see {path}); choose another --output")
@@ -225,7 +224,7 @@ def _claim(output: Path, experiment: Experiment, given: Settings, tasks: Sequenc
 
 def named(config: RunConfig, task: str) -> Settings:
     """The setting that chooses a task; data of the user's own need none."""
-    return {} if config.data is not None else {"task": task}
+    return {} if config.data.file is not None else {"task": task}
 
 
 def _slug(name: str) -> str:

@@ -14,7 +14,6 @@ from typing import ClassVar
 from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
 from ...fed.ledger.file import Round, read_ledger
-from ...fed.methods import Gradient
 from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
 from .figures import finished, mean_line, subplots
@@ -33,7 +32,7 @@ class LocalSteps(Experiment):
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A T each, of those that divide the steps of a client in all."""
-        if config.method.recipe.gradient is Gradient.BACKPROPAGATION:
+        if config.method.recipe.sends_weights:
             raise ConfigError(f"drift is read from the clients' scalars, and {config.method} has none")
         total = config.rounds * config.local_steps
         fitting = [steps for steps in _LOCAL_STEPS if total % steps == 0]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...fed.config.run_config import RunConfig
-from ...fed.config.task import on_task
 from ...fed.methods import Method
 from ...fed.setup.data import encode
 from ...fed.setup.mask import make_mask, reach
@@ -39,7 +38,10 @@ class MaskSource(Experiment):
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """A source and a learning rate each: insensitive elements need larger steps."""
         return [
-            Arm(name=f"{shown}, lr {config.lr * times:.3g}", settings={"method": method, "lr": config.lr * times})
+            Arm(
+                name=f"{shown}, lr {config.step.lr * times:.3g}",
+                settings={"method": method, "lr": config.step.lr * times},
+            )
             for method, shown in _SOURCES.items()
             for times in _RATES
         ]
@@ -50,9 +52,9 @@ class MaskSource(Experiment):
         for config in configs:
             lm = load_language_model(config)
             train = encode(config, lm.tokenizer).train
-            masks = [make_mask(dataclasses.replace(config, method=m), lm, train) for m in _SOURCES]
+            masks = [make_mask(config.replace(method=m), lm, train) for m in _SOURCES]
             for task in tasks:
-                reached = reach(on_task(config, task), lm, masks)
+                reached = reach(config.on_task(task), lm, masks)
                 for shown, each in zip(_SOURCES.values(), reached, strict=True):
                     found.setdefault(task, {}).setdefault(shown, []).append(dataclasses.asdict(each))
         return found

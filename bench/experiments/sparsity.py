@@ -29,7 +29,11 @@ class Sparsity(Experiment):
         return [
             Arm(
                 name=f"{partition}, u = {density:g}",
-                settings={**settings, "density": density, "lr": config.lr * (config.density / density) ** 0.5},
+                settings={
+                    **settings,
+                    "density": density,
+                    "lr": config.step.lr * (config.mask.density / density) ** 0.5,
+                },
             )
             for partition, settings in _PARTITIONS.items()
             for density in _DENSITIES

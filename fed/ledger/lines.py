@@ -203,7 +203,7 @@ def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, ex
             epsilon=float(fields["epsilon"]) if terms.privacy is not None else None,
             stopped=[int(i) for i in fields["stopped"]] if expected == CALIBRATION else [],
             thresholds=_thresholds(fields["thresholds"]) if expected == CALIBRATION else None,
-            masters=_masters(fields["masters"]) if terms.gradient is Gradient.BACKPROPAGATION else None,
+            masters=_masters(fields["masters"]) if terms.sends_weights else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error

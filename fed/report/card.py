@@ -1,6 +1,5 @@
 """Model cards of what a run or a delta leads to: front matter for the Hugging Face hub, and what made the model."""
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,6 @@ from ...engine.delta import Delta
 from ...engine.lm.models import LanguageModel
 from ...engine.lm.tasks import Task
 from ..config.run_config import RunConfig, make_config
-from ..config.task import chosen_task
-from ..methods import Gradient
 from ..run.jsonl import is_number
 from ..run.replay import Replayed
 
@@ -29,13 +26,13 @@ def run_card(done: Replayed, name: str, weights: str) -> str:
         name: of the model.
         weights: fingerprint of what is saved, which merged adapters set apart from ``done.weights``.
     """
-    task, header = chosen_task(done.config), done.ledger.header
+    task, header = done.config.task, done.ledger.header
     before, after = _line(done, 0), _line(done, done.round)
     rows = {
-        "base model": _code(done.config.model),
+        "base model": _code(done.config.model.source),
         "method": f"{done.config.method}, {len(done.masked.mask):,} of {done.masked.mask.table.size:,} elements",
         "task": f"{task.name}; {_data(done.config, task)}",
-        "clients": f"{header.clients}, {done.config.partition.describe(done.config.alpha)}",
+        "clients": f"{header.clients}, {done.config.clients.partition.describe(done.config.clients.alpha)}",
         "rounds": f"{done.round} of {len(done.ledger.rounds)} in the ledger",
         "local steps": _steps(done),
         "bytes sent": _bytes(done),
@@ -85,12 +82,11 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
 
 def run_command(config: RunConfig) -> str:
     """The command of a run with these settings, without those that it would have anyway."""
-    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    named = {"model": config.model, "method": config.method}
-    own = ("data", "template", "labels") if config.data is not None else ("task",)
-    named |= {name: plain[name] for name in own}
-    usual = make_config(named)
-    given = [name for name in plain if name in named or plain[name] != getattr(usual, name)]
+    plain = config.flat()
+    own = ("data", "template", "labels") if config.data.file is not None else ("task",)
+    named = {name: plain[name] for name in ("model", *own, "method")}
+    usual = make_config(named).flat()
+    given = [*named, *(name for name in plain if name not in named and plain[name] != usual[name])]
     words = [word for name in given for word in ("--" + name.replace("_", "-"), str(plain[name]))]
     return shlex.join(["meerkat-engine", "run", *words])
 
@@ -146,7 +142,7 @@ def _privacy(done: Replayed) -> dict[str, str]:
 
 def _steps(done: Replayed) -> str:
     terms, rounds = done.ledger.header.terms, done.ledger.rounds[: done.round]
-    if terms.gradient is Gradient.BACKPROPAGATION:  # whose rounds do not say who took how many
+    if terms.sends_weights:  # whose rounds do not say who took how many
         return f"at most {terms.local_steps} of each client a round"
     taken = sum(len(scalars) // terms.queries for line in rounds for scalars in line.clients.values())
     return f"{taken:,} in these rounds"
@@ -161,10 +157,10 @@ def _bytes(done: Replayed) -> str:
 
 
 def _data(config: RunConfig, task: Task) -> str:
-    if config.data is not None:
-        return f"data of the user's own, {_code(str(config.data))}"
-    if config.data_dir is not None:
-        return f"data from {_code(str(config.data_dir))}"
+    if config.data.file is not None:
+        return f"data of the user's own, {_code(str(config.data.file))}"
+    if config.data.directory is not None:
+        return f"data from {_code(str(config.data.directory))}"
     return f"data from the hub, {task.hub}" if task.hub else "data that the package makes"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import RunError
-from ..config.run_config import read_toml
+from ..config.toml import read_toml
 from ..run.directory import CONFIG, GRADIP, METRICS
 from ..run.jsonl import is_number, read_lines
 

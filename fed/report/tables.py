@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..config.run_config import RunConfig
+from ..config.sections import ClientsConfig
 from ..partition import Partition
 from ..run.jsonl import is_number
 from .runs import Run
@@ -48,7 +48,7 @@ def settings(runs: list[Run]) -> tuple[list[Pair], list[Pair], list[Row]]:
 def _setting(run: Run, name: str) -> str:
     value = run.settings.get(name)
     if name == "partition" and value in list(Partition):
-        return Partition(value).describe(run.settings.get("alpha", RunConfig.alpha))
+        return Partition(value).describe(run.settings.get("alpha", ClientsConfig.alpha))
     return _shown(value)
 
 

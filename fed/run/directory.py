@@ -18,6 +18,7 @@ from ...engine.atomic_files import append_whole, sync_directory, write_whole
 from ...engine.errors import RunError
 from ...engine.mask import SparseMask
 from ..config.run_config import RunConfig
+from ..config.toml import config_toml
 from ..gradip import Trace
 from ..ledger.file import Header, LedgerWriter
 from .jsonl import Line
@@ -112,7 +113,7 @@ class RunDirectory:
     def begin(self, config: RunConfig) -> None:
         """Writes the settings down: from now on there is a run here, which can be resumed."""
         check_free(self.path)
-        write_whole(self.path / CONFIG, config.to_toml().encode())
+        write_whole(self.path / CONFIG, config_toml(config).encode())
 
     def keep(self, mask: SparseMask, origin: Origin) -> None:
         """Writes down what is not there yet of what the run begins with."""

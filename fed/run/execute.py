@@ -13,8 +13,8 @@ from ...engine.errors import ConfigError, RunError
 from ...engine.lm.models import LanguageModel, check_device
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
-from ..config.run_config import RunConfig, as_settings, make_config, read_toml
-from ..config.task import chosen_task
+from ..config.run_config import RunConfig, convert, make_config
+from ..config.toml import read_toml
 from ..exchange import Exchange, locally
 from ..ledger.file import Header, read_ledger
 from ..partition import histogram
@@ -66,8 +66,8 @@ def execute(
     it = _prepare(config, say, trust_remote_code, exchange, team)
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
     _check(it, mask, say)
-    if config.mask is not None:
-        it = dataclasses.replace(it, config=dataclasses.replace(config, density=mask.density))  # what was used
+    if config.mask.file is not None:
+        it = dataclasses.replace(it, config=config.replace(density=mask.density))  # what was used
     with RunDirectory(output) as directory:
         directory.begin(it.config)
         return _carry_out(it, directory, mask, report, say)
@@ -111,7 +111,7 @@ def resume(
     with RunDirectory(path) as directory:
         made = (path / MASK).exists()
         if made:  # what it was made of is no longer needed
-            config = dataclasses.replace(config, mask=None, calibration=None)
+            config = config.replace(mask=None, calibration=None)
         check_files(config)
         it = _prepare(config, say, trust_remote_code, exchange, team)
         mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
@@ -122,12 +122,13 @@ def resume(
 def check_same(settings: Mapping[str, Any], path: Path) -> None:
     """Raises ``ConfigError`` if a run began with others than these settings, ``RunError`` if there is none."""
     config = _config_of(path)
-    for name, value in as_settings(settings).items():
-        if name == "density" and config.mask is not None:  # what is written down is the mask's
+    known = config.flat()
+    for name, value in convert(settings).items():
+        if name == "density" and config.mask.file is not None:  # what is written down is the mask's
             continue
-        if value != getattr(config, name):
+        if value != known[name]:
             raise ConfigError(
-                f"the run in {path} has {name} {getattr(config, name)}, {value} was given; a run goes on with its own "
+                f"the run in {path} has {name} {known[name]}, {value} was given; a run goes on with its own "
                 f"settings, nothing was changed"
             )
 
@@ -154,7 +155,7 @@ class _Prepared:
     team: Team | None
 
     def mask(self, say: Say) -> SparseMask:
-        say(f"choosing the mask ({self.config.mask or self.config.method.recipe.elements})")
+        say(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
         return make_mask(self.config, self.lm, self.data.train)
 
     @property
@@ -177,7 +178,7 @@ class _Prepared:
         config, many = self.config, f"{len(self.shares)} clients"
         few = len(self.shares) <= 100
         return {
-            "partition": config.partition.describe(config.alpha),
+            "partition": config.clients.partition.describe(config.clients.alpha),
             "examples_by_client_and_label": self.labels if few else many,
             **({"natural_clients": self.names if few else many} if self.names else {}),
         }
@@ -191,12 +192,16 @@ def _prepare(
     if team is not None:
         team.begin(config)
         say(team.described())
-    if exchange is not None and config.attackers:
+    if exchange is not None and config.attack.clients:
         raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
-    if config.backend != "auto":
-        resolve(config.backend, check_device(config.device))  # an unfit one is told before anything slow begins
-    say(f"loading the model {config.model} and the task {chosen_task(config).name}")
-    say(f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.lr:g}")
+    if config.model.backend != "auto":
+        resolve(
+            config.model.backend, check_device(config.model.device)
+        )  # an unfit one is told before anything slow begins
+    say(f"loading the model {config.model.source} and the task {config.task.name}")
+    say(
+        f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
+    )
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
     data = encode(config, lm.tokenizer)
     shares = [] if exchange is not None else shares_of(config, data)
@@ -208,7 +213,7 @@ def _prepare(
         called = f" ({it.names[i]})" if it.names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
     if len(shares) > 8:
-        say(f"... {config.clients - 8} more clients; `meerkat-engine report` draws them")
+        say(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")
     return it
 
 
@@ -258,13 +263,13 @@ def _check_origin(directory: RunDirectory, here: Origin, say: Say) -> None:
 def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report: Report, say: Say) -> dict[str, Any]:
     """Begins a run in its directory, or goes on with the one that is there, to its end."""
     config = it.config
-    here = Origin.here(data=it.digest, settings=config.digest(), device=config.device)
+    here = Origin.here(data=it.digest, settings=config.digest(), device=config.model.device)
     header = Header(
         terms=terms_of(config, mask),
         base=it.base,
         method=config.method,
-        clients=config.clients,
-        aggregation=config.how_aggregated(),
+        clients=config.clients.count,
+        aggregation=config.aggregation.build(),
     )
     _check_origin(directory, here, say)
     recorded = read_recorded(directory, header)
@@ -290,7 +295,7 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
             "python": here.python,
             "torch": here.torch,
             "threads": here.threads,
-            "device": config.device,
+            "device": config.model.device,
             "processes": 1 if it.team is None else it.team.ranks.world,
         },
     }

@@ -14,7 +14,8 @@ from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ...engine.replay import replay_
 from ...engine.weights import MaskedWeights
-from ..config.run_config import RunConfig, make_config, read_toml
+from ..config.run_config import RunConfig, make_config
+from ..config.toml import read_toml
 from ..ledger.file import Ledger, read_ledger
 from ..setup.model import load_language_model
 from .directory import CONFIG, LEDGER, MASK, METRICS
@@ -105,9 +106,9 @@ def replay_run(
     if base != ledger.header.base:
         raise LedgerError(
             f"{directory / LEDGER} starts from a base model with fingerprint {ledger.header.base[:12]}; "
-            f"{model or config.model} has {base[:12]}"
+            f"{model or config.model.source} has {base[:12]}"
         )
-    masked = MaskedWeights(lm.model, mask, config.backend)
+    masked = MaskedWeights(lm.model, mask, config.model.backend)
     _move(masked, ledger, wanted)
     return Replayed(
         directory=directory,

@@ -8,7 +8,6 @@ from ...engine.lm.evaluation import Evaluation, evaluate
 from ..exchange import Exchange, serve
 from ..ledger.file import LedgerWriter, Round
 from ..ledger.snapshot import Snapshot
-from ..methods import Gradient
 from ..server import RoundResult
 from ..setup.server_and_clients import Federation
 from ..terms import CALIBRATION
@@ -65,7 +64,7 @@ class Rounds:
             self._close(federation.restore(line), before)
         self._snapshot(recorded)
         if federation.server.round == CALIBRATION:
-            self._say(f"a path of {self._config.vp_steps} steps of every client, to find the extreme ones")
+            self._say(f"a path of {self._config.selection.steps} steps of every client, to find the extreme ones")
         for done in serve(federation.server, self._exchange, self._config.rounds):
             self._close(done, before)
             self._snapshot(recorded)
@@ -82,7 +81,7 @@ class Rounds:
 
     def _close(self, done: RoundResult, before: Evaluation) -> None:
         """Evaluates after a round where that is due, and writes it down."""
-        number, every = done.line.round, self._config.eval_every
+        number, every = done.line.round, self._config.evaluation.every
         due = number == self._config.rounds or (every and number % every == 0)
         if done.traces:
             self._directory.add_traces(number, done.traces)
@@ -117,7 +116,7 @@ class Rounds:
         replica, every = self._federation.server.replica, self._config.snapshot_every
         round = replica.round - 1
         there = recorded.snapshot is not None and recorded.snapshot.round == round
-        by_weights = replica.terms.gradient is Gradient.BACKPROPAGATION  # the ledger has these
+        by_weights = replica.terms.sends_weights  # the ledger has these
         if round and every and round % every == 0 and not there and not by_weights:
             snapshot = Snapshot(
                 round=round,

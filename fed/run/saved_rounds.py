@@ -6,7 +6,6 @@ from pathlib import Path
 from ...engine.errors import LedgerError, RunError
 from ..ledger.file import Header, Ledger, LedgerWriter, Round, read_ledger
 from ..ledger.snapshot import Snapshot
-from ..methods import Gradient
 from .directory import GRADIP, LEDGER, METRICS, SNAPSHOT, RunDirectory
 from .jsonl import Line, read_lines
 from .metrics import check_line
@@ -74,7 +73,7 @@ def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
     for number, (line, done) in enumerate(zip(metrics, rounds, strict=False), 1):
         check_line(line, done, f"{path / METRICS}, line {number}")
     snapshot = None
-    if (path / SNAPSHOT).exists() and header.terms.gradient is not Gradient.BACKPROPAGATION:
+    if (path / SNAPSHOT).exists() and not header.terms.sends_weights:
         snapshot = Snapshot.load(path / SNAPSHOT, ledger)
     return Recorded(
         ledger=ledger,

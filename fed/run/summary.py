@@ -14,7 +14,7 @@ def of_federation(federation: Federation) -> dict[str, Any]:
     """How much was trained, what sending weights would have cost, who was refused, stopped early or hostile."""
     config, weights = federation.config, [p for _, p in floating_parameters(federation.model)]
     elements = federation.server.replica.terms.elements
-    answers = config.rounds * (config.clients_per_round or config.clients)  # the calibration would send no weights
+    answers = config.rounds * config.clients.participants  # the calibration would send no weights
     return {
         "truncated_train": federation.data.train.truncated,
         "truncated_validation": federation.data.validation.truncated,
@@ -24,8 +24,8 @@ def of_federation(federation: Federation) -> dict[str, Any]:
         "masked_elements": elements,
         "elements": sum(p.numel() for p in weights),
         "rejected_messages": dict(sorted(federation.server.rejected.items())),
-        **attack_of(config.attack, config.clients, config.attackers),
-        **({"delta": config.dp_delta} if config.dp_noise else {}),
+        **attack_of(config.attack.kind, config.clients.count, config.attack.clients),
+        **({"delta": config.privacy.delta} if config.privacy.noise else {}),
     }
 
 

@@ -14,7 +14,6 @@ from ...engine.lm.data import own_rows, task_rows
 from ...engine.lm.examples import EncodedTask
 from ...engine.lm.tasks import Row, Task
 from ..config.run_config import RunConfig
-from ..config.task import chosen_task
 from ..partition import Group, Partition, groups_of, split
 
 
@@ -40,28 +39,28 @@ class TaskData:
 
 def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
     """The run's task, and its training and validation rows."""
-    task = chosen_task(config)
+    task = config.task
     train: Sequence[Row]
     validation: Sequence[Row]
-    if config.data is not None:
-        train, validation = own_rows(task, config.data, config.validation, config.seed)
-    elif config.task in embedded.TASKS:
-        train, validation = embedded.rows("train", config.task), embedded.rows("validation", config.task)
+    if config.data.file is not None:
+        train, validation = own_rows(task, config.data.file, config.data.validation, config.seed)
+    elif config.data.task in embedded.TASKS:
+        train, validation = embedded.rows("train", config.data.task), embedded.rows("validation", config.data.task)
     else:
-        train = task_rows(task, "train", config.data_dir)
-        validation = task_rows(task, "validation", config.data_dir)
-    return task, train, validation[: config.eval_examples or None]
+        train = task_rows(task, "train", config.data.directory)
+        validation = task_rows(task, "validation", config.data.directory)
+    return task, train, validation[: config.evaluation.examples or None]
 
 
 def encode(config: RunConfig, tokenizer: object) -> TaskData:
     """The run's examples as tokens."""
     task, train, validation = read_rows(config)
     groups = None
-    if config.partition is Partition.NATURAL and task.client_field is not None:
+    if config.clients.partition is Partition.NATURAL and task.client_field is not None:
         groups = groups_of(train, task.client_field, f"{task.name}, train")
     return TaskData(
-        EncodedTask(task, train, tokenizer, config.max_length, f"{task.name}, train"),
-        EncodedTask(task, validation, tokenizer, config.max_length, f"{task.name}, validation"),
+        EncodedTask(task, train, tokenizer, config.data.max_length, f"{task.name}, train"),
+        EncodedTask(task, validation, tokenizer, config.data.max_length, f"{task.name}, validation"),
         groups,
     )
 
@@ -70,19 +69,20 @@ def shares_of(config: RunConfig, data: TaskData) -> list[Tensor]:
     """Of each client, the indices of the training examples that it is dealt: int64, ascending."""
     return split(
         data.train.labels,
-        config.clients,
-        config.partition,
+        config.clients.count,
+        config.clients.partition,
         config.seed,
-        alpha=config.alpha,
-        at_least=config.batch_size,
+        alpha=config.clients.alpha,
+        at_least=config.step.batch_size,
         groups=data.groups,
     )
 
 
 def check_files(config: RunConfig) -> None:
     """Raises ``ConfigError`` for a file or directory that was named and is not there, before anything slow begins."""
+    settings = config.flat()
     for name in ("data_dir", "data", "validation", "mask", "calibration"):
-        path = getattr(config, name)
+        path = settings[name]
         if path is not None and not Path(path).exists():
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 

@@ -39,17 +39,17 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = 
         lm: the model.
         train: the task's examples, for the method that ranks elements by them.
     """
-    if config.mask is not None:
+    if config.mask.file is not None:
         return _from_file(config, lm.model)
     model, elements = lm.model, config.method.recipe.elements
     if elements is Elements.ALL:
         return SparseMask.dense(model)
     if elements is Elements.MAGNITUDE:
-        return SparseMask.magnitude(model, config.density)
+        return SparseMask.magnitude(model, config.mask.density)
     if elements is Elements.RANDOM:
-        return SparseMask.random(model, config.density, stream.derived_seed(config.seed, "mask"))
+        return SparseMask.random(model, config.mask.density, stream.derived_seed(config.seed, "mask"))
     if elements is Elements.LORA:
-        return SparseMask.of_parameters(model, lm.adapters, f"lora, rank {config.lora_rank}")
+        return SparseMask.of_parameters(model, lm.adapters, f"lora, rank {config.lora.rank}")
     if elements is Elements.TASK:
         if train is None:
             raise ConfigError(f"{config.method} chooses its elements on a task's examples; give --task")
@@ -57,16 +57,16 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = 
     batches, calibration = calibration_batches(config, lm)
     if elements is Elements.LAYER:
         return _layer_mask(config, model, batches)
-    return SparseMask.from_gradients(model, _shown(batches), config.density, calibration=calibration)
+    return SparseMask.from_gradients(model, _shown(batches), config.mask.density, calibration=calibration)
 
 
 def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
-    assert config.mask is not None
-    mask = SparseMask.load(config.mask, model)
+    assert config.mask.file is not None
+    mask = SparseMask.load(config.mask.file, model)
     known = next((each for each, source in _SOURCES.items() if mask.source.split(",")[0] == source), None)
     if known not in (None, config.method.recipe.elements):
         raise ConfigError(
-            f"the mask {config.mask} was chosen by {known}, and {config.method} trains elements chosen by "
+            f"the mask {config.mask.file} was chosen by {known}, and {config.method} trains elements chosen by "
             f"{config.method.recipe.elements}; give the method of that name, or another mask"
         )
     return mask
@@ -75,17 +75,17 @@ def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
 def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict[str, Tensor]], str]:
     """Pre-training text in batches, and what it is in words."""
     texts, where = _texts(config)
-    size, length = config.calibration_batch_size, config.calibration_length
+    size, length = config.mask.batch_size, config.mask.length
     batches = list(token_batches(texts, lm.tokenizer, size, length))
     return batches, f"{where}; batches of {size}, at most {length} tokens a text"
 
 
 def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, part: int) -> list[Batch]:
     """Examples of a task, for gradients of its loss: part 0 to choose a mask by, part 1 to judge masks by."""
-    count = max(1, min(config.calibration_texts, len(train) // 2))
+    count = max(1, min(config.mask.texts, len(train) // 2))
     order = stream.permutation(stream.derived_seed(config.seed, "task"), len(train))[part * count :][:count]
-    answers = "all" if config.objective is Objective.CANDIDATES else "gold"
-    size = config.calibration_batch_size
+    answers = "all" if config.step.objective is Objective.CANDIDATES else "gold"
+    size = config.mask.batch_size
     return [train.batch(part.tolist(), answers=answers, device=device) for part in order.split(size)]
 
 
@@ -93,7 +93,7 @@ def reach(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> 
     """What some masks hold of the squared gradient of the run's task."""
     train = encode(config, lm.tokenizer).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
-    return transfer(masks, lm.model, _shown(batches), lambda net, batch: task_loss(net, batch, config.objective))
+    return transfer(masks, lm.model, _shown(batches), lambda net, batch: task_loss(net, batch, config.step.objective))
 
 
 def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> SparseMask:
@@ -101,16 +101,16 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
     mask = SparseMask.from_gradients(
         model,
         _shown(batches),
-        config.density,
-        loss=lambda net, batch: task_loss(net, batch, config.objective),
+        config.mask.density,
+        loss=lambda net, batch: task_loss(net, batch, config.step.objective),
         source="task",
-        calibration=f"{train.task.name}: {len(batches)} batches of {config.calibration_batch_size}",
+        calibration=f"{train.task.name}: {len(batches)} batches of {config.mask.batch_size}",
     )
     return dataclasses.replace(mask, gradient=None)  # GradIP is about the gradient on pre-training text
 
 
 def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Tensor]]) -> SparseMask:
-    layer = config.layer or dominant_layer(model, _shown(batches))
+    layer = config.mask.layer or dominant_layer(model, _shown(batches))
     names = parameters_of(model, layer)
     if not names:
         raise ConfigError(
@@ -125,9 +125,9 @@ def _shown(batches: Sequence[Any]) -> Iterable[Any]:
 
 
 def _texts(config: RunConfig) -> tuple[list[str], str]:
-    if config.model == embedded.NAME and config.calibration is None:
-        return embedded.calibration_texts(config.calibration_texts)
-    return calibration_texts(config.calibration, config.data_dir, config.calibration_texts)
+    if config.model.source == embedded.NAME and config.mask.calibration is None:
+        return embedded.calibration_texts(config.mask.texts)
+    return calibration_texts(config.mask.calibration, config.data.directory, config.mask.texts)
 
 
 __all__ = ["calibration_batches", "make_mask", "reach"]

@@ -26,10 +26,11 @@ def load_language_model(
         model: where the model lies, if elsewhere than the settings say.
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
     """
-    lm = load_base(model or config.model, config.dtype, config.device, trust_remote_code=trust_remote_code)
+    base = config.model
+    lm = load_base(model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code)
     if config.method.recipe.elements is Elements.LORA:
-        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        added = add_lora(lm.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets, seed=config.seed)
+        lora = config.lora
+        added = add_lora(lm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.modules, seed=config.seed)
         return dataclasses.replace(lm, adapters=tuple(added))
     return lm
 

@@ -17,10 +17,10 @@ from ..client import Client, ClientData, Timing
 from ..config.run_config import RunConfig
 from ..gradip import GradIP, Trace
 from ..ledger.file import LedgerWriter, Round
-from ..methods import Gradient, Stopping
+from ..methods import Stopping
 from ..privacy import Privacy
 from ..replica import Replica
-from ..selection import Selection, Thresholds, Windows, at_random, null_thresholds, path_statistics
+from ..selection import Selection, Thresholds, at_random, null_thresholds, path_statistics
 from ..server import RoundResult, Server
 from ..terms import CALIBRATION, Terms
 from .data import TaskData
@@ -35,15 +35,15 @@ def terms_of(config: RunConfig, mask: SparseMask) -> Terms:
     return Terms.of(
         mask,
         seed=config.seed,
-        eps=config.eps,
-        lr=config.lr,
+        eps=config.step.eps,
+        lr=config.step.lr,
         local_steps=config.local_steps,
-        queries=config.queries,
+        queries=config.step.queries,
         gradient=recipe.gradient,
-        schedule=config.schedule,
+        schedule=config.step.schedule,
         rounds=config.rounds,
-        calibration_steps=0 if recipe.stopping is Stopping.NONE else config.vp_steps,
-        privacy=config.privacy(),
+        calibration_steps=0 if recipe.stopping is Stopping.NONE else config.selection.steps,
+        privacy=config.private_terms(),
     )
 
 
@@ -52,10 +52,10 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
     if config.method.recipe.stopping is Stopping.NONE:
         return
     GradIP(mask, torch.device("cpu"), "torch")
-    if config.vp_thresholds() is None and len(data.validation) < config.batch_size:
+    if config.selection.thresholds() is None and len(data.validation) < config.step.batch_size:
         raise ConfigError(
             f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
-            f"{config.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
+            f"{config.step.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
         )
 
 
@@ -65,13 +65,13 @@ def check_moves(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | 
     Raises:
         ConfigError: if it moves none of the masked elements.
     """
-    if config.method.recipe.gradient is Gradient.BACKPROPAGATION:
+    if config.method.recipe.sends_weights:
         return None
-    still = MaskedWeights(model, mask, config.backend).still(stream.step_seed(config.seed, 1, 0), config.eps)
-    what = f"{still:.1%} of the masked elements do not move at eps {config.eps:g}"
+    still = MaskedWeights(model, mask, config.model.backend).still(stream.step_seed(config.seed, 1, 0), config.step.eps)
+    what = f"{still:.1%} of the masked elements do not move at eps {config.step.eps:g}"
     if still == 1:
-        raise ConfigError(f"{what}: {config.dtype} rounds the perturbation away; raise eps, or take float32")
-    return f"{config.dtype}: {what}" if still > _WORTH_TELLING else None
+        raise ConfigError(f"{what}: {config.model.dtype} rounds the perturbation away; raise eps, or take float32")
+    return f"{config.model.dtype}: {what}" if still > _WORTH_TELLING else None
 
 
 class Federation:
@@ -102,24 +102,25 @@ class Federation:
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
-        self._replica = Replica(model, mask, terms_of(config, mask), config.backend)
-        by_scalars = self._replica.terms.gradient is not Gradient.BACKPROPAGATION
+        self._windows = config.selection.windows(config.step.queries)
+        self._replica = Replica(model, mask, terms_of(config, mask), config.model.backend)
+        by_scalars = not self._replica.terms.sends_weights
         self._gradip = None
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
-            self._gradip = GradIP(mask, next(model.parameters()).device, config.backend)
+            self._gradip = GradIP(mask, next(model.parameters()).device, config.model.backend)
         privacy = self._replica.terms.privacy
         honest = [self._client(i, data.train, share, "data", privacy, spread) for i, share in enumerate(shares)]
-        self.clients = with_attackers(honest, config.attack, config.attackers)
+        self.clients = with_attackers(honest, config.attack.kind, config.attack.clients)
         self.server = Server(
-            list(range(config.clients)),
+            list(range(config.clients.count)),
             self._replica,
             ledger,
-            config.how_aggregated(),
-            per_round=config.clients_per_round or None,
+            config.aggregation.build(),
+            per_round=config.clients.per_round or None,
             gradip=self._gradip,
             select=self._select,
-            max_scalar=config.max_scalar,
-            max_examples=config.max_examples,
+            max_scalar=config.aggregation.max_scalar,
+            max_examples=config.aggregation.max_examples,
         )
 
     def _client(
@@ -135,9 +136,9 @@ class Federation:
         seed = stream.derived_seed(config.seed, purpose, id)
         noise = None if privacy is None else stream.derived_seed(config.seed, "priv", id)
         examples = ClientData(
-            data, indices, config.batch_size, seed, config.micro_batch_size, poisson=privacy is not None
+            data, indices, config.step.batch_size, seed, config.step.micro_batch_size, poisson=privacy is not None
         )
-        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise, spread)
+        return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, spread)
 
     def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
@@ -148,7 +149,7 @@ class Federation:
 
     def _select(self, traces: Mapping[int, Trace]) -> Selection:
         config = self.config
-        thresholds = config.vp_thresholds() or null_thresholds(self._null_paths(), self._windows())
+        thresholds = config.selection.thresholds() or null_thresholds(self._null_paths(), self._windows)
         self.selection = self._judged(traces, thresholds)
         return self.selection
 
@@ -156,7 +157,7 @@ class Federation:
         self, traces: Mapping[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None
     ) -> Selection:
         """Who is stopped early by these thresholds, where that is not known yet."""
-        windows = self._windows()
+        windows = self._windows
         statistics = {i: path_statistics(trace.gradip, windows, thresholds.sigma) for i, trace in traces.items()}
         if stopped is None:
             stopped = [i for i, each in statistics.items() if each.exceed(thresholds)]
@@ -164,17 +165,13 @@ class Federation:
                 stopped = at_random(sorted(traces), len(stopped), self.config.seed)
         return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)
 
-    def _windows(self) -> Windows:
-        config = self.config
-        return Windows(initial=config.vp_initial * config.queries, later=config.vp_later * config.queries)
-
     def _null_paths(self) -> list[list[float]]:
         """GradIP of the paths of IID clients on examples of the server's own: the held-out ones."""
         assert self._gradip is not None
         held_out, terms = self.data.validation, self._replica.terms
         everything = torch.arange(len(held_out))
         scalars = {}
-        for i in range(self.config.vp_null_paths):
+        for i in range(self.config.selection.null_paths):
             client = self._client(i, held_out, everything, "null")
             found, _ = client.train(CALIBRATION, terms.calibration_steps)
             if not np.isfinite(found["scalars"]).all():

@@ -5,7 +5,6 @@ client may change from round to round, because a request says all that a client 
 """
 
 import struct
-import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from ...engine.errors import ConfigError, MeerkatError, RunError
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, make_config
+from ..config.toml import config_toml, parse_toml
 from ..messages import TrainRequest
-from ..methods import Elements, Gradient
+from ..methods import Elements
 from ..setup.data import encode, shares_of
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model
@@ -44,14 +44,14 @@ class Team:
             ConfigError: if clients cannot be shared in this run.
         """
         if self.ranks.per_client > 1:
-            if config.method.recipe.gradient is Gradient.BACKPROPAGATION:
+            if config.method.recipe.sends_weights:
                 raise ConfigError(f"{config.method} has no losses to share; leave --ranks-per-client out")
-            if not config.micro_batch_size:
+            if not config.step.micro_batch_size:
                 raise ConfigError(
                     "--ranks-per-client deals a batch's micro-batches; give their size as --micro-batch-size, on which "
                     "the last bits of a loss depend"
                 )
-        self._send([_BEGIN, config.to_toml().encode()])
+        self._send([_BEGIN, config_toml(config).encode()])
 
     def described(self) -> str:
         """How many processes there are, and for what: in words."""
@@ -185,7 +185,7 @@ def help_out(ranks: Ranks, *, trust_remote_code: bool) -> None:
             return
         try:
             if what == _BEGIN:
-                config = make_config(tomllib.loads(parts[0].decode()))
+                config = make_config(parse_toml(parts[0].decode(), "the settings from rank 0"))
                 helper = _Helper(ranks, config, trust_remote_code)
                 answer = helper.looked_at()
             else:

@@ -27,12 +27,14 @@ def far_away(settings: dict[str, Any]) -> dict[int, Client]:
     """The clients of a run, with nothing in common with whoever serves them."""
     config = make_config(settings)
     clients = {}
-    for i in range(config.clients):
+    for i in range(config.clients.count):
         lm = load_language_model(config)
         data = encode(config, lm.tokenizer)
         mask = make_mask(config, lm)
-        mine = ClientData(data.train, shares_of(config, data)[i], config.batch_size, stream.derived_seed(0, "data", i))
-        clients[i] = Client(i, mine, Replica(lm.model, mask, terms_of(config, mask)), config.objective)
+        mine = ClientData(
+            data.train, shares_of(config, data)[i], config.step.batch_size, stream.derived_seed(0, "data", i)
+        )
+        clients[i] = Client(i, mine, Replica(lm.model, mask, terms_of(config, mask)), config.step.objective)
     return clients
 
 

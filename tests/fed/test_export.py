@@ -426,7 +426,7 @@ def test_no_file_can_ask_for_code_to_run(
     config = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "run" / "config.toml").write_text(config.replace(llama_world.model, str(tmp_path / "coded")))
     assert "it needs code of its own" in error("replay", tmp_path / "run")
-    (tmp_path / "run" / "config.toml").write_text(f"{config}trust_remote_code = true\n")
+    (tmp_path / "run" / "config.toml").write_text(f"trust_remote_code = true\n{config}")
     for command in (["replay", tmp_path / "run"], ["run", "--config", tmp_path / "run" / "config.toml"]):
         assert "unknown setting 'trust_remote_code'" in error(*command)
     assert not coded()

@@ -376,5 +376,5 @@ def test_the_command_line_says_who_was_hostile(tmp_path: Path) -> None:
     assert summary["rejected_messages"] == {"client 2: a scalar too large": 1, "client 3: a scalar too large": 1}
     assert lines[1]["rejected"] == summary["rejected_messages"]
     written = (tmp_path / "r" / "config.toml").read_text()
-    assert 'aggregation = "median"' in written
+    assert '[aggregation]\nrule = "median"' in written
     assert "max_scalar = 1000.0" in written

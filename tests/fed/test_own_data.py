@@ -1,7 +1,6 @@
 """Runs on data of the user's own, and with clients that the data name, through the command line."""
 
 import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import pytest
 
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed.config.run_config import RunConfig, make_config
+from meerkat_engine.fed.config.sections import DataConfig, ModelConfig
+from meerkat_engine.fed.config.toml import read_toml
 
 from helpers.command import call, summary_of
 from helpers.models import make_model, make_tokenizer
@@ -49,10 +50,10 @@ def test_a_run_on_own_data(own: list[str | Path], films: Path, tmp_path: Path) -
     assert "and the task films\n" in result.output
     assert "(8 held-out examples)" in result.output
     assert sum(map(sum, summary_of(tmp_path / "r")["examples_by_client_and_label"])) == 32
-    settings = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
+    settings = read_toml(tmp_path / "r" / "config.toml")
     assert settings["data"] == str(films)
     assert "task" not in settings
-    assert make_config(settings).labels == "terrible,great"
+    assert make_config(settings).data.labels == "terrible,great"
     again = call("run", "--config", tmp_path / "r" / "config.toml", "--output", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert summary_of(tmp_path / "again")["weights"] == summary_of(tmp_path / "r")["weights"]
@@ -145,7 +146,7 @@ def test_settings_that_do_not_go_together(settings: dict[str, str | None], messa
 
 def test_a_task_beside_own_data_is_refused_in_python_too() -> None:
     with pytest.raises(ConfigError, match="give --task or --data, not both"):
-        RunConfig(model="m", task="sst2", data=Path("films.jsonl"), **OWN)
+        RunConfig(model=ModelConfig(source="m"), data=DataConfig(task="sst2", file=Path("films.jsonl"), **OWN))
 
 
 def test_the_embedded_task_has_no_natural_clients() -> None:

@@ -217,7 +217,9 @@ def test_names_and_words_from_files_are_escaped(runs: list[Path], tmp_path: Path
         vp_statistics={"<s>": {"rho_later": "<em>", "rho_quie": 1}},
         vp_thresholds={"<q>": "<a>"},
     )
-    (run / "config.toml").write_text(f'model = "{words[0]}"\npartition = "<p>"\n"<k>" = 1\n')
+    (run / "config.toml").write_text(
+        f'[model]\nsource = "{words[0]}"\n[clients]\npartition = "<p>"\n[data]\nlabels = "<k>"\n'
+    )
     write_gradip(run, {1: {"<g>": [1.0]}})
     result = call("report", run, runs[1], "--output", tmp_path / "r.html")
     assert result.exit_code == 0, result.output

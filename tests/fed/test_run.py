@@ -20,7 +20,8 @@ from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import read_ledger
-from meerkat_engine.fed.config.run_config import RunConfig, make_config
+from meerkat_engine.fed.config.run_config import SETTINGS, make_config
+from meerkat_engine.fed.config.toml import read_toml
 
 from helpers.command import call, metrics_of
 from helpers.killing import contents
@@ -73,8 +74,7 @@ def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -
         "origin.json",
         "snapshot.safetensors",
     ]
-    settings = tomllib.loads((output / "config.toml").read_text())
-    assert make_config(settings) == make_config({})
+    assert make_config(read_toml(output / "config.toml")) == make_config({})
     lines = metrics_of(output)
     assert [line["round"] for line in lines[:-1]] == list(range(31))
     for line in lines[:-1]:
@@ -201,11 +201,13 @@ def test_a_mask_built_beforehand(directory_model: Callable[[str], list[str | Pat
 
 
 def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("rounds = 1\nlocal_steps = 1\ncalibration_texts = 16\nclients = 3\nlr = 1\n")
+    (tmp_path / "c.toml").write_text(
+        "rounds = 1\nlocal_steps = 1\n[mask]\ntexts = 16\n[clients]\ncount = 3\n[step]\nlr = 1\n"
+    )
     result = call("run", "--config", tmp_path / "c.toml", "--clients", "2", "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     settings = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
-    assert (settings["rounds"], settings["clients"], settings["lr"]) == (1, 2, 1.0)
+    assert (settings["rounds"], settings["clients"]["count"], settings["step"]["lr"]) == (1, 2, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_unknown_options_and_keys(tmp_path: Path) -> None:
     assert "No such option" in result.output
     (tmp_path / "c.toml").write_text("learning_rate = 1\n")
     assert (
-        "unknown setting 'learning_rate'; known: aggregation, alpha"
+        "unknown setting 'learning_rate'; known at the top: local_steps, method"
         in call("run", "--config", tmp_path / "c.toml").output
     )
     (tmp_path / "c.toml").write_text("rounds = 'many'\n")
@@ -318,16 +320,16 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
 
 def test_help_names_every_option() -> None:
     text = call("run", "--help").output
-    for name in RunConfig.__dataclass_fields__:
+    for name in SETTINGS:
         assert f"--{name.replace('_', '-')}" in text
 
 
 def test_options_and_settings_have_the_same_names() -> None:
     with pytest.raises(ConfigError, match="unknown setting"):
         make_config({"rnds": 1})
-    assert make_config({"model": "a", "task": "sst2"}).lr == 1e-4
-    assert make_config({"model": "a", "task": "sst2"}).density == 1e-3
-    assert make_config({}).density == 1e-2
+    assert make_config({"model": "a", "task": "sst2"}).step.lr == 1e-4
+    assert make_config({"model": "a", "task": "sst2"}).mask.density == 1e-3
+    assert make_config({}).mask.density == 1e-2
 
 
 def test_a_mask_says_before_training_what_it_holds_of_a_task(tmp_path: Path) -> None:

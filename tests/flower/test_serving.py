@@ -2,7 +2,6 @@
 
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from meerkat_engine.engine.errors import ConfigError, MaskError, ModelError, TransportError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
+from meerkat_engine.fed.config.toml import parse_toml, to_toml
 from meerkat_engine.fed.flower.node import app as client_app
 from meerkat_engine.fed.flower.node.handler import Resident
 from meerkat_engine.fed.flower.node.local_run import Participant, settings_here
@@ -252,8 +251,8 @@ def told_of(setup: Setup) -> Resident:
 
 
 def private(setup: Setup) -> Setup:
-    settings = tomllib.loads(setup.settings) | {"dp_noise": 1.0, "dp_clip": 0.01}
-    return replace(setup, settings=tomli_w.dumps(settings))
+    settings = parse_toml(setup.settings, "settings") | {"dp_noise": 1.0, "dp_clip": 0.01}
+    return replace(setup, settings=to_toml(settings))
 
 
 def test_a_round_of_another_run_is_not_taken(here: Path) -> None:
@@ -295,39 +294,38 @@ def test_a_node_has_the_runs_model_and_mask_or_none(here: Path) -> None:
 
 def test_the_server_names_no_path_device_or_backend() -> None:
     given = {"rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd", "calibration": "/etc/passwd",
-             "mask": "/etc/passwd", "backend": "triton", "device": "cuda", "trust_remote_code": True}  # fmt: skip
-    trusting = given.pop("trust_remote_code")
-    config = settings_here(tomli_w.dumps(given), {})
+             "mask": "/etc/passwd", "backend": "triton", "device": "cuda"}  # fmt: skip
+    config = settings_here(to_toml(given), {})
     assert config.rounds == 7
-    assert (config.data_dir, config.validation, config.calibration, config.mask) == (None,) * 4
-    assert (config.backend, config.device) == ("auto", "cpu")
+    assert (config.data.directory, config.data.validation, config.mask.calibration, config.mask.file) == (None,) * 4
+    assert (config.model.backend, config.model.device) == ("auto", "cpu")
     with pytest.raises(ConfigError, match="trust_remote_code"):
-        settings_here(tomli_w.dumps({"trust_remote_code": trusting}), {})
+        settings_here("trust_remote_code = true", {})
 
 
 @pytest.mark.parametrize("model", ["/models/mine", "../mine", "a/b/c", "~/mine", "x.gguf/../../y"])
 def test_a_path_as_the_runs_model_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="say where it lies here"):
-        settings_here(tomli_w.dumps({"model": model, "task": "sst2"}), {})
+        settings_here(to_toml({"model": model, "task": "sst2"}), {})
 
 
 def test_a_hub_id_that_is_a_directory_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = tomli_w.dumps({"model": "org/name", "task": "sst2"})
-    assert settings_here(text, {}).model == "org/name"
+    text = to_toml({"model": "org/name", "task": "sst2"})
+    assert settings_here(text, {}).model.source == "org/name"
     Path("org/name").mkdir(parents=True)
     with pytest.raises(ConfigError, match="say where it lies here"):
         settings_here(text, {})
-    assert settings_here(text, {"model": "org/name"}).model == "org/name"
+    assert settings_here(text, {"model": "org/name"}).model.source == "org/name"
 
 
 def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
     rows = tmp_path / "own.jsonl"
     rows.write_text("".join(f'{{"text": "a film {i}", "label": {i % 2}}}\n' for i in range(20)))
-    text = tomli_w.dumps({"model": "org/name", "template": "{text} It was", "labels": "bad,good"})
+    text = to_toml({"model": "org/name", "template": "{text} It was", "labels": "bad,good"})
     with pytest.raises(ConfigError, match="data of the nodes' own"):
         settings_here(text, {})
-    assert settings_here(text, {"data": str(rows)}).data == rows
+    assert settings_here(text, {"data": str(rows)}).data.file == rows
 
 
 def test_what_a_node_cannot_do_tells_nothing_of_its_examples(served: Served, tmp_path: Path) -> None:
@@ -382,4 +380,4 @@ def test_settings_from_an_app() -> None:
 
 
 def test_names_of_the_embedded_model_are_no_paths() -> None:
-    assert settings_here("", {}).model == embedded.NAME
+    assert settings_here("", {}).model.source == embedded.NAME

@@ -5,13 +5,11 @@ The server is believed what a run needs and nothing else: paths, devices and the
 
 import re
 import secrets
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from ....engine.mask import SparseMask
 from ....engine.parameters import fingerprint
 from ...client import Client, ClientData
 from ...config.run_config import RunConfig, make_config
-from ...config.task import chosen_task
+from ...config.toml import parse_toml, to_toml
 from ...methods import Elements
 from ...replica import Replica
 from ...setup.data import encode, shares_of
@@ -45,7 +43,7 @@ FOLLOWING = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elemen
 
 def settings_sent(settings: Mapping[str, Any]) -> str:
     """The settings of a run that nodes are told, as TOML."""
-    return tomli_w.dumps({name: value for name, value in settings.items() if name not in _LOCAL})
+    return to_toml({name: value for name, value in settings.items() if name not in _LOCAL})
 
 
 def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
@@ -58,10 +56,8 @@ def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: if the two do not go together, or the server names what only the node may name.
     """
-    try:
-        given = {name: value for name, value in tomllib.loads(toml).items() if name not in _LOCAL}
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the server's settings cannot be read: {error}") from error
+    settings = parse_toml(toml, "the server's settings")
+    given = {name: value for name, value in settings.items() if name not in _LOCAL}
     model = str(given.get("model", embedded.NAME))
     if "model" not in node and model != embedded.NAME and (not _HUB_ID.fullmatch(model) or Path(model).exists()):
         raise ConfigError(
@@ -108,40 +104,44 @@ class Participant:
         config = settings_here(settings, node)
         lm = load_language_model(config)
         if (found := fingerprint(lm.model)) != base:
-            raise ModelError(f"the run's base model is {base[:12]}, the one here ({config.model}) is {found[:12]}")
+            raise ModelError(
+                f"the run's base model is {base[:12]}, the one here ({config.model.source}) is {found[:12]}"
+            )
         chosen = _mask(config, mask, lm)
         if chosen.digest != mask_digest:
             raise MaskError(f"the run's mask is {mask_digest[:12]}, the one here is {chosen.digest[:12]}")
-        replica = Replica(lm.model, chosen, terms_of(config, chosen), config.backend)
-        if config.data is not None:  # all of them: the server evaluates on examples of its own
-            task = chosen_task(config)
-            rows, _ = own_rows(task, config.data, config.data, config.seed)
-            return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, config.max_length, task.name), None)
+        replica = Replica(lm.model, chosen, terms_of(config, chosen), config.model.backend)
+        if config.data.file is not None:  # all of them: the server evaluates on examples of its own
+            task = config.task
+            rows, _ = own_rows(task, config.data.file, config.data.file, config.seed)
+            return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, config.data.max_length, task.name), None)
         data = encode(config, lm.tokenizer)
         return cls(config, replica, data.train, shares_of(config, data))
 
     def client(self, id: int) -> Client:
         """The client of that id; raises ``ConfigError`` if the run has none."""
         if id not in self._clients:
-            if not 0 <= id < self.config.clients:
-                raise ConfigError(f"the node is client {id}; the run has the clients 0 to {self.config.clients - 1}")
+            if not 0 <= id < self.config.clients.count:
+                raise ConfigError(
+                    f"the node is client {id}; the run has the clients 0 to {self.config.clients.count - 1}"
+                )
             self._clients[id] = self._made(id)
         return self._clients[id]
 
     def _made(self, id: int) -> Client:
-        config, privacy = self.config, self.replica.terms.privacy
+        config, step, privacy = self.config, self.config.step, self.replica.terms.privacy
         indices = torch.arange(len(self.data)) if self.shares is None else self.shares[id]
         # who is in a private batch, and the noise, are nobody's business, the server's the least
         seed = stream.derived_seed(config.seed, "data", id) if privacy is None else secrets.randbits(64)
         noise = None if privacy is None else secrets.randbits(64)
         poisson = privacy is not None
-        data = ClientData(self.data, indices, config.batch_size, seed, config.micro_batch_size, poisson=poisson)
-        return Client(id, data, self.replica, config.objective, privacy=privacy, noise_seed=noise)
+        data = ClientData(self.data, indices, step.batch_size, seed, step.micro_batch_size, poisson=poisson)
+        return Client(id, data, self.replica, step.objective, privacy=privacy, noise_seed=noise)
 
 
 def _mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:
     """The node's own, the one that was sent, or the one that follows from the settings."""
-    if config.mask is not None or (not sent and config.method.recipe.elements in FOLLOWING):
+    if config.mask.file is not None or (not sent and config.method.recipe.elements in FOLLOWING):
         return make_mask(config, lm)
     if not sent:
         raise MaskError("the server sent no mask; say where it lies here: --node-config 'mask=\"FILE\"'")

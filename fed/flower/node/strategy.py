@@ -10,22 +10,22 @@ import numpy as np
 
 from ....engine.errors import ConfigError, NonFiniteLossError
 from ...config.run_config import RunConfig
-from ...methods import Gradient, Stopping
+from ...methods import Stopping
 from .local_run import Participant
 
 
 def check_stock(config: RunConfig) -> None:
     """Raises ``ConfigError`` for settings that need this engine's own server."""
     recipe = config.method.recipe
-    if recipe.gradient is Gradient.BACKPROPAGATION or recipe.stopping is not Stopping.NONE:
+    if recipe.sends_weights or recipe.stopping is not Stopping.NONE:
         raise ConfigError(
             f"{config.method} needs this engine's own server; a strategy of Flower's aggregates scalars only"
         )
-    if config.dp_noise:
+    if config.privacy.noise:
         raise ConfigError(
             "dp_noise needs this engine's own server; leave it out and wrap the strategy, or the other way"
         )
-    if config.clients_per_round not in (0, config.clients):
+    if config.clients.per_round not in (0, config.clients.count):
         raise ConfigError(
             "every client takes part in every round under a strategy of Flower's; leave clients_per_round out"
         )

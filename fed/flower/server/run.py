@@ -6,7 +6,8 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from ...config.run_config import make_config, read_toml
+from ...config.run_config import make_config
+from ...config.toml import read_toml
 from ...ledger.file import read_ledger
 from ...run.directory import CONFIG, LEDGER, MASK, is_run
 from ...run.execute import Progress, check_same, execute, resume
@@ -52,7 +53,7 @@ def serve_run(
         grid,
         lambda: setup_of(output, seconds=wait, send_mask=send_mask),
         deadline=deadline,
-        at_least=min_nodes or config.clients,
+        at_least=min_nodes or config.clients.count,
         wait=wait,
         say=say,
     )

@@ -1,6 +1,5 @@
 """``start_strategy``: a run of one of Flower's own strategies over this engine's clients; see ``stock``."""
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +58,7 @@ class _Follower:
         """As Flower's ``evaluate_fn``: called before the first round, and after each."""
         self._sums.append(arrays[SCALARS].numpy().astype(np.float64))
         self._replica.catch_up(1, self.scalars.reshape(-1))
-        every = self._config.eval_every
+        every = self._config.evaluation.every
         if round not in (0, self._config.rounds) and not (every and round % every == 0):
             return None
         found = evaluate(self._replica.model, self._data.validation)
@@ -95,15 +94,15 @@ def start_strategy(
     lm = load_language_model(config)
     base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
     mask = make_mask(config, lm, data.train)
-    replica = Replica(lm.model, mask, terms_of(config, mask), config.backend)
+    replica = Replica(lm.model, mask, terms_of(config, mask), config.model.backend)
     setup = Setup(
-        settings=settings_sent(tomllib.loads(config.to_toml())),
+        settings=settings_sent(config.flat()),
         base=base,
         mask_digest=mask.digest,
         mask=mask.to_bytes(),
         seconds=max(deadline, wait),
     )
-    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients, wait=wait, say=say)
+    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients.count, wait=wait, say=say)
     follower = _Follower(config, replica, data)
     try:
         nodes.gather()

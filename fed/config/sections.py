@@ -1,0 +1,288 @@
+"""The sections of a run's settings, each checked on its own; ``RunConfig`` checks what they have to do with each other.
+
+The text beside a setting is what ``meerkat-engine run --help`` says of it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...engine.backend import BACKENDS
+from ...engine.errors import ConfigError
+from ...engine.lm import embedded
+from ...engine.lm.models import DTYPES
+from ...engine.lm.objective import Objective
+from ..aggregation import Aggregation, Rule, Weighting
+from ..attack import Attack
+from ..partition import Partition
+from ..privacy import Privacy
+from ..selection import Thresholds, Windows
+from ..terms import Schedule
+from .settings import Checked, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
+    """``[model]``: the base model, and where and how it computes."""
+
+    source: str = setting(
+        embedded.NAME, "Hugging Face id, directory or GGUF file", option="model", shown="the embedded model"
+    )
+    dtype: str = setting("float32", "float32, bfloat16 or float16")
+    device: str = setting("cpu", "cpu or cuda")
+    backend: str = setting("auto", "auto, torch, numba or triton")
+
+    def __post_init__(self) -> None:
+        self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
+        self._require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """``[data]``: a task that is known, or data of your own."""
+
+    task: str = setting(embedded.NAME, "task to fine-tune for", shown="the embedded task")
+    directory: Path | None = setting(
+        None, "directory with TASK/{train,validation}.jsonl", option="data_dir", shown="the hub's copy"
+    )
+    file: Path | None = setting(
+        None, "JSON Lines of your own, in place of a task; needs --template and --labels", option="data"
+    )
+    validation: Path | None = setting(None, "JSON Lines to evaluate on", shown="a fifth of --data, held out")
+    template: str | None = setting(None, "the prompt for --data, its fields in braces: '{text} It was'")
+    labels: str | None = setting(None, "the label words for --data, one per class, separated by commas: terrible,great")
+    label_field: str = setting("label", "field of --data with the class (a number from 0) or the label word")
+    cut: str | None = setting(
+        None, "field of --data that is cut where a prompt is too long", shown="the template's first"
+    )
+    max_length: int = setting(256, "tokens of prompt and answer, at most")
+
+    def __post_init__(self) -> None:
+        self._require(self.max_length >= 1, "max_length", "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientsConfig(Checked):
+    """``[clients]``: how many there are, how many take part in a round, and which examples each holds."""
+
+    count: int = setting(4, "number of clients K", option="clients")
+    per_round: int = setting(0, "clients sampled for a round; 0: all", option="clients_per_round")
+    partition: Partition = setting(Partition.IID, "how examples are dealt to clients: " + ", ".join(Partition))
+    alpha: float = setting(0.5, "concentration of the dirichlet partition")
+    field: str | None = setting(
+        None, "field that names the client of an example, for natural clients", option="client_field",
+        shown="the task's",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self._require(self.count >= 1, "count", "at least 1")
+        self._require(0 <= self.per_round <= self.count, "per_round", f"0 (all) to the {self.count} clients")
+        self._require(0 < self.alpha < math.inf, "alpha", "finite and positive")
+
+    @property
+    def participants(self) -> int:
+        """Number of clients that take part in a round."""
+        return self.per_round or self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig(Checked):
+    """``[step]``: a local step: its batch, its loss, its perturbations and its learning rate."""
+
+    batch_size: int = setting(16, "examples of a step; with --dp-noise their expected number")
+    micro_batch_size: int = setting(0, "examples of one forward pass; 0: the whole batch")
+    objective: Objective = setting(
+        Objective.CANDIDATES, "loss: candidates (cross-entropy over the label words), language-model (answer tokens)"
+    )
+    lr: float = setting(1e-4, "learning rate (eta) of the first step")
+    schedule: Schedule = setting(Schedule.CONSTANT, "how it falls over the run: " + ", ".join(Schedule))
+    queries: int = setting(1, "perturbations of a step [decomfl: 5]")
+    eps: float = setting(1e-3, "perturbation scale")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "queries"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.micro_batch_size >= 0, "micro_batch_size", "0 or more")
+        self._require(0 < self.eps < math.inf, "eps", "finite and positive")
+        self._require(0 <= self.lr < math.inf, "lr", "finite and not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(Checked):
+    """``[mask]``: which elements are trained, and the text that they are chosen on."""
+
+    density: float = setting(1e-3, "share of the elements that are trained (u), in (0, 1]")
+    file: Path | None = setting(None, "mask file; skips calibration", option="mask")
+    calibration: Path | None = setting(
+        None, "JSON Lines with the field text", shown="DATA_DIR/c4_sample/train.jsonl, else the hub's C4"
+    )
+    texts: int = setting(64, "calibration texts", option="calibration_texts")
+    batch_size: int = setting(4, "texts of one gradient", option="calibration_batch_size")
+    length: int = setting(256, "tokens of a calibration text, at most", option="calibration_length")
+    layer: str = setting(
+        "", "layer-zo: dotted name of a module", shown="the transformer block with the largest gradient"
+    )
+
+    def __post_init__(self) -> None:
+        self._require(0 < self.density <= 1, "density", "in (0, 1]")
+        for name in ("texts", "batch_size", "length"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Checked):
+    """``[lora]``: the adapters of ``lora-fedzo``."""
+
+    rank: int = setting(8, "lora-fedzo: rank of the adapters", option="lora_rank")
+    alpha: int = setting(16, "lora-fedzo: scale times rank", option="lora_alpha")
+    targets: str = setting(
+        "", "lora-fedzo: modules, separated by commas", option="lora_targets", shown="the architecture's usual ones"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+
+    @property
+    def modules(self) -> list[str]:
+        """The names in ``targets``."""
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig(Checked):
+    """``[selection]``: virtual-path client selection, which finds clients to stop early."""
+
+    steps: int = setting(100, "meerkat-vp: steps T_cali of the path by which a client is judged", option="vp_steps")
+    initial: int = setting(20, "meerkat-vp: its first steps that are compared with its last", option="vp_initial")
+    later: int = setting(50, "meerkat-vp: its last steps", option="vp_later")
+    rho_later: float | None = setting(
+        None, "meerkat-vp: threshold of rho_later", option="vp_rho_later", shown="from paths on held-out examples"
+    )
+    rho_quie: float | None = setting(None, "meerkat-vp: threshold of rho_quie", option="vp_rho_quie", shown="likewise")
+    sigma: float | None = setting(
+        None, "meerkat-vp: |GradIP| below which a step is quiet", option="vp_sigma", shown="likewise"
+    )
+    null_paths: int = setting(4, "meerkat-vp: how many such paths", option="vp_null_paths")
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "later"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.null_paths >= 3, "null_paths", "at least 3")
+        given = [name for name in _THRESHOLDS if getattr(self, name) is not None]
+        for name in given:
+            highest = 1 if name == "rho_quie" else math.inf
+            value = getattr(self, name)
+            rule = "in [0, 1]" if highest == 1 else "finite and not negative"
+            self._require(0 <= value <= highest and math.isfinite(value), name, rule)
+        if given and len(given) < len(_THRESHOLDS):
+            together, only = (", ".join(map(self._option, names)) for names in (_THRESHOLDS, given))
+            raise ConfigError(f"{together} go together; only {only} given")
+
+    def thresholds(self) -> Thresholds | None:
+        """The thresholds, where they are given."""
+        if self.rho_later is None or self.rho_quie is None or self.sigma is None:
+            return None
+        return Thresholds(rho_later=self.rho_later, rho_quie=self.rho_quie, sigma=self.sigma)
+
+    def windows(self, queries: int) -> Windows:
+        """The windows of a path, in scalars: one a step and query."""
+        return Windows(initial=self.initial * queries, later=self.later * queries)
+
+
+_THRESHOLDS = ("rho_later", "rho_quie", "sigma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig(Checked):
+    """``[aggregation]``: from the clients' scalars to the round's, and which of them are rejected."""
+
+    rule: Rule = setting(Rule.MEAN, "how the scalars of a step are combined: " + ", ".join(Rule), option="aggregation")
+    weighting: Weighting = setting(Weighting.EXAMPLES, "how clients count: examples, uniform")
+    trim: float = setting(0.2, "trimmed-mean: share cut from each end, in (0, 0.5)")
+    clip: float = setting(0.0, "size to which scalars are cut before they are aggregated; 0: none")
+    max_scalar: float = setting(1e8, "size above which a scalar is rejected")
+    max_examples: int = setting(0, "number of examples above which a client's claim is rejected; 0: any is believed")
+
+    def __post_init__(self) -> None:
+        self.build()
+        self._require(0 < self.max_scalar < math.inf, "max_scalar", "finite and positive")
+        self._require(self.max_examples >= 0, "max_examples", "0 or more")
+
+    def build(self) -> Aggregation:
+        """The rule with its numbers; raises ``ConfigError`` if one is out of range."""
+        return Aggregation(rule=self.rule, weighting=self.weighting, trim=self.trim, clip=self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Checked):
+    """``[privacy]``: differentially private scalars; none without noise."""
+
+    noise: float = setting(
+        0.0, "differential privacy: noise multiplier (sigma) of the scalars; 0: none", option="dp_noise"
+    )
+    clip: float = setting(
+        0.02, "differential privacy: how much one example may change a difference of losses", option="dp_clip"
+    )
+    delta: float = setting(1e-5, "differential privacy: delta", option="dp_delta")
+
+    def __post_init__(self) -> None:
+        self._require(0 <= self.noise < math.inf, "noise", "finite and not negative (0: no privacy)")
+        if not self.noise:
+            for name in ("clip", "delta"):
+                if getattr(self, name) != getattr(PrivacyConfig, name):
+                    raise ConfigError(
+                        f"{self._option(name)} protects nobody without noise; give dp_noise too, or leave it out"
+                    )
+
+    def build(self, batch_size: int) -> Privacy | None:
+        """The privacy of batches of that expected size; None without noise.
+
+        Raises:
+            ConfigError: if a number is out of range.
+        """
+        if not self.noise:
+            return None
+        return Privacy(clip=self.clip, noise_multiplier=self.noise, delta=self.delta, batch_size=batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Checked):
+    """``[attack]``: hostile clients, to measure with."""
+
+    kind: Attack = setting(
+        Attack.NONE, "how hostile clients alter their scalars: none, sign-flip (times -1), scale (times 1e6)",
+        option="attack",
+    )  # fmt: skip
+    clients: int = setting(0, "number of hostile clients, the last ones", option="attackers")
+
+    def __post_init__(self) -> None:
+        if (self.clients > 0) != (self.kind is not Attack.NONE):
+            raise ConfigError(f"attack and attackers go together, got {self.kind} and {self.clients}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Checked):
+    """``[evaluation]``: when, and on how many held-out examples."""
+
+    every: int = setting(0, "rounds between evaluations; 0: before and after only", option="eval_every")
+    examples: int = setting(0, "validation examples; 0: all", option="eval_examples")
+
+    def __post_init__(self) -> None:
+        for name in ("every", "examples"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+
+
+__all__ = [
+    "AggregationConfig",
+    "AttackConfig",
+    "ClientsConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "PrivacyConfig",
+    "SelectionConfig",
+    "StepConfig",
+]

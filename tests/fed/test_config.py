@@ -1,0 +1,143 @@
+"""Settings: their sections, their flat names, files of them, and what is refused."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.fed import RunConfig, make_config
+from meerkat_engine.fed.config.options import settings
+from meerkat_engine.fed.config.run_config import SETTINGS, convert
+from meerkat_engine.fed.config.sections import ClientsConfig, MaskConfig, StepConfig
+from meerkat_engine.fed.config.toml import config_toml, parse_toml, to_toml
+
+from helpers.command import call
+
+# One value of each setting that is not its default, all of which go together but for a few.
+OTHER: dict[str, Any] = {
+    "method": "meerkat-vp", "rounds": 7, "local_steps": 3, "seed": 5, "snapshot_every": 2, "model": "m",
+    "dtype": "bfloat16",
+    "device": "cuda", "backend": "torch", "task": "vader", "data_dir": Path("d"), "max_length": 99, "clients": 9,
+    "clients_per_round": 5, "partition": "natural", "alpha": 0.1, "client_field": "who", "batch_size": 3,
+    "micro_batch_size": 2, "objective": "language-model", "lr": 0.5, "schedule": "cosine", "queries": 2, "eps": 0.1,
+    "density": 0.2, "mask": Path("m"), "calibration": Path("c"), "calibration_texts": 3, "calibration_batch_size": 2,
+    "calibration_length": 8, "lora_rank": 2, "lora_alpha": 4, "vp_steps": 60, "vp_initial": 2, "vp_later": 30,
+    "vp_rho_later": 2.0, "vp_rho_quie": 0.5, "vp_sigma": 0.1, "vp_null_paths": 5, "aggregation": "median",
+    "weighting": "uniform", "trim": 0.3, "clip": 2.0, "max_scalar": 1e6, "max_examples": 50, "dp_noise": 1.0,
+    "dp_clip": 0.1, "dp_delta": 1e-6, "attack": "scale", "attackers": 1, "eval_every": 2, "eval_examples": 40,
+}  # fmt: skip
+# Settings that go with others only, and a run that has them.
+ELSEWHERE: list[dict[str, Any]] = [
+    {"method": "layer-zo", "layer": "model.layers.1"},
+    {"method": "lora-fedzo", "lora_targets": "q_proj,v_proj"},
+    {"model": "m", "data": Path("f.jsonl"), "template": "{a} and {b}", "labels": "no,yes", "label_field": "l",
+     "cut": "b",
+     "validation": Path("v.jsonl")},
+]  # fmt: skip
+
+
+def test_every_setting_has_a_value_here() -> None:
+    assert {*OTHER, *(name for each in ELSEWHERE for name in each)} == SETTINGS.keys()
+    defaults = make_config({"model": "m", "task": "sst2"}).flat()
+    for name, value in convert(OTHER).items():
+        assert value != defaults[name] or name in ("model",), name
+
+
+@pytest.mark.parametrize("given", [OTHER, *ELSEWHERE], ids=lambda given: str(given.get("method", "own data")))
+def test_flat_sections_and_a_file_say_the_same(given: dict[str, Any]) -> None:
+    config = make_config(given)
+    assert {name: config.flat()[name] for name in given} == convert(given)
+    assert make_config(parse_toml(config_toml(config), "here")) == config
+    assert config.replace() == config
+    for name, each in SETTINGS.items():
+        part = getattr(config, each.section) if each.section else config
+        assert getattr(part, each.name) == config.flat()[name]
+
+
+def test_settings_may_be_given_as_sections() -> None:
+    config = RunConfig(rounds=3, clients=ClientsConfig(count=5), step=StepConfig(lr=0.1), mask=MaskConfig(density=0.5))
+    assert (config.flat()["clients"], config.flat()["lr"], config.flat()["density"]) == (5, 0.1, 0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rounds = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("clients = 4", "c.toml: clients is now count in [clients]"),
+        ("lr = 0.1", "c.toml: lr is now lr in [step]"),
+        ("rounds = 2\ndp_noise = 1.0", "c.toml: dp_noise is now noise in [privacy]"),
+        ('mask = "m"', "c.toml: mask is now file in [mask]"),
+        ('model = "m"', "c.toml: model is now source in [model]"),
+        ("[privacy]\ndp_noise = 1.0", "c.toml: [privacy] dp_noise is now noise in [privacy]"),
+        ("[step]\nrounds = 1", "c.toml: [step] rounds is now rounds at the top"),
+        ("[step]\nrate = 1", "c.toml: [step] has no setting 'rate'; known: batch_size, eps, lr, micro_batch_size"),
+        ("[steps]\nlr = 1", "c.toml: unknown setting 'steps'; known at the top: local_steps, method, rounds, seed"),
+        ("[step]\nlr = 'much'", "lr must be float, got 'much'"),
+        ("[clients]\ncount = true", "clients must be int, got True"),
+        ("[data]\ntemplate = 3", "template must be str, got 3"),
+    ],
+)
+def test_a_file_that_does_not_fit_says_where_each_setting_belongs(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    result = call("run", "--config", tmp_path / "c.toml", "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert complaint in result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_every_flat_key_of_an_old_file_is_sent_to_its_place() -> None:
+    for name, each in SETTINGS.items():
+        if each.section:
+            with pytest.raises(ConfigError) as caught:
+                parse_toml(f"{name} = 1", "old.toml")
+            assert str(caught.value) == f"old.toml: {name} is now {each.name} in [{each.section}]"
+
+
+def test_a_file_holds_the_sections() -> None:
+    written = tomllib.loads(config_toml(make_config({"model": "m", "task": "sst2", "mask": "f"})))
+    assert written["model"] == {"source": "m", "dtype": "float32", "device": "cpu", "backend": "auto"}
+    assert written["mask"]["file"] == "f"
+    assert "calibration" not in written["mask"]  # which is not set
+    assert list(written)[:2] == ["method", "rounds"]
+    with pytest.raises(ConfigError, match="unknown setting 'trust_remote_code'"):
+        to_toml({"trust_remote_code": True})
+
+
+def test_the_digest_leaves_places_out_and_nothing_else() -> None:
+    plain = {"model": "m", "task": "sst2"}
+    config = make_config(plain)
+    places = {"data_dir": "d", "device": "cuda", "backend": "torch", "snapshot_every": 3, "calibration": "c"}
+    assert make_config(plain, places).digest() == config.digest()
+    for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3}):
+        assert config.replace(**change).digest() != config.digest()
+
+
+def test_help_groups_the_options_by_section() -> None:
+    text = call("run", "--help").output
+    headings = [line for line in text.splitlines() if line.startswith(("Options", "Settings"))]
+    sections = dict.fromkeys(each.section for each in SETTINGS.values())
+    assert headings == ["Options:", *(
+        f"Settings, [{section}] in a file:" if section else "Settings, at the top of a file:" for section in sections
+    )]  # fmt: skip
+    for heading, name in (("[privacy]", "--dp-noise"), ("[step]", "--lr"), ("[clients]", "--clients ")):
+        block = text.split(heading)[1].split("Settings")[0]
+        assert f"  {name}" in block
+
+
+@pytest.mark.parametrize("command", ["run", "replay", "apply", "mask", "report", "bench", "bench-server", "experiment"])
+def test_every_command_has_an_example(command: str) -> None:
+    *_, example = call(command, "--help").output.split("Example:\n")
+    assert example.strip().startswith(f"meerkat-engine {command} ")
+
+
+def test_options_for_some_settings_only() -> None:
+    @settings("lr", "clients")
+    def command(**_: Any) -> None:
+        """Nothing."""
+
+    names = [parameter.name for parameter in command.__click_params__]  # type: ignore[attr-defined]
+    assert sorted(names) == ["clients", "config_file", "lr"]
