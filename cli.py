@@ -25,8 +25,9 @@ from .fed.run.terminal import show
 from .fed.setup.data import check_files, encode
 from .fed.setup.mask import make_mask, reach
 from .fed.setup.model import load_language_model
-from .fed.torchrun.rank_pool import Team, help_out
+from .fed.torchrun.rank_pool import RankPool
 from .fed.torchrun.ranks import launched
+from .fed.torchrun.worker_rank import run_worker_rank
 
 
 class _Group(click.Group):
@@ -81,13 +82,14 @@ def run(ranks_per_client: int, trust_remote_code: bool, **options: Any) -> None:
     clients of a round are dealt to all processes.
     """
     with launched(ranks_per_client) as ranks:
-        if ranks is not None and ranks.rank:
-            help_out(ranks, trust_remote_code=trust_remote_code)
-            return
-        team = None if ranks is None else Team(ranks)
-        _serve(trust_remote_code=trust_remote_code, team=team, **options)
-        if team is not None:
-            team.end()
+        if ranks is None:
+            _serve(trust_remote_code=trust_remote_code, pool=None, **options)
+        elif ranks.rank:
+            run_worker_rank(ranks, trust_remote_code=trust_remote_code)
+        else:
+            pool = RankPool(ranks)
+            _serve(trust_remote_code=trust_remote_code, pool=pool, **options)
+            pool.end()
 
 
 def _serve(
@@ -97,10 +99,10 @@ def _serve(
     resumed: Path | None,
     compare_random: bool,
     trust_remote_code: bool,
-    team: Team | None,
+    pool: RankPool | None,
     **options: Any,
 ) -> None:
-    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "team": team}
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "pool": pool}
     user = from_file(config_file) | given(options)
     if resumed is not None:
         if output is not None or compare_random:

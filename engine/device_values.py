@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..triton_kernels.reference import wrap_seed
 from .stream import check_seed
 
 # Values kept, at most. A step uses a handful; seeds come in batches.
@@ -39,7 +40,7 @@ class DeviceValues:
         Raises:
             ValueError: for a seed out of range.
         """
-        of_device = self._put([check_seed(seed) - (seed >> 63 << 64) for seed in seeds], torch.int64)
+        of_device = self._put([wrap_seed(check_seed(seed)) for seed in seeds], torch.int64)
         for i, seed in enumerate(seeds[-_KEEP:], start=max(0, len(seeds) - _KEEP)):
             self._keep(seed, of_device[i : i + 1])
         return of_device

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from .run.execute import execute as execute
     from .run.execute import resume as resume
     from .server import Server as Server
+    from .setup.pool import RemotePool as RemotePool
     from .terms import Terms as Terms
 
 # Where each public name is; see ``meerkat_engine``.
 _MODULES = {
     "Client": "client",
     "ClientData": "client",
+    "RemotePool": "setup.pool",
     "Replica": "replica",
     "RunConfig": "config.run_config",
     "Server": "server",

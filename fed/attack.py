@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .client import Client
-from .exchange import Participant
+from .exchange import ClientLike
 from .messages import Behind, decode_answer
 
 
@@ -49,7 +49,7 @@ class HostileClient:
         return replace(reply, scalars=reply.scalars * _FACTORS[self.attack]).encode()
 
 
-def with_attackers(clients: Sequence[Client], attack: Attack, attackers: int) -> list[Participant]:
+def with_attackers(clients: Sequence[Client], attack: Attack, attackers: int) -> list[ClientLike]:
     """The clients, the last ``attackers`` of them hostile."""
     first = len(clients) - attackers
     return [*clients[:first], *(HostileClient(client, attack) for client in clients[first:])]

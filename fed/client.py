@@ -16,7 +16,7 @@ from ..engine import stream
 from ..engine.clock import Clock
 from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
 from ..engine.lm.examples import Batch, EncodedTask
-from ..engine.lm.objective import Objective, Spread, example_losses, task_loss
+from ..engine.lm.objective import MicroBatchMap, Objective, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps
 from .messages import Behind, TrainReply, TrainRequest
@@ -136,7 +136,7 @@ class Client:
             and it tells no loss. None: they keep nothing. The number of examples is sent as it is.
         noise_seed: with privacy, root of its noise, in [0, 2**64), the client's own secret: a deployment draws it anew
             by ``secrets.randbits(64)`` whenever a client starts. One that follows from a run's seed simulates privacy.
-        spread: computes the micro-batches of a step, where several processes share the client; None: this one.
+        micro_batch_map: computes the micro-batches of a step, where several processes share the client; None: this one.
 
     Raises:
         ConfigError: if the client trains by backpropagation, the data are not of such batches, or privacy and noise
@@ -150,7 +150,7 @@ class Client:
     timing: Timing = field(default_factory=Timing)
     privacy: Privacy | None = None
     noise_seed: int | None = None
-    spread: Spread | None = None
+    micro_batch_map: MicroBatchMap | None = None
     _spent: int = field(default=-1, init=False, repr=False)  # the latest round that private scalars were made for
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class Client:
         if terms.rounds and request.round > terms.rounds:
             raise MessageError(f"the request is for round {request.round}, the terms end with round {terms.rounds}")
         if request.masters is not None:
-            self.replica.jump(wanted, request.masters)
+            self.replica.load_masters(wanted, request.masters)
             return True
         assert request.scalars is not None
         brought = request.first_round + len(request.scalars) // terms.values
@@ -281,7 +281,7 @@ class Client:
 
             def closure(batches: list[Batch] = batches) -> Tensor:
                 begun = clock.now()
-                loss = evaluate(self.replica.model, batches, self.objective, self.spread)
+                loss = evaluate(self.replica.model, batches, self.objective, self.micro_batch_map)
                 forwards.append((begun, clock.now()))
                 return loss
 

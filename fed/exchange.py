@@ -15,7 +15,7 @@ from .server import RoundResult, Server
 Exchange = Callable[[Iterable[tuple[int, bytes]]], Iterable[tuple[int | None, bytes]]]
 
 
-class Participant(Protocol):
+class ClientLike(Protocol):
     """Whoever answers requests under a client's id: a ``Client``, or a hostile one."""
 
     @property
@@ -45,7 +45,7 @@ def serve(server: Server, exchange: Exchange, rounds: int) -> Iterator[RoundResu
         yield server.finish_round()
 
 
-def simulate(server: Server, clients: Sequence[Participant], rounds: int) -> Iterator[RoundResult]:
+def simulate(server: Server, clients: Sequence[ClientLike], rounds: int) -> Iterator[RoundResult]:
     """Runs some rounds in this process, one client after the other.
 
     Args:
@@ -53,10 +53,10 @@ def simulate(server: Server, clients: Sequence[Participant], rounds: int) -> Ite
         clients: those the server knows; they may share the server's replica.
         rounds: as for ``serve``.
     """
-    return serve(server, locally(clients), rounds)
+    return serve(server, local_exchange(clients), rounds)
 
 
-def locally(clients: Iterable[Participant]) -> Exchange:
+def local_exchange(clients: Iterable[ClientLike]) -> Exchange:
     """Carries messages to clients in this process: each is asked when its answer is wanted."""
     by_id = {client.id: client for client in clients}
     return lambda requests: ((i, by_id[i].handle(request)) for i, request in requests)
@@ -74,4 +74,4 @@ def _ask(server: Server, exchange: Exchange, clients: Sequence[int]) -> list[int
     return sorted(behind)
 
 
-__all__ = ["Exchange", "Participant", "locally", "serve", "simulate"]
+__all__ = ["ClientLike", "Exchange", "local_exchange", "serve", "simulate"]

@@ -75,7 +75,7 @@ class Replica:
             raise MessageError("an aggregated scalar is not finite")
         self.apply_rounds(scalars.reshape(-1, values)[self.round - first_round :].tolist())
 
-    def jump(self, round: int, masters: np.ndarray) -> None:
+    def load_masters(self, round: int, masters: np.ndarray) -> None:
         """Takes over the masters at the beginning of a round, float32 [k]."""
         if len(masters) != self.terms.elements:
             raise MessageError(f"{len(masters)} master values for a mask of {self.terms.elements} elements")

@@ -344,7 +344,7 @@ class Server:
             if not weights:
                 self.replica.round += 1
             elif line.masters is not None:
-                self.replica.jump(line.round + 1, line.masters)
+                self.replica.load_masters(line.round + 1, line.masters)
             else:
                 self.replica.apply_rounds([line.scalars])
         self._open_round()

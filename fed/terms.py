@@ -92,6 +92,10 @@ class Terms:
             return [self.lr * (1 - step / total) for step in range(first, first + steps)]
         return [self.lr * (1 + cosine) / 2 for cosine in _half_turn(range(first, first + steps), total)]
 
+    def query_learning_rates(self, round: int) -> list[float]:
+        """Learning rate of each of the round's queries: an equal share of its step's."""
+        return [lr / self.queries for lr in self.learning_rates(round) for _ in range(self.queries)]
+
     def seeds(self, round: int) -> list[int]:
         """Seed of each of the round's perturbations, ordered by step, then query; all clients share them."""
         return [
@@ -100,13 +104,9 @@ class Terms:
             for query in range(self.queries)
         ]
 
-    def shares(self, learning_rates: Sequence[float]) -> list[float]:
-        """What each of some steps' queries has of its learning rate."""
-        return [lr / self.queries for lr in learning_rates for _ in range(self.queries)]
-
     def updates(self, round: int, scalars: Sequence[float]) -> list[tuple[int, float, float]]:
         """(seed, lr, g) of each of the round's updates, as ``replay`` takes them; ``lr`` is a query's share."""
-        return list(zip(self.seeds(round), self.shares(self.learning_rates(round)), scalars, strict=True))
+        return list(zip(self.seeds(round), self.query_learning_rates(round), scalars, strict=True))
 
 
 def _half_turn(steps: range, total: int) -> list[float]:

@@ -127,8 +127,8 @@ def test_public_names() -> None:
         "write_updates",
     ]  # fmt: skip
     assert sorted(fed.__all__) == [
-        "Client", "ClientData", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest", "catch_up",
-        "execute", "make_config", "read_ledger", "resume", "serve", "simulate",
+        "Client", "ClientData", "RemotePool", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest",
+        "catch_up", "execute", "make_config", "read_ledger", "resume", "serve", "simulate",
     ]  # fmt: skip
     assert {"bits", "normal", "step_seed"} <= set(stream.__all__)
 

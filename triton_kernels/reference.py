@@ -188,9 +188,14 @@ def normal(seed: int, ids: Tensor) -> Tensor:
     return z
 
 
+def wrap_seed(seed: int) -> int:
+    """The int64 with the 64 bits of a seed in [0, 2**64)."""
+    return seed - (seed >> 63 << 64)
+
+
 def seed_tensor(seed: int, device: torch.device) -> Tensor:
     """The 64 bits of a seed in [0, 2**64) as the kernels read them: int64 [1]; does not wait for the device."""
-    return torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    return torch.full((1,), wrap_seed(seed), dtype=torch.int64, device=device)
 
 
 def seed_of(seed: Tensor) -> int:

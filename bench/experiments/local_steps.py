@@ -80,7 +80,7 @@ def _drift(run: Finished) -> float:
     """Distance of a client's end from the average: root mean square over clients and rounds."""
     ledger = read_ledger(run.directory / LEDGER)
     terms = ledger.header.terms
-    squares = [square for line in ledger.rounds for square in _squares(line, terms.shares(line.lr))]
+    squares = [square for line in ledger.rounds for square in _squares(line, terms.query_learning_rates(line.round))]
     return math.sqrt(terms.elements * statistics.fmean(squares))
 
 

@@ -24,7 +24,7 @@ _POSITIONS = 128
 
 # Computes the parts of a batch, float32, perhaps not all of them in this process: from a function each, the number of
 # elements of what it returns, and the device; all of them come back, flat, with the bits of computing them here.
-Spread = Callable[[Sequence[Callable[[], Tensor]], Sequence[int], torch.device], list[Tensor]]
+MicroBatchMap = Callable[[Sequence[Callable[[], Tensor]], Sequence[int], torch.device], list[Tensor]]
 
 
 class Objective(StrEnum):
@@ -39,7 +39,7 @@ class Objective(StrEnum):
 
 
 def task_loss(
-    model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, spread: Spread | None = None
+    model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, micro_batch_map: MicroBatchMap | None = None
 ) -> Tensor:
     """Loss of the batch: float32 scalar.
 
@@ -49,7 +49,7 @@ def task_loss(
             one after the other, so that activations and logits of one part exist at a time. By autograd too: each
             part is computed once more for its gradient.
         objective: which loss.
-        spread: computes the parts, where gradients are not needed; None: this process, in turn.
+        micro_batch_map: computes the parts, where gradients are not needed; None: this process, in turn.
 
     Returns:
         The mean over all examples (candidates) or over all answer tokens (language model). That of parts is summed in
@@ -68,7 +68,7 @@ def task_loss(
         return _batch_loss(model, parts[0], objective)
     counts = torch.stack([_count(part, objective) for part in parts])
     total = torch.zeros((), dtype=torch.float64, device=counts.device)
-    losses = _parts(_batch_loss, model, parts, objective, spread, [1] * len(parts))
+    losses = _parts(_batch_loss, model, parts, objective, micro_batch_map, [1] * len(parts))
     for loss, share in zip(losses, counts / counts.sum(), strict=True):
         total = total + loss.reshape(()).double() * share
     return total.float()
@@ -79,20 +79,20 @@ def _parts(
     model: nn.Module,
     parts: Sequence[Batch],
     objective: Objective,
-    spread: Spread | None,
+    micro_batch_map: MicroBatchMap | None,
     sizes: Sequence[int],
 ) -> Iterable[Tensor]:
-    """The losses of the parts of a batch, each computed when it is asked for, or spread."""
-    if spread is not None:
+    """The losses of the parts of a batch, each computed when it is asked for, or micro_batch_map."""
+    if micro_batch_map is not None:
         each = [functools.partial(loss, model, part, objective) for part in parts]
-        return spread(each, sizes, next(model.parameters()).device)
+        return micro_batch_map(each, sizes, next(model.parameters()).device)
     if torch.is_grad_enabled():
         return (cast(Tensor, checkpoint(loss, model, part, objective, use_reentrant=False)) for part in parts)
     return (loss(model, part, objective) for part in parts)
 
 
 def example_losses(
-    model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, spread: Spread | None = None
+    model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, micro_batch_map: MicroBatchMap | None = None
 ) -> Tensor:
     """Loss of each example: float32 [n] on the model's device, in the batch's order.
 
@@ -103,11 +103,13 @@ def example_losses(
         objective: cross-entropy over the candidates, or mean negative log-likelihood of the example's answer tokens.
             The mean over a batch of the former is ``task_loss``; the latter weighs examples equally, ``task_loss``
             their tokens.
-        spread: computes the parts, where gradients are not needed; None: this process, in turn.
+        micro_batch_map: computes the parts, where gradients are not needed; None: this process, in turn.
     """
     parts = [batch] if isinstance(batch, Batch) else list(batch)
     none = torch.empty(0, dtype=torch.float32, device=next(model.parameters()).device)
-    return torch.cat([none, *_parts(_losses_of, model, parts, objective, spread, [len(part.labels) for part in parts])])
+    return torch.cat(
+        [none, *_parts(_losses_of, model, parts, objective, micro_batch_map, [len(part.labels) for part in parts])]
+    )
 
 
 def _losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
@@ -230,4 +232,4 @@ def _returning(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
         del module.forward
 
 
-__all__ = ["Objective", "Spread", "candidate_scores", "example_losses", "language_model_loss", "task_loss"]
+__all__ = ["MicroBatchMap", "Objective", "candidate_scores", "example_losses", "language_model_loss", "task_loss"]

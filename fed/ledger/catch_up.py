@@ -28,21 +28,21 @@ def catch_up(replica: Replica, ledger: Path, snapshot: Path | None = None) -> bo
     end = len(found.rounds) + 1
     if end < replica.round:
         raise LedgerError(f"{ledger} ends with round {end - 1}; the replica stands at round {replica.round} already")
-    taken = snapshot is not None and _jump(replica, found, snapshot)
+    taken = snapshot is not None and _load_snapshot(replica, found, snapshot)
     rest = found.rounds[replica.round - 1 :]
     if rest and rest[-1].masters is not None:
-        replica.jump(rest[-1].round + 1, rest[-1].masters)
+        replica.load_masters(rest[-1].round + 1, rest[-1].masters)
     else:
         replica.apply_rounds([line.scalars for line in rest])
     return taken
 
 
-def _jump(replica: Replica, ledger: Ledger, path: Path) -> bool:
+def _load_snapshot(replica: Replica, ledger: Ledger, path: Path) -> bool:
     """Takes the snapshot over, where it is ahead of the replica and the smaller way."""
     snapshot = Snapshot.load(path, ledger)
     if snapshot.round < replica.round or path.stat().st_size >= ledger.bytes_of(replica.round, snapshot.round):
         return False
-    replica.jump(snapshot.round + 1, snapshot.masters.numpy())
+    replica.load_masters(snapshot.round + 1, snapshot.masters.numpy())
     return True
 
 

@@ -61,11 +61,14 @@ class Ledger:
         at = {line.round: number for number, line in enumerate(self.lines, 1)}
         return self.ends[at[last]] - self.ends[at[first] - 1]
 
-    def steps(self) -> Iterator[tuple[int, float, float]]:
-        """(seed, lr, g) of every update in order, as ``replay`` takes them; ``lr`` is a query's share."""
-        terms = self.header.terms
-        for line in self.rounds:
-            yield from zip(terms.seeds(line.round), terms.shares(line.lr), line.scalars, strict=True)
+    def updates(self, last: int | None = None) -> Iterator[tuple[int, float, float]]:
+        """(seed, lr, g) of the updates in order, as ``replay`` takes them; ``lr`` is a query's share.
+
+        Args:
+            last: round to stop after; None is the ledger's last.
+        """
+        for line in self.rounds[:last]:
+            yield from self.header.terms.updates(line.round, line.scalars)
 
 
 class LedgerWriter:

@@ -15,15 +15,14 @@ from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
 from ..config.toml import read_toml
-from ..exchange import Exchange, locally
 from ..ledger.file import Header, read_ledger
 from ..partition import histogram
 from ..privacy import largest_epsilon
 from ..setup.data import TaskData, check_files, encode, shares_of
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model
+from ..setup.pool import ClientPool, LocalPool
 from ..setup.server_and_clients import Federation, check_moves, check_selection, terms_of
-from ..torchrun.rank_pool import Team
 from .directory import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
 from .metrics import Metrics, summary_in
 from .rounds import Progress, Report, Rounds, Say
@@ -38,8 +37,7 @@ def execute(
     say: Say,
     *,
     trust_remote_code: bool = False,
-    exchange: Exchange | None = None,
-    team: Team | None = None,
+    pool: ClientPool | None = None,
 ) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
@@ -49,21 +47,18 @@ def execute(
         report: called after every round.
         say: called with a line before each slow preparation, and about the data.
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
-        exchange: carries messages to the clients, which are elsewhere, with examples of their own; None: all clients
-            are here, and are dealt the task's examples.
-        team: processes that the clients here are dealt to; None: this one alone. Its bits are those of one process
-            with as many threads as each of these has.
+        pool: where the clients are; None: in this process. The bits of clients in several processes are those of one
+            process with as many threads as each of these has.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
 
     Raises:
         MeerkatError: for any input that does not fit; what was complete on disk stays.
-        ValueError: for an exchange and a team at once.
     """
     check_free(output)
     check_files(config)
-    it = _prepare(config, say, trust_remote_code, exchange, team)
+    it = _prepare(config, say, trust_remote_code, pool or LocalPool())
     mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
     _check(it, mask, say)
     if config.mask.file is not None:
@@ -79,8 +74,7 @@ def resume(
     say: Say,
     *,
     trust_remote_code: bool = False,
-    exchange: Exchange | None = None,
-    team: Team | None = None,
+    pool: ClientPool | None = None,
 ) -> dict[str, Any]:
     """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
 
@@ -91,8 +85,7 @@ def resume(
         report: called after every round that is new.
         say: as for ``execute``.
         trust_remote_code: as for ``execute``.
-        exchange: as for ``execute``.
-        team: as for ``execute``.
+        pool: as for ``execute``.
 
     Returns:
         The summary; that of a finished run, of which nothing is changed.
@@ -113,7 +106,7 @@ def resume(
         if made:  # what it was made of is no longer needed
             config = config.replace(mask=None, calibration=None)
         check_files(config)
-        it = _prepare(config, say, trust_remote_code, exchange, team)
+        it = _prepare(config, say, trust_remote_code, pool or LocalPool())
         mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
         _check(it, mask, say)
         return _carry_out(it, directory, mask, report, say)
@@ -151,8 +144,7 @@ class _Prepared:
     data: TaskData
     shares: list[Tensor]
     base: str
-    exchange: Exchange | None
-    team: Team | None
+    pool: ClientPool
 
     def mask(self, say: Say) -> SparseMask:
         say(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
@@ -184,16 +176,9 @@ class _Prepared:
         }
 
 
-def _prepare(
-    config: RunConfig, say: Say, trust_remote_code: bool, exchange: Exchange | None, team: Team | None
-) -> _Prepared:
-    if team is not None and exchange is not None:
-        raise ValueError("clients are elsewhere, or dealt to processes here; not both")
-    if team is not None:
-        team.begin(config)
-        say(team.described())
-    if exchange is not None and config.attack.clients:
-        raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
+def _prepare(config: RunConfig, say: Say, trust_remote_code: bool, pool: ClientPool) -> _Prepared:
+    for line in pool.prepare(config):
+        say(line)
     if config.model.backend != "auto":
         resolve(
             config.model.backend, check_device(config.model.device)
@@ -204,11 +189,10 @@ def _prepare(
     )
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
     data = encode(config, lm.tokenizer)
-    shares = [] if exchange is not None else shares_of(config, data)
+    shares = shares_of(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
-    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=base, exchange=exchange, team=team)
-    if team is not None:
-        team.check(base, it.digest)
+    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
+    pool.check(base, it.digest)
     for i, row in enumerate(it.labels[:8]):
         called = f" ({it.names[i]})" if it.names else ""
         say(f"client {i}{called}: {sum(row)} examples, {row} by label")
@@ -275,12 +259,8 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
     recorded = read_recorded(directory, header)
     directory.keep(mask, here)
     with go_on(directory, header, recorded) as ledger:
-        spread = None if it.team is None else it.team.ranks.spread
-        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, spread)
-        exchange = it.exchange or locally(federation.clients)
-        if it.team is not None:
-            it.team.join(federation, directory.path / MASK)
-            exchange = it.team.exchange
+        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, it.pool.micro_batch_map)
+        exchange = it.pool.connect(federation, directory.path / MASK)
         metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
         Rounds(federation, exchange, directory, ledger, metrics, report, say).run(recorded)
     summary = metrics.summary() | of_federation(federation) | of_selection(federation.selection, it.labels)
@@ -296,7 +276,7 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
             "torch": here.torch,
             "threads": here.threads,
             "device": config.model.device,
-            "processes": 1 if it.team is None else it.team.ranks.world,
+            "processes": it.pool.processes,
         },
     }
     metrics.finish(summary)

@@ -1,6 +1,5 @@
 """A run's model again, at the end of any of its rounds: base + mask + ledger."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +141,11 @@ def _base(config: RunConfig, directory: Path, model: str | None, trust_remote_co
 
 def _move(masked: MaskedWeights, ledger: Ledger, wanted: int) -> None:
     """From the base to the end of a round."""
-    rounds, terms = ledger.rounds[:wanted], ledger.header.terms
+    rounds = ledger.rounds[:wanted]
     if rounds and rounds[-1].masters is not None:  # trained by backpropagation: weights, not scalars
         masked.set_masters_(torch.from_numpy(rounds[-1].masters.copy()))
         return
-    of_rounds = (zip(terms.seeds(line.round), terms.shares(line.lr), line.scalars, strict=True) for line in rounds)
-    replay_(masked, itertools.chain.from_iterable(of_rounds))
+    replay_(masked, ledger.updates(wanted))
 
 
 __all__ = ["Replayed", "replay_run"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...engine import stream
 from ...engine.errors import ConfigError, NonFiniteLossError
 from ...engine.lm.examples import EncodedTask
-from ...engine.lm.objective import Spread
+from ...engine.lm.objective import MicroBatchMap
 from ...engine.mask import SparseMask
 from ...engine.weights import MaskedWeights
 from ..attack import with_attackers
@@ -84,7 +84,7 @@ class Federation:
         data: of the task.
         shares: of each client, the indices of its training examples; none where the clients are elsewhere.
         ledger: an open ledger, or None to keep none.
-        spread: computes the micro-batches of a step, where several processes share a client; None: this one.
+        micro_batch_map: computes the micro-batches of a step, where several processes share a client; None: this one.
 
     Attributes:
         clients: in the order of their ids.
@@ -98,7 +98,7 @@ class Federation:
         data: TaskData,
         shares: list[Tensor],
         ledger: LedgerWriter | None,
-        spread: Spread | None = None,
+        micro_batch_map: MicroBatchMap | None = None,
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
@@ -109,7 +109,9 @@ class Federation:
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.model.backend)
         privacy = self._replica.terms.privacy
-        honest = [self._client(i, data.train, share, "data", privacy, spread) for i, share in enumerate(shares)]
+        honest = [
+            self._client(i, data.train, share, "data", privacy, micro_batch_map) for i, share in enumerate(shares)
+        ]
         self.clients = with_attackers(honest, config.attack.kind, config.attack.clients)
         self.server = Server(
             list(range(config.clients.count)),
@@ -130,7 +132,7 @@ class Federation:
         indices: Tensor,
         purpose: str,
         privacy: Privacy | None = None,
-        spread: Spread | None = None,
+        micro_batch_map: MicroBatchMap | None = None,
     ) -> Client:
         config = self.config
         seed = stream.derived_seed(config.seed, purpose, id)
@@ -138,7 +140,7 @@ class Federation:
         examples = ClientData(
             data, indices, config.step.batch_size, seed, config.step.micro_batch_size, poisson=privacy is not None
         )
-        return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, spread)
+        return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
 
     def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""

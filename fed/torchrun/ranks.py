@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from ...engine.errors import ConfigError, RunError
-from ...engine.lm.objective import Spread
+from ...engine.lm.objective import MicroBatchMap
 
 # A process that dies is noticed at once, by its closed connection; this is for one that hangs.
 _PATIENCE = timedelta(hours=6)
@@ -48,6 +48,16 @@ class Ranks:
         """Whether a process speaks for those that share a client with it."""
         return rank % self.per_client == 0
 
+    @property
+    def others(self) -> range:
+        """All ranks but 0."""
+        return range(1, self.world)
+
+    def send_to_all(self, parts: Sequence[bytes]) -> None:
+        """Sends the same to all ranks but 0; raises what ``send`` raises."""
+        for rank in self.others:
+            self.send(rank, parts)
+
     def send(self, rank: int, parts: Sequence[bytes]) -> None:
         """Sends some bytes strings to another process; raises ``RunError`` if it, or this run, has ended."""
         sizes = torch.tensor([len(parts), *(len(part) for part in parts)])
@@ -71,11 +81,11 @@ class Ranks:
         return [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
     @property
-    def spread(self) -> Spread | None:
-        """Deals the parts of a batch to the processes that share a client; None where they do not."""
-        return self._spread if self.per_client > 1 else None
+    def micro_batch_map(self) -> MicroBatchMap | None:
+        """Deals a batch's micro-batches to the processes that share a client; None where they do not share one."""
+        return self._map_micro_batches if self.per_client > 1 else None
 
-    def _spread(
+    def _map_micro_batches(
         self, parts: Sequence[Callable[[], Tensor]], sizes: Sequence[int], device: torch.device
     ) -> list[Tensor]:
         whole = torch.zeros(sum(sizes), device=device)

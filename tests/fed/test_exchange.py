@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.errors import ConfigError
-from meerkat_engine.fed import Client, ClientData, Replica, execute, make_config, resume
+from meerkat_engine.fed import Client, ClientData, RemotePool, Replica, execute, make_config, resume
 from meerkat_engine.fed.server import RoundFailedError
 from meerkat_engine.fed.setup.data import encode, shares_of
 from meerkat_engine.fed.setup.mask import make_mask
 from meerkat_engine.fed.setup.model import load_language_model
 from meerkat_engine.fed.setup.server_and_clients import terms_of
-from meerkat_engine.fed.torchrun.rank_pool import Team
 
 from helpers.command import call, metrics_of
 
@@ -40,7 +38,7 @@ def far_away(settings: dict[str, Any]) -> dict[int, Client]:
 
 def run_of(path: Path, exchange: Any = None) -> dict[str, Any]:
     go = resume if path.exists() else lambda path, *rest, **named: execute(make_config(SETTINGS), path, *rest, **named)
-    return go(path, lambda progress: None, lambda line: None, exchange=exchange)
+    return go(path, lambda progress: None, lambda line: None, pool=None if exchange is None else RemotePool(exchange))
 
 
 def test_a_run_over_an_exchange_has_the_bits_of_one_in_process(tmp_path: Path) -> None:
@@ -77,11 +75,7 @@ def test_a_run_over_an_exchange_has_the_bits_of_one_in_process(tmp_path: Path) -
 def test_attackers_are_simulated(tmp_path: Path) -> None:
     config = make_config(SETTINGS | {"attack": "scale", "attackers": 1})
     with pytest.raises(ConfigError, match="attackers are simulated clients"):
-        execute(config, tmp_path / "run", lambda progress: None, lambda line: None, exchange=lambda requests: [])
+        execute(
+            config, tmp_path / "run", lambda progress: None, lambda line: None, pool=RemotePool(lambda requests: [])
+        )
     assert not (tmp_path / "run").exists()
-
-
-def test_clients_are_in_one_place(tmp_path: Path) -> None:
-    config, team = make_config(SETTINGS), Team(SimpleNamespace(rank=0, world=2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="clients are elsewhere, or dealt to processes here; not both"):
-        execute(config, tmp_path, lambda progress: None, lambda line: None, exchange=lambda requests: [], team=team)

@@ -431,7 +431,7 @@ def test_no_file_can_ask_for_code_to_run(
         assert "unknown setting 'trust_remote_code'" in error(*command)
     assert not coded()
     given: list[object] = []
-    monkeypatch.setattr(cli, "execute", lambda *_, trust_remote_code, team: given.append(trust_remote_code) or {}[0])
+    monkeypatch.setattr(cli, "execute", lambda *_, trust_remote_code, pool: given.append(trust_remote_code) or {}[0])
     call("run", "--output", tmp_path / "r")
     call("run", "--trust-remote-code", "--output", tmp_path / "r")
     assert given == [False, True]

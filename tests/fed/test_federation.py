@@ -42,7 +42,7 @@ def test_replaying_the_ledger_gives_the_same_bits(
     assert fed.weights != fingerprint(fed.base.model)
     ledger = read_ledger(tmp_path / "l")
     assert [len(g) for g in ledger.rounds[0].clients.values()] == [steps, 1 if stopped else steps, steps]
-    replay(fed.base.model, fed.mask, ledger.steps())
+    replay(fed.base.model, fed.mask, ledger.updates())
     assert fingerprint(fed.base.model) == fed.weights
 
 
@@ -262,11 +262,11 @@ def test_schedules_queries_and_estimators_replay_to_the_same_bits(
     assert (rates[-1] < rates[0] / 2) == (schedule is not Schedule.CONSTANT)
     if gradient is Gradient.BACKPROPAGATION:
         late = fed.fresh_replica(torch.float32)
-        late.jump(4, ledger.rounds[-1].masters)
+        late.load_masters(4, ledger.rounds[-1].masters)
         assert fingerprint(late.model) == fed.weights
     else:
         assert [len(g) for g in ledger.rounds[0].clients.values()] == [6, 3, 6]
-        replay(fed.base.model, fed.mask, ledger.steps())
+        replay(fed.base.model, fed.mask, ledger.updates())
         assert fingerprint(fed.base.model) == fed.weights
 
 

@@ -53,7 +53,7 @@ def test_what_was_written_is_read(ledger: Path) -> None:
     found = read_ledger(ledger)
     assert found.header == HEADER
     assert found.rounds == [line(1), line(2), line(3)]
-    assert len(list(found.steps())) == 6
+    assert len(list(found.updates())) == 6
     assert all(json.loads(text) for text in ledger.read_text().splitlines())
 
 

@@ -11,6 +11,7 @@ from ...config.toml import read_toml
 from ...ledger.file import read_ledger
 from ...run.directory import CONFIG, LEDGER, MASK, is_run
 from ...run.execute import Progress, check_same, execute, resume
+from ...setup.pool import RemotePool
 from ..node.local_run import FOLLOWING, settings_sent
 from ..records import Setup
 from .exchange import GridExchange
@@ -68,8 +69,8 @@ def serve_run(
     try:
         if is_run(output):
             check_same(settings, output)
-            return resume(output, report, say, exchange=exchange)
-        return execute(config, output, report, say, exchange=exchange)
+            return resume(output, report, say, pool=RemotePool(exchange))
+        return execute(config, output, report, say, pool=RemotePool(exchange))
     finally:
         exchange.dismiss()
 

@@ -1,0 +1,110 @@
+"""``run_worker_rank``: the side of all ranks but 0 in a run over many processes."""
+
+import struct
+
+from ...engine.errors import MeerkatError, RunError
+from ...engine.mask import SparseMask
+from ...engine.parameters import fingerprint
+from ..config.run_config import RunConfig, make_config
+from ..config.toml import parse_toml
+from ..messages import TrainRequest
+from ..setup.data import encode, shares_of
+from ..setup.mask import make_mask
+from ..setup.model import load_language_model
+from ..setup.server_and_clients import Federation
+from .rank_pool import BUILD, DONE, END, FAILED, LOAD, TIMING
+from .ranks import Ranks
+
+
+class _Inputs:
+    """What a rank has loaded of a run: model, examples, and who has which."""
+
+    def __init__(self, config: RunConfig, trust_remote_code: bool) -> None:
+        self.config = config
+        self.lm = load_language_model(config, trust_remote_code=trust_remote_code)
+        self.data = encode(config, self.lm.tokenizer)
+        self.shares = shares_of(config, self.data)
+
+    def digests(self) -> list[bytes]:
+        """What rank 0 compares with its own."""
+        return [fingerprint(self.lm.model).encode(), self.data.digest(self.shares).encode()]
+
+
+class _Clients:
+    """The clients of a run on this rank, all on one replica."""
+
+    def __init__(self, ranks: Ranks, inputs: _Inputs, digest: bytes, file: bytes) -> None:
+        config, model = inputs.config, inputs.lm.model
+        mask = SparseMask.from_bytes(file, model) if file else make_mask(config, inputs.lm)
+        if mask.digest.encode() != digest:
+            raise RunError(f"the mask is {mask.digest[:12]}, on rank 0 it is {digest.decode()[:12]}")
+        federation = Federation(
+            config, model, mask, inputs.data, inputs.shares, None, micro_batch_map=ranks.micro_batch_map
+        )
+        self._clients = {client.id: client for client in federation.clients}
+        self._replica, self._timing = federation.server.replica, federation.timing
+
+    def answer(self, update: bytes, *parts: bytes) -> list[bytes]:
+        """Answers the requests that this rank was dealt.
+
+        Args:
+            update: what the replica has missed; may be empty.
+            parts: client id and request, in turn.
+
+        Returns:
+            Packed timing, then an answer a request.
+        """
+        if update:
+            missed = TrainRequest.decode(update)
+            if missed.masters is not None:
+                self._replica.load_masters(missed.round, missed.masters)
+            elif missed.scalars is not None:
+                self._replica.catch_up(missed.first_round, missed.scalars)
+        before = self._times()
+        answers = [
+            self._clients[struct.unpack("<I", i)[0]].handle(request)
+            for i, request in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        spent = (after - earlier for after, earlier in zip(self._times(), before, strict=True))
+        return [TIMING.pack(*spent), *answers]
+
+    def _times(self) -> tuple[int, float, float]:
+        return self._timing.steps, self._timing.forward, self._timing.total
+
+
+def run_worker_rank(ranks: Ranks, *, trust_remote_code: bool) -> None:
+    """Does what rank 0 asks for, until it says that this is all.
+
+    Raises:
+        RunError: if rank 0 has ended; on rank 1 alone, for one such message will do.
+        SystemExit: likewise, on the others.
+    """
+    inputs: _Inputs | None = None
+    clients: _Clients | None = None
+    while True:
+        try:
+            what, *parts = ranks.receive(0)
+        except RunError as error:
+            if ranks.rank > 1:
+                raise SystemExit(1) from error
+            raise RunError("rank 0 has ended; what it, or torchrun, said last is why") from error
+        if what == END:
+            return
+        try:
+            if what == LOAD:
+                config = make_config(parse_toml(parts[0].decode(), "the settings from rank 0"))
+                inputs = _Inputs(config, trust_remote_code)
+                answer = inputs.digests()
+            elif what == BUILD:
+                assert inputs is not None
+                clients, answer = _Clients(ranks, inputs, *parts), []
+            else:
+                assert clients is not None
+                answer = clients.answer(*parts)
+        except (MeerkatError, OSError) as error:  # rank 0 reports it
+            ranks.send(0, [FAILED, str(error).encode()])
+        else:
+            ranks.send(0, [DONE, *answer])
+
+
+__all__ = ["run_worker_rank"]
