@@ -10,9 +10,9 @@ test-slow:  ## Runs the tests that take minutes (extra frameworks); MEERKAT_GGUF
 	$(PYTHON) -m pytest -m slow
 
 fuzz:  ## Runs the fuzz tests fifty times as long, and the long kill tests: an hour.
-	MEERKAT_FUZZ=50 $(PYTHON) -m pytest -s --timeout 3600 tests/fed/test_messages.py tests/fed/test_ledger.py \
-		tests/engine/test_sealed.py tests/engine/test_delta.py
-	$(PYTHON) -m pytest -s -m slow tests/fed/test_resume.py
+	MEERKAT_FUZZ=50 $(PYTHON) -m pytest -s --timeout 3600 tests/fed/test_messages.py tests/fed/ledger/test_file.py \
+		tests/engine/test_checksummed.py tests/engine/test_delta.py
+	$(PYTHON) -m pytest -s -m slow tests/fed/run/test_resume.py
 
 check:  ## Format, lint, types, and whether every import leads somewhere.
 	$(PYTHON) -m ruff format --check .

@@ -19,14 +19,14 @@ from .fed.methods import Method
 from .fed.report.export import apply_delta, save_run
 from .fed.report.page import write_report
 from .fed.run.directory import is_run
-from .fed.run.execute import check_same, execute, resume
+from .fed.run.execute import check_same_settings, execute, resume
 from .fed.run.replay import replay_run
 from .fed.run.terminal import show
 from .fed.setup.data import check_files, encode
-from .fed.setup.mask import make_mask, reach
+from .fed.setup.mask import make_mask, mask_coverage
 from .fed.setup.model import load_language_model
 from .fed.torchrun.rank_pool import RankPool
-from .fed.torchrun.ranks import launched
+from .fed.torchrun.ranks import torchrun_ranks
 from .fed.torchrun.worker_rank import run_worker_rank
 
 
@@ -81,7 +81,7 @@ def run(ranks_per_client: int, trust_remote_code: bool, **options: Any) -> None:
     Without --model, settings that suit the embedded model go before the defaults below. Started by torchrun, the
     clients of a round are dealt to all processes.
     """
-    with launched(ranks_per_client) as ranks:
+    with torchrun_ranks(ranks_per_client) as ranks:
         if ranks is None:
             _serve(trust_remote_code=trust_remote_code, pool=None, **options)
         elif ranks.rank:
@@ -108,8 +108,8 @@ def _serve(
         if output is not None or compare_random:
             raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
         if is_run(resumed) or not user:
-            check_same(user, resumed)
-            show(resumed, lambda report, say: resume(resumed, report, say, **where))
+            check_same_settings(user, resumed)
+            show(resumed, lambda report, log: resume(resumed, report, log, **where))
             return
         output = resumed
     config = make_config(user)
@@ -217,7 +217,7 @@ def mask(
         made.save(output)
         click.echo(f"digest {made.digest}\nsaved to {output}")
     for task in checked:
-        found = reach(config.on_task(task), lm, [made])[0]
+        found = mask_coverage(config.on_task(task), lm, [made])[0]
         click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
                    f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
                    f"elements")  # fmt: skip
@@ -239,7 +239,7 @@ main.add_command(experiment)
 
 
 def _run(config: RunConfig, output: Path, where: dict[str, Any]) -> dict[str, Any]:
-    return show(output, lambda report, say: execute(config, output, report, say, **where))
+    return show(output, lambda report, log: execute(config, output, report, log, **where))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,10 @@ def run_all(
         model = shapes.build(name, DTYPES[dtype], device)
         closure = step.closure_of(model, *batch)
         rows = step.split(model, base, closure, repeats)
-        whole = step.of_optimizer(model, base, closure, repeats)
+        whole = step.measure_optimizer(model, base, closure, repeats)
         passes: dict[str, Any]
         try:
-            passes = one_pass.in_one_pass(model, base, _REPLAYED[device.type])
+            passes = one_pass.measure_one_pass(model, base, _REPLAYED[device.type])
         except kernels.CheckError as error:
             passes = {"failed": str(error)}
         result["steps"].append(

@@ -17,7 +17,7 @@ from .measure import Spread, Stopwatch
 _REPEATS = 5
 
 
-def in_one_pass(model: nn.Module, density: float, steps: int) -> dict[str, Any]:
+def measure_one_pass(model: nn.Module, density: float, steps: int) -> dict[str, Any]:
     """Checks that all ways have the same bits, then times them in turn.
 
     Args:
@@ -91,4 +91,4 @@ def _timed(ways: dict[str, Callable[[], Tensor | None]], watch: Stopwatch) -> di
     }
 
 
-__all__ = ["in_one_pass"]
+__all__ = ["measure_one_pass"]

@@ -22,7 +22,7 @@ from ..engine.mask import SparseMask
 from ..engine.weights import round_fp32
 from ..fed.aggregation import Aggregation, Rule, aggregate, client_weights
 from ..fed.gradip import GradIP
-from ..fed.ledger.file import Header, LedgerWriter, Round, read_ledger
+from ..fed.ledger.file import LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from ..fed.messages import TrainReply
 from ..fed.replica import Replica
 from ..fed.scalars import ClientScalars
@@ -77,7 +77,9 @@ def of_clients(clients: int, steps: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def check(line: Round, sent: Mapping[int, Sequence[float]], examples: Mapping[int, int], kept: Round) -> None:
+def check(
+    line: RoundRecord, sent: Mapping[int, Sequence[float]], examples: Mapping[int, int], kept: RoundRecord
+) -> None:
     """Raises ``CheckError`` unless a round is the mean by its definition, and the ledger kept it."""
     total = sum(examples.values())
     for t, found in enumerate(line.scalars):
@@ -143,13 +145,13 @@ def _memory(messages: list[bytes], clients: int, steps: int) -> dict[str, float]
     return {name: held / clients for name, held in found.items()}
 
 
-def _setup(clients: int, steps: int) -> tuple[Replica, GradIP, Header]:
+def _setup(clients: int, steps: int) -> tuple[Replica, GradIP, LedgerHeader]:
     """A model whose size the clients' share of a round does not hang on."""
     model = embedded.load().model
     mask = SparseMask.random(model, 0.01, _SEED)
     mask = replace(mask, gradient=stream.normal(_SEED, mask.ids))
     terms = Terms.of(mask, seed=_SEED, eps=1e-3, lr=1e-3, local_steps=steps)
-    header = Header(terms=terms, base="0" * 64, method="meerkat", clients=clients, aggregation=Aggregation())
+    header = LedgerHeader(terms=terms, base="0" * 64, method="meerkat", clients=clients, aggregation=Aggregation())
     return Replica(model, mask, terms), GradIP(mask, _CPU), header
 
 

@@ -44,7 +44,7 @@ def bench_server(
         "machine": environment.machine(_CPU) | {"load_before": before, "load_after": os.getloadavg()[0]},
         "versions": environment.versions(_CPU),
         "cases": cases,
-        "traffic": traffic.all_of_it(),
+        "traffic": traffic.traffic_summary(),
     }
     text = markdown(result)
     click.echo(text)

@@ -103,7 +103,7 @@ def _record(entry: Entry, seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def of_optimizer(model: nn.Module, density: float, closure: Callable[[], Tensor], repeats: int) -> dict[str, Any]:
+def measure_optimizer(model: nn.Module, density: float, closure: Callable[[], Tensor], repeats: int) -> dict[str, Any]:
     """Times ``SparseZO.step`` itself, with its seeds, coefficients and checks, over the two forwards in it.
 
     Args:
@@ -133,4 +133,4 @@ def of_optimizer(model: nn.Module, density: float, closure: Callable[[], Tensor]
     return {"over_forwards": asdict(Spread.of(ratios[1:]))}
 
 
-__all__ = ["PARTS", "closure_of", "of_optimizer", "split"]
+__all__ = ["PARTS", "closure_of", "measure_optimizer", "split"]

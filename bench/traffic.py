@@ -78,7 +78,7 @@ def catching_up(values: int, seconds_a_round: float) -> dict[str, float]:
     }
 
 
-def all_of_it(seconds: tuple[float, ...] = (60.0, 1.0)) -> dict[str, Any]:
+def traffic_summary(seconds: tuple[float, ...] = (60.0, 1.0)) -> dict[str, Any]:
     """Everything, for JSON, at some assumed seconds a round."""
     return {
         "model": MODEL,
@@ -93,4 +93,4 @@ def _model() -> nn.Module:
     return shapes.build(MODEL, torch.bfloat16, torch.device("meta"))
 
 
-__all__ = ["MODEL", "all_of_it", "catching_up", "elements", "lora_elements", "message_bytes", "per_day"]
+__all__ = ["MODEL", "catching_up", "elements", "lora_elements", "message_bytes", "per_day", "traffic_summary"]

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from .errors import RunError
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader finds the old one or the new one, never a part; it is on disk afterwards.
 
     Raises:
@@ -30,7 +30,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def append_whole(file: BinaryIO, data: bytes) -> None:
+def append_fsync(file: BinaryIO, data: bytes) -> None:
     """Writes and fsyncs at the end of an unbuffered file; if that fails, takes back what was written of it.
 
     Raises:
@@ -62,4 +62,4 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["append_whole", "sync_directory", "write_whole"]
+__all__ = ["append_fsync", "sync_directory", "write_atomic"]

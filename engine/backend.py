@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..triton_kernels import ElementTable, reference
 from .errors import ConfigError
+from .extras import install_hint
 
 BACKENDS = ("auto", "torch", "numba", "triton")
 
@@ -135,8 +136,7 @@ def _numba_backend(device: torch.device) -> Backend:
         from ..triton_kernels import numba_normal
     except ImportError as error:
         raise ConfigError(
-            f"backend 'numba' needs the package numba: {error}; "
-            f"pip install 'meerkat-engine[cpu]', or use backend='torch'"
+            f"backend 'numba' needs the package numba ({error}); {install_hint('cpu')}, or use backend='torch'"
         ) from error
     except RuntimeError as error:  # numba finds no directory for its cache when a function is declared
         raise ConfigError(

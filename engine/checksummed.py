@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .atomic_files import write_whole
+from .atomic_files import write_atomic
 from .errors import MeerkatError
 
 _CHECKSUM = "checksum"
@@ -26,7 +26,7 @@ _DTYPES = {torch.int64: "I64", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class FileKind:
     """A kind of file.
 
     Args:
@@ -48,8 +48,8 @@ class Kind:
     remedy: str
 
 
-def write_sealed(
-    path: str | os.PathLike[str], kind: Kind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+def write_checksummed(
+    path: str | os.PathLike[str], kind: FileKind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes a file, whole or not at all.
 
@@ -70,11 +70,11 @@ def write_sealed(
         raise kind.error(
             f"cannot write the {kind.name} {os.fspath(path)!r}: {error.object!r} is no text that UTF-8 can hold"
         ) from error
-    write_whole(Path(path), data)
+    write_atomic(Path(path), data)
 
 
-def read_sealed(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Reads a file that ``write_sealed`` wrote: metadata, and tensors with memory of their own.
+def read_checksummed(path: str | os.PathLike[str], kind: FileKind) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Reads a file that ``write_checksummed`` wrote: metadata, and tensors with memory of their own.
 
     Raises:
         MeerkatError: the kind's, naming the file, if it is missing, of another kind or version, or damaged anywhere.
@@ -96,7 +96,7 @@ def read_sealed(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, str
     return metadata, tensors
 
 
-def _check_names(where: str, kind: Kind, metadata: Mapping[str, str], dtypes: Mapping[str, str]) -> None:
+def _check_names(where: str, kind: FileKind, metadata: Mapping[str, str], dtypes: Mapping[str, str]) -> None:
     if metadata.get("format") != kind.format:
         raise kind.error(
             f"{where} is not of format {kind.format}, the only one this version reads (found format "
@@ -126,4 +126,4 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
-__all__ = ["Kind", "read_sealed", "write_sealed"]
+__all__ = ["FileKind", "read_checksummed", "write_checksummed"]

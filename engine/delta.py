@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checksummed import Kind, read_sealed, write_sealed
+from .checksummed import FileKind, read_checksummed, write_checksummed
 from .errors import DeltaError, MaskError
 from .mask import SparseMask
 from .parameters import ParameterTable, fingerprint, floating_parameters
 from .weights import MaskedWeights
 
-_KIND = Kind(
+_KIND = FileKind(
     name="delta",
     format="meerkat-delta/1",
     keys=frozenset({"base", "dtype", "mask", "method", "round", "table", "table_digest", "weights"}),
@@ -98,7 +98,7 @@ class Delta:
             "table": self.mask.table.to_json(),
             "weights": self.weights,
         }
-        write_sealed(path, _KIND, {"ids": self.mask.ids, "masters": self.masters}, metadata | _derived(self.mask))
+        write_checksummed(path, _KIND, {"ids": self.mask.ids, "masters": self.masters}, metadata | _derived(self.mask))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Delta":
@@ -107,7 +107,7 @@ class Delta:
         Raises:
             DeltaError: naming the file, if it is missing, damaged or of another format.
         """
-        metadata, tensors = read_sealed(path, _KIND)
+        metadata, tensors = read_checksummed(path, _KIND)
         where, ids = f"the delta {os.fspath(path)!r}", tensors["ids"]
         try:
             table = ParameterTable.from_json(metadata["table"])

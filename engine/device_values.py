@@ -12,7 +12,7 @@ from .stream import check_seed
 _KEEP = 1024
 
 
-def send(values: Tensor, device: torch.device) -> Tensor:
+def to_device_async(values: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device; the host does not wait for what the device is doing."""
     if device.type == "cuda":
         values = values.pin_memory()  # from pageable memory the copy would wait
@@ -53,7 +53,7 @@ class DeviceValues:
         return self._kept[key]
 
     def _put(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return send(torch.tensor(values, dtype=dtype), self.device)
+        return to_device_async(torch.tensor(values, dtype=dtype), self.device)
 
     def _keep(self, key: object, value: Tensor) -> None:
         if len(self._kept) >= _KEEP:
@@ -61,4 +61,4 @@ class DeviceValues:
         self._kept[key] = value
 
 
-__all__ = ["DeviceValues", "send"]
+__all__ = ["DeviceValues", "to_device_async"]

@@ -48,7 +48,7 @@ class NonFinite(StrEnum):
     SKIP = "skip"
 
 
-class Walk:
+class PendingUpdates:
     """Masked weights on their way through some steps; an update waits for the perturbation that comes next.
 
     Args:
@@ -74,7 +74,7 @@ class Walk:
         else:
             self.weights.perturb_(seed, at)
 
-    def settle_(self) -> None:
+    def flush_(self) -> None:
         """``w <- cast(master)`` after all updates."""
         if not self.pending:
             self.weights.restore_()
@@ -84,7 +84,7 @@ class Walk:
 
 
 def two_point(
-    walk: Walk, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    walk: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
     """The queries of a step, at +eps and then at -eps each.
 
@@ -111,7 +111,7 @@ def two_point(
 
 
 def forward_difference(
-    walk: Walk, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    walk: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss at ``w``, then each query at +eps; arguments as for ``two_point``.
 
@@ -119,7 +119,7 @@ def forward_difference(
         The loss at ``w``, float32 scalar; a record a query.
     """
     at_w = torch.empty(1, dtype=torch.float32, device=walk.weights.values.device)
-    walk.settle_()
+    walk.flush_()
     evaluate(at_w, "w")
     records = []
     for seed in seeds:
@@ -130,14 +130,16 @@ def forward_difference(
     return at_w[0], records
 
 
-def take_loss(closure: Callable[[], Tensor | float], out: Tensor, where: str, *, at_once: bool) -> None:
+def evaluate_closure(
+    closure: Callable[[], Tensor | float], out: Tensor, where: str, *, check_immediately: bool
+) -> None:
     """Writes the closure's loss to ``out``, float32 [1]: a copy, since the closure may use its tensor again.
 
     Args:
         closure: called in inference mode.
         out: written.
         where: in the weights, for errors.
-        at_once: whether to look at the loss, which on a GPU would wait for it.
+        check_immediately: whether to look at the loss, which on a GPU would wait for it.
 
     Raises:
         NonFiniteLossError: if it is looked at and is NaN or infinite.
@@ -151,24 +153,24 @@ def take_loss(closure: Callable[[], Tensor | float], out: Tensor, where: str, *,
         out.copy_(value.detach().reshape(1))
     else:
         raise ValueError(f"the closure must return one loss, got a tensor of shape {list(value.shape)}")
-    if at_once and not math.isfinite(out.item()):
+    if check_immediately and not math.isfinite(out.item()):
         raise NonFiniteLossError(
             f"the loss at {where} is {out.item()}; the weights are restored (try a smaller lr or eps)"
         )
 
 
-def whole(c: Tensor) -> Tensor:
+def nan_unless_all_finite(c: Tensor) -> Tensor:
     """Coefficients of a query, float32 [groups]: all NaN if one is not finite, so that no group takes it alone."""
     return c if c.numel() == 1 else torch.where(c.isfinite().all(), c, torch.nan)
 
 
-def gradients_taken(records: Tensor) -> list[float]:
+def gradients_or_nan(records: Tensor) -> list[float]:
     """The projected gradient of each record, float32 [n, 2 + groups]; NaN where anything in it is not finite."""
     gradients: list[float] = torch.where(records.isfinite().all(1), records[:, 1], torch.nan).tolist()
     return gradients
 
 
-def check_taken(records: Tensor, first: int, queries: int = 1) -> None:
+def check_all_finite(records: Tensor, first: int, queries: int = 1) -> None:
     """Raises ``NonFiniteLossError`` for the first record that is not finite.
 
     Args:
@@ -219,15 +221,15 @@ __all__ = [
     "ESTIMATES",
     "Estimator",
     "NonFinite",
-    "Walk",
+    "PendingUpdates",
+    "check_all_finite",
     "check_eps",
     "check_estimator",
     "check_nonfinite",
     "check_queries",
-    "check_taken",
+    "evaluate_closure",
     "forward_difference",
-    "gradients_taken",
-    "take_loss",
+    "gradients_or_nan",
+    "nan_unless_all_finite",
     "two_point",
-    "whole",
 ]

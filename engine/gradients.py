@@ -16,7 +16,7 @@ Receiver = Callable[[Tensor], None]
 
 
 @contextmanager
-def arriving(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[None]:
+def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[None]:
     """Within this context a backward pass gives each named parameter's gradient to its receiver, and keeps none.
 
     Args:
@@ -51,7 +51,7 @@ def _hook(receive: Receiver) -> Callable[[Tensor], None]:
     return deliver
 
 
-def over_batches(
+def stream_batch_gradients(
     model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, receivers: Mapping[str, Receiver]
 ) -> int:
     """Gives the gradient on each calibration batch to the receivers.
@@ -60,7 +60,7 @@ def over_batches(
         model: run in evaluation mode; left as it was (mode, ``requires_grad``, ``grad``).
         batches: what ``loss`` takes, at least one.
         loss: of the model on one batch, a scalar; None is the language-model loss of a transformers causal LM.
-        receivers: see ``arriving``.
+        receivers: see ``stream_gradients``.
 
     Returns:
         The number of batches.
@@ -76,7 +76,7 @@ def over_batches(
     count = 0
     try:
         model.eval()
-        with arriving(model, receivers), torch.enable_grad():
+        with stream_gradients(model, receivers), torch.enable_grad():
             for batch in batches:
                 value = loss(model, batch)
                 if not torch.isfinite(value):
@@ -92,4 +92,4 @@ def over_batches(
     return count
 
 
-__all__ = ["LossFunction", "Receiver", "arriving", "over_batches"]
+__all__ = ["LossFunction", "Receiver", "stream_batch_gradients", "stream_gradients"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskError, ModelError
-from .gradients import LossFunction, Receiver, over_batches
+from .gradients import LossFunction, Receiver, stream_batch_gradients
 from .parameters import floating_parameters
 
 
@@ -60,7 +60,7 @@ def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction 
         return lambda gradient: _add(total, gradient)
 
     receivers = {name: adder(totals[layer]) for layer in layers for name in parameters_of(model, layer)}
-    over_batches(model, batches, loss, receivers)
+    stream_batch_gradients(model, batches, loss, receivers)
     for layer, total in totals.items():
         if not torch.isfinite(total):
             raise MaskError(f"the gradient of block {layer!r} is not finite; calibrate in float32")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import sensitivity, stream
-from .checksummed import Kind, read_sealed, write_sealed
+from .checksummed import FileKind, read_checksummed, write_checksummed
 from .errors import MaskError
 from .parameters import ParameterTable, floating_parameters
 from .sensitivity import LossFunction
 
-_KIND = Kind(
+_KIND = FileKind(
     name="mask",
     format="meerkat-mask/2",
     keys=frozenset({"density", "source", "calibration", "d", "table", "table_digest", "digest"}),
@@ -120,7 +120,7 @@ class SparseMask:
             density=density,
             source=source,
             calibration=calibration or f"{found.batches} batches",
-            gradient=at_ids(found.means, table, ids),
+            gradient=values_at_ids(found.means, table, ids),
             scores=scores,
         )
 
@@ -223,7 +223,7 @@ class SparseMask:
             "calibration": self.calibration,
             "table": self.table.to_json(),
         }
-        write_sealed(path, _KIND, tensors, metadata | self._derived())
+        write_checksummed(path, _KIND, tensors, metadata | self._derived())
 
     def to_bytes(self) -> bytes:
         """What ``save`` writes, to be sent elsewhere."""
@@ -250,7 +250,7 @@ class SparseMask:
         Raises:
             MaskError: if the file is missing, damaged or of another format, or the mask is another model's.
         """
-        metadata, tensors = read_sealed(path, _KIND)
+        metadata, tensors = read_checksummed(path, _KIND)
         try:
             mask = cls(
                 ids=tensors["ids"],
@@ -287,7 +287,7 @@ def element_count(density: float, size: int) -> int:
     return max(1, round(density * size))
 
 
-def at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
+def values_at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
     """Values of chosen elements from a tensor for every parameter: [k] on the CPU."""
     of = dict(zip(table.names, tensors, strict=True))
     return torch.cat(
@@ -298,4 +298,4 @@ def at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
     )
 
 
-__all__ = ["SparseMask", "at_ids", "check_density", "element_count"]
+__all__ = ["SparseMask", "check_density", "element_count", "values_at_ids"]

@@ -17,12 +17,12 @@ from torch import nn
 
 from . import sensitivity
 from .gradients import LossFunction
-from .mask import SparseMask, at_ids
+from .mask import SparseMask, values_at_ids
 from .sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class MaskCoverage:
     """How much of a task a mask reaches.
 
     Args:
@@ -38,9 +38,9 @@ class Transfer:
     overlap: float
 
 
-def transfer(
+def measure_coverage(
     masks: Iterable[SparseMask], model: nn.Module, batches: Iterable[Any], loss: LossFunction
-) -> list[Transfer]:
+) -> list[MaskCoverage]:
     """Measures some masks of one model on one task.
 
     Args:
@@ -60,11 +60,11 @@ def transfer(
     return [_of(mask, found, total) for mask in masks]
 
 
-def _of(mask: SparseMask, found: Sensitivity, total: float) -> Transfer:
+def _of(mask: SparseMask, found: Sensitivity, total: float) -> MaskCoverage:
     count = len(mask.table.names)
     best, scores = sensitivity.largest(lambda i: found.squares[i].view(-1), count, len(mask))
-    return Transfer(
-        captured=float(at_ids(found.squares, mask.table, mask.ids).sum(dtype=torch.float64)) / total,
+    return MaskCoverage(
+        captured=float(values_at_ids(found.squares, mask.table, mask.ids).sum(dtype=torch.float64)) / total,
         best=float(scores.sum(dtype=torch.float64)) / total,
         chance=len(mask) / mask.table.size,
         overlap=float(torch.isin(mask.ids, best, assume_unique=True).double().mean()),
@@ -91,4 +91,4 @@ def concentration(found: Sensitivity, top: float = 1e-3, rest: float = 1e-2) -> 
     return float(ranked[:few].mean() / ranked[few:].mean())
 
 
-__all__ = ["Transfer", "concentration", "transfer"]
+__all__ = ["MaskCoverage", "concentration", "measure_coverage"]

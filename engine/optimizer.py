@@ -19,15 +19,15 @@ from .estimator import (
     ESTIMATES,
     Estimator,
     NonFinite,
-    Walk,
+    PendingUpdates,
+    check_all_finite,
     check_eps,
     check_estimator,
     check_nonfinite,
     check_queries,
-    check_taken,
-    gradients_taken,
-    take_loss,
-    whole,
+    evaluate_closure,
+    gradients_or_nan,
+    nan_unless_all_finite,
 )
 from .mask import SparseMask
 from .parameters import floating_parameters
@@ -110,7 +110,7 @@ class SparseZO(torch.optim.Optimizer):
             raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
         self._values = self.weights.values
         # Whether each loss is looked at as it comes: where a bad one is an error, and a look is free (a GPU would wait)
-        self._at_once = self.nonfinite is NonFinite.RAISE and self._values.device.type != "cuda"
+        self._check_immediately = self.nonfinite is NonFinite.RAISE and self._values.device.type != "cuda"
         self._closed = True
 
     @torch.no_grad()
@@ -168,20 +168,22 @@ class SparseZO(torch.optim.Optimizer):
             ModelChangedError: as ``step``.
         """
         given = None if seeds is None else self._sent(seeds)
-        first, walk = self.steps, Walk(self.weights)
+        first, walk = self.steps, PendingUpdates(self.weights)
         losses = []
         self.weights.check_same_parameters()
         try:
             for closure in closures:
                 of_step = self._default_seeds() if given is None else self._given_seeds(given, self.steps - first)
-                evaluate = functools.partial(take_loss, closure, at_once=self._at_once)
+                evaluate = functools.partial(evaluate_closure, closure, check_immediately=self._check_immediately)
                 loss, records = ESTIMATES[self.estimator](walk, of_step, self._eps(), evaluate, self._record)
                 self._records += records
-                walk.pending += [(seed, whole(record[2:])) for seed, record in zip(of_step, records, strict=True)]
+                walk.pending += [
+                    (seed, nan_unless_all_finite(record[2:])) for seed, record in zip(of_step, records, strict=True)
+                ]
                 self.steps += 1
                 losses.append(loss)
         finally:
-            walk.settle_()
+            walk.flush_()
         return losses
 
     @property
@@ -197,13 +199,13 @@ class SparseZO(torch.optim.Optimizer):
         if self._records:
             records, self._records = torch.stack(self._records).cpu(), []
             if self.nonfinite is NonFinite.SKIP:
-                self._projected_gradients += gradients_taken(records)
+                self._projected_gradients += gradients_or_nan(records)
                 return self._projected_gradients
             self._projected_gradients += records[:, 1].tolist()
-            check_taken(records, self.steps * self.queries - len(records), self.queries)
+            check_all_finite(records, self.steps * self.queries - len(records), self.queries)
         return self._projected_gradients
 
-    def still(self, seed: int | None = None) -> float:
+    def unchanged_fraction(self, seed: int | None = None) -> float:
         """Share of the masked elements that a perturbation leaves where they are, in [0, 1]; a look before a run.
 
         Weights of low precision move in steps: those in [0.5, 1) are 2**-8 apart in bfloat16 and 2**-11 in float16, the
@@ -218,7 +220,9 @@ class SparseZO(torch.optim.Optimizer):
             ValueError: if eps or the seed is out of range.
             ModelChangedError: if the model was moved or cast since the optimizer was built.
         """
-        return self.weights.still(step_seed(self.seed, 0, self.steps) if seed is None else seed, self._eps())
+        return self.weights.unchanged_fraction(
+            step_seed(self.seed, 0, self.steps) if seed is None else seed, self._eps()
+        )
 
     def perturb(self, seed: int, scale: float) -> None:
         """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters stay."""
@@ -275,7 +279,7 @@ class SparseZO(torch.optim.Optimizer):
     def _default_seeds(self) -> list[Tensor]:
         """Of the next step's queries; those of some steps go to the device at a time."""
         ahead = max(1, _SEEDS // self.queries)
-        if self.steps % ahead == 0 and not self._at_once:
+        if self.steps % ahead == 0 and not self._check_immediately:
             steps = range(self.steps, self.steps + ahead)
             self._values.seeds([step_seed(self.seed, 0, t, j) for t in steps for j in range(self.queries)])
         return [self._values.seed(step_seed(self.seed, 0, self.steps, j)) for j in range(self.queries)]
@@ -304,8 +308,8 @@ class SparseZO(torch.optim.Optimizer):
     def _record(self, pair: Tensor, eps: float) -> Tensor:
         """Mean loss, projected gradient and coefficients from the losses at a distance of ``2 * eps``."""
         record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*self._rates()))
-        if self._at_once:
-            check_taken(record[None], self.steps)
+        if self._check_immediately:
+            check_all_finite(record[None], self.steps)
         return record
 
     def _eps(self) -> float:

@@ -119,23 +119,23 @@ class PrivateClosure:
             raise ValueError("a private closure is of one step, since noise must not serve twice; make one for each")
         now = self._losses().double()
         number, self._called = self._called, self._called + 1
-        if now.dim() != 1 or (number and not self._begins(number) and now.shape != self._before.shape):
+        if now.dim() != 1 or (number and not self._is_reference(number) and now.shape != self._before.shape):
             raise ValueError(
                 f"private steps need one loss an example, the same number each time: got shape {list(now.shape)}"
                 + (f" after {list(self._before.shape)}" if number else "")
             )
-        if self._begins(number):
+        if self._is_reference(number):
             self._before = now
             return now.new_zeros((), dtype=torch.float32)
         if self._one_sided:
-            return self._noisy(now - self._before, number - 1)
-        return -self._noisy(self._before - now, number // 2)
+            return self._add_noise(now - self._before, number - 1)
+        return -self._add_noise(self._before - now, number // 2)
 
-    def _begins(self, number: int) -> bool:
+    def _is_reference(self, number: int) -> bool:
         """Whether a call is the one that others are compared with."""
         return number == 0 if self._one_sided else number % 2 == 0
 
-    def _noisy(self, differences: Tensor, query: int) -> Tensor:
+    def _add_noise(self, differences: Tensor, query: int) -> Tensor:
         """``d``, float32 scalar on the device of the losses; nothing waits for it."""
         clipped = torch.where(differences.isnan(), 0.0, differences).clamp(-self._clip, self._clip)
         return ((clipped.sum() + self._noise * gaussian(self._seed, query)) / self._batch_size).float()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskError
-from .gradients import LossFunction, Receiver, over_batches
+from .gradients import LossFunction, Receiver, stream_batch_gradients
 from .parameters import floating_parameters
 
 
@@ -51,7 +51,7 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction | No
     squares = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for _, p in named]
     means = [torch.zeros_like(square) for square in squares]
     collectors = {name: _collector(*pair) for (name, _), *pair in zip(named, squares, means, strict=True)}
-    count = over_batches(model, batches, loss, collectors)
+    count = stream_batch_gradients(model, batches, loss, collectors)
     for (name, _), square, mean in zip(named, squares, means, strict=True):
         square.div_(count)
         mean.div_(count)
@@ -97,7 +97,7 @@ def gradient_at(
 
         return add
 
-    count = over_batches(model, batches, loss, {name: adder(name) for name in wanted})
+    count = stream_batch_gradients(model, batches, loss, {name: adder(name) for name in wanted})
     for name, total in sums.items():
         if not torch.isfinite(total.div_(count)).all():
             raise MaskError(f"the gradient of {name!r} is not finite; calibrate in float32")

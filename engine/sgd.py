@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NonFiniteLossError
-from .gradients import Receiver, arriving
+from .gradients import Receiver, stream_gradients
 from .parameters import floating_parameters
 from .weights import MaskedWeights
 
@@ -53,13 +53,13 @@ def sgd_steps(
     weights.check_same_parameters()
     weights.restore_()
     gradient = torch.zeros_like(weights.masters())
-    receivers = _gatherers(model, weights, gradient)
+    receivers = _gradient_gatherers(model, weights, gradient)
     losses: list[Tensor] = []
     for step, closure in enumerate(closures):
         if step >= len(learning_rates):
             raise ValueError(f"{len(learning_rates)} learning rates were given for more steps")
         gradient.zero_()
-        with arriving(model, receivers), torch.enable_grad():
+        with stream_gradients(model, receivers), torch.enable_grad():
             loss = _checked(closure(), step)
             loss.backward()
         if not torch.isfinite(gradient).all():
@@ -69,7 +69,7 @@ def sgd_steps(
     return losses
 
 
-def _gatherers(model: nn.Module, weights: MaskedWeights, out: Tensor) -> dict[str, Receiver]:
+def _gradient_gatherers(model: nn.Module, weights: MaskedWeights, out: Tensor) -> dict[str, Receiver]:
     """For every parameter with masked elements, what puts its gradient there into ``out``, float32 [k]."""
     devices = {name: p.device for name, p in floating_parameters(model)}
 

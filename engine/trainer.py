@@ -19,13 +19,11 @@ from transformers.utils import is_accelerate_available
 from . import stream
 from .errors import ConfigError
 from .estimator import Estimator, NonFinite
+from .extras import install_hint
 from .mask import SparseMask
 from .optimizer import SparseZO
 from .trainer_checks import UPDATES, check_arguments, check_checkpoint, check_processes
 from .updates import Update, read_updates, write_updates
-
-if not is_accelerate_available():
-    raise ConfigError("SparseZOTrainer needs the package accelerate: pip install 'meerkat-engine[trainer]'")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class _Part:
     parts: int
 
 
-class _TakenBefore(SparseZO):
+class _StepTakenInTrainingStep(SparseZO):
     """Trainer calls ``step()`` after ``training_step``, which has taken the step: without a closure it does nothing."""
 
     def step(self, closure: Callable[[], Tensor | float] | None = None, seed: int | None = None) -> Tensor | None:  # type: ignore[override]
@@ -67,8 +65,8 @@ class SparseZOTrainer(Trainer):
         zo: the optimizer, once a training has begun.
 
     Raises:
-        ConfigError: for arguments that say something about gradients or another optimizer, and for several GPUs in one
-            process.
+        ConfigError: for arguments that say something about gradients or another optimizer, for several GPUs in one
+            process, and without the package accelerate.
     """
 
     optimizer: Any  # as Trainer has it: wrapped once a training has begun
@@ -84,6 +82,8 @@ class SparseZOTrainer(Trainer):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
+        if not is_accelerate_available():
+            raise ConfigError(f"SparseZOTrainer needs the package accelerate; {install_hint('trainer')}")
         self.mask = mask
         self._options = {
             "eps": eps,
@@ -120,7 +120,7 @@ class SparseZOTrainer(Trainer):
         if self.optimizer is None:
             of = self.model if model is None else model
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._options}
-            self.optimizer = self.zo = _TakenBefore(of, self.mask, **options)
+            self.optimizer = self.zo = _StepTakenInTrainingStep(of, self.mask, **options)
             check_processes(self.accelerator, of, self.mask)
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -139,7 +139,7 @@ class SparseZOTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            self._take_updates(resume_from_checkpoint)
+            self._load_updates(resume_from_checkpoint)
         elif self.zo is None or self.model_init is not None:
             self._updates, self._unread = [], []
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -225,12 +225,12 @@ class SparseZOTrainer(Trainer):
         """As Trainer does, and with the model the masters that its weights are roundings of."""
         assert self.zo is not None
         best, steps = self.state.best_model_checkpoint, self.zo.steps
-        self._take_updates(best)
+        self._load_updates(best)
         super()._load_best_model()
         self._load_optimizer_and_scheduler(best)
         self.zo.steps = steps  # another training takes other seeds
 
-    def _take_updates(self, checkpoint: str) -> None:
+    def _load_updates(self, checkpoint: str) -> None:
         """Those of a checkpoint, once it is clear that Trainer will find there what belongs to them."""
         check_checkpoint(checkpoint)
         self.updates.clear()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import write_whole
+from .atomic_files import write_atomic
 from .errors import RunError
 
 # Seed, learning rate (a query's share of it), projected gradient; see ``replay``.
@@ -29,7 +29,7 @@ def write_updates(path: Path | str, updates: Iterable[Update]) -> None:
         RunError: if it cannot be written.
     """
     lines = (json.dumps([seed, lr, None if math.isnan(g) else g]) + "\n" for seed, lr, g in updates)
-    write_whole(Path(path), "".join(lines).encode())
+    write_atomic(Path(path), "".join(lines).encode())
 
 
 def read_updates(path: Path | str) -> list[Update]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..triton_kernels import ElementTable, build_table, can_be_dense, reference
 from . import backend as backends
 from .backend import Backend
-from .device_values import DeviceValues, send
+from .device_values import DeviceValues, to_device_async
 from .errors import MaskError, ModelChangedError
 from .mask import SparseMask
 from .parameters import floating_parameters
@@ -24,7 +24,7 @@ from .stream import check_seed
 
 
 @dataclass(frozen=True)
-class _Located:
+class _LocatedParameter:
     """One parameter with masked elements, and where it was when it was located."""
 
     name: str
@@ -53,7 +53,7 @@ class _Part:
     """The parameters of one group, dtype and device, all dense or all sparse: one table, one launch an operation."""
 
     group: int
-    members: tuple[_Located, ...]
+    members: tuple[_LocatedParameter, ...]
     table: ElementTable
     master: Tensor  # float32 [slots] on the weights' device
     backend: Backend
@@ -152,11 +152,11 @@ class MaskedWeights:
         if not coefficients.isfinite().all():
             at = int((~coefficients.isfinite()).nonzero()[0])
             raise ValueError(f"the coefficient lr * g of update {at} is {c[at]}, which fp32 cannot hold")
-        of_updates, coefficients = self.values.seeds(seeds), send(coefficients, self.values.device)
+        of_updates, coefficients = self.values.seeds(seeds), to_device_async(coefficients, self.values.device)
         for part in self._checked():
             part.backend.replay_(part.table, part.master, part.here(of_updates), part.here(coefficients))
 
-    def still(self, seed: int, eps: float) -> float:
+    def unchanged_fraction(self, seed: int, eps: float) -> float:
         """Share of the masked elements whose weight neither ``+eps`` nor ``-eps`` would change, in [0, 1].
 
         These are the ones with ``cast(master + scale * z) == cast(master)``, bit for bit, for both scales. Nothing is
@@ -167,15 +167,17 @@ class MaskedWeights:
             eps: perturbation scale.
         """
         check_seed(seed)
-        scale, still = self.values.numbers([eps], torch.float32), 0
+        scale, unchanged = self.values.numbers([eps], torch.float32), 0
         for part in self._checked():
             for start, stop in reference.windows(part.table):
                 step = part.backend.normal(seed, part.table.ids(start, stop)) * part.here(scale)
                 master, dtype = part.master[start:stop], part.members[0].dtype
                 unmoved = _same_bits(master + step, master, dtype) & _same_bits(master - step, master, dtype)
                 pieces = part.table.pieces(start, stop)
-                still += int(torch.stack([unmoved[low - start : high - start].sum() for _, low, high in pieces]).sum())
-        return still / len(self.mask)
+                unchanged += int(
+                    torch.stack([unmoved[low - start : high - start].sum() for _, low, high in pieces]).sum()
+                )
+        return unchanged / len(self.mask)
 
     def masters(self) -> Tensor:
         """A copy of the masters: float32 [k] in mask order, on the device of the first masked parameter."""
@@ -195,10 +197,10 @@ class MaskedWeights:
         self.restore_()
 
     def _checked(self) -> list[_Part]:
-        self.check_unmoved()
+        self.check_not_moved()
         return self._parts
 
-    def check_unmoved(self) -> None:
+    def check_not_moved(self) -> None:
         """Raises ``ModelChangedError`` naming the first parameter that is no longer where it was located."""
         for part in self._parts:
             for at in part.members:
@@ -223,20 +225,22 @@ class MaskedWeights:
                     )
 
 
-def _locate(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[_Located]:
+def _locate(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[_LocatedParameter]:
     located = []
     parameters = dict(floating_parameters(model))
     for name, base, start, stop in mask.ranges():
         p = parameters[name]
         if not p.is_contiguous():
             raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
-        located.append(_Located(name, p, groups.get(name, 0), base, start, stop, p.data_ptr(), p.dtype, p.device))
+        located.append(
+            _LocatedParameter(name, p, groups.get(name, 0), base, start, stop, p.data_ptr(), p.dtype, p.device)
+        )
     if len({at.address for at in located}) < len(located):
         raise MaskError("two parameters share their memory without being the same parameter; tie them as one Parameter")
     return located
 
 
-def _part(members: list[_Located], ids: Tensor, backend: str) -> _Part:
+def _part(members: list[_LocatedParameter], ids: Tensor, backend: str) -> _Part:
     weights = [at.parameter.detach() for at in members]
     offsets = None if members[0].dense else [ids[at.start : at.stop] - at.base for at in members]
     device = weights[0].device
@@ -255,7 +259,7 @@ def _same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype).view(as_ints) == b.to(dtype).view(as_ints)
 
 
-def _ranges(part: _Part) -> list[tuple[_Located, int, int]]:
+def _ranges(part: _Part) -> list[tuple[_LocatedParameter, int, int]]:
     """Each member and the slots of its elements."""
     starts, counts = part.table.starts, part.table.counts
     return [(at, start, start + count) for at, start, count in zip(part.members, starts, counts, strict=False)]

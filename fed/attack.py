@@ -9,7 +9,7 @@ import numpy as np
 
 from .client import Client
 from .exchange import ClientLike
-from .messages import Behind, decode_answer
+from .messages import Stale, decode_answer
 
 
 class Attack(StrEnum):
@@ -43,7 +43,7 @@ class HostileClient:
     def handle(self, message: bytes) -> bytes:
         """Answers as the honest client does; raises what it raises."""
         reply = decode_answer(self.honest.handle(message))
-        if isinstance(reply, Behind):
+        if isinstance(reply, Stale):
             return reply.encode()
         assert reply.scalars is not None
         return replace(reply, scalars=reply.scalars * _FACTORS[self.attack]).encode()
@@ -55,9 +55,9 @@ def with_attackers(clients: Sequence[Client], attack: Attack, attackers: int) ->
     return [*clients[:first], *(HostileClient(client, attack) for client in clients[first:])]
 
 
-def attack_of(attack: Attack, clients: int, attackers: int) -> dict[str, Any]:
+def attack_summary(attack: Attack, clients: int, attackers: int) -> dict[str, Any]:
     """What a run's summary says of an attack: nothing, or which it was and the ids of those who made it."""
     return {"attack": attack, "attackers": list(range(clients - attackers, clients))} if attackers else {}
 
 
-__all__ = ["Attack", "HostileClient", "attack_of", "with_attackers"]
+__all__ = ["Attack", "HostileClient", "attack_summary", "with_attackers"]

@@ -19,7 +19,7 @@ from ..engine.lm.examples import Batch, EncodedTask
 from ..engine.lm.objective import MicroBatchMap, Objective, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps
-from .messages import Behind, TrainReply, TrainRequest
+from .messages import Stale, TrainReply, TrainRequest
 from .privacy import Privacy
 from .replica import Replica
 
@@ -95,7 +95,7 @@ class ClientData:
         """The next batch; but for Poisson batches, an epoch ends before an example comes up again."""
         if self.poisson:
             seed = stream.derived_seed(self._seed, "pois", self.seen // self.batch_size)
-            self.go_to(self.seen // self.batch_size + 1)
+            self.seek(self.seen // self.batch_size + 1)
             return self.indices[stream.poisson_sample(seed, len(self), self.batch_size)].tolist()
         found: list[int] = []
         while len(found) < self.batch_size:
@@ -108,7 +108,7 @@ class ClientData:
             self.seen += part.numel()
         return found
 
-    def go_to(self, steps: int) -> None:
+    def seek(self, steps: int) -> None:
         """Moves the data pointer to where it is after the batches of some steps from the beginning."""
         self.seen = steps * self.batch_size
 
@@ -151,7 +151,9 @@ class Client:
     privacy: Privacy | None = None
     noise_seed: int | None = None
     micro_batch_map: MicroBatchMap | None = None
-    _spent: int = field(default=-1, init=False, repr=False)  # the latest round that private scalars were made for
+    _last_private_round: int = field(
+        default=-1, init=False, repr=False
+    )  # the latest round that private scalars were made for
 
     def __post_init__(self) -> None:
         who = f"client {self.id}"
@@ -171,7 +173,7 @@ class Client:
             )
 
     def handle(self, message: bytes) -> bytes:
-        """Answers a ``TrainRequest`` with a ``TrainReply``, or with ``Behind`` if it begins after where this client is.
+        """Answers a ``TrainRequest`` with a ``TrainReply``, or with ``Stale`` if it begins after where this client is.
 
         The same request gets the same answer, but from a private client, which gives one only.
 
@@ -187,8 +189,8 @@ class Client:
         if not 1 <= request.local_steps <= allowed:
             raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
         if not self._catch_up(request):
-            return Behind(client=self.id, round=request.round, stands=self.replica.round).encode()
-        self._find_place(request)
+            return Stale(client=self.id, round=request.round, at_round=self.replica.round).encode()
+        self._seek_data(request)
         found, loss = self.train(request.round, request.local_steps)
         return TrainReply(
             client=self.id,
@@ -199,14 +201,14 @@ class Client:
             **found,
         ).encode()
 
-    def _find_place(self, request: TrainRequest) -> None:
+    def _seek_data(self, request: TrainRequest) -> None:
         """Moves the data pointer to where the request says; a private client's never goes back."""
         if self.privacy is not None and request.steps_before * self.data.batch_size < self.data.seen:
             raise MessageError(
                 f"the request is for data from step {request.steps_before} on, of which this client has taken some; a "
                 f"private client takes each batch once"
             )
-        self.data.go_to(request.steps_before)
+        self.data.seek(request.steps_before)
 
     def _catch_up(self, request: TrainRequest) -> bool:
         """Brings the replica to the round of a request, if it begins early enough; else, nothing is changed."""
@@ -241,17 +243,17 @@ class Client:
             MessageError: with privacy, if the round is not later than the last: it would have the same noise.
         """
         if self.privacy is not None:
-            if round <= self._spent:
+            if round <= self._last_private_round:
                 raise MessageError(
-                    f"round {round} was asked for after round {self._spent}; a private client takes each round once, "
-                    f"since the same noise on two answers would cancel"
+                    f"round {round} was asked for after round {self._last_private_round}; a private client takes each "
+                    f"round once, since the same noise on two answers would cancel"
                 )
-            self._spent = round
+            self._last_private_round = round
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
         clock = Clock(device)
         forwards: list[tuple[Any, Any]] = []
         begun = clock.now()
-        with self.replica.trial() as optimizer:
+        with self.replica.rolled_back() as optimizer:
             closures = self._closures(round, steps, device, clock, forwards)
             try:
                 if terms.sends_weights:
@@ -268,7 +270,7 @@ class Client:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
         forward = sum(clock.seconds(*each) for each in forwards)
         self.timing.add(steps, forward, clock.seconds(begun, ended))
-        return found, None if self.privacy is not None else _mean_taken(losses, found.get("scalars"))
+        return found, None if self.privacy is not None else _mean_finite_loss(losses, found.get("scalars"))
 
     def _closures(
         self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
@@ -303,7 +305,7 @@ class Client:
         )
 
 
-def _mean_taken(losses: list[Tensor], scalars: np.ndarray | None) -> float | None:
+def _mean_finite_loss(losses: list[Tensor], scalars: np.ndarray | None) -> float | None:
     """Mean of the finite losses, of steps of which a scalar is a number; None if there is none."""
     values = torch.stack(losses).double().cpu()
     known = values.isfinite()

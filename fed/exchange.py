@@ -7,7 +7,7 @@ local steps the masked values are its own and are rewound afterwards. So a thous
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from .rejection import Refusal, RefusedError
+from .rejection import RejectedError, Rejection
 from .server import RoundResult, Server
 
 # What carries messages: from (client id, request) to (sender, answer) of those that answered in time, in any order.
@@ -68,8 +68,8 @@ def _ask(server: Server, exchange: Exchange, clients: Sequence[int]) -> list[int
     for sender, answer in exchange((i, server.request(i)) for i in clients):
         try:
             server.receive(answer, sender=sender)
-        except RefusedError as error:  # counted by the server; the round goes on with the rest
-            if error.refusal is Refusal.BEHIND and error.client is not None:
+        except RejectedError as error:  # counted by the server; the round goes on with the rest
+            if error.rejection is Rejection.STALE and error.client is not None:
                 behind.add(error.client)
     return sorted(behind)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .rejection import Refusal, RefusedError
+from .rejection import RejectedError, Rejection
 
 _MAGIC = b"MKT1"
 _VERSION = 3
@@ -26,7 +26,7 @@ _HEADER = struct.Struct("<4sBBBBIIIIIIfI")
 HEADER_BYTES = _HEADER.size
 _LOSS_KNOWN = 1
 # Values one message may carry: masters of a mask of 268 million elements (1 GiB).
-MOST_VALUES = 1 << 28
+MAX_VALUES = 1 << 28
 
 
 class _Kind(IntEnum):
@@ -34,7 +34,7 @@ class _Kind(IntEnum):
     MASTERS = 2  # request: catch up by master values
     REPLY = 3
     MASTERS_REPLY = 4  # of a client that trains by backpropagation: the upper bound, which sends weights
-    BEHIND = 5
+    STALE = 5
 
 
 _KINDS = {kind.value: kind for kind in _Kind}
@@ -80,17 +80,17 @@ class TrainRequest:
         return _sealed(fields, _fp32(values))
 
     @classmethod
-    def decode(cls, data: bytes, most: int = MOST_VALUES) -> "TrainRequest":
+    def decode(cls, data: bytes, max_values: int = MAX_VALUES) -> "TrainRequest":
         """Reads a message.
 
         Args:
             data: any bytes.
-            most: values it may carry.
+            max_values: values it may carry.
 
         Raises:
-            MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
+            MessageError: saying what is wrong with it, a ``RejectedError``; nothing else, whatever the bytes.
         """
-        fields, words = _opened(data, most)
+        fields, words = _opened(data, max_values)
         if fields.kind not in _REQUESTS:
             raise fields.malformed("expected a request, got a reply")
         if fields.loss is not None:
@@ -111,23 +111,23 @@ class TrainRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behind:
+class Stale:
     """Client to server: it stands at an earlier round than the request begins at, having been started anew.
 
     Args:
         client: id of the client.
         round: of the request.
-        stands: round at whose beginning the client is.
+        at_round: round at whose beginning the client is.
     """
 
     client: int
     round: int
-    stands: int
+    at_round: int
 
     def encode(self) -> bytes:
         """The message's bytes."""
         fields = _Fields(
-            kind=_Kind.BEHIND, client=self.client, round=self.round, local_steps=0, extra=self.stands, amount=0
+            kind=_Kind.STALE, client=self.client, round=self.round, local_steps=0, extra=self.at_round, amount=0
         )
         return _sealed(fields, b"")
 
@@ -176,19 +176,21 @@ class TrainReply:
         return _sealed(fields, payload)
 
     @classmethod
-    def decode(cls, data: bytes, most: int = MOST_VALUES) -> "TrainReply":
+    def decode(cls, data: bytes, max_values: int = MAX_VALUES) -> "TrainReply":
         """Reads a message.
 
         Args:
             data: any bytes.
-            most: values it may carry, the positions of queries that were not taken among them.
+            max_values: values it may carry, the positions of queries that were not taken among them.
 
         Raises:
-            MessageError: saying what is wrong with it, a ``RefusedError``; nothing else, whatever the bytes.
+            MessageError: saying what is wrong with it, a ``RejectedError``; nothing else, whatever the bytes.
         """
-        reply = decode_answer(data, most)
-        if isinstance(reply, Behind):
-            raise RefusedError(Refusal.BEHIND, f"client {reply.client} stands at round {reply.stands}", reply.client)
+        reply = decode_answer(data, max_values)
+        if isinstance(reply, Stale):
+            raise RejectedError(
+                Rejection.STALE, f"client {reply.client} stands at round {reply.at_round}", reply.client
+            )
         return reply
 
     @classmethod
@@ -208,18 +210,18 @@ class TrainReply:
         )
 
 
-def decode_answer(data: bytes, most: int = MOST_VALUES) -> TrainReply | Behind:
+def decode_answer(data: bytes, max_values: int = MAX_VALUES) -> TrainReply | Stale:
     """Reads what a client may answer a request with; arguments and errors are those of ``TrainReply.decode``."""
-    fields, words = _opened(data, most)
+    fields, words = _opened(data, max_values)
     if fields.kind in _REQUESTS:
         raise fields.malformed("expected a reply, got a request")
-    if fields.kind is not _Kind.BEHIND:
+    if fields.kind is not _Kind.STALE:
         return TrainReply._of(fields, words)
     if fields.local_steps or fields.amount or fields.loss is not None or len(words):
         raise fields.malformed("who is behind has no steps, examples, loss or values to tell of, this message does")
     if not 1 <= fields.extra < fields.round:
         raise fields.malformed(f"who is asked for round {fields.round} cannot be behind at round {fields.extra}")
-    return Behind(client=fields.client, round=fields.round, stands=fields.extra)
+    return Stale(client=fields.client, round=fields.round, at_round=fields.extra)
 
 
 class _Fields(NamedTuple):
@@ -233,8 +235,8 @@ class _Fields(NamedTuple):
     amount: int
     loss: float | None = None
 
-    def malformed(self, text: str) -> RefusedError:
-        return RefusedError(Refusal.MALFORMED, text, self.client)
+    def malformed(self, text: str) -> RejectedError:
+        return RejectedError(Rejection.MALFORMED, text, self.client)
 
 
 def _fp32(values: np.ndarray) -> bytes:
@@ -261,30 +263,32 @@ def _sealed(fields: _Fields, payload: bytes) -> bytes:
     return unsigned + struct.pack("<I", zlib.crc32(payload, zlib.crc32(unsigned))) + payload
 
 
-def _opened(data: bytes, most: int) -> tuple[_Fields, np.ndarray]:
+def _opened(data: bytes, max_values: int) -> tuple[_Fields, np.ndarray]:
     """Header and payload, uint32; the cheap checks first."""
     if len(data) < HEADER_BYTES:
-        raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
+        raise RejectedError(Rejection.MALFORMED, f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
     magic, kind, version, flags, zero, client, round, steps, extra, count, amount, loss, crc = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
-        raise RefusedError(
-            Refusal.MALFORMED,
+        raise RejectedError(
+            Rejection.MALFORMED,
             f"the message begins {magic!r}, version {version}; expected {_MAGIC!r}, version {_VERSION}",
         )
-    if count > most:
-        raise RefusedError(Refusal.MALFORMED, f"the message claims {count} values where at most {most} belong")
+    if count > max_values:
+        raise RejectedError(Rejection.MALFORMED, f"the message claims {count} values where at most {max_values} belong")
     if len(data) != HEADER_BYTES + 4 * count:
-        raise RefusedError(Refusal.MALFORMED, f"the message has {len(data)} bytes and claims {count} values")
+        raise RejectedError(Rejection.MALFORMED, f"the message has {len(data)} bytes and claims {count} values")
     if zlib.crc32(memoryview(data)[HEADER_BYTES:], zlib.crc32(data[: HEADER_BYTES - 4])) != crc:
-        raise RefusedError(Refusal.MALFORMED, "the message's checksum does not match: it was damaged on the way")
+        raise RejectedError(Rejection.MALFORMED, "the message's checksum does not match: it was damaged on the way")
     if kind not in _KINDS:
-        raise RefusedError(Refusal.MALFORMED, f"unknown kind of message {kind}", client)
+        raise RejectedError(Rejection.MALFORMED, f"unknown kind of message {kind}", client)
     if zero or flags & ~_LOSS_KNOWN:
-        raise RefusedError(Refusal.MALFORMED, f"reserved bits are set (flags {flags:#04x}, then {zero:#04x})", client)
+        raise RejectedError(
+            Rejection.MALFORMED, f"reserved bits are set (flags {flags:#04x}, then {zero:#04x})", client
+        )
     if not flags and data[HEADER_BYTES - 8 : HEADER_BYTES - 4] != bytes(4):
-        raise RefusedError(Refusal.MALFORMED, f"the loss is {loss} in a message that tells none", client)
+        raise RejectedError(Rejection.MALFORMED, f"the loss is {loss} in a message that tells none", client)
     if not math.isfinite(loss):
-        raise RefusedError(Refusal.NOT_FINITE, f"the loss is {loss}", client)
+        raise RejectedError(Rejection.NOT_FINITE, f"the loss is {loss}", client)
     fields = _Fields(_KINDS[kind], client, round, steps, extra, amount, loss if flags else None)
     return fields, np.frombuffer(data, _WORD, -1, HEADER_BYTES)
 
@@ -295,7 +299,7 @@ def _finite(fields: _Fields, words: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     if np.count_nonzero(finite) < len(values):  # of few values in half the time of all()
         at = int(np.flatnonzero(~finite)[0])
-        raise RefusedError(Refusal.NOT_FINITE, f"value {at} is not finite ({values[at]})", fields.client)
+        raise RejectedError(Rejection.NOT_FINITE, f"value {at} is not finite ({values[at]})", fields.client)
     return values
 
 
@@ -316,4 +320,4 @@ def _with_gaps(fields: _Fields, words: np.ndarray) -> np.ndarray:
     return values
 
 
-__all__ = ["HEADER_BYTES", "MOST_VALUES", "Behind", "TrainReply", "TrainRequest", "decode_answer"]
+__all__ = ["HEADER_BYTES", "MAX_VALUES", "Stale", "TrainReply", "TrainRequest", "decode_answer"]

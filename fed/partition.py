@@ -95,7 +95,7 @@ def histogram(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[i
     return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
 
 
-def groups_of(rows: Sequence[Row], field: str, where: str) -> list[Group]:
+def client_names(rows: Sequence[Row], field: str, where: str) -> list[Group]:
     """What each row's field says, to deal examples by.
 
     Raises:
@@ -186,4 +186,4 @@ def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: 
     return shares
 
 
-__all__ = ["Group", "Partition", "groups_of", "histogram", "split"]
+__all__ = ["Group", "Partition", "client_names", "histogram", "split"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.errors import ConfigError
+from ..engine.extras import install_hint
 from ..engine.private_closure import check_mechanism
 
 # Privacy losses are rounded up to multiples of an interval: this one, or as much more as keeps the numbers of them that
@@ -109,7 +110,7 @@ def _accounting() -> tuple[Any, Any]:
         from dp_accounting import pld
     except ImportError as error:
         raise ConfigError(
-            f"accounting for privacy needs the package dp-accounting: pip install 'meerkat-engine[dp]' ({error})"
+            f"accounting for privacy needs the package dp-accounting ({error}); {install_hint('dp')}"
         ) from error
     return dp_accounting, pld
 

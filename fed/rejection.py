@@ -5,7 +5,7 @@ from enum import StrEnum
 from ..engine.errors import MessageError
 
 
-class Refusal(StrEnum):
+class Rejection(StrEnum):
     """The kinds of reasons for which a message is refused."""
 
     MALFORMED = "malformed"
@@ -17,22 +17,22 @@ class Refusal(StrEnum):
     ROUND = "another round"
     REPEATED = "a second answer"
     NOT_SAMPLED = "not sampled"
-    BEHIND = "stands at an earlier round"
+    STALE = "stands at an earlier round"
     EXAMPLES = "unfit number of examples"
 
 
-class RefusedError(MessageError):
+class RejectedError(MessageError):
     """A message that is refused.
 
     Args:
-        refusal: the kind of reason.
+        rejection: the kind of reason.
         text: the reason in full.
         client: whom the message claims to be from or for, where it is whole enough to say so; else None.
     """
 
-    def __init__(self, refusal: Refusal, text: str, client: int | None = None) -> None:
+    def __init__(self, rejection: Rejection, text: str, client: int | None = None) -> None:
         super().__init__(text)
-        self.refusal, self.client = refusal, client
+        self.rejection, self.client = rejection, client
 
 
-__all__ = ["Refusal", "RefusedError"]
+__all__ = ["RejectedError", "Rejection"]

@@ -89,7 +89,7 @@ class Replica:
         self.optimizer.param_groups[0]["lr"] = lr
 
     @contextmanager
-    def trial(self) -> Iterator[SparseZO]:
+    def rolled_back(self) -> Iterator[SparseZO]:
         """Lends the optimizer for a client's local steps and takes them back afterwards, bit for bit."""
         masters = self.optimizer.weights.masters()
         try:

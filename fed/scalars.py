@@ -80,7 +80,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
         )
 
     @property
-    def not_taken(self) -> int:
+    def skipped(self) -> int:
         """Steps, and queries, that the clients were to take and did not."""
         return int(self.counts.sum() - np.count_nonzero(~np.isnan(self.matrix)))
 

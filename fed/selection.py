@@ -112,7 +112,7 @@ def null_thresholds(paths: Sequence[Sequence[float]], windows: Windows) -> Thres
     )
 
 
-def at_random(clients: Sequence[int], count: int, seed: int) -> list[int]:
+def random_clients(clients: Sequence[int], count: int, seed: int) -> list[int]:
     """Some of the clients by chance, ascending."""
     chosen = stream.permutation(stream.derived_seed(seed, "stop"), len(clients))[:count]
     return sorted(clients[i] for i in chosen.tolist())
@@ -127,4 +127,4 @@ def _windows(gradip: Sequence[float], windows: Windows) -> tuple[list[float], li
     return sizes[: windows.initial], sizes[-windows.later :]
 
 
-__all__ = ["Selection", "Statistics", "Thresholds", "Windows", "at_random", "null_thresholds", "path_statistics"]
+__all__ = ["Selection", "Statistics", "Thresholds", "Windows", "null_thresholds", "path_statistics", "random_clients"]

@@ -11,10 +11,10 @@ from ..engine import stream
 from ..engine.errors import MeerkatError
 from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
 from .gradip import GradIP, Trace
-from .ledger.file import LedgerWriter, Round
-from .messages import Behind, TrainReply, TrainRequest, decode_answer
+from .ledger.file import LedgerWriter, RoundRecord
+from .messages import Stale, TrainReply, TrainRequest, decode_answer
 from .privacy import largest_epsilon
-from .rejection import Refusal, RefusedError
+from .rejection import RejectedError, Rejection
 from .replica import Replica
 from .scalars import ClientScalars
 from .selection import Selection
@@ -37,7 +37,7 @@ class RoundResult:
         traces: what the server saw of each client's path; empty without GradIP.
     """
 
-    line: Round
+    line: RoundRecord
     traces: Mapping[int, Trace] = field(default_factory=dict)
 
 
@@ -101,7 +101,7 @@ class Server:
         self._sent: dict[int, bytes] = {}
         self._losses: dict[int, float] = {}
         self._steps = self._bytes_up = self._bytes_down = 0
-        self._most = self._most_values()
+        self._max = self._max_values()
         self._rejected_before = Counter(self.rejected)
         self._claimed_before = frozenset(self.claimed)
 
@@ -112,9 +112,9 @@ class Server:
 
     def participants(self) -> list[int]:
         """Ids of the clients that take part in this round, ascending; all of them in the calibration."""
-        return sorted(self._taking_part())
+        return sorted(self._sampled_clients())
 
-    def _taking_part(self) -> frozenset[int]:
+    def _sampled_clients(self) -> frozenset[int]:
         if self._sampled is None or self._sampled[0] != self.round:
             chosen, root = self._clients, self.replica.terms.seed
             if not self._calibrating and self._per_round is not None:
@@ -130,7 +130,7 @@ class Server:
     def request(self, client: int) -> bytes:
         """The request to one client for this round: what it missed, in the smaller of the two forms.
 
-        It may be asked for again: for a client that did not get it, or that answered ``Behind``.
+        It may be asked for again: for a client that did not get it, or that answered ``Stale``.
         """
         none = np.empty(0, dtype=np.float32)
         calibrating = (CALIBRATION, none, None)  # from the base model
@@ -171,22 +171,22 @@ class Server:
                 whom the message itself claims has to do.
 
         Raises:
-            MessageError: saying why it is refused, a ``RefusedError``. It is counted in ``rejected``, nothing else
+            MessageError: saying why it is refused, a ``RejectedError``. It is counted in ``rejected``, nothing else
                 changes, and the round goes on without it. A client that stands at an earlier round is refused too,
-                as ``Refusal.BEHIND``; a request that is made for it then begins there.
+                as ``Rejection.BEHIND``; a request that is made for it then begins there.
         """
         self._bytes_up += len(message)
         try:
-            reply = decode_answer(message, self._most)
+            reply = decode_answer(message, self._max)
             self._check_sender(reply, sender)
-            if isinstance(reply, Behind):
-                self._at[reply.client] = min(reply.stands, self._at[reply.client])
-                text = f"client {reply.client} stands at round {reply.stands}"
-                raise RefusedError(Refusal.BEHIND, text, reply.client)
+            if isinstance(reply, Stale):
+                self._at[reply.client] = min(reply.at_round, self._at[reply.client])
+                text = f"client {reply.client} stands at round {reply.at_round}"
+                raise RejectedError(Rejection.STALE, text, reply.client)
             self._check(reply)
-        except RefusedError as error:
+        except RejectedError as error:
             who = error.client if sender is None else sender
-            self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.refusal}"] += 1
+            self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.rejection}"] += 1
             raise
         values = reply.masters if reply.scalars is None else reply.scalars
         assert values is not None
@@ -198,56 +198,56 @@ class Server:
         self.claimed[reply.client] = reply.examples
         return reply
 
-    def rejected_now(self) -> dict[str, int]:
+    def rejected_this_round(self) -> dict[str, int]:
         """Messages refused since the last round was finished, by client and kind of reason, in their order."""
         return dict(sorted((self.rejected - self._rejected_before).items()))
 
-    def _most_values(self) -> int:
+    def _max_values(self) -> int:
         terms = self.replica.terms
         by_weights = terms.sends_weights
         return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
 
-    def _check_sender(self, reply: TrainReply | Behind, sender: int | None) -> None:
-        """Raises ``RefusedError`` unless whoever speaks has a say, now."""
+    def _check_sender(self, reply: TrainReply | Stale, sender: int | None) -> None:
+        """Raises ``RejectedError`` unless whoever speaks has a say, now."""
         if sender is not None and sender != reply.client:
             text = f"client {sender} speaks for client {reply.client}"
-            raise RefusedError(Refusal.IMPOSTOR, text, reply.client)
+            raise RejectedError(Rejection.IMPOSTOR, text, reply.client)
         if reply.client not in self._at:
-            raise _refused(reply, Refusal.UNKNOWN, "is unknown")
+            raise _refused(reply, Rejection.UNKNOWN, "is unknown")
         round = self.round
         if reply.round != round:
-            raise _refused(reply, Refusal.ROUND, f"answers round {reply.round}; round {round} is under way")
+            raise _refused(reply, Rejection.ROUND, f"answers round {reply.round}; round {round} is under way")
         if reply.client in self._sent:
-            raise _refused(reply, Refusal.REPEATED, f"has answered round {round} already")
-        if reply.client not in self._taking_part():
-            raise _refused(reply, Refusal.NOT_SAMPLED, f"does not take part in round {round}")
+            raise _refused(reply, Rejection.REPEATED, f"has answered round {round} already")
+        if reply.client not in self._sampled_clients():
+            raise _refused(reply, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
 
     def _check(self, reply: TrainReply) -> None:
-        """Raises ``RefusedError`` unless an answer is what was asked for."""
+        """Raises ``RejectedError`` unless an answer is what was asked for."""
         terms, steps, examples = self.replica.terms, self.local_steps(reply.client), reply.examples
         if reply.local_steps != steps:
-            raise _refused(reply, Refusal.COUNT, f"took {reply.local_steps} steps instead of {steps}")
+            raise _refused(reply, Rejection.COUNT, f"took {reply.local_steps} steps instead of {steps}")
         if terms.sends_weights:
             sent, what, wanted = reply.masters, "master values", terms.elements
         else:
             sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
         if sent is None:
-            raise _refused(reply, Refusal.COUNT, f"sent no {what}, which {terms.gradient} steps are made of")
+            raise _refused(reply, Rejection.COUNT, f"sent no {what}, which {terms.gradient} steps are made of")
         if len(sent) != wanted:
-            raise _refused(reply, Refusal.COUNT, f"sent {len(sent)} {what} instead of {wanted}")
+            raise _refused(reply, Rejection.COUNT, f"sent {len(sent)} {what} instead of {wanted}")
         if reply.scalars is not None and len(sent):
             largest = float(np.fmax.reduce(np.abs(sent)))
             if largest > self._max_scalar:
                 text = f"sent a scalar of size {largest:g}, above {self._max_scalar:g}"
-                raise _refused(reply, Refusal.TOO_LARGE, text)
+                raise _refused(reply, Rejection.TOO_LARGE, text)
         if examples == 0:
-            raise _refused(reply, Refusal.EXAMPLES, "has no examples")
+            raise _refused(reply, Rejection.EXAMPLES, "has no examples")
         if 0 < self._max_examples < examples:
             text = f"claims {examples} examples, above the {self._max_examples} allowed"
-            raise _refused(reply, Refusal.EXAMPLES, text)
+            raise _refused(reply, Rejection.EXAMPLES, text)
         if examples != self.claimed.get(reply.client, examples):
             text = f"claims {examples} examples after {self.claimed[reply.client]} before"
-            raise _refused(reply, Refusal.EXAMPLES, text)
+            raise _refused(reply, Rejection.EXAMPLES, text)
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and moves the model on.
@@ -256,17 +256,17 @@ class Server:
             RoundFailedError: if there was no usable answer; the round stays open.
         """
         if not self._sent:
-            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_now()})")
+            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_this_round()})")
         by_weights = self.replica.terms.sends_weights
         own = ClientScalars.of_bytes({} if by_weights else self._sent)
         traces = self._traces(self.round, own)
         line = self._line(own, traces)
         if self._ledger is not None:
             self._ledger.append(line)
-        self._move_on(line)
+        self._advance(line)
         return RoundResult(line=line, traces=traces)
 
-    def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
+    def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over this round from a ledger instead of asking the clients for it.
 
         Args:
@@ -280,7 +280,7 @@ class Server:
         self.rejected.update(line.rejected)
         self.claimed |= line.examples
         self._at |= {i: max(line.round, 1) for i in line.clients if i in self._at}
-        self._move_on(line, weights=weights)
+        self._advance(line, weights=weights)
         return RoundResult(line=line, traces=traces)
 
     def _traces(self, round: int, scalars: Mapping[int, Sequence[float]]) -> Mapping[int, Trace]:
@@ -288,7 +288,7 @@ class Server:
             return {}
         return self._gradip.traces(self.replica.terms.seeds(round), scalars)
 
-    def _line(self, own: ClientScalars, traces: Mapping[int, Trace]) -> Round:
+    def _line(self, own: ClientScalars, traces: Mapping[int, Trace]) -> RoundRecord:
         """The round as the ledger keeps it."""
         terms, number = self.replica.terms, self.round
         weights = client_weights({i: self.claimed[i] for i in self._sent}, self._aggregation.weighting)
@@ -302,7 +302,7 @@ class Server:
             masters = mean_masters({i: np.frombuffer(own, dtype=np.float32) for i, own in self._sent.items()}, weights)
         else:
             scalars = aggregate(own, weights, terms.values, self._aggregation)
-        return Round(
+        return RoundRecord(
             round=number,
             lr=terms.learning_rates(number),
             scalars=scalars,
@@ -312,7 +312,7 @@ class Server:
             steps=self._steps,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
-            rejected=self.rejected_now(),
+            rejected=self.rejected_this_round(),
             epsilon=self._epsilon(),
             stopped=selection.stopped,
             thresholds=selection.thresholds,
@@ -330,12 +330,12 @@ class Server:
         terms = self.replica.terms
         if terms.privacy is None:
             return None
-        asked = self._asked | {i: self._asked[i] + self.local_steps(i) for i in self._taking_part()}
+        asked = self._asked | {i: self._asked[i] + self.local_steps(i) for i in self._sampled_clients()}
         spent = {(self.claimed[i], steps) for i, steps in asked.items() if i in self.claimed}
         return largest_epsilon(terms.privacy, spent, terms.queries)
 
-    def _move_on(self, line: Round, *, weights: bool = True) -> None:
-        for i in self._taking_part():
+    def _advance(self, line: RoundRecord, *, weights: bool = True) -> None:
+        for i in self._sampled_clients():
             self._asked[i] += self.local_steps(i)
         if self._calibrating:
             self.stopped, self._calibrating = frozenset(line.stopped), False
@@ -350,8 +350,8 @@ class Server:
         self._open_round()
 
 
-def _refused(reply: TrainReply | Behind, refusal: Refusal, text: str) -> RefusedError:
-    return RefusedError(refusal, f"client {reply.client} {text}", reply.client)
+def _refused(reply: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
+    return RejectedError(rejection, f"client {reply.client} {text}", reply.client)
 
 
 __all__ = ["RoundFailedError", "RoundResult", "Select", "Server"]

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ...engine.atomic_files import write_whole
+from ...engine.atomic_files import write_atomic
 from ...engine.extras import require_matplotlib
 from ...fed.config.options import GroupedCommand, example, from_file, given, settings
 from .attacks import Attacks
@@ -59,7 +59,7 @@ def experiment(
 
 def _write(chosen: Experiment, results: Results, where: Path) -> str:
     text = f"**{chosen.title}**\n\n{chosen.table(results)}\n"
-    write_whole(where / "result.md", text.encode())
+    write_atomic(where / "result.md", text.encode())
     chosen.draw(results, where / "figure.png")
     return text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...engine.atomic_files import write_whole
+from ...engine.atomic_files import write_atomic
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm import embedded
 from ...fed.config.run_config import RunConfig, make_config
@@ -131,7 +131,7 @@ def run_all(
     tasks: Sequence[str],
     seeds: int,
     output: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Results:
     """Runs what is missing of an experiment.
 
@@ -141,7 +141,7 @@ def run_all(
         tasks: further ones, where the experiment compares tasks.
         seeds: runs of each arm; the first has the seed that is given, or 0.
         output: directory of the experiment, its own or a new one.
-        say: called with a line before every run.
+        log: called with a line before every run.
 
     Raises:
         ConfigError: if the directory holds another experiment, or one with other settings.
@@ -158,15 +158,15 @@ def run_all(
         for seed in range(first, first + seeds):
             directory = output / "runs" / _slug(arm.name) / f"seed-{seed}"
             if not directory.exists():
-                say(f"{experiment.name}: {arm.name}, seed {seed}")
+                log(f"{experiment.name}: {arm.name}, seed {seed}")
                 config = configuration(experiment, given, {**arm.settings, "seed": seed})
                 _run(config, directory, output / "masks")
             found[arm.name].append(Finished(directory))
     measured = output / f"measured-{seeds}.json"
     if not measured.exists():
-        say(f"{experiment.name}: measuring")
+        log(f"{experiment.name}: measuring")
         configs = [configuration(experiment, given, {"seed": seed}) for seed in range(first, first + seeds)]
-        write_whole(measured, json.dumps(experiment.measure(configs, tasks), indent=1).encode())
+        write_atomic(measured, json.dumps(experiment.measure(configs, tasks), indent=1).encode())
     return Results(arms=found, measured=json.loads(measured.read_text()))
 
 
@@ -219,7 +219,7 @@ def _claim(output: Path, experiment: Experiment, given: Settings, tasks: Sequenc
     if output.exists() and any(output.iterdir()):
         raise RunError(f"{output} holds other files; choose another --output, nothing was changed")
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, wanted.encode())
+    write_atomic(path, wanted.encode())
 
 
 def named(config: RunConfig, task: str) -> Settings:

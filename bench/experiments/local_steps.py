@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
-from ...fed.ledger.file import Round, read_ledger
+from ...fed.ledger.file import RoundRecord, read_ledger
 from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
 from .figures import finished, mean_line, subplots
@@ -84,7 +84,7 @@ def _drift(run: Finished) -> float:
     return math.sqrt(terms.elements * statistics.fmean(squares))
 
 
-def _squares(line: Round, rates: list[float]) -> list[float]:
+def _squares(line: RoundRecord, rates: list[float]) -> list[float]:
     """``sum_t (lr_t (g_i^t - g^t))**2`` of each client, who contributes 0 where it took no step."""
     return [
         sum(

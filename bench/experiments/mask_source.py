@@ -11,7 +11,7 @@ from typing import Any
 from ...fed.config.run_config import RunConfig
 from ...fed.methods import Method
 from ...fed.setup.data import encode
-from ...fed.setup.mask import make_mask, reach
+from ...fed.setup.mask import make_mask, mask_coverage
 from ...fed.setup.model import load_language_model
 from ..tables import over_seeds, table
 from .figures import finished, subplots
@@ -54,7 +54,7 @@ class MaskSource(Experiment):
             train = encode(config, lm.tokenizer).train
             masks = [make_mask(config.replace(method=m), lm, train) for m in _SOURCES]
             for task in tasks:
-                reached = reach(config.on_task(task), lm, masks)
+                reached = mask_coverage(config.on_task(task), lm, masks)
                 for shown, each in zip(_SOURCES.values(), reached, strict=True):
                     found.setdefault(task, {}).setdefault(shown, []).append(dataclasses.asdict(each))
         return found

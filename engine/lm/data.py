@@ -65,7 +65,7 @@ def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
     return [row for turn in zip_longest(*parts) for row in turn if row is not None]
 
 
-def own_rows(task: Task, data: Path, validation: Path | None, seed: int) -> tuple[list[Row], list[Row]]:
+def custom_rows(task: Task, data: Path, validation: Path | None, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and validation rows from files of the user's own.
 
     Args:
@@ -146,4 +146,4 @@ def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int
             yield batch
 
 
-__all__ = ["calibration_texts", "own_rows", "read_jsonl", "task_rows", "token_batches"]
+__all__ = ["calibration_texts", "custom_rows", "read_jsonl", "task_rows", "token_batches"]

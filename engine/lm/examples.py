@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device_values import send
+from ..device_values import to_device_async
 from ..errors import DataError, ModelError
 from .tasks import Row, Task
 
@@ -60,7 +60,7 @@ class EncodedTask:
         encoded = tokenizer([task.prompt(row) for row in rows])["input_ids"] if rows else []
         self.truncated = sum(len(ids) > self._room for ids in encoded)
         self.prompts: list[list[int]] = [
-            ids if len(ids) <= self._room else self._shortened(row, len(ids))
+            ids if len(ids) <= self._room else self._truncated(row, len(ids))
             for ids, row in zip(encoded, rows, strict=True)
         ]
 
@@ -73,7 +73,7 @@ class EncodedTask:
         known = json.dumps([self.prompts, self.candidates, self.labels.tolist()])
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def _shortened(self, row: Row, length: int) -> list[int]:
+    def _truncated(self, row: Row, length: int) -> list[int]:
         """The prompt's tokens after cutting the end of the field that may be cut."""
         text = row[self.task.cut].strip()
         offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -100,7 +100,7 @@ class EncodedTask:
         labels = self.labels[torch.as_tensor(indices)]
         if answers == "all" and all(len(ids) == 1 for ids in self.candidates):
             rows = [self.prompts[i] for i in indices]
-            candidate_ids = send(torch.tensor([ids[0] for ids in self.candidates]), device)
+            candidate_ids = to_device_async(torch.tensor([ids[0] for ids in self.candidates]), device)
             tails = [0] * len(rows)
         else:
             chosen = [self.candidates if answers == "all" else [self.candidates[label]] for label in labels.tolist()]
@@ -112,10 +112,10 @@ class EncodedTask:
         attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         answer_mask = torch.arange(tail, 0, -1) <= torch.tensor(tails).unsqueeze(1)
         return Batch(
-            input_ids=send(input_ids, device),
-            attention_mask=send(attention, device),
-            answer_mask=send(answer_mask, device),
-            labels=send(labels, device),
+            input_ids=to_device_async(input_ids, device),
+            attention_mask=to_device_async(attention, device),
+            answer_mask=to_device_async(answer_mask, device),
+            labels=to_device_async(labels, device),
             candidate_ids=candidate_ids,
         )
 

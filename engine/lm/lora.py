@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import stream
 from ..errors import ConfigError
+from ..extras import install_hint
 from ..parameters import floating_parameters
 
 _NAME = "default"
@@ -95,7 +96,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(f"LoRA needs the package peft: pip install 'meerkat-engine[lora]' ({error})") from error
+        raise ConfigError(f"LoRA needs the package peft ({error}); {install_hint('lora')}") from error
     return peft
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
 from ..errors import ModelError
+from ..extras import install_hint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = (
@@ -68,7 +69,9 @@ def load_model(
     except ImportError as error:
         if path.suffix != ".gguf":
             raise ModelError(f"cannot load the model {source!r}: {error}") from error
-        raise ModelError(f"GGUF files need two more packages: pip install 'meerkat-engine[gguf]' ({error})") from error
+        raise ModelError(
+            f"GGUF files need the packages gguf and accelerate ({error}); {install_hint('gguf')}"
+        ) from error
     except Exception as error:  # of any type: transformers and tokenizers pass on what a damaged file leads to
         looked = (
             "as a directory" if path.is_dir() else "as a GGUF file" if path.suffix == ".gguf" else _on_the_hub(source)

@@ -207,7 +207,7 @@ def _summed_loss(
     model: nn.Module, decoder: nn.Module, kind: type[ModelOutput], hidden: Tensor, targets: Tensor
 ) -> Tensor:
     """Summed cross-entropy at some positions, through the model's own head (scaling and soft caps included)."""
-    with _returning(decoder, kind(last_hidden_state=hidden.unsqueeze(0))) as calls:
+    with _patched_forward(decoder, kind(last_hidden_state=hidden.unsqueeze(0))) as calls:
         logits = model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
     if not calls:
         raise ModelError(
@@ -217,7 +217,7 @@ def _summed_loss(
 
 
 @contextmanager
-def _returning(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
+def _patched_forward(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
     """Within this context the module returns the given output; yields a list with an entry per call."""
     calls: list[None] = []
 

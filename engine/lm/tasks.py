@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from .hub import HubSource
-from .template import fields_of, fill
+from .template import fill, template_fields
 
 Row = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ class Task:
     @property
     def fields(self) -> tuple[str, ...]:
         """Fields of a row that the template uses."""
-        return fields_of(self.template)
+        return template_fields(self.template)
 
     def check(self, row: Row, where: str) -> None:
         """Raises ``DataError`` saying where, unless the row has the fields and a label of this task."""
@@ -194,7 +194,7 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def own_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
+def custom_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
     """A task for a user's own data.
 
     Args:
@@ -210,10 +210,10 @@ def own_task(name: str, template: str, labels: str, *, label: str = "label", cut
     return Task(
         name=name,
         template=template.rstrip(" "),
-        cut=cut or fields_of(template)[0],
+        cut=cut or template_fields(template)[0],
         label_words=tuple(" " + word.strip() for word in labels.split(",")),
         label=label,
     )
 
 
-__all__ = ["SST2", "TASKS", "Row", "Task", "get_task", "own_task"]
+__all__ = ["SST2", "TASKS", "Row", "Task", "custom_task", "get_task"]

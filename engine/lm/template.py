@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ..errors import ConfigError
 
 
-def fields_of(template: str) -> tuple[str, ...]:
+def template_fields(template: str) -> tuple[str, ...]:
     """The fields that a template names, each once, in the order of their first use.
 
     Args:
@@ -16,7 +16,7 @@ def fields_of(template: str) -> tuple[str, ...]:
         ConfigError: if a brace has no partner, a field has no plain name or a format, or there is no field.
 
     Example:
-        >>> fields_of("{passage} So, {question}? In {{braces}}: {question}?")
+        >>> template_fields("{passage} So, {question}? In {{braces}}: {question}?")
         ('passage', 'question')
     """
     try:
@@ -48,4 +48,4 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return template.format_map({name: value.strip() for name, value in values.items()})
 
 
-__all__ = ["fields_of", "fill"]
+__all__ = ["fill", "template_fields"]

@@ -4,7 +4,7 @@ import dataclasses
 
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
-from ...engine.lm.tasks import Task, get_task, own_task
+from ...engine.lm.tasks import Task, custom_task, get_task
 from ..partition import Partition
 from .sections import ClientsConfig, DataConfig
 
@@ -23,7 +23,7 @@ def choose_task(data: DataConfig, clients: ClientsConfig, model: str) -> Task:
     Raises:
         ConfigError: if the settings do not name one task, or it does not fit the model or the partition.
     """
-    task = _own_task(data, model) if data.file is not None else _known_task(data, model)
+    task = _custom_task(data, model) if data.file is not None else _known_task(data, model)
     if clients.field is not None:
         if clients.partition is not Partition.NATURAL:
             raise ConfigError("client_field is for natural clients; add --partition natural, or leave it out")
@@ -49,7 +49,7 @@ def _known_task(data: DataConfig, model: str) -> Task:
     return task
 
 
-def _own_task(data: DataConfig, model: str) -> Task:
+def _custom_task(data: DataConfig, model: str) -> Task:
     assert data.file is not None
     if data.task != embedded.NAME:
         raise ConfigError("give --task or --data, not both: data of your own are a task of their own")
@@ -57,7 +57,7 @@ def _own_task(data: DataConfig, model: str) -> Task:
         raise ConfigError("--data needs --template (the prompt) and --labels (its answers) as well")
     if model == embedded.NAME:
         raise ConfigError("--data needs --model: the embedded model knows no words but those of its own task")
-    return own_task(data.file.stem, data.template, data.labels, label=data.label_field, cut=data.cut)
+    return custom_task(data.file.stem, data.template, data.labels, label=data.label_field, cut=data.cut)
 
 
 __all__ = ["choose_task"]

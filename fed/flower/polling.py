@@ -4,7 +4,7 @@
 LOOK = 0.1
 
 
-def look_sooner(most: float | None = None) -> bool:
+def shorten_backoff(most: float | None = None) -> bool:
     """Has Flower, in this process, ask again soon for a part of a message that is not there yet, not after a second.
 
     Args:
@@ -24,4 +24,4 @@ def look_sooner(most: float | None = None) -> bool:
     return bool(found)
 
 
-__all__ = ["LOOK", "look_sooner"]
+__all__ = ["LOOK", "shorten_backoff"]

@@ -17,7 +17,7 @@ _SETUP, _MASK, _ROUND, _NODE = "meerkat-setup", "meerkat-mask", "meerkat-round",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class RunDescription:
     """What a node has to know of a run before its first round.
 
     Args:
@@ -51,7 +51,7 @@ class Setup:
         return RecordDict({_SETUP: ConfigRecord(plain), _MASK: ArrayRecord({"file": Array(array)})})
 
     @classmethod
-    def of(cls, content: RecordDict) -> "Setup | None":
+    def of(cls, content: RecordDict) -> "RunDescription | None":
         """Out of a message or a node's state; None if there is none in it."""
         if _SETUP not in content.config_records or _MASK not in content.array_records:
             return None
@@ -123,7 +123,7 @@ __all__ = [
     "DISMISSAL",
     "INTRODUCTION",
     "ROUND",
-    "Setup",
+    "RunDescription",
     "answer_content",
     "answer_of",
     "client_of",

@@ -9,7 +9,7 @@ SCALARS = "scalars"
 _SEEN = "meerkat-sums"
 
 
-def sums_seen(message: Message, context: Context) -> np.ndarray:
+def cumulative_sums(message: Message, context: Context) -> np.ndarray:
     """Keeps what came down in a node's state; float64 [rounds so far, T * queries], of which the last came now.
 
     Raises:
@@ -27,4 +27,4 @@ def sums_seen(message: Message, context: Context) -> np.ndarray:
     return seen
 
 
-__all__ = ["SCALARS", "sums_seen"]
+__all__ = ["SCALARS", "cumulative_sums"]

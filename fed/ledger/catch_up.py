@@ -40,7 +40,7 @@ def catch_up(replica: Replica, ledger: Path, snapshot: Path | None = None) -> bo
 def _load_snapshot(replica: Replica, ledger: Ledger, path: Path) -> bool:
     """Takes the snapshot over, where it is ahead of the replica and the smaller way."""
     snapshot = Snapshot.load(path, ledger)
-    if snapshot.round < replica.round or path.stat().st_size >= ledger.bytes_of(replica.round, snapshot.round):
+    if snapshot.round < replica.round or path.stat().st_size >= ledger.byte_length(replica.round, snapshot.round):
         return False
     replica.load_masters(snapshot.round + 1, snapshot.masters.numpy())
     return True

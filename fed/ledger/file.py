@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from ...engine.atomic_files import append_whole, sync_directory
+from ...engine.atomic_files import append_fsync, sync_directory
 from ...engine.errors import LedgerError, RunError
 from ..scalars import ClientScalars
 from ..terms import CALIBRATION
-from .lines import FORMAT, Header, Round, client_scalars_json, header_of, round_of
+from .lines import FORMAT, LedgerHeader, RoundRecord, client_scalars_json, parse_header, parse_round
 
 _CRC = b',"crc32":"'
 _SEAL = re.compile(rb',"crc32":"[0-9a-f]{8}"}')
@@ -36,19 +36,19 @@ class Ledger:
         digest: SHA-256 of the file, in hexadecimal.
     """
 
-    header: Header
-    lines: list[Round]
+    header: LedgerHeader
+    lines: list[RoundRecord]
     seals: list[int]
     ends: list[int]
     digest: str
 
     @property
-    def calibration(self) -> Round | None:
+    def calibration(self) -> RoundRecord | None:
         """Round 0, where there is one."""
         return self.lines[0] if self.lines and self.lines[0].round == CALIBRATION else None
 
     @property
-    def rounds(self) -> list[Round]:
+    def rounds(self) -> list[RoundRecord]:
         """The rounds from 1 on."""
         return self.lines[1:] if self.calibration is not None else self.lines
 
@@ -56,7 +56,7 @@ class Ledger:
         """The CRC-32 of a round's line; None if it is not there."""
         return next((seal for line, seal in zip(self.lines, self.seals[1:], strict=True) if line.round == round), None)
 
-    def bytes_of(self, first: int, last: int) -> int:
+    def byte_length(self, first: int, last: int) -> int:
         """Length in the file of some rounds, both ends included."""
         at = {line.round: number for number, line in enumerate(self.lines, 1)}
         return self.ends[at[last]] - self.ends[at[first] - 1]
@@ -80,7 +80,7 @@ class LedgerWriter:
         after: what is in it already; a torn line after that is cut off.
     """
 
-    def __init__(self, path: Path, header: Header, after: Ledger | None = None) -> None:
+    def __init__(self, path: Path, header: LedgerHeader, after: Ledger | None = None) -> None:
         self._file: BinaryIO = open(path, "r+b" if after else "xb", buffering=0)  # noqa: SIM115
         if after is not None:
             self.seal = after.seals[-1]
@@ -90,7 +90,7 @@ class LedgerWriter:
         self._write(header.fields())
         sync_directory(path.parent)
 
-    def append(self, line: Round) -> None:
+    def append(self, line: RoundRecord) -> None:
         """Writes and fsyncs one round.
 
         Raises:
@@ -107,7 +107,7 @@ class LedgerWriter:
     def _write(self, fields: dict[str, Any]) -> None:
         data, seal = _sealed(fields, self.seal)
         try:
-            append_whole(self._file, data)
+            append_fsync(self._file, data)
         except OSError as error:
             raise RunError(
                 f"cannot write {self._file.name}: {error.strerror}; the rounds in it are complete"
@@ -133,11 +133,11 @@ def read_ledger(path: Path) -> Ledger:
     if not texts:
         raise LedgerError(f"{path} has no header")
     fields, seal = _opened(texts[0], 0, path, 1)
-    header, lines, seals, ends = header_of(fields, path), [], [seal], [len(texts[0]) + 1]
+    header, lines, seals, ends = parse_header(fields, path), [], [seal], [len(texts[0]) + 1]
     first = CALIBRATION if header.terms.calibration_steps else 1
     for number, text in enumerate(texts[1:], 2):
         fields, seal = _opened(text, seals[-1], path, number)
-        lines.append(round_of(fields, path, number, header, number - 2 + first))
+        lines.append(parse_round(fields, path, number, header, number - 2 + first))
         seals.append(seal)
         ends.append(ends[-1] + len(text) + 1)
     return Ledger(header, lines, seals, ends, hashlib.sha256(data).hexdigest())
@@ -173,4 +173,4 @@ def _opened(line: bytes, before: int, path: Path, number: int) -> tuple[dict[str
     return fields, seal
 
 
-__all__ = ["FORMAT", "Header", "Ledger", "LedgerWriter", "Round", "read_ledger"]
+__all__ = ["FORMAT", "Ledger", "LedgerHeader", "LedgerWriter", "RoundRecord", "read_ledger"]

@@ -22,7 +22,7 @@ FORMAT = "meerkat-ledger/3"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
+class LedgerHeader:
     """First line of a ledger.
 
     Args:
@@ -65,7 +65,7 @@ class Header:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Round:
+class RoundRecord:
     """One line: what a round did.
 
     Args:
@@ -101,7 +101,7 @@ class Round:
     masters: np.ndarray | None = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Round) and self.fields() == other.fields()
+        return isinstance(other, RoundRecord) and self.fields() == other.fields()
 
     def fields(self) -> dict[str, Any]:
         """As they stand in the file."""
@@ -150,7 +150,7 @@ def client_scalars_json(scalars: ClientScalars) -> bytes:
     return b"{%b}" % b",".join(lists)
 
 
-def header_of(fields: dict[str, Any], path: Path) -> Header:
+def parse_header(fields: dict[str, Any], path: Path) -> LedgerHeader:
     """The header that stands in a file; raises ``LedgerError`` naming the line."""
     if fields.get("format") != FORMAT:
         raise LedgerError(f"{path}, line 1: format {fields.get('format')!r}; this version reads {FORMAT!r}")
@@ -173,7 +173,7 @@ def header_of(fields: dict[str, Any], path: Path) -> Header:
             mask_digest=str(fields["mask"]),
             privacy=None if fields["privacy"] is None else Privacy(**fields["privacy"]),
         )
-        return Header(
+        return LedgerHeader(
             terms=terms,
             base=str(fields["base"]),
             method=str(fields["method"]),
@@ -184,12 +184,12 @@ def header_of(fields: dict[str, Any], path: Path) -> Header:
         raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
 
 
-def round_of(fields: dict[str, Any], path: Path, number: int, header: Header, expected: int) -> Round:
+def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerHeader, expected: int) -> RoundRecord:
     """The round that stands in a line of a file; raises ``LedgerError`` naming the line."""
     terms = header.terms
     steps = terms.steps(expected)
     try:
-        line = Round(
+        line = RoundRecord(
             round=int(fields["round"]),
             lr=[float(value) for value in fields["lr"]],
             scalars=[float(value) for value in fields["scalars"]],
@@ -249,4 +249,4 @@ def _masters(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
 
 
-__all__ = ["FORMAT", "Header", "Round", "client_scalars_json", "header_of", "round_of"]
+__all__ = ["FORMAT", "LedgerHeader", "RoundRecord", "client_scalars_json", "parse_header", "parse_round"]

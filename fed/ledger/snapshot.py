@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...engine.checksummed import Kind, read_sealed, write_sealed
+from ...engine.checksummed import FileKind, read_checksummed, write_checksummed
 from ...engine.errors import LedgerError
 from .file import Ledger
 
-_KIND = Kind(
+_KIND = FileKind(
     name="snapshot",
     format="meerkat-snapshot/1",
     keys=frozenset({"round", "seal", "mask"}),
@@ -38,7 +38,7 @@ class Snapshot:
     def save(self, path: Path) -> None:
         """Writes it whole or not at all, in place of an older one."""
         metadata = {"round": str(self.round), "seal": f"{self.seal:08x}", "mask": self.mask}
-        write_sealed(path, _KIND, {"masters": self.masters.cpu()}, metadata)
+        write_checksummed(path, _KIND, {"masters": self.masters.cpu()}, metadata)
 
     @classmethod
     def load(cls, path: Path, ledger: Ledger) -> "Snapshot":
@@ -47,7 +47,7 @@ class Snapshot:
         Raises:
             LedgerError: if it cannot be read, is damaged, or was not taken where the ledger says.
         """
-        metadata, tensors = read_sealed(path, _KIND)
+        metadata, tensors = read_checksummed(path, _KIND)
         try:
             found = cls(round=int(metadata["round"]), seal=int(metadata["seal"], 16), mask=metadata["mask"], **tensors)
         except ValueError as error:

@@ -9,7 +9,7 @@ from ...engine.lm.lora import merge_lora
 from ...engine.lm.models import DTYPES
 from ...engine.parameters import fingerprint
 from ..run.replay import Replayed
-from ..setup.model import load_base
+from ..setup.model import load_base_model
 from .card import delta_card, run_card
 
 
@@ -45,7 +45,7 @@ def apply_delta(path: Path, model: str, output: Path, *, trust_remote_code: bool
     delta = Delta.load(path)
     if delta.dtype not in DTYPES:
         raise DeltaError(f"{delta.where} is of a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} are loaded")
-    lm = load_base(model, delta.dtype, trust_remote_code=trust_remote_code)
+    lm = load_base_model(model, delta.dtype, trust_remote_code=trust_remote_code)
     delta.apply(lm.model)
     save_checkpoint(lm, output, delta_card(delta, lm, output.name, model))
     return delta

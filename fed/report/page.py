@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from ... import __version__
-from ...engine.atomic_files import write_whole
+from ...engine.atomic_files import write_atomic
 from ...engine.errors import ConfigError
 from ...engine.extras import require_matplotlib
 from ..run.directory import CONFIG
@@ -43,7 +43,7 @@ def write_report(paths: list[Path], output: Path | None = None) -> Path:
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
     if not output.parent.is_dir():
         raise ConfigError(f"there is no directory {output.parent} to write {output.name} to; make it first")
-    write_whole(output, _page(runs).encode())
+    write_atomic(output, _page(runs).encode())
     return output
 
 

@@ -14,13 +14,13 @@ import transformers
 from filelock import FileLock, Timeout
 
 from ... import __version__
-from ...engine.atomic_files import append_whole, sync_directory, write_whole
+from ...engine.atomic_files import append_fsync, sync_directory, write_atomic
 from ...engine.errors import RunError
 from ...engine.mask import SparseMask
 from ..config.run_config import RunConfig
 from ..config.toml import config_toml
 from ..gradip import Trace
-from ..ledger.file import Header, LedgerWriter
+from ..ledger.file import LedgerHeader, LedgerWriter
 from .jsonl import Line
 
 CONFIG, MASK, ORIGIN = "config.toml", "mask.safetensors", "origin.json"
@@ -112,17 +112,17 @@ class RunDirectory:
 
     def begin(self, config: RunConfig) -> None:
         """Writes the settings down: from now on there is a run here, which can be resumed."""
-        check_free(self.path)
-        write_whole(self.path / CONFIG, config_toml(config).encode())
+        check_unused(self.path)
+        write_atomic(self.path / CONFIG, config_toml(config).encode())
 
     def keep(self, mask: SparseMask, origin: Origin) -> None:
         """Writes down what is not there yet of what the run begins with."""
         if not (self.path / MASK).exists():
             mask.save(self.path / MASK)
         if not (self.path / ORIGIN).exists():
-            write_whole(self.path / ORIGIN, (json.dumps(vars(origin), indent=1) + "\n").encode())
+            write_atomic(self.path / ORIGIN, (json.dumps(vars(origin), indent=1) + "\n").encode())
 
-    def new_ledger(self, header: Header) -> LedgerWriter:
+    def new_ledger(self, header: LedgerHeader) -> LedgerWriter:
         """Begins the ledger, after one that was killed before its header was whole."""
         path = self.path / LEDGER
         path.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ class RunDirectory:
         new = not path.exists()
         try:
             with open(path, "ab", buffering=0) as file:
-                append_whole(file, (json.dumps(line, allow_nan=False) + "\n").encode())
+                append_fsync(file, (json.dumps(line, allow_nan=False) + "\n").encode())
             if new:
                 sync_directory(self.path)
         except OSError as error:
@@ -185,7 +185,7 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def check_free(path: Path) -> None:
+def check_unused(path: Path) -> None:
     """Raises ``RunError`` if the path is taken; nothing is ever overwritten."""
     if path.is_dir():
         found = [each for each in path.iterdir() if each.name != _LOCK and not _PARTIAL.fullmatch(each.name)]
@@ -208,7 +208,7 @@ __all__ = [
     "SNAPSHOT",
     "Origin",
     "RunDirectory",
-    "check_free",
+    "check_unused",
     "is_run",
     "read_origin",
 ]

@@ -15,26 +15,26 @@ from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
 from ..config.toml import read_toml
-from ..ledger.file import Header, read_ledger
+from ..ledger.file import LedgerHeader, read_ledger
 from ..partition import histogram
 from ..privacy import largest_epsilon
-from ..setup.data import TaskData, check_files, encode, shares_of
+from ..setup.data import TaskData, check_files, client_shares, encode
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model
 from ..setup.pool import ClientPool, LocalPool
-from ..setup.server_and_clients import Federation, check_moves, check_selection, terms_of
-from .directory import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_free, is_run, read_origin
-from .metrics import Metrics, summary_in
-from .rounds import Progress, Report, Rounds, Say
-from .saved_rounds import go_on, read_recorded
-from .summary import of_federation, of_selection
+from ..setup.server_and_clients import Federation, check_perturbation, check_selection, make_terms
+from .directory import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_unused, is_run, read_origin
+from .metrics import Metrics, read_summary
+from .rounds import Log, Progress, Report, Rounds
+from .saved_rounds import read_saved_rounds, reopen_ledger
+from .summary import federation_summary, selection_summary
 
 
 def execute(
     config: RunConfig,
     output: Path,
     report: Report,
-    say: Say,
+    log: Log,
     *,
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
@@ -45,7 +45,7 @@ def execute(
         config: the settings.
         output: a directory that is empty or does not exist.
         report: called after every round.
-        say: called with a line before each slow preparation, and about the data.
+        log: called with a line before each slow preparation, and about the data.
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
         pool: where the clients are; None: in this process. The bits of clients in several processes are those of one
             process with as many threads as each of these has.
@@ -56,22 +56,22 @@ def execute(
     Raises:
         MeerkatError: for any input that does not fit; what was complete on disk stays.
     """
-    check_free(output)
+    check_unused(output)
     check_files(config)
-    it = _prepare(config, say, trust_remote_code, pool or LocalPool())
-    mask = it.mask(say)  # before there is a directory: until here, whatever fails leaves nothing
-    _check(it, mask, say)
+    it = _prepare(config, log, trust_remote_code, pool or LocalPool())
+    mask = it.mask(log)  # before there is a directory: until here, whatever fails leaves nothing
+    _check(it, mask, log)
     if config.mask.file is not None:
         it = dataclasses.replace(it, config=config.replace(density=mask.density))  # what was used
     with RunDirectory(output) as directory:
         directory.begin(it.config)
-        return _carry_out(it, directory, mask, report, say)
+        return _run(it, directory, mask, report, log)
 
 
 def resume(
     path: Path,
     report: Report,
-    say: Say,
+    log: Log,
     *,
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
@@ -83,7 +83,7 @@ def resume(
     Args:
         path: run directory.
         report: called after every round that is new.
-        say: as for ``execute``.
+        log: as for ``execute``.
         trust_remote_code: as for ``execute``.
         pool: as for ``execute``.
 
@@ -96,23 +96,23 @@ def resume(
         MeerkatError: as ``execute``. Whatever is raised, the run stays as it was.
     """
     config = _config_of(path)
-    finished = summary_in(path)
+    finished = read_summary(path)
     if finished is not None:
         _check_finished(config, path)
-        say("this run is finished; nothing to do")
+        log("this run is finished; nothing to do")
         return finished
     with RunDirectory(path) as directory:
         made = (path / MASK).exists()
         if made:  # what it was made of is no longer needed
             config = config.replace(mask=None, calibration=None)
         check_files(config)
-        it = _prepare(config, say, trust_remote_code, pool or LocalPool())
-        mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(say)
-        _check(it, mask, say)
-        return _carry_out(it, directory, mask, report, say)
+        it = _prepare(config, log, trust_remote_code, pool or LocalPool())
+        mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(log)
+        _check(it, mask, log)
+        return _run(it, directory, mask, report, log)
 
 
-def check_same(settings: Mapping[str, Any], path: Path) -> None:
+def check_same_settings(settings: Mapping[str, Any], path: Path) -> None:
     """Raises ``ConfigError`` if a run began with others than these settings, ``RunError`` if there is none."""
     config = _config_of(path)
     known = config.flat()
@@ -136,7 +136,7 @@ def _config_of(path: Path) -> RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class _Inputs:
     """What a run works with, but for the mask; no shares where the clients are elsewhere."""
 
     config: RunConfig
@@ -146,8 +146,8 @@ class _Prepared:
     base: str
     pool: ClientPool
 
-    def mask(self, say: Say) -> SparseMask:
-        say(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
+    def mask(self, log: Log) -> SparseMask:
+        log(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
         return make_mask(self.config, self.lm, self.data.train)
 
     @property
@@ -176,42 +176,42 @@ class _Prepared:
         }
 
 
-def _prepare(config: RunConfig, say: Say, trust_remote_code: bool, pool: ClientPool) -> _Prepared:
+def _prepare(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool) -> _Inputs:
     for line in pool.prepare(config):
-        say(line)
+        log(line)
     if config.model.backend != "auto":
         resolve(
             config.model.backend, check_device(config.model.device)
         )  # an unfit one is told before anything slow begins
-    say(f"loading the model {config.model.source} and the task {config.task.name}")
-    say(
+    log(f"loading the model {config.model.source} and the task {config.task.name}")
+    log(
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
     )
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
     data = encode(config, lm.tokenizer)
-    shares = shares_of(config, data) if pool.simulated else []
+    shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
-    it = _Prepared(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
+    it = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
     pool.check(base, it.digest)
     for i, row in enumerate(it.labels[:8]):
         called = f" ({it.names[i]})" if it.names else ""
-        say(f"client {i}{called}: {sum(row)} examples, {row} by label")
+        log(f"client {i}{called}: {sum(row)} examples, {row} by label")
     if len(shares) > 8:
-        say(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")
+        log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")
     return it
 
 
-def _check(it: _Prepared, mask: SparseMask, say: Say) -> None:
+def _check(it: _Inputs, mask: SparseMask, log: Log) -> None:
     """Raises ``MeerkatError`` for what is known to fail later, before anything is written."""
     check_selection(it.config, mask, it.data)
-    told = check_moves(it.config, it.lm.model, mask)
+    told = check_perturbation(it.config, it.lm.model, mask)
     if told is not None:
-        say(told)
-    terms = terms_of(it.config, mask)
+        log(told)
+    terms = make_terms(it.config, mask)
     if terms.privacy is not None and it.shares:
         steps = terms.calibration_steps + it.config.rounds * terms.local_steps
         whole = largest_epsilon(terms.privacy, {(len(share), steps) for share in it.shares}, terms.queries)
-        say(
+        log(
             f"differential privacy: epsilon {whole:.3g} at delta {terms.privacy.delta:g} at most, after all "
             f"rounds (simulated: the noise follows from the seed)"
         )
@@ -226,7 +226,7 @@ def _check_finished(config: RunConfig, path: Path) -> None:
         raise RunError(f"{path / MASK} is not the mask of the run; nothing was changed")
 
 
-def _check_origin(directory: RunDirectory, here: Origin, say: Say) -> None:
+def _check_origin(directory: RunDirectory, here: Origin, log: Log) -> None:
     """Raises ``RunError`` unless a run goes on with what it began with; says what else is different."""
     began = read_origin(directory.path)
     if began is None:
@@ -241,29 +241,29 @@ def _check_origin(directory: RunDirectory, here: Origin, say: Say) -> None:
             f"nothing was changed"
         )
     for difference in here.differences(began):
-        say(f"the run began with {difference}: its bits may not be those of a run that was never stopped")
+        log(f"the run began with {difference}: its bits may not be those of a run that was never stopped")
 
 
-def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report: Report, say: Say) -> dict[str, Any]:
+def _run(it: _Inputs, directory: RunDirectory, mask: SparseMask, report: Report, log: Log) -> dict[str, Any]:
     """Begins a run in its directory, or goes on with the one that is there, to its end."""
     config = it.config
     here = Origin.here(data=it.digest, settings=config.digest(), device=config.model.device)
-    header = Header(
-        terms=terms_of(config, mask),
+    header = LedgerHeader(
+        terms=make_terms(config, mask),
         base=it.base,
         method=config.method,
         clients=config.clients.count,
         aggregation=config.aggregation.build(),
     )
-    _check_origin(directory, here, say)
-    recorded = read_recorded(directory, header)
+    _check_origin(directory, here, log)
+    recorded = read_saved_rounds(directory, header)
     directory.keep(mask, here)
-    with go_on(directory, header, recorded) as ledger:
+    with reopen_ledger(directory, header, recorded) as ledger:
         federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, it.pool.micro_batch_map)
         exchange = it.pool.connect(federation, directory.path / MASK)
         metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
-        Rounds(federation, exchange, directory, ledger, metrics, report, say).run(recorded)
-    summary = metrics.summary() | of_federation(federation) | of_selection(federation.selection, it.labels)
+        Rounds(federation, exchange, directory, ledger, metrics, report, log).run(recorded)
+    summary = metrics.summary() | federation_summary(federation) | selection_summary(federation.selection, it.labels)
     summary |= {
         "labels": [word.strip() for word in it.data.train.task.label_words],
         **(it.dealt() if it.shares else {}),
@@ -283,4 +283,4 @@ def _carry_out(it: _Prepared, directory: RunDirectory, mask: SparseMask, report:
     return summary
 
 
-__all__ = ["Progress", "check_same", "execute", "resume"]
+__all__ = ["Progress", "check_same_settings", "execute", "resume"]

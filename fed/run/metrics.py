@@ -9,7 +9,7 @@ from typing import Any
 
 from ...engine.errors import RunError
 from ...engine.lm.evaluation import Evaluation
-from ..ledger.file import Round
+from ..ledger.file import RoundRecord
 from ..scalars import ClientScalars
 from .directory import METRICS, RunDirectory
 from .jsonl import Line, finite, is_number, read_lines
@@ -35,7 +35,13 @@ class Metrics:
         return self._evaluation(self._lines[0]) if self._lines else None
 
     def add(
-        self, done: Round | None, evaluated: Evaluation | None, *, seconds: float, in_steps: float, in_forwards: float
+        self,
+        done: RoundRecord | None,
+        evaluated: Evaluation | None,
+        *,
+        seconds: float,
+        in_steps: float,
+        in_forwards: float,
     ) -> Line:
         """Writes a line.
 
@@ -72,7 +78,7 @@ class Metrics:
             "validation_loss_after": finite(last.loss),
             "validation_examples": before.examples,
             "steps": self._sum("steps"),
-            "queries_not_taken": sum(line.get("not_taken", 0) for line in self._lines),
+            "queries_skipped": sum(line.get("skipped", 0) for line in self._lines),
             "bytes_up": self._sum("bytes_up"),
             "bytes_down": self._sum("bytes_down"),
             **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),
@@ -97,7 +103,7 @@ class Metrics:
         )
 
 
-def check_line(line: Line, done: Round | None, where: str) -> None:
+def check_metrics_line(line: Line, done: RoundRecord | None, where: str) -> None:
     """Raises ``RunError`` unless a line of the metrics says of a round what the ledger does."""
     for name, value in _of_round(done).items():
         if name not in line or line[name] != value:
@@ -110,7 +116,7 @@ def check_line(line: Line, done: Round | None, where: str) -> None:
         raise RunError(f"{where}: an evaluation or a time is no number; nothing was changed")
 
 
-def summary_in(path: Path) -> dict[str, Any] | None:
+def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary of the run in a directory; None if it is not finished."""
     lines = read_lines(path / METRICS)
     found: dict[str, Any] | None = lines[-1].get("summary") if lines else None
@@ -130,19 +136,19 @@ def _of_evaluation(evaluated: Evaluation | None) -> Line:
     }
 
 
-def _of_round(done: Round | None) -> Line:
+def _of_round(done: RoundRecord | None) -> Line:
     """What the ledger has of a round; the training loss goes before that of an evaluation."""
     if done is None:
         return {"round": 0, "steps": 0, "bytes_up": 0, "bytes_down": 0}
     line: Line = {"round": done.round} | ({"loss": done.loss} if done.round else {})
     line |= {"steps": done.steps, "bytes_up": done.bytes_up, "bytes_down": done.bytes_down}
-    not_taken = ClientScalars.of(done.clients).not_taken
+    skipped = ClientScalars.of(done.clients).skipped
     return (
         line
         | ({"rejected": done.rejected} if done.rejected else {})
-        | ({"not_taken": not_taken} if not_taken else {})
+        | ({"skipped": skipped} if skipped else {})
         | ({"epsilon": done.epsilon} if done.epsilon is not None else {})
     )
 
 
-__all__ = ["Metrics", "check_line", "summary_in"]
+__all__ = ["Metrics", "check_metrics_line", "read_summary"]

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from ...engine.lm.evaluation import Evaluation, evaluate
 from ..exchange import Exchange, serve
-from ..ledger.file import LedgerWriter, Round
+from ..ledger.file import LedgerWriter, RoundRecord
 from ..ledger.snapshot import Snapshot
 from ..server import RoundResult
 from ..setup.server_and_clients import Federation
 from ..terms import CALIBRATION
 from .directory import SNAPSHOT, RunDirectory
 from .metrics import Metrics
-from .saved_rounds import Recorded
+from .saved_rounds import SavedRounds
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class Rounds:
         ledger: LedgerWriter,
         metrics: Metrics,
         report: Report,
-        say: Say,
+        log: Log,
     ) -> None:
         self._federation, self._directory, self._ledger, self._metrics = federation, directory, ledger, metrics
-        self._exchange, self._report, self._say = exchange, report, say
+        self._exchange, self._report, self._log = exchange, report, log
         self._config, self._timing = federation.config, federation.timing
         self._begun, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
 
-    def run(self, recorded: Recorded) -> None:
+    def run(self, recorded: SavedRounds) -> None:
         """From wherever the run is to its last round."""
         self._restore(recorded)
         federation = self._federation
@@ -60,24 +60,24 @@ class Rounds:
             before = self._evaluate()
             if not federation.server.replica.terms.calibration_steps:
                 self._write(None, before)
-        for line in recorded.untold:
+        for line in recorded.pending:
             self._close(federation.restore(line), before)
         self._snapshot(recorded)
         if federation.server.round == CALIBRATION:
-            self._say(f"a path of {self._config.selection.steps} steps of every client, to find the extreme ones")
+            self._log(f"a path of {self._config.selection.steps} steps of every client, to find the extreme ones")
         for done in serve(federation.server, self._exchange, self._config.rounds):
             self._close(done, before)
             self._snapshot(recorded)
 
-    def _restore(self, recorded: Recorded) -> None:
+    def _restore(self, recorded: SavedRounds) -> None:
         """Brings server, clients and model to where everything has been written."""
         snapshot = recorded.snapshot
-        for line in recorded.told:
+        for line in recorded.evaluated:
             self._federation.restore(line, weights=snapshot is None or line.round > snapshot.round, traced=False)
             if snapshot is not None and line.round == snapshot.round:
                 self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
-        if recorded.told:
-            self._say(f"going on after round {recorded.told[-1].round}")
+        if recorded.evaluated:
+            self._log(f"going on after round {recorded.evaluated[-1].round}")
 
     def _close(self, done: RoundResult, before: Evaluation) -> None:
         """Evaluates after a round where that is due, and writes it down."""
@@ -90,7 +90,7 @@ class Rounds:
     def _evaluate(self) -> Evaluation:
         return evaluate(self._federation.model, self._federation.data.validation)
 
-    def _write(self, line: Round | None, evaluated: Evaluation | None) -> None:
+    def _write(self, line: RoundRecord | None, evaluated: Evaluation | None) -> None:
         timing, now = self._timing, time.perf_counter()
         written = self._metrics.add(
             line,
@@ -111,7 +111,7 @@ class Rounds:
             )
         )
 
-    def _snapshot(self, recorded: Recorded) -> None:
+    def _snapshot(self, recorded: SavedRounds) -> None:
         """Takes a snapshot where one is due and not there yet."""
         replica, every = self._federation.server.replica, self._config.snapshot_every
         round = replica.round - 1
@@ -127,4 +127,4 @@ class Rounds:
             snapshot.save(self._directory.path / SNAPSHOT)
 
 
-__all__ = ["Progress", "Report", "Rounds", "Say"]
+__all__ = ["Log", "Progress", "Report", "Rounds"]

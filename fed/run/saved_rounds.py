@@ -4,15 +4,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ...engine.errors import LedgerError, RunError
-from ..ledger.file import Header, Ledger, LedgerWriter, Round, read_ledger
+from ..ledger.file import Ledger, LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from ..ledger.snapshot import Snapshot
 from .directory import GRADIP, LEDGER, METRICS, SNAPSHOT, RunDirectory
 from .jsonl import Line, read_lines
-from .metrics import check_line
+from .metrics import check_metrics_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
+class SavedRounds:
     """The rounds on disk; empty for a run that begins.
 
     Args:
@@ -28,21 +28,21 @@ class Recorded:
     snapshot: Snapshot | None = None
 
     @property
-    def told(self) -> list[Round]:
+    def evaluated(self) -> list[RoundRecord]:
         """Rounds of which everything has been written."""
         return [line for line in self._lines if line.round < len(self.metrics)]
 
     @property
-    def untold(self) -> list[Round]:
+    def pending(self) -> list[RoundRecord]:
         """Rounds that are in the ledger, and not yet in the metrics."""
         return [line for line in self._lines if line.round >= len(self.metrics)]
 
     @property
-    def _lines(self) -> list[Round]:
+    def _lines(self) -> list[RoundRecord]:
         return self.ledger.lines if self.ledger is not None else []
 
 
-def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
+def read_saved_rounds(directory: RunDirectory, header: LedgerHeader) -> SavedRounds:
     """Reads what is in a run directory.
 
     Args:
@@ -59,7 +59,7 @@ def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
     if not directory.has_ledger():
         if metrics or traced or (path / SNAPSHOT).exists():
             raise LedgerError(f"{path} has rounds and no {LEDGER}, which is lost; nothing was changed")
-        return Recorded()
+        return SavedRounds()
     ledger = read_ledger(path / LEDGER)
     _check_header(ledger.header, header, path / LEDGER)
     # before training there is a line that the ledger has no counterpart of
@@ -71,11 +71,11 @@ def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
             f"nothing was changed"
         )
     for number, (line, done) in enumerate(zip(metrics, rounds, strict=False), 1):
-        check_line(line, done, f"{path / METRICS}, line {number}")
+        check_metrics_line(line, done, f"{path / METRICS}, line {number}")
     snapshot = None
     if (path / SNAPSHOT).exists() and not header.terms.sends_weights:
         snapshot = Snapshot.load(path / SNAPSHOT, ledger)
-    return Recorded(
+    return SavedRounds(
         ledger=ledger,
         metrics=metrics,
         traced=sum(line["round"] < len(metrics) for line in traced),
@@ -83,7 +83,7 @@ def read_recorded(directory: RunDirectory, header: Header) -> Recorded:
     )
 
 
-def go_on(directory: RunDirectory, header: Header, recorded: Recorded) -> LedgerWriter:
+def reopen_ledger(directory: RunDirectory, header: LedgerHeader, recorded: SavedRounds) -> LedgerWriter:
     """Opens the ledger behind its last whole line, and takes from the other files what will be written anew."""
     if recorded.ledger is None:
         return directory.new_ledger(header)
@@ -102,7 +102,7 @@ def _check_rounds(metrics: list[Line], traced: list[Line], path: Path) -> None:
             raise RunError(f"{path / GRADIP}, line {number}: no round after the line before; nothing was changed")
 
 
-def _check_header(found: Header, wanted: Header, path: Path) -> None:
+def _check_header(found: LedgerHeader, wanted: LedgerHeader, path: Path) -> None:
     if found.base != wanted.base:
         raise LedgerError(
             f"{path}, line 1: the run began with a base model of fingerprint {found.base[:12]}; "
@@ -120,4 +120,4 @@ def _check_header(found: Header, wanted: Header, path: Path) -> None:
                 raise LedgerError(f"{path}, line 1: {each.name} is {a}; by config.toml it is {b}; nothing was changed")
 
 
-__all__ = ["Recorded", "go_on", "read_recorded"]
+__all__ = ["SavedRounds", "read_saved_rounds", "reopen_ledger"]

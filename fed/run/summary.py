@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 from ...engine.parameters import floating_parameters
-from ..attack import attack_of
+from ..attack import attack_summary
 from ..selection import Selection, Statistics
 from ..setup.server_and_clients import Federation
 from .jsonl import finite
 
 
-def of_federation(federation: Federation) -> dict[str, Any]:
+def federation_summary(federation: Federation) -> dict[str, Any]:
     """How much was trained, what sending weights would have cost, who was refused, stopped early or hostile."""
     config, weights = federation.config, [p for _, p in floating_parameters(federation.model)]
     elements = federation.server.replica.terms.elements
@@ -24,12 +24,12 @@ def of_federation(federation: Federation) -> dict[str, Any]:
         "masked_elements": elements,
         "elements": sum(p.numel() for p in weights),
         "rejected_messages": dict(sorted(federation.server.rejected.items())),
-        **attack_of(config.attack.kind, config.clients.count, config.attack.clients),
+        **attack_summary(config.attack.kind, config.clients.count, config.attack.clients),
         **({"delta": config.privacy.delta} if config.privacy.noise else {}),
     }
 
 
-def of_selection(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
+def selection_summary(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
     """Who was stopped early, why, and how well that found the clients that hold one label only.
 
     Args:
@@ -59,4 +59,4 @@ def _statistics(found: Statistics) -> dict[str, float | None]:
     return {name: finite(value) for name, value in vars(found).items()}
 
 
-__all__ = ["of_federation", "of_selection"]
+__all__ = ["federation_summary", "selection_summary"]

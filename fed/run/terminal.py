@@ -7,10 +7,10 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from .rounds import Progress, Report, Say
+from .rounds import Log, Progress, Report
 
 
-def show(output: Path, go: Callable[[Report, Say], dict[str, Any]]) -> dict[str, Any]:
+def show(output: Path, go: Callable[[Report, Log], dict[str, Any]]) -> dict[str, Any]:
     """Shows what a run reports while it goes, and its summary.
 
     Args:
@@ -45,8 +45,8 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"cut to fit      {s['truncated_train']} training examples, "
                    f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
     click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
-    if s["queries_not_taken"]:
-        click.echo(f"not taken       {s['queries_not_taken']:,} perturbations, whose loss was not finite")
+    if s["queries_skipped"]:
+        click.echo(f"not taken       {s['queries_skipped']:,} perturbations, whose loss was not finite")
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
-from ...engine.lm.data import own_rows, task_rows
+from ...engine.lm.data import custom_rows, task_rows
 from ...engine.lm.examples import EncodedTask
 from ...engine.lm.tasks import Row, Task
 from ..config.run_config import RunConfig
-from ..partition import Group, Partition, groups_of, split
+from ..partition import Group, Partition, client_names, split
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
     train: Sequence[Row]
     validation: Sequence[Row]
     if config.data.file is not None:
-        train, validation = own_rows(task, config.data.file, config.data.validation, config.seed)
+        train, validation = custom_rows(task, config.data.file, config.data.validation, config.seed)
     elif config.data.task in embedded.TASKS:
         train, validation = embedded.rows("train", config.data.task), embedded.rows("validation", config.data.task)
     else:
@@ -57,7 +57,7 @@ def encode(config: RunConfig, tokenizer: object) -> TaskData:
     task, train, validation = read_rows(config)
     groups = None
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
-        groups = groups_of(train, task.client_field, f"{task.name}, train")
+        groups = client_names(train, task.client_field, f"{task.name}, train")
     return TaskData(
         EncodedTask(task, train, tokenizer, config.data.max_length, f"{task.name}, train"),
         EncodedTask(task, validation, tokenizer, config.data.max_length, f"{task.name}, validation"),
@@ -65,7 +65,7 @@ def encode(config: RunConfig, tokenizer: object) -> TaskData:
     )
 
 
-def shares_of(config: RunConfig, data: TaskData) -> list[Tensor]:
+def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:
     """Of each client, the indices of the training examples that it is dealt: int64, ascending."""
     return split(
         data.train.labels,
@@ -87,4 +87,4 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "encode", "read_rows", "shares_of"]
+__all__ = ["TaskData", "check_files", "client_shares", "encode", "read_rows"]

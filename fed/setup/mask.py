@@ -17,7 +17,7 @@ from ...engine.lm.examples import Batch, EncodedTask
 from ...engine.lm.models import LanguageModel
 from ...engine.lm.objective import Objective, task_loss
 from ...engine.mask import SparseMask
-from ...engine.mask_coverage import Transfer, transfer
+from ...engine.mask_coverage import MaskCoverage, measure_coverage
 from ..config.run_config import RunConfig
 from ..methods import Elements
 from .data import encode
@@ -89,11 +89,13 @@ def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, p
     return [train.batch(part.tolist(), answers=answers, device=device) for part in order.split(size)]
 
 
-def reach(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> list[Transfer]:
+def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> list[MaskCoverage]:
     """What some masks hold of the squared gradient of the run's task."""
     train = encode(config, lm.tokenizer).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
-    return transfer(masks, lm.model, _shown(batches), lambda net, batch: task_loss(net, batch, config.step.objective))
+    return measure_coverage(
+        masks, lm.model, _shown(batches), lambda net, batch: task_loss(net, batch, config.step.objective)
+    )
 
 
 def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> SparseMask:
@@ -130,4 +132,4 @@ def _texts(config: RunConfig) -> tuple[list[str], str]:
     return calibration_texts(config.mask.calibration, config.data.directory, config.mask.texts)
 
 
-__all__ = ["calibration_batches", "make_mask", "reach"]
+__all__ = ["calibration_batches", "make_mask", "mask_coverage"]

@@ -9,7 +9,7 @@ from ..config.run_config import RunConfig
 from ..methods import Elements
 
 
-def load_base(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
+def load_base_model(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
     """A base model by the name that ``--model`` takes, the embedded one included."""
     if model == embedded.NAME:
         return embedded.load(DTYPES[dtype], device)
@@ -27,7 +27,7 @@ def load_language_model(
         trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
     """
     base = config.model
-    lm = load_base(model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code)
+    lm = load_base_model(model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code)
     if config.method.recipe.elements is Elements.LORA:
         lora = config.lora
         added = add_lora(lm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.modules, seed=config.seed)
@@ -35,4 +35,4 @@ def load_language_model(
     return lm
 
 
-__all__ = ["load_base", "load_language_model"]
+__all__ = ["load_base_model", "load_language_model"]

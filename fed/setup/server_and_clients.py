@@ -16,11 +16,11 @@ from ..attack import with_attackers
 from ..client import Client, ClientData, Timing
 from ..config.run_config import RunConfig
 from ..gradip import GradIP, Trace
-from ..ledger.file import LedgerWriter, Round
+from ..ledger.file import LedgerWriter, RoundRecord
 from ..methods import Stopping
 from ..privacy import Privacy
 from ..replica import Replica
-from ..selection import Selection, Thresholds, at_random, null_thresholds, path_statistics
+from ..selection import Selection, Thresholds, null_thresholds, path_statistics, random_clients
 from ..server import RoundResult, Server
 from ..terms import CALIBRATION, Terms
 from .data import TaskData
@@ -29,7 +29,7 @@ from .data import TaskData
 _WORTH_TELLING = 0.01
 
 
-def terms_of(config: RunConfig, mask: SparseMask) -> Terms:
+def make_terms(config: RunConfig, mask: SparseMask) -> Terms:
     """The terms that the settings come to."""
     recipe = config.method.recipe
     return Terms.of(
@@ -59,7 +59,7 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
         )
 
 
-def check_moves(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | None:
+def check_perturbation(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | None:
     """What is to be said of a perturbation that the weights' precision rounds away in part; None where it is little.
 
     Raises:
@@ -67,11 +67,13 @@ def check_moves(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | 
     """
     if config.method.recipe.sends_weights:
         return None
-    still = MaskedWeights(model, mask, config.model.backend).still(stream.step_seed(config.seed, 1, 0), config.step.eps)
-    what = f"{still:.1%} of the masked elements do not move at eps {config.step.eps:g}"
-    if still == 1:
+    unchanged_fraction = MaskedWeights(model, mask, config.model.backend).unchanged_fraction(
+        stream.step_seed(config.seed, 1, 0), config.step.eps
+    )
+    what = f"{unchanged_fraction:.1%} of the masked elements do not move at eps {config.step.eps:g}"
+    if unchanged_fraction == 1:
         raise ConfigError(f"{what}: {config.model.dtype} rounds the perturbation away; raise eps, or take float32")
-    return f"{config.model.dtype}: {what}" if still > _WORTH_TELLING else None
+    return f"{config.model.dtype}: {what}" if unchanged_fraction > _WORTH_TELLING else None
 
 
 class Federation:
@@ -103,7 +105,7 @@ class Federation:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
         self._windows = config.selection.windows(config.step.queries)
-        self._replica = Replica(model, mask, terms_of(config, mask), config.model.backend)
+        self._replica = Replica(model, mask, make_terms(config, mask), config.model.backend)
         by_scalars = not self._replica.terms.sends_weights
         self._gradip = None
         if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
@@ -142,7 +144,7 @@ class Federation:
         )
         return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
 
-    def restore(self, line: Round, *, weights: bool = True, traced: bool = True) -> RoundResult:
+    def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
         """Takes over the round that is under way from a ledger; see ``Server.restore``."""
         result = self.server.restore(line, weights=weights, traced=traced)
         if line.round == CALIBRATION and line.thresholds is not None:
@@ -164,7 +166,7 @@ class Federation:
         if stopped is None:
             stopped = [i for i, each in statistics.items() if each.exceed(thresholds)]
             if self.config.method.recipe.stopping is Stopping.RANDOM:
-                stopped = at_random(sorted(traces), len(stopped), self.config.seed)
+                stopped = random_clients(sorted(traces), len(stopped), self.config.seed)
         return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)
 
     def _null_paths(self) -> list[list[float]]:
@@ -186,4 +188,4 @@ class Federation:
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 
-__all__ = ["Federation", "check_moves", "check_selection", "terms_of"]
+__all__ = ["Federation", "check_perturbation", "check_selection", "make_terms"]

@@ -104,7 +104,7 @@ class RankExchange:
             yield i, self._clients[i].handle(request)
         for rank in ranks.others:
             timing, *answers = _answer_of(ranks, rank)
-            if ranks.speaks(rank):
+            if ranks.is_speaker(rank):
                 self._federation.timing.add(*TIMING.unpack(timing))
                 yield from zip((i for i, _ in dealt[rank // ranks.per_client]), answers, strict=True)
 

@@ -44,7 +44,7 @@ class Ranks:
             group = distributed.new_group(list(range(team * per_client, (team + 1) * per_client)), timeout=_PATIENCE)
             self._group = group if team == self.team else self._group
 
-    def speaks(self, rank: int) -> bool:
+    def is_speaker(self, rank: int) -> bool:
         """Whether a process speaks for those that share a client with it."""
         return rank % self.per_client == 0
 
@@ -98,7 +98,7 @@ class Ranks:
 
 
 @contextmanager
-def launched(per_client: int) -> Iterator[Ranks | None]:
+def torchrun_ranks(per_client: int) -> Iterator[Ranks | None]:
     """The processes that ``torchrun`` started this one with; None where it is on its own.
 
     Args:
@@ -150,4 +150,4 @@ def _told(rank: int | None) -> Iterator[None]:
         raise RunError(f"{who} of this run was lost ({str(error).splitlines()[0]}); {_RESUMABLE}") from error
 
 
-__all__ = ["Ranks", "launched"]
+__all__ = ["Ranks", "torchrun_ranks"]

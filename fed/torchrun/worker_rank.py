@@ -8,7 +8,7 @@ from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, make_config
 from ..config.toml import parse_toml
 from ..messages import TrainRequest
-from ..setup.data import encode, shares_of
+from ..setup.data import client_shares, encode
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model
 from ..setup.server_and_clients import Federation
@@ -23,7 +23,7 @@ class _Inputs:
         self.config = config
         self.lm = load_language_model(config, trust_remote_code=trust_remote_code)
         self.data = encode(config, self.lm.tokenizer)
-        self.shares = shares_of(config, self.data)
+        self.shares = client_shares(config, self.data)
 
     def digests(self) -> list[bytes]:
         """What rank 0 compares with its own."""

@@ -129,7 +129,7 @@ def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(tmp_path / "out")])
     assert done.exit_code == 1
-    assert "pip install 'meerkat-engine[bench]'" in done.output
+    assert "pip install -c constraints.txt '.[bench]'" in done.output
     assert not (tmp_path / "out").exists()
 
 

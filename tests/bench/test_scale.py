@@ -13,7 +13,7 @@ from meerkat_engine.bench import scale, traffic
 from meerkat_engine.bench.kernels import CheckError
 from meerkat_engine.cli import main
 from meerkat_engine.fed import server
-from meerkat_engine.fed.ledger.file import Round, round_of
+from meerkat_engine.fed.ledger.file import RoundRecord, parse_round
 from meerkat_engine.fed.messages import TrainRequest
 
 
@@ -50,11 +50,11 @@ def test_a_broken_aggregate_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_ledger_that_keeps_something_else_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(*arguments: Any) -> Round:
-        found = round_of(*arguments)
+    def forgetful(*arguments: Any) -> RoundRecord:
+        found = parse_round(*arguments)
         return replace(found, clients={i: own for i, own in found.clients.items() if i})
 
-    monkeypatch.setattr("meerkat_engine.fed.ledger.file.round_of", forgetful)
+    monkeypatch.setattr("meerkat_engine.fed.ledger.file.parse_round", forgetful)
     with pytest.raises(CheckError, match="the ledger reads back another round than was written"):
         scale.of_clients(200, 2, 2)
 

@@ -42,7 +42,7 @@ def test_without_numba_auto_is_torch() -> None:
         "stream.normal(0, torch.arange(3), backend='numba')",
     )
     assert done.stdout == "3\n"
-    assert "pip install 'meerkat-engine[cpu]', or use backend='torch'" in done.stderr
+    assert "run pip install -c constraints.txt '.[cpu]', or use backend='torch'" in done.stderr
 
 
 def test_numba_without_a_directory_for_its_cache_says_so() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
-from meerkat_engine.engine.checksummed import read_sealed, write_sealed
+from meerkat_engine.engine.checksummed import read_checksummed, write_checksummed
 from meerkat_engine.engine.delta import _KIND, Delta
 from meerkat_engine.engine.errors import DeltaError
 from meerkat_engine.engine.lm.objective import language_model_loss
@@ -91,10 +91,10 @@ def test_models_it_does_not_fit_stay_as_they_are(dtype: torch.dtype, tmp_path: P
 def test_another_end_than_it_says_is_taken_back(dtype: torch.dtype, tmp_path: Path) -> None:
     _, delta = trained(dtype)
     delta.save(tmp_path / "d")
-    metadata, tensors = read_sealed(tmp_path / "d", _KIND)
+    metadata, tensors = read_checksummed(tmp_path / "d", _KIND)
     metadata.pop("format")
     tensors["masters"][5] += 1
-    write_sealed(tmp_path / "wrong", _KIND, tensors, metadata)
+    write_checksummed(tmp_path / "wrong", _KIND, tensors, metadata)
     model = make_model("llama", dtype)
     same = unchanged(model)
     with pytest.raises(DeltaError, match=r"wrong' should lead to weights .*; nothing was changed"):
@@ -190,9 +190,9 @@ def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data
 )
 def test_files_made_to_deceive(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
     metadata.pop("format")
-    write_sealed(tmp_path / "d", _KIND, tensors, metadata | changes)
+    write_checksummed(tmp_path / "d", _KIND, tensors, metadata | changes)
     with pytest.raises(DeltaError, match=message) as caught:
         Delta.load(tmp_path / "d")
     assert str(tmp_path / "d") in str(caught.value)
@@ -201,10 +201,10 @@ def test_files_made_to_deceive(tmp_path: Path, changes: dict[str, str], message:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_masters_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
     metadata.pop("format")
     tensors["masters"][1] = value
-    write_sealed(tmp_path / "d", _KIND, tensors, metadata)
+    write_checksummed(tmp_path / "d", _KIND, tensors, metadata)
     with pytest.raises(DeltaError, match=r"masters must be finite; position 1 holds"):
         Delta.load(tmp_path / "d")
     with pytest.raises(DeltaError, match=r"masters must be float32 \[3\], got torch.float32 \[2\]"):
@@ -216,10 +216,10 @@ def test_paths_in_a_file_are_never_opened(tmp_path: Path, monkeypatch: pytest.Mo
     trap = tmp_path / "trap"
     os.mkfifo(trap)
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_sealed(tmp_path / "good", _KIND)
+    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
     metadata.pop("format")
     free = dict.fromkeys(("base", "weights", "method", "dtype"), str(trap))
-    write_sealed(tmp_path / "d", _KIND, tensors, metadata | free)
+    write_checksummed(tmp_path / "d", _KIND, tensors, metadata | free)
     opened: list[str] = []
     real_open, real_os_open = builtins.open, os.open
     monkeypatch.setattr(builtins, "open", lambda file, *a, **k: (opened.append(str(file)), real_open(file, *a, **k))[1])

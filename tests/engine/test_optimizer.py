@@ -148,7 +148,7 @@ def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) ->
 
     def as_on_a_gpu(self: SparseZO, *arguments: object, **more: object) -> None:
         set_up(self, *arguments, **more)  # type: ignore[arg-type]
-        self._at_once = False
+        self._check_immediately = False
 
     monkeypatch.setattr(SparseZO, "__init__", as_on_a_gpu)
     step_many, seeds = SparseZO.step_many, [stream.step_seed(4, 0, t) for t in range(3)]
@@ -168,7 +168,7 @@ def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) ->
 def test_on_a_gpu_a_loss_that_is_not_finite_is_told_when_the_scalars_are_read(backend: str) -> None:
     model, other = make_model(), make_model()
     opt, clean = (SparseZO(m, SparseMask.random(m, 0.05, 1), lr=0.1, backend=backend) for m in (model, other))
-    opt._at_once = False
+    opt._check_immediately = False
     opt.step_many([closure_of(model), lambda: torch.tensor(float("nan")), closure_of(model)])
     clean.step(closure_of(other))
     clean.step(closure_of(other), seed=stream.step_seed(0, 0, 2))
@@ -183,7 +183,7 @@ def test_on_a_gpu_a_loss_that_is_not_finite_is_told_when_the_scalars_are_read(ba
 def test_a_closure_may_return_the_same_tensor_twice(llama: nn.Module) -> None:
     out = torch.zeros(())
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.0, eps=0.5)
-    opt._at_once = False
+    opt._check_immediately = False
     opt.step(lambda: out.add_(1))
     assert opt.projected_gradients == [-1.0]
 

@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_takes_nothing_of_its_step(llama: nn.Module, e
 
 def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
     opt = made(llama, 2, "two-point", backend="triton")
-    opt._at_once = False
+    opt._check_immediately = False
     nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
     queue = [one, 2 * one, nan, one, one, 3 * one, one, one]
     opt.step_many([lambda: queue.pop(0)] * 2)
@@ -162,7 +162,7 @@ def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
 
 def test_on_a_gpu_no_query_waits_for_the_host(llama: nn.Module, estimator: str) -> None:
     opt, other = made(llama, 3, estimator, backend="triton"), make_model()
-    opt._at_once = False
+    opt._check_immediately = False
     closure, seeds = (
         (lambda: language_model_loss(llama, BATCH)),
         [stream.step_seed(9, 0, t, j) for t in (0, 1) for j in range(3)],

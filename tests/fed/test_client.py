@@ -144,7 +144,7 @@ def test_going_to_a_step_is_taking_the_batches_before_it(task_data: EncodedTask,
         for _ in range(20):
             back.next_indices()
         for data in (begun, back):
-            data.go_to(n)
+            data.seek(n)
             assert [data.next_indices() for _ in range(30 - n)] == taken[n:]
             assert data.seen == straight.seen
 
@@ -163,7 +163,7 @@ def test_poisson_batches(task_data: EncodedTask) -> None:
     other = ClientData(task_data, indices, 2, seed=2, poisson=True)
     assert [other.next_indices() for _ in range(20)] != batches[:20]
     empty = next(i for i, batch in enumerate(batches) if not batch)
-    data.go_to(empty)
+    data.seek(empty)
     assert data.next_batches(Objective.CANDIDATES, CPU) == []
 
 
@@ -203,7 +203,7 @@ def test_a_private_answer_tells_scalars_and_no_loss(federation: Make, monkeypatc
     for seed in (77, 78):
         client = private(federation(steps=2), noise_seed=seed)
         for round in (1, 2):
-            client.data.go_to(0)
+            client.data.seek(0)
             client.replica.round = round
             client.handle(
                 TrainRequest(

@@ -10,10 +10,10 @@ from meerkat_engine.engine import stream
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed import Client, ClientData, RemotePool, Replica, execute, make_config, resume
 from meerkat_engine.fed.server import RoundFailedError
-from meerkat_engine.fed.setup.data import encode, shares_of
+from meerkat_engine.fed.setup.data import client_shares, encode
 from meerkat_engine.fed.setup.mask import make_mask
 from meerkat_engine.fed.setup.model import load_language_model
-from meerkat_engine.fed.setup.server_and_clients import terms_of
+from meerkat_engine.fed.setup.server_and_clients import make_terms
 
 from helpers.command import call, metrics_of
 
@@ -30,9 +30,9 @@ def far_away(settings: dict[str, Any]) -> dict[int, Client]:
         data = encode(config, lm.tokenizer)
         mask = make_mask(config, lm)
         mine = ClientData(
-            data.train, shares_of(config, data)[i], config.step.batch_size, stream.derived_seed(0, "data", i)
+            data.train, client_shares(config, data)[i], config.step.batch_size, stream.derived_seed(0, "data", i)
         )
-        clients[i] = Client(i, mine, Replica(lm.model, mask, terms_of(config, mask)), config.step.objective)
+        clients[i] = Client(i, mine, Replica(lm.model, mask, make_terms(config, mask)), config.step.objective)
     return clients
 
 

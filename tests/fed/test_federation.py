@@ -19,7 +19,7 @@ from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.weights import round_fp32
 from meerkat_engine.fed import ClientData, Replica, Terms, read_ledger, serve, simulate
 from meerkat_engine.fed.aggregation import Aggregation, Weighting
-from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest
+from meerkat_engine.fed.messages import HEADER_BYTES, Stale, TrainReply, TrainRequest
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.server import RoundFailedError, Server
 from meerkat_engine.fed.terms import Schedule
@@ -197,7 +197,7 @@ def test_who_says_it_is_behind_for_ever_is_asked_twice_a_round(federation: Make)
     def exchange(requests: Iterable[tuple[int, bytes]]) -> Iterable[tuple[int, bytes]]:
         for i, request in requests:
             asked.append(i)
-            yield i, Behind(client=1, round=2, stands=1).encode() if i == 1 else fed.clients[i].handle(request)
+            yield i, Stale(client=1, round=2, at_round=1).encode() if i == 1 else fed.clients[i].handle(request)
 
     (done,) = serve(fed.server, exchange, 2)
     assert asked == [0, 1, 2, 1]

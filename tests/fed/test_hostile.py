@@ -16,7 +16,7 @@ from meerkat_engine.fed import execute, make_config, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Rule, Weighting
 from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply
-from meerkat_engine.fed.rejection import Refusal, RefusedError
+from meerkat_engine.fed.rejection import RejectedError, Rejection
 from meerkat_engine.fed.server import RoundFailedError
 
 from helpers.command import call
@@ -51,63 +51,67 @@ def with_raw_nan(reply: TrainReply) -> bytes:
     return changed(reply.encode(), HEADER_BYTES + 4, b"\0\0\xc0\x7f")
 
 
-MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Refusal, str]] = {
-    "nothing": (lambda _: b"", Refusal.MALFORMED, "has 0 bytes"),
-    "truncated": (lambda r: r.encode()[:-1], Refusal.MALFORMED, "claims 2 values"),
-    "longer": (lambda r: r.encode() + bytes(4), Refusal.MALFORMED, "claims 2 values"),
-    "damaged": (lambda r: r.encode()[:-1] + b"\xff", Refusal.MALFORMED, "checksum"),
-    "of another protocol": (lambda r: b"X" + r.encode()[1:], Refusal.MALFORMED, "begins"),
+MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Rejection, str]] = {
+    "nothing": (lambda _: b"", Rejection.MALFORMED, "has 0 bytes"),
+    "truncated": (lambda r: r.encode()[:-1], Rejection.MALFORMED, "claims 2 values"),
+    "longer": (lambda r: r.encode() + bytes(4), Rejection.MALFORMED, "claims 2 values"),
+    "damaged": (lambda r: r.encode()[:-1] + b"\xff", Rejection.MALFORMED, "checksum"),
+    "of another protocol": (lambda r: b"X" + r.encode()[1:], Rejection.MALFORMED, "begins"),
     "far too many values": (
         lambda r: replace(r, scalars=fp32_array(*[0.1] * 1000)).encode(),
-        Refusal.MALFORMED,
+        Rejection.MALFORMED,
         "claims 1000 values where at most 4",
     ),
-    "nan": (with_raw_nan, Refusal.NOT_FINITE, "value 1 is not finite"),
-    "inf": (lambda r: replace(r, scalars=fp32_array(0.5, -INF)).encode(), Refusal.NOT_FINITE, "value 1 is not finite"),
-    "loss nan": (lambda r: replace(r, loss=NAN).encode(), Refusal.NOT_FINITE, "the loss is nan"),
-    "loss inf": (lambda r: replace(r, loss=INF).encode(), Refusal.NOT_FINITE, "the loss is inf"),
+    "nan": (with_raw_nan, Rejection.NOT_FINITE, "value 1 is not finite"),
+    "inf": (
+        lambda r: replace(r, scalars=fp32_array(0.5, -INF)).encode(),
+        Rejection.NOT_FINITE,
+        "value 1 is not finite",
+    ),
+    "loss nan": (lambda r: replace(r, loss=NAN).encode(), Rejection.NOT_FINITE, "the loss is nan"),
+    "loss inf": (lambda r: replace(r, loss=INF).encode(), Rejection.NOT_FINITE, "the loss is inf"),
     "too large": (
         lambda r: replace(r, scalars=fp32_array(NAN, -1.01e8)).encode(),
-        Refusal.TOO_LARGE,
+        Rejection.TOO_LARGE,
         r"client 0 sent a scalar of size 1.01e\+08",
     ),
-    "one step": (lambda r: replace(r, local_steps=1).encode(), Refusal.COUNT, "client 0 took 1 steps instead of 2"),
+    "one step": (lambda r: replace(r, local_steps=1).encode(), Rejection.COUNT, "client 0 took 1 steps instead of 2"),
     "one scalar": (
         lambda r: replace(r, scalars=fp32_array(0.5)).encode(),
-        Refusal.COUNT,
+        Rejection.COUNT,
         "client 0 sent 1 scalars instead of 2",
     ),
     "three scalars": (
         lambda r: replace(r, scalars=fp32_array(1, 2, 3)).encode(),
-        Refusal.COUNT,
+        Rejection.COUNT,
         "client 0 sent 3 scalars",
     ),
-    "weights": (lambda r: replace(r, masters=fp32_array(1, 2)).encode(), Refusal.COUNT, "client 0 sent no scalars"),
-    "unknown client": (lambda r: replace(r, client=9).encode(), Refusal.UNKNOWN, "client 9 is unknown"),
+    "weights": (lambda r: replace(r, masters=fp32_array(1, 2)).encode(), Rejection.COUNT, "client 0 sent no scalars"),
+    "unknown client": (lambda r: replace(r, client=9).encode(), Rejection.UNKNOWN, "client 9 is unknown"),
     "old round": (
         lambda r: replace(r, round=1).encode(),
-        Refusal.ROUND,
+        Rejection.ROUND,
         "client 0 answers round 1; round 2 is under way",
     ),
-    "calibration": (lambda r: replace(r, round=0).encode(), Refusal.ROUND, "client 0 answers round 0; round 2"),
-    "future round": (lambda r: replace(r, round=3).encode(), Refusal.ROUND, "client 0 answers round 3; round 2"),
+    "calibration": (lambda r: replace(r, round=0).encode(), Rejection.ROUND, "client 0 answers round 0; round 2"),
+    "future round": (lambda r: replace(r, round=3).encode(), Rejection.ROUND, "client 0 answers round 3; round 2"),
     "second answer": (
         lambda r: replace(r, client=1).encode(),
-        Refusal.REPEATED,
+        Rejection.REPEATED,
         "client 1 has answered round 2 already",
     ),
-    "no examples": (lambda r: replace(r, examples=0).encode(), Refusal.EXAMPLES, "client 0 has no examples"),
+    "no examples": (lambda r: replace(r, examples=0).encode(), Rejection.EXAMPLES, "client 0 has no examples"),
     "all examples of the world": (
         lambda r: replace(r, examples=2**32 - 1).encode(),
-        Refusal.EXAMPLES,
+        Rejection.EXAMPLES,
         "client 0 claims 4294967295 examples after",
     ),
 }
 
 
-@pytest.mark.parametrize(("make", "refusal", "reason"), MESSAGES.values(), ids=list(MESSAGES))
+@pytest.mark.parametrize(("make", "rejection", "reason"), MESSAGES.values(), ids=list(MESSAGES))
 def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
-    federation: Make, tmp_path: Path, make: Callable[[TrainReply], bytes], refusal: Refusal, reason: str
+    federation: Make, tmp_path: Path, make: Callable[[TrainReply], bytes], rejection: Rejection, reason: str
 ) -> None:
     """In round 2, after one in which all answered; against a federation in which the offender never answers."""
     path, other = tmp_path / "a", tmp_path / "b"
@@ -117,13 +121,13 @@ def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
     message = make(answer(fed, 0))
     fed.server.receive(answer(fed, 1).encode(), sender=1)
     before, counted = state(fed, path), fed.server.rejected.total()
-    with pytest.raises(RefusedError, match=reason) as caught:
+    with pytest.raises(RejectedError, match=reason) as caught:
         fed.server.receive(message)
-    assert caught.value.refusal is refusal
+    assert caught.value.rejection is rejection
     assert state(fed, path) == before
     assert fed.server.rejected.total() == counted + 1
-    (key,) = fed.server.rejected_now()
-    assert key.endswith(f": {refusal}")
+    (key,) = fed.server.rejected_this_round()
+    assert key.endswith(f": {rejection}")
     result, clean = finish(fed, (2,)), finish(without, (1, 2))
     assert result == replace(
         clean, rejected={key: 1}, bytes_up=clean.bytes_up + len(message), bytes_down=result.bytes_down
@@ -132,7 +136,7 @@ def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
     assert fed.weights == without.weights
     assert read_ledger(path).rounds == [read_ledger(other).rounds[0], result]
     finish(fed, (0, 1, 2))  # and whoever offended is served again
-    assert fed.server.rejected_now() == {}
+    assert fed.server.rejected_this_round() == {}
 
 
 def test_the_weights_of_the_rest_are_made_anew(federation: Make) -> None:
@@ -149,11 +153,11 @@ def test_a_replayed_message_changes_nothing(federation: Make, tmp_path: Path) ->
     fed = federation(ledger=tmp_path / "l")
     first = answer(fed, 0).encode()
     fed.server.receive(first)
-    with pytest.raises(RefusedError, match="client 0 has answered round 1 already"):
+    with pytest.raises(RejectedError, match="client 0 has answered round 1 already"):
         fed.server.receive(first)
     finish(fed, (1, 2))
     before = state(fed, tmp_path / "l")
-    with pytest.raises(RefusedError, match="client 0 answers round 1; round 2 is under way"):
+    with pytest.raises(RejectedError, match="client 0 answers round 1; round 2 is under way"):
         fed.server.receive(first)
     assert state(fed, tmp_path / "l") == before
     assert fed.server.rejected == {"client 0: a second answer": 1, "client 0: another round": 1}
@@ -163,10 +167,10 @@ def test_a_client_does_not_speak_for_another(federation: Make, tmp_path: Path) -
     fed = federation(ledger=tmp_path / "l")
     message, before = answer(fed, 1).encode(), state(fed, tmp_path / "l")
     for sender in (0, 9):
-        with pytest.raises(RefusedError, match=f"client {sender} speaks for client 1"):
+        with pytest.raises(RejectedError, match=f"client {sender} speaks for client 1"):
             fed.server.receive(message, sender=sender)
     assert state(fed, tmp_path / "l") == before
-    assert fed.server.rejected_now() == {
+    assert fed.server.rejected_this_round() == {
         "client 0: speaks for another client": 1, "unknown: speaks for another client": 1,
     }  # fmt: skip
     fed.server.receive(message, sender=1)
@@ -178,7 +182,7 @@ def test_an_authenticated_sender_answers_for_what_it_sends(federation: Make) -> 
     for sender in (2, None):
         with pytest.raises(MessageError):
             server.receive(b"no message", sender=sender)
-    assert server.rejected_now() == {"client 2: malformed": 1, "unknown: malformed": 1}
+    assert server.rejected_this_round() == {"client 2: malformed": 1, "unknown: malformed": 1}
 
 
 def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> None:
@@ -215,10 +219,10 @@ def test_who_was_not_sampled_is_refused(federation: Make, tmp_path: Path) -> Non
     members = fed.server.participants()
     stranger = next(i for i in range(4) if i not in members)
     message, before = answer(fed, stranger).encode(), state(fed, tmp_path / "l")
-    with pytest.raises(RefusedError, match=f"client {stranger} does not take part in round 1"):
+    with pytest.raises(RejectedError, match=f"client {stranger} does not take part in round 1"):
         fed.server.receive(message, sender=stranger)
     assert state(fed, tmp_path / "l") == before
-    assert fed.server.rejected_now() == {f"client {stranger}: not sampled": 1}
+    assert fed.server.rejected_this_round() == {f"client {stranger}: not sampled": 1}
 
 
 def test_the_largest_scalar_that_passes(federation: Make) -> None:
@@ -232,12 +236,12 @@ def test_the_largest_scalar_that_passes(federation: Make) -> None:
 def test_claims_of_examples_are_bounded_and_binding(federation: Make) -> None:
     fed = federation(max_examples=100)
     honest = replace(answer(fed, 0), examples=100)
-    with pytest.raises(RefusedError, match="client 0 claims 101 examples, above the 100 allowed"):
+    with pytest.raises(RejectedError, match="client 0 claims 101 examples, above the 100 allowed"):
         fed.server.receive(replace(honest, examples=101).encode())
     assert fed.server.claimed == {}  # what is refused binds nobody
     fed.server.receive(honest.encode())
     fed.server.finish_round()
-    with pytest.raises(RefusedError, match="client 0 claims 99 examples after 100 before"):
+    with pytest.raises(RejectedError, match="client 0 claims 99 examples after 100 before"):
         fed.server.receive(replace(honest, round=2, examples=99).encode())
     fed.server.receive(replace(honest, round=2).encode())
     assert fed.server.claimed == {0: 100}

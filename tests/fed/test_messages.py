@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_engine.engine.errors import MessageError
-from meerkat_engine.fed.messages import HEADER_BYTES, Behind, TrainReply, TrainRequest, decode_answer
-from meerkat_engine.fed.rejection import Refusal, RefusedError
+from meerkat_engine.fed.messages import HEADER_BYTES, Stale, TrainReply, TrainRequest, decode_answer
+from meerkat_engine.fed.rejection import RejectedError, Rejection
 
 from helpers.constants import FUZZ
 from helpers.messages import changed, sealed
@@ -234,7 +234,7 @@ def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
         (changed(REQUEST(), 20, b"\4\0\0\0"), "a request for round 3 cannot bring the scalars from round 4 on"),
         (changed(REQUEST(), 20, b"\0\0\0\0"), "a request for round 3 cannot bring the scalars from round 0 on"),
         (changed(REQUEST(), 6, b"\1"), "a request has no loss"),
-        (Behind(client=1, round=3, stands=2).encode(), "expected a request, got a reply"),
+        (Stale(client=1, round=3, at_round=2).encode(), "expected a request, got a reply"),
         (changed(REQUEST(), 44, b"\0\0\xc0\x7f"), "value 1 is not finite"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -244,29 +244,29 @@ def test_requests_that_cannot_be(data: bytes, reason: str) -> None:
         TrainRequest.decode(data)
 
 
-BEHIND = Behind(client=7, round=3, stands=2)
+STALE = Stale(client=7, round=3, at_round=2)
 
 
 def test_a_client_that_is_behind_says_where_it_stands() -> None:
     golden = (
         "4d4b5431" "05030000" "07000000" "03000000" "00000000" "02000000" "00000000" "00000000" "00000000" "0272a9cf"
     )  # fmt: skip
-    assert BEHIND.encode().hex() == golden
-    assert decode_answer(bytes.fromhex(golden)) == BEHIND
-    with pytest.raises(RefusedError, match="client 7 stands at round 2") as refused:
+    assert STALE.encode().hex() == golden
+    assert decode_answer(bytes.fromhex(golden)) == STALE
+    with pytest.raises(RejectedError, match="client 7 stands at round 2") as refused:
         TrainReply.decode(bytes.fromhex(golden))
-    assert refused.value.refusal is Refusal.BEHIND
+    assert refused.value.rejection is Rejection.STALE
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (changed(BEHIND.encode(), 16, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (changed(BEHIND.encode(), 28, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (changed(BEHIND.encode(), 6, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (sealed(BEHIND.encode()[:24] + b"\1\0\0\0" + bytes(16)), "has no steps, examples, loss or values to tell of"),
-        (changed(BEHIND.encode(), 20, b"\0"), "asked for round 3 cannot be behind at round 0"),
-        (changed(BEHIND.encode(), 20, b"\3"), "asked for round 3 cannot be behind at round 3"),
+        (changed(STALE.encode(), 16, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (changed(STALE.encode(), 28, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (changed(STALE.encode(), 6, b"\1"), "has no steps, examples, loss or values to tell of"),
+        (sealed(STALE.encode()[:24] + b"\1\0\0\0" + bytes(16)), "has no steps, examples, loss or values to tell of"),
+        (changed(STALE.encode(), 20, b"\0"), "asked for round 3 cannot be behind at round 0"),
+        (changed(STALE.encode(), 20, b"\3"), "asked for round 3 cannot be behind at round 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -280,10 +280,10 @@ def test_more_values_than_expected_are_refused_before_they_are_looked_at(
     kind: type[TrainRequest] | type[TrainReply],
 ) -> None:
     data = bytearray(REQUEST() if kind is TrainRequest else reply(1.0, 2.0))
-    kind.decode(bytes(data), most=2)
+    kind.decode(bytes(data), max_values=2)
     data[-1] ^= 1  # a checksum, if it were taken, would be said not to match
     with pytest.raises(MessageError, match="the message claims 2 values where at most 1 belong"):
-        kind.decode(bytes(data), most=1)
+        kind.decode(bytes(data), max_values=1)
 
 
 def peak(decode: Callable[[bytes], object], data: bytes) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meerkat_engine.engine.errors import DataError
-from meerkat_engine.fed.partition import Partition, groups_of, histogram, split
+from meerkat_engine.fed.partition import Partition, client_names, histogram, split
 
 LABELS = torch.arange(600) % 3
 
@@ -98,8 +98,8 @@ def test_a_natural_client_with_less_than_a_batch_is_named() -> None:
 
 
 def test_groups_are_text_or_whole_numbers() -> None:
-    assert groups_of([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
-    assert groups_of([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
+    assert client_names([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
+    assert client_names([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
     for rows, message in [
         ([{"site": "a"}, {"ward": "b"}], r"t, example 2: natural clients need the field 'site'; found \['ward'\]"),
         ([{"site": None}], "t, example 1: field 'site' names a client, .*; got None"),
@@ -107,7 +107,7 @@ def test_groups_are_text_or_whole_numbers() -> None:
         ([{"site": 1}, {"site": True}], "example 2: field 'site' .*; got True"),
     ]:
         with pytest.raises(DataError, match=message):
-            groups_of(rows, "site", "t")
+            client_names(rows, "site", "t")
 
 
 @pytest.mark.parametrize(("classes", "clients"), [(2, 8), (6, 10), (3, 5), (2, 1)])

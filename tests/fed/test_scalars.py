@@ -94,7 +94,7 @@ def test_a_ledger_has_the_json_that_python_writes(scalars: dict[int, list[float]
     own = ClientScalars.of(scalars)
     assert client_scalars_json(own) == plain_json(scalars)
     assert {i: plain_texts(row) for i, row in own.items()} == {i: plain_texts(scalars[i]) for i in sorted(scalars)}
-    assert own.not_taken == sum(math.isnan(g) for row in scalars.values() for g in row)
+    assert own.skipped == sum(math.isnan(g) for row in scalars.values() for g in row)
     sent = {i: np.array(row, dtype=np.float32).tobytes() for i, row in scalars.items()}
     assert ClientScalars.of_bytes(sent) == own
 

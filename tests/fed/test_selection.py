@@ -14,7 +14,14 @@ from meerkat_engine.fed.client import ClientData
 from meerkat_engine.fed.config.run_config import make_config
 from meerkat_engine.fed.run.execute import execute
 from meerkat_engine.fed.run.replay import replay_run
-from meerkat_engine.fed.selection import Statistics, Thresholds, Windows, at_random, null_thresholds, path_statistics
+from meerkat_engine.fed.selection import (
+    Statistics,
+    Thresholds,
+    Windows,
+    null_thresholds,
+    path_statistics,
+    random_clients,
+)
 
 WINDOWS = Windows(initial=2, later=4)
 
@@ -58,9 +65,9 @@ def test_thresholds_from_null_paths_lie_beyond_all_of_them() -> None:
 
 def test_random_clients_depend_on_the_seed_alone() -> None:
     clients = list(range(50))
-    assert at_random(clients, 7, 1) == at_random(clients, 7, 1) != at_random(clients, 7, 2)
-    assert len(set(at_random(clients, 7, 1))) == 7
-    assert at_random(clients, 0, 1) == []
+    assert random_clients(clients, 7, 1) == random_clients(clients, 7, 1) != random_clients(clients, 7, 2)
+    assert len(set(random_clients(clients, 7, 1))) == 7
+    assert random_clients(clients, 0, 1) == []
 
 
 SETTINGS = {
@@ -160,7 +167,7 @@ def test_the_ablation_stops_as_many_clients_at_random(stopped: Stopped, tmp_path
         if Statistics(**found).exceed(Thresholds(**summary["vp_thresholds"]))
     ]
     assert len(summary["stopped"]) == len(flagged) > 0
-    assert summary["stopped"] == at_random(list(range(6)), len(flagged), 1)
+    assert summary["stopped"] == random_clients(list(range(6)), len(flagged), 1)
 
 
 def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from meerkat_engine.engine.errors import RunError
 from meerkat_engine.fed import execute, make_config, read_ledger
-from meerkat_engine.fed.flower.node.local_run import Participant
-from meerkat_engine.fed.flower.server.run import setup_of
+from meerkat_engine.fed.flower.node.local_run import LocalRun
+from meerkat_engine.fed.flower.server.run import describe_run
 from meerkat_engine.fed.run.directory import RunDirectory
 
 from helpers.command import call, summary_of
@@ -52,11 +52,11 @@ def answers_follow_from_the_ledger(run: Path, client: int) -> int:
 
     A scalar is a difference of losses: a client whose masked weights differ in a bit that matters answers otherwise.
     """
-    ledger, setup = read_ledger(run / "ledger.jsonl"), setup_of(run, seconds=1)
-    participant = Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, {})
+    ledger, setup = read_ledger(run / "ledger.jsonl"), describe_run(run, seconds=1)
+    participant = LocalRun.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, {})
     one, checked = participant.client(client), 0
     for line in ledger.rounds:
-        one.data.go_to((line.round - 1) * participant.config.local_steps)
+        one.data.seek((line.round - 1) * participant.config.local_steps)
         found, _ = one.train(line.round, participant.config.local_steps)
         if client in line.clients:
             checked += 1

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from meerkat_engine.fed.flower.records import Setup
+from meerkat_engine.fed.flower.records import RunDescription
 from meerkat_engine.fed.flower.server.nodes import Nodes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-SETUP = Setup(settings="seed = 1", base="b" * 64, mask_digest="m" * 64, mask=b"ids", seconds=3.0)
+SETUP = RunDescription(settings="seed = 1", base="b" * 64, mask_digest="m" * 64, mask=b"ids", seconds=3.0)
 
 
 def test_a_setup_arrives_as_it_was_sent() -> None:
-    assert Setup.of(SETUP.content()) == SETUP
-    assert Setup.of(RecordDict({"other": ConfigRecord({})})) is None
+    assert RunDescription.of(SETUP.content()) == SETUP
+    assert RunDescription.of(RecordDict({"other": ConfigRecord({})})) is None
 
 
 @pytest.mark.parametrize("field", ["settings", "base", "mask_digest"])

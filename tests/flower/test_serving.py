@@ -16,11 +16,11 @@ from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import parse_toml, to_toml
 from meerkat_engine.fed.flower.node import app as client_app
-from meerkat_engine.fed.flower.node.handler import Resident
-from meerkat_engine.fed.flower.node.local_run import Participant, settings_here
-from meerkat_engine.fed.flower.records import Setup
+from meerkat_engine.fed.flower.node.handler import RequestHandler
+from meerkat_engine.fed.flower.node.local_run import LocalRun, settings_on_node
+from meerkat_engine.fed.flower.records import RunDescription
 from meerkat_engine.fed.flower.server import exchange
-from meerkat_engine.fed.flower.server.run import serve_run, settings_from, setup_of
+from meerkat_engine.fed.flower.server.run import describe_run, serve_run, settings_from
 from meerkat_engine.fed.ledger.file import read_ledger
 from meerkat_engine.fed.messages import TrainRequest
 
@@ -45,14 +45,14 @@ class Served:
         self.said: list[str] = []
         self.when: dict[str, Callable[[], None]] = {}  # beginning of a line -> what happens then, once
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.said.append(line)
         for start in [start for start in self.when if line.startswith(start)]:
             self.when.pop(start)()
 
     def run(self, output: Path, settings: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         given = SETTINGS | (settings or {})
-        return serve_run(self.grid, given, output, self.say, **{"deadline": 30, "wait": 1} | options)
+        return serve_run(self.grid, given, output, self.log, **{"deadline": 30, "wait": 1} | options)
 
     def heard(self, text: str) -> bool:
         return any(text in line for line in self.said)
@@ -85,7 +85,7 @@ def test_a_worker_that_forgot_everything_catches_up_in_the_same_round(
     served: Served, tmp_path: Path, here: Path
 ) -> None:
     def forget() -> None:
-        served.nodes[1].resident = Resident()
+        served.nodes[1].resident = RequestHandler()
 
     served.when["round 2 of 4"] = forget
     served.run(tmp_path / "there")
@@ -96,7 +96,7 @@ def test_a_worker_that_forgot_everything_catches_up_in_the_same_round(
 
 def test_a_node_that_forgot_everything_is_told_of_the_run_again(served: Served, tmp_path: Path, here: Path) -> None:
     def forget() -> None:
-        served.nodes[1].resident = Resident()
+        served.nodes[1].resident = RequestHandler()
         served.nodes[1].context.state.clear()  # a SuperNode keeps it in memory
 
     served.when["round 2 of 4"] = forget
@@ -233,37 +233,37 @@ def test_a_node_that_cannot_take_part_says_why(served: Served, tmp_path: Path, n
     assert {i for line in read_ledger(tmp_path / "there" / "ledger.jsonl").rounds for i in line.clients} == {0, 1}
 
 
-def prepared(setup: Setup, node: Any = None) -> Participant:
-    return Participant.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, node or {})
+def prepared(setup: RunDescription, node: Any = None) -> LocalRun:
+    return LocalRun.prepare(setup.settings, setup.base, setup.mask_digest, setup.mask, node or {})
 
 
 def asked(round: int) -> bytes:
     return TrainRequest(client=0, round=round, local_steps=2, first_round=1, scalars=np.zeros(2, np.float32)).encode()
 
 
-def told_of(setup: Setup) -> Resident:
+def told_of(setup: RunDescription) -> RequestHandler:
     """A worker that was told of a run."""
     told: Any = {"do": "setup", "session": "one", "settings": setup.settings, "base": setup.base,
                  "mask": setup.mask_digest, "node": {}, "client": 0}  # fmt: skip
-    resident = Resident()
+    resident = RequestHandler()
     assert resident.handle(told, setup.mask)[0]["known"]
     return resident
 
 
-def private(setup: Setup) -> Setup:
+def private(setup: RunDescription) -> RunDescription:
     settings = parse_toml(setup.settings, "settings") | {"dp_noise": 1.0, "dp_clip": 0.01}
     return replace(setup, settings=to_toml(settings))
 
 
 def test_a_round_of_another_run_is_not_taken(here: Path) -> None:
-    resident = told_of(setup_of(here, seconds=1))
+    resident = told_of(describe_run(here, seconds=1))
     for do in ("round", "stock"):
         assert not resident.handle({"do": do, "session": "other", "client": 0, "round": 2}, asked(2))[0]["known"]
     assert resident.handle({"do": "round", "session": "one", "client": 0}, asked(2))[0]["known"]
 
 
 def test_a_private_node_takes_no_round_twice(here: Path) -> None:
-    resident = told_of(private(setup_of(here, seconds=1)))
+    resident = told_of(private(describe_run(here, seconds=1)))
     header = {"do": "round", "session": "one", "client": 0}
     assert resident.handle(header, asked(2))[0] == {"known": True, "seconds": 0.0}
     assert "a private client takes each" in resident.handle(header, asked(2))[0]["error"]
@@ -272,7 +272,7 @@ def test_a_private_node_takes_no_round_twice(here: Path) -> None:
 
 
 def test_a_private_node_keeps_noise_and_batches_to_itself(here: Path) -> None:
-    setup = setup_of(here, seconds=1)
+    setup = describe_run(here, seconds=1)
     one, other = (prepared(private(setup)).client(0) for _ in range(2))
     assert [one.data.next_indices() for _ in range(3)] != [other.data.next_indices() for _ in range(3)]
     assert one.noise_seed != other.noise_seed
@@ -281,7 +281,7 @@ def test_a_private_node_keeps_noise_and_batches_to_itself(here: Path) -> None:
 
 
 def test_a_node_has_the_runs_model_and_mask_or_none(here: Path) -> None:
-    setup = setup_of(here, seconds=1)
+    setup = describe_run(here, seconds=1)
     prepared(setup)
     with pytest.raises(ModelError, match="the run's base model is 000000000000, the one here"):
         prepared(replace(setup, base="0" * 64))
@@ -295,28 +295,28 @@ def test_a_node_has_the_runs_model_and_mask_or_none(here: Path) -> None:
 def test_the_server_names_no_path_device_or_backend() -> None:
     given = {"rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd", "calibration": "/etc/passwd",
              "mask": "/etc/passwd", "backend": "triton", "device": "cuda"}  # fmt: skip
-    config = settings_here(to_toml(given), {})
+    config = settings_on_node(to_toml(given), {})
     assert config.rounds == 7
     assert (config.data.directory, config.data.validation, config.mask.calibration, config.mask.file) == (None,) * 4
     assert (config.model.backend, config.model.device) == ("auto", "cpu")
     with pytest.raises(ConfigError, match="trust_remote_code"):
-        settings_here("trust_remote_code = true", {})
+        settings_on_node("trust_remote_code = true", {})
 
 
 @pytest.mark.parametrize("model", ["/models/mine", "../mine", "a/b/c", "~/mine", "x.gguf/../../y"])
 def test_a_path_as_the_runs_model_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="say where it lies here"):
-        settings_here(to_toml({"model": model, "task": "sst2"}), {})
+        settings_on_node(to_toml({"model": model, "task": "sst2"}), {})
 
 
 def test_a_hub_id_that_is_a_directory_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = to_toml({"model": "org/name", "task": "sst2"})
-    assert settings_here(text, {}).model.source == "org/name"
+    assert settings_on_node(text, {}).model.source == "org/name"
     Path("org/name").mkdir(parents=True)
     with pytest.raises(ConfigError, match="say where it lies here"):
-        settings_here(text, {})
-    assert settings_here(text, {"model": "org/name"}).model.source == "org/name"
+        settings_on_node(text, {})
+    assert settings_on_node(text, {"model": "org/name"}).model.source == "org/name"
 
 
 def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ def test_a_node_with_examples_of_its_own(tmp_path: Path) -> None:
     rows.write_text("".join(f'{{"text": "a film {i}", "label": {i % 2}}}\n' for i in range(20)))
     text = to_toml({"model": "org/name", "template": "{text} It was", "labels": "bad,good"})
     with pytest.raises(ConfigError, match="data of the nodes' own"):
-        settings_here(text, {})
-    assert settings_here(text, {"data": str(rows)}).data.file == rows
+        settings_on_node(text, {})
+    assert settings_on_node(text, {"data": str(rows)}).data.file == rows
 
 
 def test_what_a_node_cannot_do_tells_nothing_of_its_examples(served: Served, tmp_path: Path) -> None:
@@ -380,4 +380,4 @@ def test_settings_from_an_app() -> None:
 
 
 def test_names_of_the_embedded_model_are_no_paths() -> None:
-    assert settings_here("", {}).model.source == embedded.NAME
+    assert settings_on_node("", {}).model.source == embedded.NAME

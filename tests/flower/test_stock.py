@@ -17,7 +17,7 @@ from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import Client, execute, make_config, read_ledger
 from meerkat_engine.fed.flower.node import app as client_app
 from meerkat_engine.fed.flower.node import local_run as participant
-from meerkat_engine.fed.flower.node.handler import Resident
+from meerkat_engine.fed.flower.node.handler import RequestHandler
 from meerkat_engine.fed.flower.server import strategy as strategies
 from meerkat_engine.fed.flower.server.strategy import Trained, start_strategy
 from meerkat_engine.fed.setup.data import encode
@@ -161,7 +161,7 @@ def test_a_worker_that_was_started_anew_follows(monkeypatch: pytest.MonkeyPatch)
     class Killing(flower.FedMedian):
         def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Any) -> Any:
             if server_round == 3:
-                grid.nodes[101].resident = Resident()
+                grid.nodes[101].resident = RequestHandler()
             return super().configure_train(server_round, arrays, config, grid)
 
     undisturbed, _ = started(monkeypatch, flower.FedMedian(**PLAIN), rounds=4)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_engine.engine.errors import WorkerError
-from meerkat_engine.fed.flower.node.worker_client import Worker, runtime_directory
+from meerkat_engine.fed.flower.node.worker_client import WorkerClient, runtime_directory
 
 from helpers.deployment import wait_until, workers
 
@@ -44,12 +44,12 @@ def left(runtime: Path) -> list[Path]:
 
 
 def test_it_stays_until_it_is_told_to_end(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     header, payload = worker.ask(ROUND, b"", 60)
     assert header["known"] is False
     assert payload == b""
     (process,) = workers(runtime)
-    Worker("one", parent.pid).ask(ROUND, b"", 60)
+    WorkerClient("one", parent.pid).ask(ROUND, b"", 60)
     assert workers(runtime) == [process]
     for path in left(runtime):
         assert path.stat().st_mode & 0o077 == 0
@@ -62,7 +62,7 @@ def test_it_stays_until_it_is_told_to_end(runtime: Path, parent: subprocess.Pope
 def test_one_that_was_killed_is_started_anew_and_ends_with_whom_it_belongs_to(
     runtime: Path, parent: subprocess.Popen[bytes]
 ) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND, b"", 60)
     (process,) = workers(runtime)
     os.kill(process, signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_one_that_was_killed_is_started_anew_and_ends_with_whom_it_belongs_to(
 
 
 def test_who_has_not_the_key_is_turned_away(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND, b"", 60)
     (socket,) = runtime_directory().glob("*.sock")
     with pytest.raises(AuthenticationError):
@@ -85,7 +85,7 @@ def test_who_has_not_the_key_is_turned_away(runtime: Path, parent: subprocess.Po
 
 
 def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     assert "error" in worker.ask({"do": "something else"}, b"", 60)[0]
     assert "error" in worker.ask({"do": "setup", "session": "s"}, b"", 60)[0]
     assert worker.ask(ROUND, b"", 60)[0]["known"] is False
@@ -95,7 +95,7 @@ def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subpr
 def test_one_that_does_not_answer_is_waited_for_as_long_as_was_said(
     runtime: Path, parent: subprocess.Popen[bytes]
 ) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     with pytest.raises(WorkerError, match=r"did not answer within 0\.01 s"):
         worker.ask(ROUND, b"", 0.01)  # it loads torch first
     worker.ask(ROUND, b"", 60)
@@ -111,7 +111,7 @@ def test_one_that_does_not_answer_is_waited_for_as_long_as_was_said(
 def test_it_ends_when_nothing_is_asked_for_as_long_as_the_last_message_said(
     runtime: Path, parent: subprocess.Popen[bytes]
 ) -> None:
-    worker = Worker("one", parent.pid)
+    worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND | {"idle": 60}, b"", 60)
     time.sleep(2)
     worker.ask(ROUND | {"idle": 0.5}, b"", 60)
@@ -141,7 +141,7 @@ def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.Monkey
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
     with pytest.raises(WorkerError, match="too long for a socket's address"):
-        Worker("one", os.getpid())
+        WorkerClient("one", os.getpid())
 
 
 def test_a_client_app_loads_no_torch() -> None:

@@ -14,7 +14,7 @@ from meerkat_engine.engine.lm.objective import Objective
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import Client, ClientData, Replica, Server, Terms
 from meerkat_engine.fed.aggregation import Aggregation, Rule, Weighting
-from meerkat_engine.fed.ledger.file import Header, LedgerWriter, Round
+from meerkat_engine.fed.ledger.file import LedgerHeader, LedgerWriter, RoundRecord
 from meerkat_engine.fed.partition import Partition, split
 
 
@@ -47,7 +47,7 @@ class Federation:
         ids = ids if ids is not None else list(range(clients))
         self.writer = None
         if ledger is not None:
-            header = Header(
+            header = LedgerHeader(
                 terms=self.terms,
                 base=fingerprint(self.base.model),
                 method="test",
@@ -80,7 +80,7 @@ class Federation:
     def fresh_replica(self, dtype: torch.dtype) -> Replica:
         return Replica(embedded.load(dtype).model, self.mask, self.terms)
 
-    def round(self, members: list[int] | None = None) -> Round:
+    def round(self, members: list[int] | None = None) -> RoundRecord:
         """One round with the clients at these positions (all, if not given)."""
         for client in self.clients if members is None else [self.clients[i] for i in members]:
             self.server.receive(client.handle(self.server.request(client.id)))

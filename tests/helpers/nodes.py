@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from meerkat_engine.fed.flower.node import app as client_app
-from meerkat_engine.fed.flower.node.handler import Resident
+from meerkat_engine.fed.flower.node.handler import RequestHandler
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Node:
     """A SuperNode's part: what Flower keeps of it from message to message, and its worker."""
 
     context: Context
-    resident: Resident = field(default_factory=Resident)
+    resident: RequestHandler = field(default_factory=RequestHandler)
     asked: list[str] = field(default_factory=list)
     ended: bool = False
 

@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
         settings.pop(name, None)
     clients = int(settings["clients"])
     strategy = FedMedian(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
-    say = logging.getLogger("flwr").info
-    trained = start_strategy(grid, strategy, settings, say, **waiting)
+    log = logging.getLogger("flwr").info
+    trained = start_strategy(grid, strategy, settings, log, **waiting)
     save_checkpoint(trained.lm, output, f"# FedMedian, {len(trained.scalars)} rounds\n")
-    say(f"weights {trained.weights}")
+    log(f"weights {trained.weights}")

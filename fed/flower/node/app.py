@@ -14,9 +14,9 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from ....engine.errors import MeerkatError, WorkerError
-from ..records import Setup, answer_content, failure, node_content, round_of
-from ..strategy_records import SCALARS, sums_seen
-from .worker_client import Header, Worker
+from ..records import RunDescription, answer_content, failure, node_content, round_of
+from ..strategy_records import SCALARS, cumulative_sums
+from .worker_client import FrameHeader, WorkerClient
 
 app = ClientApp()
 
@@ -24,7 +24,7 @@ app = ClientApp()
 @app.query("meerkat")
 def introduce(message: Message, context: Context) -> Message:
     """Takes a run's setup, has the worker load it, and says which client this node is."""
-    setup = Setup.of(message.content)
+    setup = RunDescription.of(message.content)
     try:
         if setup is None:
             raise WorkerError("an introduction brings the setup of the run, this one does not")
@@ -41,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
     """A round of this engine's own server."""
     asked = round_of(message)
     header = {"do": "round", "session": asked["session"], "idle": asked["idle"]}
-    setup = Setup.of(context.state)
+    setup = RunDescription.of(context.state)
     if setup is not None and setup.session != asked["session"]:
         setup = None
     try:
@@ -67,11 +67,11 @@ def leave(message: Message, context: Context) -> Message:
 @app.train()
 def train_for_any_strategy(message: Message, context: Context) -> Message:
     """A round of one of Flower's own strategies; see ``stock``."""
-    setup = Setup.of(context.state)
+    setup = RunDescription.of(context.state)
     try:
         if setup is None:
             raise WorkerError("this node knows nothing of the run: introduce it before the strategy starts")
-        sums = sums_seen(message, context)
+        sums = cumulative_sums(message, context)
         header = {"do": "stock", "session": setup.session}
         found, answer = _asked(context, header, sums.tobytes(), setup.seconds, setup)
     except MeerkatError as error:
@@ -92,25 +92,25 @@ def _client(context: Context) -> int:
 
 
 def _asked(
-    context: Context, header: Header, payload: bytes, seconds: float, setup: Setup | None
-) -> tuple[Header, bytes]:
+    context: Context, header: FrameHeader, payload: bytes, seconds: float, setup: RunDescription | None
+) -> tuple[FrameHeader, bytes]:
     """Asks the worker; one that was started anew is told of the run first, if this node knows it."""
     header |= {"client": _client(context)}
-    reach: Any = _here() if _in_simulation() else _elsewhere(context).ask
+    mask_coverage: Any = _here() if _in_simulation() else _elsewhere(context).ask
     telling = setup is not None and header["do"] == "setup"
-    found: Header = {"known": False}
+    found: FrameHeader = {"known": False}
     if not telling:
-        found, answer = _checked(reach(header, payload, seconds))
+        found, answer = _checked(mask_coverage(header, payload, seconds))
     if setup is not None and not found["known"]:
         told = {"do": "setup", "session": setup.session, "settings": setup.settings, "base": setup.base,
                 "mask": setup.mask_digest, "node": dict(context.node_config), "client": header["client"]}  # fmt: skip
-        found, answer = _checked(reach(told, setup.mask, setup.seconds))
+        found, answer = _checked(mask_coverage(told, setup.mask, setup.seconds))
         if not telling:
-            found, answer = _checked(reach(header, payload, seconds))
+            found, answer = _checked(mask_coverage(header, payload, seconds))
     return found, answer
 
 
-def _checked(found: tuple[Header, bytes]) -> tuple[Header, bytes]:
+def _checked(found: tuple[FrameHeader, bytes]) -> tuple[FrameHeader, bytes]:
     if "error" in found[0]:
         raise WorkerError(str(found[0]["error"]))
     return found
@@ -123,15 +123,15 @@ def _in_simulation() -> bool:
 
 @cache
 def _here() -> Any:
-    from .handler import Resident
+    from .handler import RequestHandler
 
-    resident = Resident()
+    resident = RequestHandler()
     return lambda header, payload, seconds: resident.handle(header, payload)
 
 
-def _elsewhere(context: Context) -> Worker:
+def _elsewhere(context: Context) -> WorkerClient:
     """The worker of this SuperNode, for one run at a time; it ends with what starts this process for every message."""
-    return Worker(str(context.node_id), os.getppid())
+    return WorkerClient(str(context.node_id), os.getppid())
 
 
 __all__ = ["app", "introduce", "leave", "train", "train_for_any_strategy"]

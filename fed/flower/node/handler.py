@@ -1,4 +1,4 @@
-"""``Resident``: what stays on a node between Flower's messages, and what it does with one."""
+"""``RequestHandler``: what stays on a node between Flower's messages, and what it does with one."""
 
 import logging
 import time
@@ -7,24 +7,24 @@ import numpy as np
 
 from ....engine.errors import ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError
 from ...messages import TrainRequest
-from .local_run import Participant
-from .strategy import stock_round
-from .worker_client import END, Header
+from .local_run import LocalRun
+from .strategy import strategy_round
+from .worker_client import END, FrameHeader
 
 _LOG = logging.getLogger("meerkat.worker")
-_UNKNOWN: Header = {"known": False}
+_UNKNOWN: FrameHeader = {"known": False}
 # Errors of settings, model, mask, messages and losses, which quote none of the node's examples.
 _TOLD = (ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError)
 
 
-class Resident:
+class RequestHandler:
     """Holds one run's model, mask and examples; a setup for another takes their place."""
 
     def __init__(self) -> None:
         self._session = ""
-        self._participant: Participant | None = None
+        self._participant: LocalRun | None = None
 
-    def handle(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+    def handle(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         """Deals with a frame: ``do`` is "setup", "round", "stock" or "end"; the answer's ``error`` is what failed."""
         begun = time.perf_counter()
         try:
@@ -42,11 +42,11 @@ class Resident:
         """Whether nobody is to know how long steps take, from which the size of a batch could be guessed."""
         return self._participant is not None and self._participant.replica.terms.privacy is not None
 
-    def _set_up(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+    def _set_up(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         session = str(header["session"])
         if session != self._session:
             self._session, self._participant = "", None  # not two models at a time
-            self._participant = Participant.prepare(
+            self._participant = LocalRun.prepare(
                 header["settings"], header["base"], header["mask"], payload, header["node"]
             )
             self._session = session
@@ -54,28 +54,28 @@ class Resident:
         self._participant.client(int(header["client"]))
         return {"known": True}, b""
 
-    def _finish(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+    def _finish(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         self._session, self._participant = "", None
         return _UNKNOWN, b""
 
-    def _round(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+    def _round(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         participant = self._participant_for(header["session"])
         if participant is None or self._forgets(TrainRequest.decode(payload).round):
             return _UNKNOWN, b""
         return {"known": True}, participant.client(int(header["client"])).handle(payload)
 
-    def _stock(self, header: Header, payload: bytes) -> tuple[Header, bytes]:
+    def _stock(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         participant = self._participant_for(header["session"])
         if participant is None:
             return _UNKNOWN, b""
         sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, participant.replica.terms.values)
         if self._forgets(len(sums)):
             return _UNKNOWN, b""
-        answer, loss = stock_round(participant, int(header["client"]), sums)
+        answer, loss = strategy_round(participant, int(header["client"]), sums)
         examples = len(participant.client(int(header["client"])).data)
         return {"known": True, "examples": examples, "loss": loss}, answer.tobytes()
 
-    def _participant_for(self, session: str) -> Participant | None:
+    def _participant_for(self, session: str) -> LocalRun | None:
         return self._participant if session == self._session else None
 
     def _forgets(self, round: int) -> bool:
@@ -93,4 +93,4 @@ class Resident:
 _DOES = {"setup": "set_up", "round": "round", "stock": "stock", END: "finish"}
 
 
-__all__ = ["Resident"]
+__all__ = ["RequestHandler"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ....engine import stream
 from ....engine.errors import ConfigError, MaskError, ModelError
 from ....engine.lm import embedded
-from ....engine.lm.data import own_rows
+from ....engine.lm.data import custom_rows
 from ....engine.lm.examples import EncodedTask
 from ....engine.mask import SparseMask
 from ....engine.parameters import fingerprint
@@ -25,10 +25,10 @@ from ...config.run_config import RunConfig, make_config
 from ...config.toml import parse_toml, to_toml
 from ...methods import Elements
 from ...replica import Replica
-from ...setup.data import encode, shares_of
+from ...setup.data import client_shares, encode
 from ...setup.mask import make_mask
 from ...setup.model import load_language_model
-from ...setup.server_and_clients import terms_of
+from ...setup.server_and_clients import make_terms
 
 # Settings that are the business of the machine they are on: none of them travels, and none is taken from a message.
 _LOCAL = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device", "snapshot_every",
@@ -41,12 +41,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FOLLOWING = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
 
 
-def settings_sent(settings: Mapping[str, Any]) -> str:
+def settings_for_nodes(settings: Mapping[str, Any]) -> str:
     """The settings of a run that nodes are told, as TOML."""
     return to_toml({name: value for name, value in settings.items() if name not in _LOCAL})
 
 
-def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
+def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
     """A run's settings as they are on this node.
 
     Args:
@@ -71,7 +71,7 @@ def settings_here(toml: str, node: Mapping[str, Any]) -> RunConfig:
 
 
 @dataclass
-class Participant:
+class LocalRun:
     """What a node holds of a run between its messages.
 
     Args:
@@ -88,11 +88,11 @@ class Participant:
     _clients: dict[int, Client] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def prepare(cls, settings: str, base: str, mask_digest: str, mask: bytes, node: Mapping[str, Any]) -> "Participant":
+    def prepare(cls, settings: str, base: str, mask_digest: str, mask: bytes, node: Mapping[str, Any]) -> "LocalRun":
         """Loads model, mask and examples.
 
         Args:
-            settings: from the server, as ``settings_here`` takes them.
+            settings: from the server, as ``settings_on_node`` takes them.
             base: fingerprint that the server's base model has.
             mask_digest: of the server's mask.
             mask: its file, or empty.
@@ -101,7 +101,7 @@ class Participant:
         Raises:
             MeerkatError: if something is missing here, or is not what the server has.
         """
-        config = settings_here(settings, node)
+        config = settings_on_node(settings, node)
         lm = load_language_model(config)
         if (found := fingerprint(lm.model)) != base:
             raise ModelError(
@@ -110,13 +110,13 @@ class Participant:
         chosen = _mask(config, mask, lm)
         if chosen.digest != mask_digest:
             raise MaskError(f"the run's mask is {mask_digest[:12]}, the one here is {chosen.digest[:12]}")
-        replica = Replica(lm.model, chosen, terms_of(config, chosen), config.model.backend)
+        replica = Replica(lm.model, chosen, make_terms(config, chosen), config.model.backend)
         if config.data.file is not None:  # all of them: the server evaluates on examples of its own
             task = config.task
-            rows, _ = own_rows(task, config.data.file, config.data.file, config.seed)
+            rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)
             return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, config.data.max_length, task.name), None)
         data = encode(config, lm.tokenizer)
-        return cls(config, replica, data.train, shares_of(config, data))
+        return cls(config, replica, data.train, client_shares(config, data))
 
     def client(self, id: int) -> Client:
         """The client of that id; raises ``ConfigError`` if the run has none."""
@@ -148,4 +148,4 @@ def _mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:
     return SparseMask.from_bytes(sent, lm.model)
 
 
-__all__ = ["FOLLOWING", "Participant", "settings_here", "settings_sent"]
+__all__ = ["FOLLOWING", "LocalRun", "settings_for_nodes", "settings_on_node"]

@@ -11,10 +11,10 @@ import numpy as np
 from ....engine.errors import ConfigError, NonFiniteLossError
 from ...config.run_config import RunConfig
 from ...methods import Stopping
-from .local_run import Participant
+from .local_run import LocalRun
 
 
-def check_stock(config: RunConfig) -> None:
+def check_strategy_settings(config: RunConfig) -> None:
     """Raises ``ConfigError`` for settings that need this engine's own server."""
     recipe = config.method.recipe
     if recipe.sends_weights or recipe.stopping is not Stopping.NONE:
@@ -36,7 +36,7 @@ def moves(sums: np.ndarray) -> np.ndarray:
     return np.diff(sums, axis=0).astype(np.float32)
 
 
-def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
+def strategy_round(participant: LocalRun, client: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
     """A node's answer.
 
     Args:
@@ -52,14 +52,14 @@ def stock_round(participant: Participant, client: int, sums: np.ndarray) -> tupl
         NonFiniteLossError: if no step was taken.
     """
     config, replica, round = participant.config, participant.replica, len(sums)
-    check_stock(config)
+    check_strategy_settings(config)
     replica.catch_up(1, moves(sums).reshape(-1))
     one = participant.client(client)
-    one.data.go_to((round - 1) * config.local_steps)
+    one.data.seek((round - 1) * config.local_steps)
     found, loss = one.train(round, config.local_steps)
     if loss is None:
         raise NonFiniteLossError(f"client {client} took no step of round {round}: no loss was finite")
     return sums[-1] + np.nan_to_num(found["scalars"].astype(np.float64), nan=0.0), loss
 
 
-__all__ = ["check_stock", "moves", "stock_round"]
+__all__ = ["check_strategy_settings", "moves", "strategy_round"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import IO, Any
 
-from ..polling import LOOK, look_sooner
+from ..polling import LOOK, shorten_backoff
 from .supernode import replaced
 
 _CLIENT_APP = "flwr-clientapp"
@@ -15,7 +15,7 @@ _CLIENT_APP = "flwr-clientapp"
 
 def main() -> None:
     """Runs the SuperExec; the process to fork off is there before it has threads and connections."""
-    look_sooner()
+    shorten_backoff()
     commands, theirs = os.pipe()
     if os.fork() == 0:
         os.close(theirs)

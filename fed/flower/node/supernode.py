@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ....engine.errors import TransportError
-from ..polling import LOOK, look_sooner
+from ..polling import LOOK, shorten_backoff
 
 
 def replaced(module: ModuleType, name: str, **attributes: Any) -> None:
@@ -49,7 +49,7 @@ def in_step(take: Callable[..., int | None]) -> Callable[..., int | None]:
 
 def main() -> None:
     """Runs the SuperNode."""
-    if not look_sooner():
+    if not shorten_backoff():
         raise TransportError("this version of Flower waits in another way; take flower-supernode itself")
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode

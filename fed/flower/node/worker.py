@@ -39,9 +39,9 @@ def main(place: Path, parent: int) -> None:
 
 
 def _serve(waiting: "queue.Queue[Connection]", place: Path) -> None:
-    from .handler import Resident  # loads torch: whoever asks first waits for the answer, not for us to listen
+    from .handler import RequestHandler  # loads torch: whoever asks first waits for the answer, not for us to listen
 
-    resident, idle = Resident(), _IDLE
+    resident, idle = RequestHandler(), _IDLE
     while True:
         try:
             connection = waiting.get(timeout=idle)

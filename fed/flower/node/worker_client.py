@@ -22,7 +22,7 @@ from typing import Any
 
 from ....engine.errors import WorkerError
 
-Header = dict[str, Any]
+FrameHeader = dict[str, Any]
 # Seconds for a worker to listen: it does so before it loads anything.
 _START = 60.0
 # Bytes of a Unix socket's address, on the systems that allow least.
@@ -52,7 +52,7 @@ def runtime_directory() -> Path:
     return path
 
 
-class Worker:
+class WorkerClient:
     """A worker by its name; it may run or not.
 
     Args:
@@ -71,7 +71,7 @@ class Worker:
                 f"{self._place.parent} is too long for a socket's address; set XDG_RUNTIME_DIR to a shorter one"
             )
 
-    def ask(self, header: Header, payload: bytes, seconds: float) -> tuple[Header, bytes]:
+    def ask(self, header: FrameHeader, payload: bytes, seconds: float) -> tuple[FrameHeader, bytes]:
         """Sends a frame and waits for the answer; starts the worker if it does not run.
 
         Raises:
@@ -147,4 +147,4 @@ class Worker:
         raise WorkerError(f"the worker did not listen within {_START:g} s")
 
 
-__all__ = ["END", "Header", "Worker", "runtime_directory"]
+__all__ = ["END", "FrameHeader", "WorkerClient", "runtime_directory"]

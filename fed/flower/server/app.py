@@ -19,17 +19,17 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs a federation over the nodes that are there."""
     settings = settings_from(context.run_config)
-    say = logging.getLogger("flwr").info
+    log = logging.getLogger("flwr").info
     output = Path(str(settings.pop("output", f"runs/flower-{context.run_id}")))
     summary = serve_run(
         grid,
         {name: value for name, value in settings.items() if name not in _OWN},
         output,
-        say,
+        log,
         **{name: settings[name] for name in _OWN if name in settings},
     )
-    say(f"weights {summary['weights']}")
-    say(f"run directory {output.resolve()}")
+    log(f"weights {summary['weights']}")
+    log(f"run directory {output.resolve()}")
 
 
 _OWN = ("deadline", "min_nodes", "wait", "send_mask")

@@ -7,8 +7,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ....engine.errors import TransportError
-from ..polling import LOOK, look_sooner
-from ..records import DISMISSAL, INTRODUCTION, ROUND, Setup, answer_of, client_of, round_content
+from ..polling import LOOK, shorten_backoff
+from ..records import DISMISSAL, INTRODUCTION, ROUND, RunDescription, answer_of, client_of, round_content
 from .nodes import Nodes
 
 # Seconds that a part of an answer is waited for, whose other parts are there.
@@ -33,31 +33,31 @@ class GridExchange:
         deadline: seconds that answers are waited for, in each call.
         at_least: clients that must have a node before the first round.
         wait: seconds that these are waited for.
-        say: called with a line about nodes that come, go, fail or are late, and about the time of each call.
+        log: called with a line about nodes that come, go, fail or are late, and about the time of each call.
     """
 
     def __init__(
         self,
         grid: Grid,
-        setup: Callable[[], Setup],
+        setup: Callable[[], RunDescription],
         *,
         deadline: float,
         at_least: int,
         wait: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        if not look_sooner(_PART):
-            say("this version of Flower waits in another way: answers may come a second late")
-        self.nodes = Nodes(say)
-        self._grid, self._make_setup, self._say = grid, setup, say
+        if not shorten_backoff(_PART):
+            log("this version of Flower waits in another way: answers may come a second late")
+        self.nodes = Nodes(log)
+        self._grid, self._make_setup, self._log = grid, setup, log
         self._deadline, self._at_least, self._wait = deadline, at_least, wait
-        self._setup: Setup | None = None
+        self._setup: RunDescription | None = None
         self._unread: set[str] = set()  # why answers could not be read
         self._introductions: dict[str, int] = {}  # message -> node, of those that wait for an answer
         self._unfit: dict[int, float] = {}  # nodes that cannot take part -> since when
 
     @property
-    def setup(self) -> Setup:
+    def setup(self) -> RunDescription:
         """What the nodes are told."""
         if self._setup is None:
             self._setup = self._make_setup()
@@ -72,12 +72,12 @@ class GridExchange:
         began = said = time.monotonic()
         self._greet()
         if len(self.nodes) < self._at_least:
-            self._say(f"waiting up to {self._wait:g} s for nodes of {self._at_least} clients")
+            self._log(f"waiting up to {self._wait:g} s for nodes of {self._at_least} clients")
         while len(self.nodes) < self._at_least:
             late = time.monotonic() > began + self._wait
             if time.monotonic() > said + _STILL:
                 said = time.monotonic()
-                self._say(f"{len(self.nodes)} of {self._at_least} clients have a node after {said - began:.0f} s")
+                self._log(f"{len(self.nodes)} of {self._at_least} clients have a node after {said - began:.0f} s")
             for _ in self._answers({}):
                 raise AssertionError("nobody was asked for anything")
             if late and len(self.nodes) < self._at_least:
@@ -102,7 +102,7 @@ class GridExchange:
                 self._greet()  # nobody who is wanted is there: until the deadline, somebody may come
             if time.monotonic() > begun + self._deadline:
                 late = set(sent.values()) | self._coming(wanted) or set(wanted)
-                self._say(f"no answer within {self._deadline:g} s from client {', '.join(map(str, sorted(late)))}")
+                self._log(f"no answer within {self._deadline:g} s from client {', '.join(map(str, sorted(late)))}")
                 break
             for client, answer, seconds in self._answers(sent):
                 if answer is not None:
@@ -111,7 +111,7 @@ class GridExchange:
                 if answer is not None or not self._coming({client: b""}):
                     del wanted[client]
             time.sleep(LOOK)
-        self._say(
+        self._log(
             f"{count} answers in {time.monotonic() - begun:.2f} s, of which the slowest worker took {slowest:.2f}"
         )
 
@@ -182,7 +182,7 @@ class GridExchange:
         except Exception as error:
             if (text := f"answers could not be read: {type(error).__name__}: {error}") not in self._unread:
                 self._unread.add(text)
-                self._say(text)
+                self._log(text)
             return []
 
     def _introduced(self, node: int, reply: Message) -> None:
@@ -192,7 +192,7 @@ class GridExchange:
             self.nodes.claim(node, client_of(reply))
         except (KeyError, TypeError, ValueError) as error:  # whatever a node makes up
             self._unfit[node] = time.monotonic()
-            self._say(f"node {node} cannot take part: {error}")
+            self._log(f"node {node} cannot take part: {error}")
 
     def _answered(self, client: int, reply: Message) -> tuple[bytes | None, float]:
         try:
@@ -200,10 +200,10 @@ class GridExchange:
                 raise ValueError(reply.error.reason)
             answer, seconds = answer_of(reply)
         except (KeyError, TypeError, ValueError) as error:
-            self._say(f"client {client} failed: {error}")
+            self._log(f"client {client} failed: {error}")
             return None, 0.0
         if answer is None and (node := self.nodes.node_of(client)) is not None:
-            self._say(f"client {client} was started anew: it is told of the run")
+            self._log(f"client {client} was started anew: it is told of the run")
             self._introduce([node])
         return answer, seconds
 

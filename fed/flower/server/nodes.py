@@ -7,11 +7,11 @@ class Nodes:
     """Who claimed to be whom, of the nodes that are there.
 
     Args:
-        say: called with a line when a node comes, goes, or claims what another one has.
+        log: called with a line when a node comes, goes, or claims what another one has.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._claims: dict[int, int] = {}  # node -> client; who came first stands first
 
     def present(self, online: Iterable[int]) -> None:
@@ -19,16 +19,16 @@ class Nodes:
         here = frozenset(online)
         for node in [each for each in self._claims if each not in here]:
             client = self._claims.pop(node)
-            self._say(f"client {client}: its node {node} has gone")
+            self._log(f"client {client}: its node {node} has gone")
 
     def claim(self, node: int, client: int) -> None:
         """A node says which client it is."""
         holder = self.node_of(client)
         self._claims[node] = client
         if holder is None or holder == node:
-            self._say(f"client {client} is node {node}")
+            self._log(f"client {client} is node {node}")
         else:
-            self._say(
+            self._log(
                 f"node {node} is refused: it says it is client {client}, which node {holder} is while it is there"
             )
 

@@ -10,20 +10,20 @@ from ...config.run_config import make_config
 from ...config.toml import read_toml
 from ...ledger.file import read_ledger
 from ...run.directory import CONFIG, LEDGER, MASK, is_run
-from ...run.execute import Progress, check_same, execute, resume
+from ...run.execute import Progress, check_same_settings, execute, resume
 from ...setup.pool import RemotePool
-from ..node.local_run import FOLLOWING, settings_sent
-from ..records import Setup
+from ..node.local_run import FOLLOWING, settings_for_nodes
+from ..records import RunDescription
 from .exchange import GridExchange
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def serve_run(
     grid: Grid,
     settings: Mapping[str, Any],
     output: Path,
-    say: Say,
+    log: Log,
     *,
     deadline: float = 600.0,
     min_nodes: int = 0,
@@ -36,7 +36,7 @@ def serve_run(
         grid: of the ServerApp.
         settings: by name, as ``make_config`` takes them.
         output: run directory.
-        say: called with lines for people.
+        log: called with lines for people.
         deadline: seconds that a round waits for answers. A round in which a client turns out to be behind waits once
             more.
         min_nodes: clients that must have a node before the first round; 0 is all.
@@ -52,11 +52,11 @@ def serve_run(
     config = make_config(settings)
     exchange = GridExchange(
         grid,
-        lambda: setup_of(output, seconds=wait, send_mask=send_mask),
+        lambda: describe_run(output, seconds=wait, send_mask=send_mask),
         deadline=deadline,
         at_least=min_nodes or config.clients.count,
         wait=wait,
-        say=say,
+        log=log,
     )
 
     def report(progress: Progress) -> None:
@@ -64,23 +64,23 @@ def serve_run(
         for what, value in (("loss", progress.loss), ("accuracy", progress.accuracy)):
             if value is not None:
                 told.append(f"{what} {value:.4f}")
-        say(", ".join(told))
+        log(", ".join(told))
 
     try:
         if is_run(output):
-            check_same(settings, output)
-            return resume(output, report, say, pool=RemotePool(exchange))
-        return execute(config, output, report, say, pool=RemotePool(exchange))
+            check_same_settings(settings, output)
+            return resume(output, report, log, pool=RemotePool(exchange))
+        return execute(config, output, report, log, pool=RemotePool(exchange))
     finally:
         exchange.dismiss()
 
 
-def setup_of(run: Path, *, seconds: float, send_mask: bool = True) -> Setup:
+def describe_run(run: Path, *, seconds: float, send_mask: bool = True) -> RunDescription:
     """What a node has to know of the run in a directory; the arguments are those of ``serve_run``."""
     settings, header = read_toml(run / CONFIG), read_ledger(run / LEDGER).header
     follows = make_config(settings).method.recipe.elements in FOLLOWING
-    return Setup(
-        settings=settings_sent(settings),
+    return RunDescription(
+        settings=settings_for_nodes(settings),
         base=header.base,
         mask_digest=header.terms.mask_digest,
         mask=(run / MASK).read_bytes() if send_mask and not follows else b"",
@@ -93,4 +93,4 @@ def settings_from(run_config: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in run_config.items() if value != ""}
 
 
-__all__ = ["serve_run", "settings_from", "setup_of"]
+__all__ = ["describe_run", "serve_run", "settings_from"]

@@ -17,10 +17,10 @@ from ...replica import Replica
 from ...setup.data import TaskData, encode
 from ...setup.mask import make_mask
 from ...setup.model import load_language_model
-from ...setup.server_and_clients import terms_of
-from ..node.local_run import settings_sent
-from ..node.strategy import check_stock, moves
-from ..records import Setup
+from ...setup.server_and_clients import make_terms
+from ..node.local_run import settings_for_nodes
+from ..node.strategy import check_strategy_settings, moves
+from ..records import RunDescription
 from ..strategy_records import SCALARS
 from .exchange import GridExchange
 
@@ -43,7 +43,7 @@ class Trained:
     scalars: np.ndarray
 
 
-class _Follower:
+class _ServerModel:
     """The server's own model, moved on as the clients' are."""
 
     def __init__(self, config: RunConfig, replica: Replica, data: TaskData) -> None:
@@ -69,7 +69,7 @@ def start_strategy(
     grid: Grid,
     strategy: Strategy,
     settings: Mapping[str, Any],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     deadline: float = 600.0,
     wait: float = 600.0,
@@ -81,7 +81,7 @@ def start_strategy(
         strategy: one that asks every node in every round (``fraction_train=1``) and evaluates on none
             (``fraction_evaluate=0``): the server evaluates.
         settings: by name, as ``make_config`` takes them.
-        say: called with lines for people.
+        log: called with lines for people.
         deadline: seconds that the strategy waits for the answers of a round.
         wait: seconds that all clients are waited for before the first round, in which they load their models.
 
@@ -90,20 +90,20 @@ def start_strategy(
         MeerkatError: for any other input that does not fit; ``TransportError`` if not all clients come.
     """
     config = make_config(settings)
-    check_stock(config)
+    check_strategy_settings(config)
     lm = load_language_model(config)
     base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
     mask = make_mask(config, lm, data.train)
-    replica = Replica(lm.model, mask, terms_of(config, mask), config.model.backend)
-    setup = Setup(
-        settings=settings_sent(config.flat()),
+    replica = Replica(lm.model, mask, make_terms(config, mask), config.model.backend)
+    setup = RunDescription(
+        settings=settings_for_nodes(config.flat()),
         base=base,
         mask_digest=mask.digest,
         mask=mask.to_bytes(),
         seconds=max(deadline, wait),
     )
-    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients.count, wait=wait, say=say)
-    follower = _Follower(config, replica, data)
+    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients.count, wait=wait, log=log)
+    follower = _ServerModel(config, replica, data)
     try:
         nodes.gather()
         result = strategy.start(

@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 
 from meerkat_engine.engine.errors import LedgerError
 from meerkat_engine.fed.aggregation import Aggregation, Rule
-from meerkat_engine.fed.ledger.file import Header, LedgerWriter, Round, read_ledger
+from meerkat_engine.fed.ledger.file import LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from meerkat_engine.fed.terms import Terms
 
 from helpers.constants import FUZZ
 
 TERMS = Terms(seed=2**63 + 1, eps=1e-3, lr=0.1, local_steps=2, elements=5, mask_digest="ab" * 32)
-HEADER = Header(terms=TERMS, base="cd" * 32, method="meerkat", clients=2, aggregation=Aggregation(rule=Rule.MEDIAN))
+HEADER = LedgerHeader(
+    terms=TERMS, base="cd" * 32, method="meerkat", clients=2, aggregation=Aggregation(rule=Rule.MEDIAN)
+)
 
 
-def line(round: int, scalars: list[float] | None = None) -> Round:
-    return Round(
+def line(round: int, scalars: list[float] | None = None) -> RoundRecord:
+    return RoundRecord(
         round=round,
         lr=[0.1, 0.1],
         scalars=scalars or [0.5, -1.25],

@@ -398,8 +398,8 @@ def test_steps_whose_loss_is_not_finite_are_left_out_and_written_down(tmp_path: 
     count = sum(map(sum, missing))
     assert 0 < count < 3 * 4 * 2
     lines = metrics_of(tmp_path / "r")
-    assert [line.get("not_taken", 0) for line in lines[1:-1]] == [sum(of_round) for of_round in missing]
-    assert lines[-1]["summary"]["queries_not_taken"] == count
+    assert [line.get("skipped", 0) for line in lines[1:-1]] == [sum(of_round) for of_round in missing]
+    assert lines[-1]["summary"]["queries_skipped"] == count
     assert f"not taken       {count} perturbations, whose loss was not finite" in result.output
     assert "the same bits as at the end of the run" in call("replay", tmp_path / "r").output
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meerkat_engine.engine.errors import ConfigError, DataError
-from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, get_task, own_task
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_task
 
 from helpers.prompts import ROWS
 
@@ -25,7 +25,7 @@ def test_labels_are_numbers_truth_values_or_label_words() -> None:
     boolq = get_task("boolq")
     assert [boolq.class_of({"answer": value}) for value in (False, True, 0, 1)] == [0, 1, 0, 1]
     assert [SST2.class_of({"label": word}) for word in ("terrible", " great", "great ")] == [0, 1, 1]
-    spaced = own_task("t", "{text} It is", "not so good,  good")
+    spaced = custom_task("t", "{text} It is", "not so good,  good")
     assert spaced.label_words == (" not so good", " good")
     assert spaced.class_of({"label": " not  so good"}) == 0
 
@@ -34,7 +34,7 @@ def test_labels_are_numbers_truth_values_or_label_words() -> None:
     ("label", "labels"), [(1, "1,2,3"), (True, "true,false"), (0, "1,0")], ids=["stars", "truth", "upside down"]
 )
 def test_a_number_that_is_the_word_of_another_class_is_refused(label: Any, labels: str) -> None:
-    task = own_task("t", "{text} It is", labels)
+    task = custom_task("t", "{text} It is", labels)
     with pytest.raises(DataError, match="is the number of one class and the label word of another"):
         task.class_of({"label": label})
     assert task.class_of({"label": str(label).lower()}) == labels.split(",").index(str(label).lower())
@@ -56,7 +56,7 @@ def test_a_number_that_is_the_word_of_another_class_is_refused(label: Any, label
 )
 def test_malformed_templates(template: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        own_task("t", template, "bad,good")
+        custom_task("t", template, "bad,good")
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_malformed_templates(template: str, message: str) -> None:
 )
 def test_labels_that_cannot_be_told_apart(labels: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        own_task("t", "{text} It was", labels)
+        custom_task("t", "{text} It was", labels)
 
 
 def test_a_task_for_own_data() -> None:
-    task = own_task("mail", "{subject}: {body} {subject} So this is ", " spam,fine", label="kind")
+    task = custom_task("mail", "{subject}: {body} {subject} So this is ", " spam,fine", label="kind")
     assert task.fields == ("subject", "body")
     assert task.cut == "subject"
     assert task.label_words == (" spam", " fine")
@@ -82,7 +82,7 @@ def test_a_task_for_own_data() -> None:
     assert task.prompt(row) == "Hello: Win {now} Hello So this is"  # the label word brings the space
     assert task.class_of(row) == 0
     with pytest.raises(ConfigError, match="cut 'text' is not a field of the template, whose fields are subject, body"):
-        own_task("mail", "{subject}: {body}", "a,b", cut="text")
+        custom_task("mail", "{subject}: {body}", "a,b", cut="text")
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -97,4 +97,4 @@ def test_the_table_of_tasks_says_what_they_are(task: Task) -> None:
     hub = "none" if task.hub is None else f"`{task.hub}`; `{task.hub.validation}`"
     prompt = task.template.replace("\n", "⏎")
     line = f"| `{task.name}` | `{prompt}` | `{task.cut}` | `{task.label}`: {words} | {hub} |"
-    assert line in (Path(__file__).parents[2] / "docs" / "tasks.md").read_text().splitlines()
+    assert line in (Path(__file__).parents[3] / "docs" / "tasks.md").read_text().splitlines()

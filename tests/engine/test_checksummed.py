@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.engine.checksummed import write_sealed
+from meerkat_engine.engine.checksummed import write_checksummed
 from meerkat_engine.engine.errors import MaskError
 from meerkat_engine.engine.mask import _KIND
 from meerkat_engine.engine.parameters import ParameterTable
@@ -161,7 +161,7 @@ def test_files_made_to_deceive(tmp_path: Path, change: Change, message: str) -> 
     metadata, tensors = parts(tmp_path / "good")
     change(metadata, tensors)
     metadata.pop("format")
-    write_sealed(tmp_path / "m", _KIND, tensors, metadata)
+    write_checksummed(tmp_path / "m", _KIND, tensors, metadata)
     with pytest.raises(MaskError, match=message) as caught:
         SparseMask.load(tmp_path / "m")
     assert str(tmp_path / "m") in str(caught.value)

@@ -437,5 +437,5 @@ def test_without_matplotlib(runs: list[Path], tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = call("report", runs[0], "--output", tmp_path / "r.html")
     assert result.exit_code == 1
-    assert "pip install 'meerkat-engine[bench]'" in result.output
+    assert "pip install -c constraints.txt '.[bench]'" in result.output
     assert not (tmp_path / "r.html").exists()

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from meerkat_engine.engine.errors import DataError
-from meerkat_engine.engine.lm.data import calibration_texts, own_rows, read_jsonl, task_rows, token_batches
+from meerkat_engine.engine.lm.data import calibration_texts, custom_rows, read_jsonl, task_rows, token_batches
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.hub import HubSource
-from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, get_task, own_task
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_task
 
 from helpers.models import make_byte_tokenizer, make_tokenizer
 from helpers.prompts import WORDS
@@ -164,34 +164,34 @@ def test_json_lines_in_place_of_the_hub(
         task_rows(there, "validation", None)
 
 
-MAIL = own_task("mail", "{text} This is", "spam,fine")
+MAIL = custom_task("mail", "{text} This is", "spam,fine")
 
 
 def test_a_fifth_of_own_data_is_held_out(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("mail.jsonl", [json.dumps({"text": str(i), "label": i % 2}) for i in range(52)])
-    train, held = own_rows(MAIL, path, None, 3)
+    train, held = custom_rows(MAIL, path, None, 3)
     assert (len(train), len(held)) == (42, 10)
     texts = [int(row["text"]) for row in train]
     assert texts == sorted(texts)
     assert sorted(texts + [int(row["text"]) for row in held]) == list(range(52))
-    assert own_rows(MAIL, path, None, 3) == (train, held)
-    assert own_rows(MAIL, path, None, 4) != (train, held)
+    assert custom_rows(MAIL, path, None, 3) == (train, held)
+    assert custom_rows(MAIL, path, None, 4) != (train, held)
 
 
 def test_own_validation_data_are_taken_as_they_are(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     data = write_jsonl("mail.jsonl", ['{"text": "a", "label": "spam"}'])
     validation = write_jsonl("other.jsonl", ['{"text": "b", "label": "fine"}'])
-    train, held = own_rows(MAIL, data, validation, 0)
+    train, held = custom_rows(MAIL, data, validation, 0)
     assert [row["text"] for row in (*train, *held)] == ["a", "b"]
     with pytest.raises(DataError, match=r"mail\.jsonl holds one example, of which none can be held out"):
-        own_rows(MAIL, data, None, 0)
+        custom_rows(MAIL, data, None, 0)
 
 
 def test_own_data_without_the_templates_field(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("mail.jsonl", ['{"text": "a", "label": 0}', '{"body": "a", "label": 0}'])
     wanted = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
     with pytest.raises(DataError, match=wanted):
-        own_rows(MAIL, path, None, 0)
+        custom_rows(MAIL, path, None, 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.engine.atomic_files import append_whole, write_whole
+from meerkat_engine.engine.atomic_files import append_fsync, write_atomic
 from meerkat_engine.engine.errors import RunError
 
 
@@ -27,7 +27,7 @@ def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    write_whole(tmp_path / "f", b"new")
+    write_atomic(tmp_path / "f", b"new")
     assert done == ["file", "rename", "directory"]
     assert (tmp_path / "f").read_bytes() == b"new"
 
@@ -45,10 +45,10 @@ def test_a_file_system_without_directory_sync(
 
     monkeypatch.setattr(os, "fsync", refusing)
     if passes:
-        write_whole(tmp_path / "f", b"new")
+        write_atomic(tmp_path / "f", b"new")
     else:
         with pytest.raises(RunError, match=r"cannot write .*f: Input/output error"):
-            write_whole(tmp_path / "f", b"new")
+            write_atomic(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
@@ -59,11 +59,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from meerkat_engine.engine.errors import RunError\n"
-        "from meerkat_engine.engine.atomic_files import write_whole\n"
+        "from meerkat_engine.engine.atomic_files import write_atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    write_whole(Path(sys.argv[1]), b'x' * 2000)\n"
+        "    write_atomic(Path(sys.argv[1]), b'x' * 2000)\n"
         "except RunError as error:\n"
         "    print(error)\n"
     )
@@ -78,7 +78,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     for place, message in (("missing/f", "No such file"), ("file/f", "Not a directory"), ("directory", "directory")):
         with pytest.raises(RunError, match=f"cannot write {tmp_path / place}: .*{message}"):
-            write_whole(tmp_path / place, b"x")
+            write_atomic(tmp_path / place, b"x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
 
 
@@ -86,8 +86,8 @@ def test_what_is_appended_is_on_disk_or_taken_back(tmp_path: Path, monkeypatch: 
     path, synced = tmp_path / "lines", []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
     with open(path, "ab", buffering=0) as file:
-        append_whole(file, b"one\n")
-        append_whole(file, b"two\n")
+        append_fsync(file, b"one\n")
+        append_fsync(file, b"two\n")
     assert synced == [b"one\n", b"one\ntwo\n"]
 
     def fail(_: int) -> None:
@@ -95,5 +95,5 @@ def test_what_is_appended_is_on_disk_or_taken_back(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", fail)
     with open(path, "ab", buffering=0) as file, pytest.raises(OSError, match="Input/output error"):
-        append_whole(file, b"three\n")
+        append_fsync(file, b"three\n")
     assert path.read_bytes() == b"one\ntwo\n"

@@ -148,5 +148,5 @@ def test_a_model_can_be_adapted_again(llama: nn.Module) -> None:
 
 def test_peft_is_asked_for(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'meerkat-engine\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints.txt '\.\[lora\]'"):
         add_lora(llama, seed=0)

@@ -23,12 +23,12 @@ EPS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
 def by_hand(model: nn.Module, seed: int, eps: float, ids: torch.Tensor) -> float:
     """One element after the other, as the float that a weight of its dtype holds; no mask, no table, no window."""
     weights = [value for p in model.parameters() for value in p.detach().view(-1)]
-    z, still = stream.normal(seed, ids), 0
+    z, unchanged_fraction = stream.normal(seed, ids), 0
     for element, normal in zip(ids.tolist(), z, strict=True):
         weight, step = weights[element], normal * torch.tensor(eps)
         moved = [(weight.float() + sign * step).to(weight.dtype) for sign in (1, -1)]
-        still += all(each.item().hex() == weight.item().hex() for each in moved)
-    return still / len(ids)
+        unchanged_fraction += all(each.item().hex() == weight.item().hex() for each in moved)
+    return unchanged_fraction / len(ids)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,7 +40,7 @@ def test_it_is_the_share_counted_element_by_element(
     model = make_model("llama", dtype)
     mask = SparseMask.random(model, 0.04, 1)
     weights = MaskedWeights(model, mask, backend)
-    shares = [weights.still(7, eps) for eps in EPS]
+    shares = [weights.unchanged_fraction(7, eps) for eps in EPS]
     assert shares == [by_hand(model, 7, eps, mask.ids) for eps in EPS]
     assert shares == sorted(shares, reverse=True)
     assert (shares[0] > 0.8) == (dtype != torch.float32)
@@ -61,7 +61,7 @@ def test_weights_where_it_matters(weight: float, dtype: torch.dtype, eps: float,
     for p in model.parameters():
         p.data.fill_(weight)
     mask = SparseMask.random(model, 0.8, 1)
-    found = MaskedWeights(model, mask, "torch").still(7, eps)
+    found = MaskedWeights(model, mask, "torch").unchanged_fraction(7, eps)
     assert found == by_hand(model, 7, eps, mask.ids)
     if share is None:
         z = stream.normal(7, mask.ids) * 2**-8
@@ -76,15 +76,15 @@ def test_the_slots_that_pad_a_tensor_are_no_elements() -> None:
     opt = SparseZO(model, SparseMask.random(model, 0.6, 1), lr=1.0, eps=1e-9)
     opt.apply(3, 1.0)  # which moves those slots' masters away from 0, too
     assert opt.weights.tables()[0].slots > len(opt.weights.mask)
-    assert opt.still() == 1.0
+    assert opt.unchanged_fraction() == 1.0
 
 
 def test_in_bfloat16_a_usual_eps_leaves_many_weights_where_they_are() -> None:
     lm = embedded.load(torch.bfloat16)
     opt = SparseZO(lm.model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
     wide = SparseZO(embedded.load().model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
-    assert opt.still() > 0.5
-    assert wide.still() < 0.01
+    assert opt.unchanged_fraction() > 0.5
+    assert wide.unchanged_fraction() < 0.01
 
 
 def test_groups_dtypes_and_whole_parameters_in_one_model(llama: nn.Module) -> None:
@@ -94,38 +94,38 @@ def test_groups_dtypes_and_whole_parameters_in_one_model(llama: nn.Module) -> No
     first, *rest = llama.parameters()
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1, eps=1e-4, params=[{"params": [first]}, {"params": rest}])
     assert len(opt.weights.tables()) >= 4
-    assert opt.still(5) == by_hand(llama, 5, 1e-4, opt.weights.mask.ids)
+    assert opt.unchanged_fraction(5) == by_hand(llama, 5, 1e-4, opt.weights.mask.ids)
 
 
 def test_nothing_is_disturbed(llama: nn.Module) -> None:
     llama.to(torch.bfloat16)
     opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1, eps=1e-2, seed=3)
-    at_w = opt.still()
-    assert at_w == opt.still(stream.step_seed(3, 0, 0)) != opt.still(1)
+    at_w = opt.unchanged_fraction()
+    assert at_w == opt.unchanged_fraction(stream.step_seed(3, 0, 0)) != opt.unchanged_fraction(1)
     opt.perturb(77, 0.25)
     before, masters = flat_weights(llama), opt.weights.masters()
-    assert opt.still() == at_w
+    assert opt.unchanged_fraction() == at_w
     assert same_bits(flat_weights(llama), before)
     assert same_bits(opt.weights.masters(), masters)
     opt.restore()
     opt.apply(1, 1.0)
     opt.steps = 4
-    assert opt.still() == opt.still(stream.step_seed(3, 0, 4))
+    assert opt.unchanged_fraction() == opt.unchanged_fraction(stream.step_seed(3, 0, 4))
 
 
 def test_what_is_out_of_range_is_refused(llama: nn.Module) -> None:
     opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1)
     with pytest.raises(ValueError, match="seed must be in"):
-        opt.still(-1)
+        opt.unchanged_fraction(-1)
     opt.param_groups[0]["eps"] = 0.0
     with pytest.raises(ValueError, match="eps must be finite and positive"):
-        opt.still()
+        opt.unchanged_fraction()
 
 
 def test_memory_follows_the_mask() -> None:
     model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(4)])
     weights = MaskedWeights(model, SparseMask.random(model, 0.1, 0), "torch")
-    assert 4 <= peak_bytes(lambda: weights.still(1, 1e-3), torch.device("cpu")) / len(weights.mask) <= 60
+    assert 4 <= peak_bytes(lambda: weights.unchanged_fraction(1, 1e-3), torch.device("cpu")) / len(weights.mask) <= 60
 
 
 def cycles(dtype: torch.dtype, n: int, backend: str) -> None:

@@ -52,8 +52,8 @@ def test_the_smaller_way_is_taken(run: Path) -> None:
     """838 masters are 3.6 kB: less than twelve rounds of the ledger, more than six."""
     snapshot = run / "snapshot.safetensors"
     ledger = read_ledger(run / "ledger.jsonl")
-    assert ledger.bytes_of(7, 12) < snapshot.stat().st_size < ledger.bytes_of(1, 12)
-    assert ledger.bytes_of(1, 14) == (run / "ledger.jsonl").stat().st_size - ledger.ends[0]
+    assert ledger.byte_length(7, 12) < snapshot.stat().st_size < ledger.byte_length(1, 12)
+    assert ledger.byte_length(1, 14) == (run / "ledger.jsonl").stat().st_size - ledger.ends[0]
     for known, by_snapshot in ((0, True), (6, False), (12, False), (14, False)):
         late = newcomer(run)
         late.apply_rounds([line.scalars for line in ledger.rounds[:known]])

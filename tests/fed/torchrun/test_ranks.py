@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from meerkat_engine.engine.errors import ConfigError
-from meerkat_engine.fed.torchrun.ranks import launched
+from meerkat_engine.fed.torchrun.ranks import torchrun_ranks
 
 from helpers.command import call, metrics_of, summary_of
 from helpers.models import make_model, make_tokenizer
@@ -186,7 +186,7 @@ def test_a_process_with_other_examples_is_told_from_the_others(tmp_path: Path) -
 
 
 def test_processes_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match="2 ranks per client do not divide the 1 processes"), launched(2):
+    with pytest.raises(ConfigError, match="2 ranks per client do not divide the 1 processes"), torchrun_ranks(2):
         pass
     assert "3 ranks per client do not divide" in call("run", "--ranks-per-client", 3).output
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
 from meerkat_engine.engine.errors import MaskError
-from meerkat_engine.engine.mask_coverage import concentration, transfer
+from meerkat_engine.engine.mask_coverage import concentration, measure_coverage
 from meerkat_engine.engine.sensitivity import Sensitivity, accumulate
 
 
@@ -33,7 +33,7 @@ def test_shares_are_those_of_the_squared_gradient(model: nn.Module, batches: lis
     squares = torch.cat([s.view(-1) for s in accumulate(model, batches, loss).squares]).double().numpy()
     masks = [SparseMask.random(model, 0.1, 3), SparseMask.magnitude(model, 0.05)]
     best = [np.argsort(-squares, kind="stable")[: len(mask)] for mask in masks]
-    for mask, own, found in zip(masks, best, transfer(masks, model, batches, loss), strict=True):
+    for mask, own, found in zip(masks, best, measure_coverage(masks, model, batches, loss), strict=True):
         ids = mask.ids.numpy()
         assert found.captured == pytest.approx(squares[ids].sum() / squares.sum(), rel=1e-6)
         assert found.best == pytest.approx(squares[own].sum() / squares.sum(), rel=1e-6)
@@ -44,7 +44,7 @@ def test_shares_are_those_of_the_squared_gradient(model: nn.Module, batches: lis
 
 def test_the_tasks_own_mask_is_the_best_one(model: nn.Module, batches: list[Tensor]) -> None:
     own = SparseMask.from_gradients(model, batches, 0.1, loss=loss)
-    found = transfer([own, SparseMask.dense(model)], model, batches, loss)
+    found = measure_coverage([own, SparseMask.dense(model)], model, batches, loss)
     assert found[0].captured == found[0].best
     assert found[0].overlap == found[1].overlap == 1.0
     assert found[1].captured == pytest.approx(1.0)
@@ -53,7 +53,7 @@ def test_the_tasks_own_mask_is_the_best_one(model: nn.Module, batches: list[Tens
 def test_a_mask_of_another_model(model: nn.Module, batches: list[Tensor]) -> None:
     mask = SparseMask.random(nn.Linear(4, 4), 0.5, 1)
     with pytest.raises(MaskError, match="another model"):
-        transfer([mask], model, batches, loss)
+        measure_coverage([mask], model, batches, loss)
 
 
 def test_concentration_is_a_ratio_of_means() -> None:

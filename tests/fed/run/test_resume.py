@@ -44,7 +44,7 @@ def kill(directory: Path, kind: str, kills: int, seed: int, settings: tuple[str,
     done = subprocess.run(
         [sys.executable, "-m", "helpers.killing", str(directory), kind, str(kills), str(seed),
          "local_steps=2", "eval_examples=60", "calibration_texts=32", *settings],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
