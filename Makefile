@@ -9,6 +9,9 @@ test:  ## Runs the tests.
 test-slow:  ## Runs the tests that take minutes (extra frameworks); MEERKAT_GGUF names SmolLM2's GGUF file.
 	$(PYTHON) -m pytest -m slow
 
+coverage:  ## Runs the tests and shows which lines none of them reached.
+	$(PYTHON) -m pytest -n auto --dist loadfile --cov --cov-report term-missing:skip-covered
+
 fuzz:  ## Runs the fuzz tests fifty times as long, and the long kill tests: an hour.
 	MEERKAT_FUZZ=50 $(PYTHON) -m pytest -s --timeout 3600 tests/fed/test_messages.py tests/fed/ledger/test_file.py \
 		tests/engine/test_checksummed.py tests/engine/test_delta.py
@@ -33,4 +36,4 @@ bench:  ## Measures the kernels and the step against dense zeroth-order fine-tun
 codegen:  ## Compiles the kernels for three GPUs and records what came out.
 	$(PYTHON) -m meerkat_engine.bench.codegen --output bench/results
 
-.PHONY: help test test-slow fuzz test-gpu check format bench codegen
+.PHONY: help test test-slow coverage fuzz test-gpu check format bench codegen

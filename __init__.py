@@ -1,7 +1,7 @@
 """Sparse zeroth-order fine-tuning of language models, alone or federated, replayable to the bit.
 
-Implements Meerkat (arXiv 2506.03337): a static mask of the most sensitive parameters, two-point zeroth-order steps on
-those alone, and federation by exchanging the steps' scalars. ``meerkat_engine.fed`` has the federation.
+Implements Meerkat (arXiv 2506.03337): a static mask selects the most sensitive weights, two-point zeroth-order steps
+train only these, and a federation exchanges the steps' scalars. The federation is in ``meerkat_engine.fed``.
 """
 
 from importlib import import_module
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name is. It is imported when it is first asked for, so that a process which only forwards messages
-# loads no torch, and because tools that take this folder for a package of another name import this file too.
+# Public name -> module that defines it. The module is imported on first access, for two reasons: a process that only
+# forwards messages does not load torch, and tools that treat this folder as a package of another name import this file.
 _MODULES = {
     "Delta": "engine.delta",
     "Estimator": "engine.estimator",

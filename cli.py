@@ -21,7 +21,7 @@ from .fed.report.page import write_report
 from .fed.run.directory import is_run
 from .fed.run.execute import check_same_settings, execute, resume
 from .fed.run.replay import replay_run
-from .fed.run.terminal import show
+from .fed.run.terminal import show_run
 from .fed.setup.data import check_files, encode
 from .fed.setup.mask import make_mask, mask_coverage
 from .fed.setup.model import load_language_model
@@ -31,7 +31,7 @@ from .fed.torchrun.worker_rank import run_worker_rank
 
 
 class _Group(click.Group):
-    """Turns the engine's errors into one line and exit code 1."""
+    """Prints errors of the engine and of the file system as one line and exits with code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -47,7 +47,10 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="meerkat-engine")
 def main() -> None:
-    """Sparse zeroth-order fine-tuning of language models, federated by scalars alone."""
+    """Sparse zeroth-order fine-tuning of language models, on one machine or federated.
+
+    In a federation, clients and server exchange scalars instead of weights.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -55,8 +58,9 @@ def main() -> None:
         logging.set_verbosity_error()
 
 
-_trust = click.option(  # an option and no setting: a file cannot ask for it
-    "--trust-remote-code", is_flag=True, help="run the code that comes with the model, if it comes with some"
+# An option and not a setting, so that no settings file can switch it on.
+_trust_remote_code_option = click.option(
+    "--trust-remote-code", is_flag=True, help="run Python code that comes with the model, if there is any"
 )
 
 
@@ -70,29 +74,30 @@ _trust = click.option(  # an option and no setting: a file cannot ask for it
 @settings()
 @click.option("--output", type=click.Path(path_type=Path), help="new run directory [default: runs/TASK-METHOD-TIME]")
 @click.option("--resume", "resumed", type=click.Path(path_type=Path), metavar="DIR",
-              help="go on with the run in DIR; with settings, begin it where there is none yet")  # fmt: skip
-@click.option("--compare-random", is_flag=True, help="run a random mask of the same size beside it")
+              help="resume the run in DIR; if DIR holds no run and settings are given, start one there")  # fmt: skip
+@click.option("--compare-random", is_flag=True,
+              help="afterwards, run the same settings with a random mask of the same size")  # fmt: skip
 @click.option("--ranks-per-client", type=click.IntRange(min=1), default=1, metavar="N",
-              help="under torchrun: processes that share a client's micro-batches [default: 1]")  # fmt: skip
-@_trust
+              help="under torchrun: processes that share the micro-batches of one client [default: 1]")  # fmt: skip
+@_trust_remote_code_option
 def run(ranks_per_client: int, trust_remote_code: bool, **options: Any) -> None:
     """Fine-tunes a model across simulated clients and writes a run directory.
 
-    Without --model, settings that suit the embedded model go before the defaults below. Started by torchrun, the
-    clients of a round are dealt to all processes.
+    Without --model, the small embedded model is trained, with defaults that suit it in place of those below. Under
+    torchrun, all processes share the work: each round's clients are distributed over them.
     """
     with torchrun_ranks(ranks_per_client) as ranks:
         if ranks is None:
-            _serve(trust_remote_code=trust_remote_code, pool=None, **options)
+            _run_or_resume(trust_remote_code=trust_remote_code, pool=None, **options)
         elif ranks.rank:
             run_worker_rank(ranks, trust_remote_code=trust_remote_code)
         else:
             pool = RankPool(ranks)
-            _serve(trust_remote_code=trust_remote_code, pool=pool, **options)
+            _run_or_resume(trust_remote_code=trust_remote_code, pool=pool, **options)
             pool.end()
 
 
-def _serve(
+def _run_or_resume(
     *,
     config_file: Path | None,
     output: Path | None,
@@ -102,42 +107,59 @@ def _serve(
     pool: RankPool | None,
     **options: Any,
 ) -> None:
-    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "pool": pool}
-    user = from_file(config_file) | given(options)
+    """Does the work of ``meerkat-engine run`` in the process that has the server."""
+    execution: dict[str, Any] = {"trust_remote_code": trust_remote_code, "pool": pool}
+    user_settings = from_file(config_file) | given(options)
     if resumed is not None:
         if output is not None or compare_random:
-            raise ConfigError("--resume goes on in the directory of the run; leave --output and --compare-random out")
-        if is_run(resumed) or not user:
-            check_same_settings(user, resumed)
-            show(resumed, lambda report, log: resume(resumed, report, log, **where))
+            raise ConfigError("--resume continues in the run's own directory; leave --output and --compare-random out")
+        if is_run(resumed) or not user_settings:
+            check_same_settings(user_settings, resumed)
+            show_run(resumed, lambda report, log: resume(resumed, report, log, **execution))
             return
         output = resumed
-    config = make_config(user)
+    config = make_config(user_settings)
     if output is None:
         output = Path("runs") / f"{config.task.name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if compare_random and config.mask.file is not None:
-        raise ConfigError("--compare-random makes its own mask; leave --mask out")
-    if compare_random and (config.method is Method.RANDOM_MASK or not config.method.recipe.plain):
-        raise ConfigError(f"--compare-random compares masks alone; {config.method} differs in more, or in nothing")
-    summary = _run(config, output, where)
+    if compare_random:
+        _check_compare_random(config)
+    summary = _execute_and_show(config, output, execution)
     if compare_random:
         click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        other = _run(config.replace(method=Method.RANDOM_MASK), output / "random-mask", where)
+        random_config = config.replace(method=Method.RANDOM_MASK)
+        random_summary = _execute_and_show(random_config, output / "random-mask", execution)
         click.echo(
-            f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   random {other['accuracy_after']:.4f}"
-            f"   (both at learning rate {config.step.lr:g})"
+            f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   "
+            f"random {random_summary['accuracy_after']:.4f}   (both at learning rate {config.step.lr:g})"
         )
+
+
+def _check_compare_random(config: RunConfig) -> None:
+    """Raises ``ConfigError`` if a run with these settings cannot be compared with one on a random mask."""
+    if config.mask.file is not None:
+        raise ConfigError("--compare-random makes its own random mask; leave --mask out")
+    if config.method is Method.RANDOM_MASK:
+        raise ConfigError("--compare-random compares with a random mask, which random-mask uses anyway; leave it out")
+    if not config.method.recipe.plain:
+        raise ConfigError(
+            f"--compare-random compares masks only, and {config.method} differs from random-mask in more than its "
+            f"mask; leave it out"
+        )
+
+
+def _execute_and_show(config: RunConfig, output: Path, execution: dict[str, Any]) -> dict[str, Any]:
+    return show_run(output, lambda report, log: execute(config, output, report, log, **execution))
 
 
 @main.command(epilog=example("meerkat-engine replay runs/mine --output film-critic"))
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="also save the model here, as a Hugging Face checkpoint"
-)
-@click.option("--round", "number", type=int, metavar="R", help="stop at the end of this round; 0: the base model")
-@click.option("--delta", type=click.Path(path_type=Path), help="also save the masked weights alone to this file")
-@click.option("--model", help="the base model, if elsewhere than the run's settings say")
-@_trust
+@click.option("--output", type=click.Path(path_type=Path),
+              help="also save the model as a Hugging Face checkpoint in this new directory")  # fmt: skip
+@click.option("--round", "number", type=int, metavar="R",
+              help="stop after round R; 0 gives the base model [default: the last round]")  # fmt: skip
+@click.option("--delta", type=click.Path(path_type=Path), help="also save the masked weights alone to this new file")
+@click.option("--model", help="path or id of the base model, if it is not where the run's config.toml says")
+@_trust_remote_code_option
 def replay(
     directory: Path,
     output: Path | None,
@@ -146,38 +168,41 @@ def replay(
     model: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Rebuilds a run's model from base, mask and ledger, and checks its bits against the run's."""
+    """Rebuilds a run's model from base model, mask and ledger, and compares its bits with the run's."""
     for path in filter(None, (output, delta)):
         check_absent(path)
     if output is not None and output == delta:
         raise ConfigError(f"--output and --delta both name {output}; nothing was changed")
-    done = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
-    click.echo(f"replayed {done.round} rounds; weights {done.weights}")
-    if not done.last:
-        click.echo(f"the ledger goes on to round {len(done.ledger.rounds)}: no fingerprint to compare with")
-    elif done.recorded is None:
+    replayed = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
+    click.echo(f"replayed {replayed.round} rounds; weights {replayed.weights}")
+    if not replayed.is_last_round:
+        click.echo(f"the ledger goes on to round {len(replayed.ledger.rounds)}: no fingerprint to compare with")
+    elif replayed.recorded_weights is None:
         click.echo("the run did not finish: no fingerprint to compare with")
-    elif done.recorded == done.weights:
+    elif replayed.recorded_weights == replayed.weights:
         click.echo("the same bits as at the end of the run")
     else:
-        raise MeerkatError(f"the run ended with other weights: {done.recorded}")
+        raise MeerkatError(f"the run ended with other weights: {replayed.recorded_weights}")
     if delta is not None:
-        done.delta().save(delta)
-        click.echo(f"saved {len(done.masked.mask)} masked weights to {delta}")
+        replayed.delta().save(delta)
+        click.echo(f"saved {len(replayed.masked.mask)} masked weights to {delta}")
     if output is not None:
-        save_run(done, output)
+        save_run(replayed, output)
         click.echo(f"saved to {output}")
 
 
 @main.command(epilog=example("meerkat-engine apply round-10.delta --model embedded --output film-critic-10"))
-@click.argument("delta", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="the base model: Hugging Face id, directory, GGUF file, or embedded")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="directory of the new checkpoint")
-@_trust
-def apply(delta: Path, model: str, output: Path, trust_remote_code: bool) -> None:
-    """Puts a delta of `replay --delta` onto its base model and saves that as a Hugging Face checkpoint."""
-    done = apply_delta(delta, model, output, trust_remote_code=trust_remote_code)
-    click.echo(f"put {len(done.mask)} weights of round {done.round} onto {model}; weights {done.weights}")
+@click.argument("delta_file", metavar="DELTA", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="the base model: Hugging Face id, directory, GGUF file, or 'embedded'")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="new directory for the checkpoint")
+@_trust_remote_code_option
+def apply(delta_file: Path, model: str, output: Path, trust_remote_code: bool) -> None:
+    """Applies a delta to its base model and saves the result as a Hugging Face checkpoint.
+
+    `meerkat-engine replay RUN --delta FILE` writes a delta.
+    """
+    delta = apply_delta(delta_file, model, output, trust_remote_code=trust_remote_code)
+    click.echo(f"put {len(delta.mask)} weights of round {delta.round} onto {model}; weights {delta.weights}")
     click.echo(f"saved to {output}")
 
 
@@ -188,58 +213,64 @@ def apply(delta: Path, model: str, output: Path, trust_remote_code: bool) -> Non
 @settings("model", "task", "data_dir", "data", "validation", "template", "labels", "label_field", "cut", "method",
           "density", "mask", "calibration", "calibration_texts", "calibration_batch_size", "calibration_length",
           "layer", "objective", "max_length", "seed", "device", "dtype")  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), help="mask file to write")
-@click.option("--check", "checked", multiple=True, metavar="TASK",
-              help="say how much of this task's squared gradient the mask holds; may be repeated")  # fmt: skip
-@_trust
+@click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
+@click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
+              help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip
+@_trust_remote_code_option
 def mask(
-    config_file: Path | None, output: Path | None, checked: tuple[str, ...], trust_remote_code: bool, **options: Any
+    config_file: Path | None,
+    output: Path | None,
+    checked_tasks: tuple[str, ...],
+    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
-    """Builds a mask and saves it, or says whether it transfers to a task."""
-    if output is None and not checked:
-        raise ConfigError("give --output FILE to save the mask, or --check TASK to see what it holds of a task")
+    """Chooses a mask and saves it, or measures how well it fits a task."""
+    if output is None and not checked_tasks:
+        raise ConfigError("give --output FILE to save the mask, or --check TASK to measure how well it fits a task")
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
-    user = from_file(config_file) | given(options)
-    by_task = user.get("method") == Method.TASK_MASK and "mask" not in user
-    if "model" in user and not user.keys() & {"task", "data"}:
-        if by_task:
+    user_settings = from_file(config_file) | given(options)
+    chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
+    if "model" in user_settings and not user_settings.keys() & {"task", "data"}:
+        if chosen_on_task:
             raise ConfigError(f"{Method.TASK_MASK} chooses its elements on a task's examples; give --task or --data")
-        user["task"] = (*checked, "sst2")[0]  # a mask needs no task; any known name passes
-    config = make_config(user)
+        # The mask does not depend on the task, but RunConfig wants the name of one.
+        user_settings["task"] = checked_tasks[0] if checked_tasks else "sst2"
+    config = make_config(user_settings)
     if output is not None and not config.method.recipe.elements.ranked:
-        raise ConfigError(f"{config.method} needs no mask file: what it trains has a name")
+        raise ConfigError(
+            f"{config.method} needs no mask file: its elements follow from the settings; leave --output out"
+        )
     check_files(config)
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
-    made = make_mask(config, lm, encode(config, lm.tokenizer).train if by_task else None)
-    click.echo(f"{len(made)} of {made.table.size} elements ({made.source}; {made.calibration or 'no calibration'})")
+    sparse_mask = make_mask(config, lm, encode(config, lm.tokenizer).train if chosen_on_task else None)
+    click.echo(f"{len(sparse_mask)} of {sparse_mask.table.size} elements "
+               f"({sparse_mask.source}; {sparse_mask.calibration or 'no calibration'})")  # fmt: skip
     if output is not None:
-        made.save(output)
-        click.echo(f"digest {made.digest}\nsaved to {output}")
-    for task in checked:
-        found = mask_coverage(config.on_task(task), lm, [made])[0]
-        click.echo(f"{task}: holds {found.captured:.1%} of the squared gradient; the best mask of that size "
-                   f"{found.best:.1%}, chance {found.chance:.1%}; shares {found.overlap:.1%} of the best one's "
-                   f"elements")  # fmt: skip
+        sparse_mask.save(output)
+        click.echo(f"digest {sparse_mask.digest}\nsaved to {output}")
+    for task in checked_tasks:
+        coverage = mask_coverage(config.on_task(task), lm, [sparse_mask])[0]
+        click.echo(f"{task}: holds {coverage.captured:.1%} of the squared gradient; the best mask of that size "
+                   f"{coverage.best:.1%}, chance {coverage.chance:.1%}; shares {coverage.overlap:.1%} of the best "
+                   f"one's elements")  # fmt: skip
 
 
 @main.command(epilog=example("meerkat-engine report runs/mine runs/other"))
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="new file [default: RUN/report.html; several: report.html]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="new HTML file [default: report.html, in the run's directory if there is one run, else in this directory]",
 )
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
-    """Makes one HTML page, figures included, of one or several run directories."""
+    """Writes one HTML page with the tables and figures of one or several runs."""
     click.echo(f"wrote {write_report(list(runs), output)}")
 
 
 main.add_command(bench)
 main.add_command(bench_server)
 main.add_command(experiment)
-
-
-def _run(config: RunConfig, output: Path, where: dict[str, Any]) -> dict[str, Any]:
-    return show(output, lambda report, log: execute(config, output, report, log, **where))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Benchmarks: what the engine costs, measured beside its alternatives in one process."""
+"""Benchmarks: the costs of the engine and of its alternatives, measured in one process."""

@@ -1,4 +1,4 @@
-"""Reading machine code: NVIDIA's through cuobjdump, AMD's as the compiler's own assembly."""
+"""Reads machine code: NVIDIA's with cuobjdump, AMD's from the compiler's assembly."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 
 import triton
 
-# What an instruction is for, by the first pattern that its name matches.
+# Kinds of instructions. The first pattern that matches an instruction's name decides its kind.
 _NVIDIA = {
     "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.\w*64\w*",
     "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)",
@@ -19,7 +19,7 @@ _NVIDIA = {
     "memory": r"(LD|ST|ULDC|ATOM|RED)",
     "control": r"(BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|CALL|RET|DEPBAR|YIELD)",
     "uniform": r"U[A-Z0-9]+|S2UR|R2UR",
-    "move": r"(MOV|CS2R|S2R|P2R|R2P|PLOP3|SHFL|HFMA2\.MMA)",  # the last adds constants to zero: there is no half here
+    "move": r"(MOV|CS2R|S2R|P2R|R2P|PLOP3|SHFL|HFMA2\.MMA)",  # HFMA2.MMA loads constants: no half arithmetic
     "integer": r"(IMAD|IADD|LOP|SHF|LEA|ISETP|SEL|PRMT|VIADD|IABS|IMNMX|VIMNMX|SGXT|BMSK|I2I|FLO|POPC)",
 }
 _AMD = {
@@ -39,7 +39,10 @@ class Assembly:
     """The machine code of one compiled kernel.
 
     Args:
-        kernel: what Triton's compiler returned.
+        kernel: a compiled kernel, as returned by Triton's compiler.
+
+    Attributes:
+        amd: whether the kernel was compiled for an AMD GPU.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -48,11 +51,15 @@ class Assembly:
 
     @cached_property
     def text(self) -> str:
-        """The disassembly."""
+        """The machine code as text."""
         return str(self._kernel.asm["amdgcn"]) if self.amd else self._cuobjdump("-sass")
 
     def usage(self) -> tuple[int, int, int]:
-        """Registers a thread (AMD: vector registers), spills, and bytes of stack, local or scratch memory a thread."""
+        """Returns the registers per thread, the spills, and the local memory per thread in bytes.
+
+        Registers are vector registers on AMD. Spills are instructions on NVIDIA and registers on AMD. Local memory
+        includes stack and scratch memory.
+        """
         if self.amd:
             spills = self._number(r"\.vgpr_spill_count:\s+(\d+)") + self._number(r"\.sgpr_spill_count:\s+(\d+)")
             return self._number(r"\.vgpr_count:\s+(\d+)"), spills, self._number(r"ScratchSize: (\d+)")
@@ -61,41 +68,44 @@ class Assembly:
         return self._number(r"REG:(\d+)", usage), len(re.findall(r"\b(?:STL|LDL)\b", self.text)), local
 
     def fused(self) -> int:
-        """Fused multiply-adds in the machine code, and in the PTX, where the square root is still one instruction."""
+        """Returns the number of fused multiply-adds in the machine code plus those in the PTX.
+
+        In the PTX a square root is still one instruction.
+        """
         ptx = len(re.findall(r"\bfma\.", self._kernel.asm.get("ptx", "")))
         names = r"\bFFMA\b|\bv_(?:fma|mad|fmac|mac|fmaak|fmamk|madak|madmk)_(?:mix_)?f(?:16|32)"
         return ptx + len(re.findall(names, self.text)) + 2 * len(re.findall(r"\bv_pk_(?:fma|mad|fmac)_f32", self.text))
 
     def square_roots(self) -> int:
-        """Square roots a thread takes."""
+        """Returns the number of square roots per thread."""
         return len(re.findall(r"= (?:tail )?call .*sqrt", self._kernel.asm["llir"]))
 
     def quotients(self) -> int:
-        """float64 divisions a thread makes."""
+        """Returns the number of float64 divisions per thread."""
         return len(re.findall(r"= (?:tail )?call double @llvm\.nvvm\.div|= fdiv double", self._kernel.asm["llir"]))
 
     def wide_loads(self) -> int:
-        """Loads of 16 bytes a thread from global memory."""
+        """Returns the number of 16-byte loads per thread from global memory."""
         return len(re.findall(r"\bLDG\.E\.128|(?:global|buffer)_load_dwordx4", self.text))
 
     def wide_stores(self) -> int:
-        """Stores of 16 bytes a thread to global memory."""
+        """Returns the number of 16-byte stores per thread to global memory."""
         return len(re.findall(r"\bSTG\.E\.128|(?:global|buffer)_store_dwordx4", self.text))
 
     def mix(self) -> dict[str, int]:
-        """Instructions of each kind; a loop's body counts once. "other" is what no pattern knows."""
+        """Returns the number of instructions of each kind. A loop body counts once; "other" matches no pattern."""
         kinds = _AMD if self.amd else _NVIDIA
-        found = Counter(
+        counts = Counter(
             next((kind for kind, pattern in kinds.items() if re.match(pattern, name)), "other")
             for name in self._instructions()
         )
-        return {kind: found[kind] for kind in sorted([*kinds, "other"])}
+        return {kind: counts[kind] for kind in sorted([*kinds, "other"])}
 
     def _instructions(self) -> list[str]:
         if self.amd:
             return re.findall(r"^\t([a-z]\w+)\b", self.text.split("\t.section\t.rodata")[0], re.M)
         names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", self.text, re.M)
-        return [name for name in names if name != "NOP"]  # what fills up the last line
+        return [name for name in names if name != "NOP"]  # NOPs pad the code
 
     def _cuobjdump(self, option: str) -> str:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -105,10 +115,10 @@ class Assembly:
             return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
     def _number(self, pattern: str, text: str | None = None) -> int:
-        found = re.search(pattern, self.text if text is None else text)
-        if found is None:
-            raise RuntimeError(f"the compiler's output has no line like {pattern!r}")
-        return int(found[1])
+        match = re.search(pattern, self.text if text is None else text)
+        if match is None:
+            raise RuntimeError(f"the compiler's output has no match for {pattern!r}")
+        return int(match[1])
 
 
 __all__ = ["Assembly"]

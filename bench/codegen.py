@@ -1,8 +1,8 @@
-"""What the compilers make of the kernels, without a GPU: ``python -m meerkat_engine.bench.codegen``.
+"""Reports on the machine code of the kernels, without a GPU: ``python -m meerkat_engine.bench.codegen``.
 
-For each kernel, target and weight dtype: registers, spills, local memory, 16-byte accesses, instructions an element,
-and fused multiply-adds, of which the arithmetic of the stream allows none but those that a square root or a division
-consists of. ``bench/results/codegen.md`` is this command's output, and a test compares.
+For each kernel, target and weight dtype it reports registers, spills, local memory, 16-byte accesses, instructions per
+element and fused multiply-adds. The arithmetic of the stream allows no fused multiply-adds except those that implement
+a square root or a division. ``bench/results/codegen.md`` is the output of this command; a test compares the two.
 """
 
 import functools
@@ -22,22 +22,22 @@ from .compiling import DTYPES, TARGETS, compiling_for, launch_everything, quotie
 
 @dataclass(frozen=True, kw_only=True)
 class KernelReport:
-    """What one compilation came out as.
+    """Properties of one compiled kernel.
 
     Args:
-        kernel: its name.
+        kernel: name of the kernel.
         target: sm_80, sm_90 or gfx942.
-        dtype: of the live weights.
-        dense: whether the kernel is the variant for tensors of which every element is masked.
-        registers: per thread (NVIDIA registers, AMD vector registers).
-        spills: instructions (NVIDIA) or registers (AMD) that spill.
-        local_bytes: stack, local or scratch memory per thread.
-        fused: fused multiply-adds that no correctly rounded square root or float64 division consists of.
-        wide_loads: load instructions of 16 bytes a thread from global memory.
-        wide_stores: store instructions of 16 bytes a thread to global memory.
-        mix: instructions a thread by kind; a thread has ``ALIGN`` elements, a loop's body counts once.
-        compilations: how many it took to serve all the seeds, scales and counts tried.
-        arguments: name and type of what the compiled code takes at run time.
+        dtype: dtype of the live weights: fp32, bf16 or fp16.
+        dense: whether this is the variant for tensors of which every element is masked.
+        registers: registers per thread (AMD: vector registers).
+        spills: spilling instructions (NVIDIA) or spilled registers (AMD).
+        local_bytes: stack, local or scratch memory per thread, in bytes.
+        fused: fused multiply-adds outside of correctly rounded square roots and float64 divisions.
+        wide_loads: 16-byte load instructions per thread from global memory.
+        wide_stores: 16-byte store instructions per thread to global memory.
+        mix: instructions per thread by kind; a thread has ``ALIGN`` elements, and a loop body counts once.
+        compilations: number of compilations of this variant for all tested seeds, scales and counts.
+        arguments: names and types of the run-time arguments.
     """
 
     kernel: str
@@ -62,18 +62,18 @@ def _is_dense(kernel: Any) -> bool:
 
 @functools.cache
 def _expanded(target: str, roots: int, quotients: int) -> int:
-    """Fused multiply-adds that so many square roots a thread and divisions consist of."""
-    found = 0
+    """Returns the fused multiply-adds that implement ``roots`` square roots and ``quotients`` divisions per thread."""
+    fused = 0
     if roots:
-        alone = Assembly(square_roots(target, roots))
+        alone = Assembly(square_roots(target, roots))  # nothing but the square roots
         if alone.square_roots() != roots:
-            raise RuntimeError(f"{target}: {alone.square_roots()} square roots in the code of {roots}")
-        found += alone.fused()
-    return found + quotients * Assembly(quotient(target)).fused()
+            raise RuntimeError(f"{target}: the code has {alone.square_roots()} square roots, expected {roots}")
+        fused += alone.fused()
+    return fused + quotients * Assembly(quotient(target)).fused()
 
 
 def examine(target: str, dtype: str) -> list[KernelReport]:
-    """Compiles every kernel for one target and weight dtype and reads what came out.
+    """Compiles every kernel for one target and weight dtype, and returns a report on each.
 
     Args:
         target: a key of ``TARGETS``.
@@ -110,7 +110,7 @@ _KINDS = ("float32", "integer", "convert", "special", "memory", "move", "uniform
 
 
 def markdown(reports: list[KernelReport]) -> str:
-    """The reports as a table, without the columns that are zero throughout."""
+    """Returns the reports as a Markdown table. Properties that should be zero are summed up in the heading."""
     columns = ["kernel", "target", "weights", "registers", "16-byte loads", "16-byte stores", "instructions an element"]
     lines = [
         f"triton {triton.__version__}, {len(reports)} compilations with {sum(r.spills for r in reports)} spills, "
@@ -140,9 +140,9 @@ def markdown(reports: list[KernelReport]) -> str:
 
 @click.command()
 @click.option("--output", type=click.Path(file_okay=False, exists=True, path_type=Path),
-              help="Also write codegen.json and codegen.md into this directory, over what is there.")  # fmt: skip
+              help="Also write codegen.json and codegen.md into this directory, overwriting them.")  # fmt: skip
 def main(output: Path | None) -> None:
-    """Compiles every kernel for sm_80, sm_90 and gfx942 and prints what came out. Needs no GPU."""
+    """Compiles every kernel for sm_80, sm_90 and gfx942 and prints a report. Needs no GPU."""
     reports = [report for target in TARGETS for dtype in DTYPES for report in examine(target, dtype)]
     click.echo(markdown(reports))
     if output is not None:

@@ -1,6 +1,6 @@
-"""``meerkat-engine bench``: the kernels and the step against dense zeroth-order fine-tuning.
+"""The command ``meerkat-engine bench``: times the kernels and a step against dense zeroth-order fine-tuning.
 
-Every row is checked to compute its update before the clock starts; a row that does not gets no numbers.
+Every row is checked before it is timed. A row whose check fails gets no numbers.
 """
 
 import datetime
@@ -33,7 +33,7 @@ _GPU = {
     "steps": [("llama-3.2-1b", "bfloat16")],
 }
 _DENSITIES = (1e-2, 1e-3, 1e-4)
-_REPLAYED = {"cpu": 100, "cuda": 10_000}  # steps
+_REPLAYED_STEPS = {"cpu": 100, "cuda": 10_000}
 
 
 def run_all(
@@ -45,18 +45,18 @@ def run_all(
     repeats: int,
     batch: tuple[int, int],
 ) -> report.Result:
-    """Measures everything.
+    """Measures all cases.
 
     Args:
-        cases: under "kernels" and "steps", names of models (``shapes.SHAPES``) and dtypes.
-        command: that asked for it, kept with the result.
-        device: where.
-        densities: of the masks; ratios are taken to the one nearest 1e-3.
-        repeats: of each row, at least 3; slow rows take part in 3.
-        batch: examples and tokens of a step.
+        cases: under "kernels" and "steps", pairs of a model (one of ``shapes.SHAPES``) and a dtype.
+        command: the command line, stored in the result.
+        device: the device to measure on.
+        densities: densities of the masks; ratios are relative to the density nearest to 1e-3.
+        repeats: repetitions of each row, at least 3; slow rows are timed in the first 3.
+        batch: number of examples of a step, and of tokens per example.
 
     Returns:
-        What was measured, ready for JSON.
+        The result, ready for JSON.
     """
     base = min(densities, key=lambda density: abs(density - 1e-3))
     result: dict[str, Any] = {
@@ -79,16 +79,16 @@ def run_all(
             "copy_bytes_per_second": measure.copy_bandwidth(device),
             "empty_launch_seconds": measure.empty_launch(device),
         }
-        result["kernels"].append(case | {"rows": kernels.matrix(model, densities, repeats, base)})
+        result["kernels"].append(case | {"rows": kernels.measure_rows(model, densities, repeats, base)})
     for name, dtype in cases["steps"]:
         click.echo(f"measuring the step of {name}, {dtype}", err=True)
         model = shapes.build(name, DTYPES[dtype], device)
-        closure = step.closure_of(model, *batch)
-        rows = step.split(model, base, closure, repeats)
-        whole = step.measure_optimizer(model, base, closure, repeats)
+        closure = step.make_closure(model, *batch)
+        rows = step.measure_parts(model, base, closure, repeats)
+        optimizer = step.measure_optimizer(model, base, closure, repeats)
         passes: dict[str, Any]
         try:
-            passes = one_pass.measure_one_pass(model, base, _REPLAYED[device.type])
+            passes = one_pass.measure_one_pass(model, base, _REPLAYED_STEPS[device.type])
         except kernels.CheckError as error:
             passes = {"failed": str(error)}
         result["steps"].append(
@@ -97,7 +97,7 @@ def run_all(
                 "dtype": dtype,
                 "batch": list(batch),
                 "rows": rows,
-                "optimizer": whole,
+                "optimizer": optimizer,
                 "one_pass": passes,
             }
         )
@@ -105,19 +105,20 @@ def run_all(
 
 
 def failures(result: report.Result) -> list[str]:
-    """What the checks of the rows without numbers said."""
-    found = [(case, row) for case in result["kernels"] + result["steps"] for row in case["rows"]]
-    found += [(case, case["one_pass"]) for case in result["steps"]]
-    return [f"{case['model']}, {case['dtype']}: {row['failed']}" for case, row in found if "failed" in row]
+    """Returns the messages of all failed checks."""
+    records = [(case, row) for case in result["kernels"] + result["steps"] for row in case["rows"]]
+    records += [(case, case["one_pass"]) for case in result["steps"]]
+    return [f"{case['model']}, {case['dtype']}: {record['failed']}" for case, record in records if "failed" in record]
 
 
 def write(result: report.Result, directory: Path) -> list[Path]:
-    """Writes ``result.json``, ``result.md`` and the figures into a directory that exists."""
+    """Writes ``result.json``, ``result.md`` and the figures into an existing directory; returns their paths."""
     (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return [directory / "result.json", *_render(result, directory)]
 
 
 def _render(result: report.Result, directory: Path) -> list[Path]:
+    """Writes ``result.md`` and the figures; returns their paths."""
     (directory / "result.md").write_text(report.markdown(result))
     return [directory / "result.md", *report.draw(result, directory)]
 
@@ -126,29 +127,39 @@ def _read(path: Path) -> report.Result:
     try:
         result: report.Result = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path} is no result of this command: {error}") from error
+        raise ConfigError(f"{path} is not a result of `meerkat-engine bench`: {error}") from error
     if not isinstance(result, dict) or not {"kernels", "steps", "machine", "versions"} <= result.keys():
-        raise ConfigError(f"{path} is no result of this command: it lacks kernels, steps, machine or versions")
+        raise ConfigError(
+            f"{path} is not a result of `meerkat-engine bench`: kernels, steps, machine or versions are missing"
+        )
     return result
 
 
 @click.command(epilog=example("meerkat-engine bench --output results"))
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="auto is cuda where there is one")  # fmt: skip
+              help="auto: cuda if available, else cpu")  # fmt: skip
 @click.option(
-    "--model", "models", multiple=True, type=click.Choice(shapes.SHAPES), help="[default: a set that suits it]"
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(shapes.SHAPES),
+    help="model shapes; may be repeated [default: a set for the device]",
 )
 @click.option(
-    "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="[default: a set that suits it]"
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    help="dtypes of the weights; may be repeated [default: a set for the device]",
 )
 @click.option("--density", "densities", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              default=_DENSITIES, show_default=True)  # fmt: skip
-@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples of a step")
-@click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens of an example")
+              default=_DENSITIES, show_default=True, help="densities of the masks; may be repeated")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="repetitions of each row")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples per step")
+@click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens per example")
 @click.option("--output", type=click.Path(path_type=Path), help="directory for result.json, result.md and the figures")
 @click.option("--render", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="measure nothing: make result.md and the figures from this result.json, beside it")  # fmt: skip
+              help="measure nothing; write result.md and the figures of this result.json next to it")  # fmt: skip
 @click.pass_context
 def bench(
     context: click.Context,
@@ -162,9 +173,9 @@ def bench(
     output: Path | None,
     render: Path | None,
 ) -> None:
-    """Times this engine's passes over the weights, and a whole step, against dense zeroth-order fine-tuning.
+    """Times this engine's passes over the weights, and a complete step, against dense zeroth-order fine-tuning.
 
-    Every row is checked to compute its update before it is timed. On two CPU cores it takes under five minutes.
+    Every row is checked before it is timed. On two CPU cores the command takes less than five minutes.
     """
     if render is not None:
         for path in _render(_read(render), render.parent):
@@ -173,18 +184,20 @@ def bench(
     if output is not None:
         require_matplotlib()
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            raise ConfigError(f"{str(output)!r} exists; give --output a new directory")
+            raise ConfigError(f"{str(output)!r} exists; choose a new directory for --output")
         output.mkdir(parents=True, exist_ok=True)
-    where = check_device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    cases = _CPU if where.type == "cpu" else _GPU
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_device = check_device(device)
+    cases = _CPU if torch_device.type == "cpu" else _GPU
     if models or dtypes:
-        kinds = dtypes or ("float32",)
-        named = [(m, dtype) for m in models or dict.fromkeys(m for m, _ in cases["kernels"]) for dtype in kinds]
-        cases = {"kernels": named, "steps": named}
+        chosen_models = models or dict.fromkeys(model for model, _ in cases["kernels"])
+        chosen = [(model, dtype) for model in chosen_models for dtype in dtypes or ("float32",)]
+        cases = {"kernels": chosen, "steps": chosen}
     result = run_all(
         cases,
-        command=environment.as_given(context),
-        device=where,
+        command=environment.command_line(context),
+        device=torch_device,
         densities=list(densities),
         repeats=repeats,
         batch=(batch_size, length),

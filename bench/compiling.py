@@ -1,7 +1,7 @@
-"""Compiling the kernels for GPUs that are not there.
+"""Compiles the kernels for GPUs without a GPU.
 
-Every launcher is called as the engine calls it, under a driver that names a GPU target and compiles but does not
-launch. So the types, specializations and options of what comes out are those of a real launch.
+Every launcher is called as the engine calls it, under a driver that names a GPU target and compiles without launching.
+So the types, specializations and options of the compiled kernels are those of a real launch.
 """
 
 import os
@@ -34,13 +34,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _CompileOnlyDriver:
-    """Stands in for the GPU driver: it names a target and has no device behind it."""
+    """Replaces the GPU driver: it names a target and has no device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
 
     def get_current_device(self) -> int:
-        # Triton caches compiled kernels by device number: a number of its own for each target.
+        # Triton caches compiled kernels by device number, so each target needs its own number.
         return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
@@ -52,7 +52,10 @@ class _CompileOnlyDriver:
 
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within this context a launch compiles for the target and does nothing; yields the list of what was compiled.
+    """Makes launches compile for a target without running; yields the list of compiled kernels.
+
+    Args:
+        target: the GPU target.
 
     Raises:
         RuntimeError: under Triton's interpreter, which compiles nothing.
@@ -61,22 +64,22 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it and start a new process")
     compiled: list[Any] = []
     run = JITFunction.run
-    config = triton.runtime.driver
-    before = config._active
+    driver = triton.runtime.driver
+    active_before = driver._active
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(kernel is not seen for seen in compiled):
+        if all(kernel is not other for other in compiled):
             compiled.append(kernel)
         return kernel
 
-    config.set_active(_CompileOnlyDriver(target))
+    driver.set_active(_CompileOnlyDriver(target))
     JITFunction.run = compile_only
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        config._active = before
+        driver._active = active_before
 
 
 @triton.jit
@@ -91,7 +94,11 @@ def _quotient_kernel(x_ptr, y_ptr):
 
 
 def launch_everything(dtype: torch.dtype) -> None:
-    """Every launcher, over counts and lists of every size that a specializing compiler might tell apart."""
+    """Calls every launcher, with counts and list lengths of every kind that the compiler could specialize on.
+
+    Args:
+        dtype: dtype of the live weights.
+    """
     for size in (5000, 16 * 1024):
         weight = torch.zeros(size, dtype=dtype)
         sparse = build_table([weight], [0], [torch.arange(0, size, 3)])
@@ -113,7 +120,12 @@ def launch_everything(dtype: torch.dtype) -> None:
 
 
 def square_roots(target: str, roots: int) -> Any:
-    """A kernel that does nothing but take so many correctly rounded square roots a thread."""
+    """Returns a compiled kernel that only computes ``roots`` correctly rounded square roots per thread.
+
+    Args:
+        target: a key of ``TARGETS``.
+        roots: number of square roots per thread.
+    """
     config = masked_config(TARGETS[target].warp_size)
     n = roots * config.num_warps * TARGETS[target].warp_size
     with compiling_for(TARGETS[target]) as compiled:
@@ -122,7 +134,11 @@ def square_roots(target: str, roots: int) -> Any:
 
 
 def quotient(target: str) -> Any:
-    """A kernel that does nothing but one float64 division."""
+    """Returns a compiled kernel that only computes one float64 division.
+
+    Args:
+        target: a key of ``TARGETS``.
+    """
     double = torch.zeros(1, dtype=torch.float64)
     with compiling_for(TARGETS[target]) as compiled:
         _quotient_kernel[(1,)](double, double.clone(), num_warps=1, enable_fp_fusion=False)

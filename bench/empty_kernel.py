@@ -1,4 +1,4 @@
-"""A kernel that does nothing: what a launch costs."""
+"""A kernel that does nothing, to measure the cost of a launch."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import triton
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def nothing_kernel(x_ptr: Any) -> None:
-    """Takes an argument, as every launch does."""
+def empty_kernel(x_ptr: Any) -> None:
+    """Does nothing; it takes an argument, as every kernel does."""
 
 
-__all__ = ["nothing_kernel"]
+__all__ = ["empty_kernel"]

@@ -1,4 +1,4 @@
-"""Where a measurement comes from: machine, versions, commit, and the command that asked for it."""
+"""Describes the origin of a measurement: machine, versions, commit and command line."""
 
 import contextlib
 import platform
@@ -14,21 +14,21 @@ from click.core import ParameterSource
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it ran on, and how many CPU threads torch took."""
+    """Returns the name of the processor or GPU, and the number of CPU threads of torch."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
     return {"device": f"{_processor()} CPU", "threads": torch.get_num_threads()}
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of Python and of what numbers depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    """Returns the versions of Python, torch and the libraries that the measured times depend on."""
+    result = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "numba"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
+            result[name] = version(name)
     if device.type == "cuda":
-        found["HIP" if torch.version.hip else "CUDA"] = str(torch.version.hip or torch.version.cuda)
-    return found
+        result["HIP" if torch.version.hip else "CUDA"] = str(torch.version.hip or torch.version.cuda)
+    return result
 
 
 def _processor() -> str:
@@ -40,21 +40,21 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this package, ``-dirty`` where files differ from it."""
+    """Returns the commit of this package, with ``-dirty`` if files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found or f"unknown (version {version('meerkat-engine')})"
+    description = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return description or f"unknown (version {version('meerkat-engine')})"
 
 
-def as_given(context: click.Context) -> str:
-    """The command with the options that were given."""
+def command_line(context: click.Context) -> str:
+    """Returns the command line with the options that the user gave."""
     words = ["meerkat-engine", str(context.info_name)]
     for option in context.command.params:
         if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
             value = context.params[str(option.name)]
-            for each in value if isinstance(value, tuple) else (value,):
-                words += [option.opts[0], str(each)]
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0], str(item)]
     return shlex.join(words)
 
 
-__all__ = ["as_given", "commit", "machine", "versions"]
+__all__ = ["command_line", "commit", "machine", "versions"]

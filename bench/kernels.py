@@ -1,7 +1,7 @@
-"""The matrix: every row of ``rows`` on the weights of one model, checked first, then timed in turn.
+"""Checks and times every row of ``rows`` on the weights of one model.
 
-All rows take their turn in every repetition, so that a noisy machine slows all alike; a ratio is taken within one
-repetition. A slow row stays for three repetitions only.
+Each repetition times all rows in turn, so that noise of the machine affects all rows alike. Ratios are computed within
+a repetition. A slow row is timed in the first three repetitions only.
 """
 
 import functools
@@ -18,23 +18,24 @@ from .measure import Spread, Stopwatch, peak_bytes
 from .rows import DENSE, OPERATIONS, SPARSE, SPARSE_ONCE, PlainTorch, Row
 
 EPS, C, SEED = 1e-3, 1e-6, 17
-_SLOW, _REPEATS_OF_SLOW = 0.5, 3  # seconds of a row's three operations
-# Large beside the weights and each other, so that a wrong sign or factor is far outside rounding.
+_SLOW, _REPEATS_OF_SLOW = 0.5, 3  # a row is slow if its three operations take more than _SLOW seconds
+# Large compared with the weights, and different: a wrong sign or factor is then far outside rounding errors.
 _CHECK_EPS, _CHECK_C = 0.25, 0.375
 
 
 class CheckError(MeerkatError, RuntimeError):
-    """A row does not compute its update; there are no numbers for it."""
+    """A measured operation computes a wrong result; its times are not reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row on one model.
+    """A row bound to one model.
 
     Args:
-        name: of the row.
-        density: of its mask; 1.0 for dense rows.
-        elements: that it moves.
+        name: the row's name.
+        density: density of the row's mask; 1.0 for dense rows.
+        elements: number of elements that the row moves.
+        row: the row.
     """
 
     name: str
@@ -43,8 +44,16 @@ class Entry:
     row: Row
 
 
-def entries(model: nn.Module, densities: list[float], base_density: float) -> list[Callable[[], Entry]]:
-    """Every row of a model; made when called, from the weights as they are then."""
+def entry_factories(model: nn.Module, densities: list[float], base_density: float) -> list[Callable[[], Entry]]:
+    """Returns a factory for every row of a model.
+
+    A factory builds its row from the weights that the model has when the factory is called.
+
+    Args:
+        model: the model.
+        densities: densities of the masks of the rows in ``SPARSE``.
+        base_density: density of the mask of the rows in ``SPARSE_ONCE``.
+    """
     params = list(model.parameters())
     d, on_cpu = sum(p.numel() for p in params), params[0].device.type == "cpu"
 
@@ -52,14 +61,14 @@ def entries(model: nn.Module, densities: list[float], base_density: float) -> li
     def mask_of(density: float) -> SparseMask:
         return SparseMask.random(model, density, SEED)
 
-    def sparse(name: str, density: float, kind: Callable[[nn.Module, SparseMask], Row]) -> Entry:
+    def sparse(name: str, density: float, build: Callable[[nn.Module, SparseMask], Row]) -> Entry:
         mask = mask_of(density)
-        return Entry(name=name, density=density, elements=len(mask), row=kind(model, mask))
+        return Entry(name=name, density=density, elements=len(mask), row=build(model, mask))
 
-    def dense(name: str, kind: Callable[[nn.Module], Row]) -> Entry:
-        return Entry(name=name, density=1.0, elements=d, row=kind(model))
+    def dense(name: str, build: Callable[[nn.Module], Row]) -> Entry:
+        return Entry(name=name, density=1.0, elements=d, row=build(model))
 
-    once = {name: kind for name, kind in SPARSE_ONCE.items() if on_cpu or kind is not PlainTorch}
+    once = {name: build for name, build in SPARSE_ONCE.items() if on_cpu or build is not PlainTorch}
     return [
         *(functools.partial(sparse, name, density, SPARSE[name]) for density in densities for name in SPARSE),
         *(functools.partial(sparse, name, base_density, once[name]) for name in once),
@@ -68,13 +77,19 @@ def entries(model: nn.Module, densities: list[float], base_density: float) -> li
 
 
 def check(entry: Entry, model: nn.Module) -> int:
-    """Runs each operation once, compares the weights with their formula, and puts the weights back, not the row.
+    """Runs each operation once and compares the weights with the operation's formula.
+
+    The weights are then set back. The row's own state (its masters) is not: build the row again before it is timed.
+
+    Args:
+        entry: the row to check.
+        model: the model that the row was built for.
 
     Returns:
-        Most memory that an operation held, in bytes.
+        Peak memory that an operation allocates, in bytes.
 
     Raises:
-        CheckError: if an operation leaves other weights than it should, or the noise is not standard normal.
+        CheckError: if an operation leaves wrong weights, or the noise is not standard normal.
     """
     params, row = list(model.parameters()), entry.row
     device = params[0].device
@@ -90,31 +105,35 @@ def check(entry: Entry, model: nn.Module) -> int:
         for operation, (call, scale) in calls.items():
             peak = max(peak, peak_bytes(call, device))
             for p, old, z in zip(params, before, noise, strict=True):
-                if not _moved_by(p.detach().view(-1), old, z.to(device), scale, exact=row.exact):
-                    raise CheckError(f"row {entry.name!r} at density {entry.density:g}: {operation} is not its formula")
+                if not _is_moved_by(p.detach().view(-1), old, z.to(device), scale, exact=row.exact):
+                    raise CheckError(
+                        f"row {entry.name!r} at density {entry.density:g}: {operation} leaves weights that differ from "
+                        "its formula"
+                    )
     finally:
-        row.settle()
+        row.end_step()
         for p, old in zip(params, before, strict=True):
             p.data.copy_(old.view(p.shape))
     return peak
 
 
 def bits_of(values: torch.Tensor) -> torch.Tensor:
-    """The bits of some floating-point numbers as integers: -0 differs from +0, NaN equals itself."""
+    """Returns the bits of floating-point numbers as integers, so that -0 differs from +0 and NaN equals itself."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-def _moved_by(new: torch.Tensor, old: torch.Tensor, z: torch.Tensor, scale: float, *, exact: bool) -> bool:
-    wanted = old.float() + z * torch.tensor(scale, dtype=torch.float32)
+def _is_moved_by(new: torch.Tensor, old: torch.Tensor, z: torch.Tensor, scale: float, *, exact: bool) -> bool:
+    """Whether ``new`` is ``old + scale * z``: to the bit if ``exact``, else within rounding errors."""
+    expected = old.float() + z * torch.tensor(scale, dtype=torch.float32)
     if exact:
-        return torch.equal(bits_of(new), bits_of(wanted.to(new.dtype)))
-    # Up to four roundings of numbers as large as the weight and three perturbations.
+        return torch.equal(bits_of(new), bits_of(expected.to(new.dtype)))
+    # At most four roundings of numbers no larger than the weight plus three perturbations.
     rounding = 4 * torch.finfo(new.dtype).eps * (old.float().abs() + 3 * abs(scale) * z.abs())
-    return bool(((new.float() - wanted).abs() <= rounding).all())
+    return bool(((new.float() - expected).abs() <= rounding).all())
 
 
 def _check_moments(entry: Entry, noise: list[torch.Tensor]) -> None:
-    """Six standard errors of mean and variance."""
+    """Raises ``CheckError`` if the mean or variance of the noise is off by more than six standard errors."""
     n = max(1, sum(int(z.count_nonzero()) for z in noise))
     total = sum(z.sum(dtype=torch.float64).item() for z in noise)
     squares = sum(z.square().sum(dtype=torch.float64).item() for z in noise)
@@ -126,7 +145,16 @@ def _check_moments(entry: Entry, noise: list[torch.Tensor]) -> None:
 
 
 def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[dict[str, list[float]]]:
-    """Seconds of each operation of each row in each repetition; the rows' checks have warmed them up."""
+    """Times the operations of all rows. The rows must be warmed up (their checks do that).
+
+    Args:
+        rows: the rows.
+        device: device of the weights.
+        repeats: number of repetitions.
+
+    Returns:
+        For each row the seconds of each operation, one value per repetition.
+    """
     watch = Stopwatch(device)
     seconds: list[dict[str, list[float]]] = [{operation: [] for operation in OPERATIONS} for _ in rows]
     slow = [False] * len(rows)
@@ -140,62 +168,64 @@ def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[dict[
                 "flip": watch.cold(functools.partial(row.flip, seed, EPS)),
                 "update": watch.cold(functools.partial(row.update, seed, EPS, C)),
             }
-            took = {operation: watch.seconds(at) for operation, at in moments.items()}
-            row.settle()
-            slow[i] |= sum(took.values()) > _SLOW
+            elapsed = {operation: watch.seconds(moment) for operation, moment in moments.items()}
+            row.end_step()
+            slow[i] |= sum(elapsed.values()) > _SLOW
             for operation in OPERATIONS:
-                seconds[i][operation].append(took[operation])
+                seconds[i][operation].append(elapsed[operation])
     return seconds
 
 
-def matrix(model: nn.Module, densities: list[float], repeats: int, base_density: float) -> list[dict[str, Any]]:
+def measure_rows(model: nn.Module, densities: list[float], repeats: int, base_density: float) -> list[dict[str, Any]]:
     """Checks and times every row of a model.
 
     Args:
-        model: its weights are moved by a few small updates.
-        densities: of the masks.
-        repeats: at least 3.
-        base_density: the density of this engine's row that ratios are taken to; one of ``densities``.
+        model: the model; a few small updates change its weights.
+        densities: densities of the masks.
+        repeats: number of repetitions, at least 3.
+        base_density: one of ``densities``; ratios are relative to this engine's row at this density.
 
     Returns:
-        For each row what was measured; for a row whose check failed, what failed and no number.
+        One record per row, ready for JSON. The record of a row whose check failed has the reason and no numbers.
     """
     device = next(model.parameters()).device
     passed: list[tuple[Entry, int]] = []
     failed: list[dict[str, Any]] = []
-    for make in entries(model, densities, base_density):
-        entry = make()
+    for make_entry in entry_factories(model, densities, base_density):
+        entry = make_entry()
         try:
             peak = check(entry, model)
-            passed.append((make(), peak))  # anew: the checked one's own state has moved on
+            passed.append((make_entry(), peak))  # built again: the check changed the first one's state
         except CheckError as error:
             failed.append({"row": entry.name, "density": entry.density, "failed": str(error)})
     seconds = time_rows([entry.row for entry, _ in passed], device, repeats)
-    base = next(
-        (s for (e, _), s in zip(passed, seconds, strict=True) if e.name == "meerkat" and e.density == base_density),
-        None,
-    )
-    return [_record(e, peak, s, base) for (e, peak), s in zip(passed, seconds, strict=True)] + failed
+    base: dict[str, list[float]] | None = None
+    for (entry, _), row_seconds in zip(passed, seconds, strict=True):
+        if base is None and entry.name == "meerkat" and entry.density == base_density:
+            base = row_seconds
+    measured = zip(passed, seconds, strict=True)
+    return [_record(entry, peak, row_seconds, base) for (entry, peak), row_seconds in measured] + failed
 
 
 def _record(
     entry: Entry, peak: int, seconds: dict[str, list[float]], base: dict[str, list[float]] | None
 ) -> dict[str, Any]:
+    """Returns a row's record, with ratios to the seconds in ``base``, if given."""
     steps = _sums(seconds)
     record: dict[str, Any] = {
         "row": entry.name,
         "density": entry.density,
         "elements": entry.elements,
-        "normals": entry.row.normals,
-        "bytes": entry.row.moved,
-        "held_bytes": entry.row.held,
+        "normals": entry.row.normals_drawn,
+        "bytes": entry.row.bytes_moved,
+        "held_bytes": entry.row.bytes_held,
         "peak_bytes": peak,
         "seconds": {name: asdict(Spread.of(values)) for name, values in {**seconds, "step": steps}.items()},
     }
     if base is not None:
         ratios = {
-            name: [mine / other for mine, other in zip(values, reference, strict=False)]
-            for name, values, reference in (
+            name: [time / base_time for time, base_time in zip(values, base_values, strict=False)]
+            for name, values, base_values in (
                 ("perturb", seconds["perturb"], base["perturb"]),
                 ("step", steps, _sums(base)),
             )
@@ -205,7 +235,8 @@ def _record(
 
 
 def _sums(seconds: dict[str, list[float]]) -> list[float]:
+    """Returns the seconds of all operations together, one value per repetition."""
     return [sum(values) for values in zip(*seconds.values(), strict=True)]
 
 
-__all__ = ["CheckError", "bits_of", "check", "entries", "matrix", "time_rows"]
+__all__ = ["CheckError", "bits_of", "check", "entry_factories", "measure_rows", "time_rows"]

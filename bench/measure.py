@@ -1,4 +1,4 @@
-"""Time over cold caches, peak memory, and what the machine can do at best."""
+"""Measures times over cold caches, peak memory, copy bandwidth and the cost of a kernel launch."""
 
 import os
 import statistics
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..engine.clock import Clock
 
 _CPU_FLUSH = 128 << 20  # bytes; more than the last-level cache of common processors
-_COPY = 256 << 20
+_COPY = 256 << 20  # bytes copied to measure the bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Median and 20th and 80th percentile."""
+    """Median, 20th and 80th percentile of repeated measurements."""
 
     median: float
     p20: float
@@ -27,16 +27,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
-        """Of at least two values."""
+        """Returns the spread of ``values``, at least two."""
         cuts = statistics.quantiles(values, n=5, method="inclusive")
         return cls(median=statistics.median(values), p20=cuts[0], p80=cuts[3])
 
 
 class Stopwatch:
-    """Times actions on one device, each after the caches have been filled with something else.
+    """Measures the time of actions on one device, with cold or warm caches.
 
-    On a GPU, emptying the cache keeps the device busy while the host goes on to launch the action: what is measured is
-    the device's time, and the host's where it does not keep up.
+    On a GPU, the device is busy flushing the cache while the host launches the action. So the measured time is that of
+    the device, or of the host if its launches are slower.
+
+    Args:
+        device: the device of the actions.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,40 +47,40 @@ class Stopwatch:
         size = _CPU_FLUSH
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._filler = torch.zeros(size // 4, dtype=torch.int32, device=device)
+        self._flush_buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
     def cold(self, action: Callable[[], object]) -> tuple[Any, Any]:
-        """Runs an action over cold caches; its beginning and end."""
-        self._filler.add_(1)
+        """Flushes the caches, then runs an action; returns the moments of its start and end."""
+        self._flush_buffer.add_(1)
         return self.warm(action)
 
     def warm(self, action: Callable[[], object]) -> tuple[Any, Any]:
-        """Runs an action; its beginning and end."""
-        begin = self._clock.now()
+        """Runs an action; returns the moments of its start and end."""
+        start = self._clock.now()
         action()
-        return begin, self._clock.now()
+        return start, self._clock.now()
 
     def seconds(self, moments: tuple[Any, Any]) -> float:
-        """Between a beginning and an end; waits for the end."""
+        """Returns the seconds between the moments of a start and an end; waits for the end."""
         return self._clock.seconds(*moments)
 
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler's library writes two lines to the standard error of the process at every start and stop."""
+    """Discards the process's standard error: the profiler's library writes two lines to it at every start and stop."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    saved = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """Most memory that an action holds at a time beyond what was there before it."""
+    """Returns the peak memory that an action allocates, in bytes, on top of what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,15 +96,15 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         with _no_stderr():
             profile.stop()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
+        allocated += change.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy that no cache holds."""
+    """Returns the bytes per second, read plus written, of a copy too large for the caches."""
     source = torch.ones(_COPY // 4, dtype=torch.int32, device=device)
     target, watch = torch.empty_like(source), Stopwatch(device)
     seconds = [watch.seconds(watch.cold(lambda: target.copy_(source))) for _ in range(6)][1:]
@@ -109,14 +112,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def empty_launch(device: torch.device) -> float | None:
-    """Seconds on the device of a kernel that does nothing; None on a CPU."""
+    """Returns the time of a kernel that does nothing, in seconds; None on a CPU."""
     if device.type != "cuda":
         return None
-    from .empty_kernel import nothing_kernel  # triton is there on Linux only
+    from .empty_kernel import empty_kernel  # triton exists for Linux only
 
     x: Tensor = torch.zeros(1, device=device)
     watch = Stopwatch(device)
-    seconds = [watch.seconds(watch.cold(lambda: nothing_kernel[(1,)](x))) for _ in range(21)][1:]
+    seconds = [watch.seconds(watch.cold(lambda: empty_kernel[(1,)](x))) for _ in range(21)][1:]
     return statistics.median(seconds)
 
 

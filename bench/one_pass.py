@@ -1,4 +1,4 @@
-"""Many steps in one pass over the masked elements, against one pass a step: ``replay`` and ``inner``."""
+"""Times many steps in one pass over the masked elements against one pass per step, for ``replay`` and ``inner``."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,76 +18,81 @@ _REPEATS = 5
 
 
 def measure_one_pass(model: nn.Module, density: float, steps: int) -> dict[str, Any]:
-    """Checks that all ways have the same bits, then times them in turn.
+    """Checks that all variants give the same bits, then times them in turn.
 
     Args:
-        model: its masked weights are written.
-        density: of the mask.
-        steps: (seed, coefficient) pairs replayed, and seeds of the inner products.
+        model: the model; its masked weights are overwritten.
+        density: density of the mask.
+        steps: number of (seed, coefficient) pairs to replay, and of seeds for the inner products.
 
     Returns:
-        Under "replay" and "inner", the seconds of each way and its ratio to those of one pass; the number of masked
-        elements and steps.
+        Under "replay" and "inner", the seconds of each variant and the ratio to those of one pass; also the density,
+        the number of masked elements and the number of steps.
 
     Raises:
-        CheckError: if the bits differ.
+        CheckError: if the bits of two variants differ.
     """
     device = next(model.parameters()).device
     mask = SparseMask.random(model, density, SEED)
     seeds, c = [stream.step_seed(SEED, 0, t) for t in range(steps)], [1e-6 * (1 + t % 7) for t in range(steps)]
     weights = MaskedWeights(model, mask)
-    masters, at = weights.masters(), weights.values.seeds(seeds)
+    masters, device_seeds = weights.masters(), weights.values.seeds(seeds)
     coefficients = [weights.values.numbers([value], torch.float32) for value in c]
-    ids, ops = mask.ids.to(device), resolve("auto", device)
-    gradient = ops.normal(SEED, ids)
+    ids, backend = mask.ids.to(device), resolve("auto", device)
+    gradient = backend.normal(SEED, ids)
 
-    def update_by_update() -> None:
+    def update_each_step() -> None:
         for t in range(steps):
-            weights.update_(at[t : t + 1], coefficients[t])
+            weights.update_(device_seeds[t : t + 1], coefficients[t])
 
-    ways: dict[str, dict[str, Callable[[], Tensor | None]]] = {
-        "replay": {"one pass": lambda: weights.replay_(seeds, c), "a pass a step": update_by_update},
+    # Per operation its variants. A replay changes the weights and returns None; an inner product returns its values.
+    variants: dict[str, dict[str, Callable[[], Tensor | None]]] = {
+        "replay": {"one pass": lambda: weights.replay_(seeds, c), "a pass a step": update_each_step},
         "inner": {
-            "one pass": lambda: ops.inner(gradient, ids, at),
-            "a pass a step": lambda: torch.cat([ops.inner(gradient, ids, at[t : t + 1]) for t in range(steps)]),
+            "one pass": lambda: backend.inner(gradient, ids, device_seeds),
+            "a pass a step": lambda: torch.cat(
+                [backend.inner(gradient, ids, device_seeds[t : t + 1]) for t in range(steps)]
+            ),
         },
     }
     plain = [MaskedWeights(model, mask, "torch")] if device.type == "cpu" else []
     if plain:
-        ways["replay"]["one pass, plain torch"] = lambda: plain[0].replay_(seeds, c)
-        ways["inner"]["one pass, plain torch"] = lambda: resolve("torch", device).inner(gradient, ids, at)
+        variants["replay"]["one pass, plain torch"] = lambda: plain[0].replay_(seeds, c)
+        variants["inner"]["one pass, plain torch"] = lambda: resolve("torch", device).inner(gradient, ids, device_seeds)
 
-    def end(way: Callable[[], Tensor | None]) -> Tensor:
-        for each in (weights, *plain):
-            each.set_masters_(masters)
-        found = way()
-        return _live(model) if found is None else found
+    def result_of(variant: Callable[[], Tensor | None]) -> Tensor:
+        for masked_weights in (weights, *plain):
+            masked_weights.set_masters_(masters)
+        returned = variant()
+        return _live_weights(model) if returned is None else returned
 
     record: dict[str, Any] = {"density": density, "elements": len(mask), "steps": steps}
-    for name, of_name in ways.items():
-        ends = [end(way) for way in of_name.values()]
-        if not all(torch.equal(bits_of(ends[0]), bits_of(other)) for other in ends[1:]):
-            raise CheckError(f"{name}: one pass and a pass a step end on other bits")
-        record[name] = _timed(of_name, Stopwatch(device))
+    for operation, actions in variants.items():
+        first, *others = [result_of(action) for action in actions.values()]
+        if not all(torch.equal(bits_of(first), bits_of(other)) for other in others):
+            raise CheckError(f"{operation}: one pass and a pass a step give different bits")
+        record[operation] = _time_variants(actions, Stopwatch(device))
     weights.set_masters_(masters)
     return record
 
 
-def _live(model: nn.Module) -> Tensor:
+def _live_weights(model: nn.Module) -> Tensor:
+    """Returns a flat copy of all live weights."""
     return torch.cat([p.detach().view(-1) for p in model.parameters()])
 
 
-def _timed(ways: dict[str, Callable[[], Tensor | None]], watch: Stopwatch) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+def _time_variants(variants: dict[str, Callable[[], Tensor | None]], watch: Stopwatch) -> dict[str, Any]:
+    """Returns the spread of each variant's seconds, and of their ratio to those of "one pass"."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(_REPEATS):
-        for way, action in ways.items():
-            seconds[way].append(watch.seconds(watch.cold(action)))
+        for name, action in variants.items():
+            seconds[name].append(watch.seconds(watch.cold(action)))
     return {
-        way: {
+        name: {
             "seconds": asdict(Spread.of(values)),
             "ratio": asdict(Spread.of([x / one for x, one in zip(values, seconds["one pass"], strict=True)])),
         }
-        for way, values in seconds.items()
+        for name, values in seconds.items()
     }
 
 

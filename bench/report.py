@@ -1,4 +1,4 @@
-"""From a result (what ``run_all`` returned, or its JSON) to tables and figures."""
+"""Renders a result (the value of ``run_all``, or its JSON) as tables and figures."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ Result = dict[str, Any]
 
 
 def markdown(result: Result) -> str:
-    """The result's tables."""
-    return "\n\n".join([_heading(result), *map(_kernels, result["kernels"]), *map(_step, result["steps"])]) + "\n"
+    """Returns the result's tables in Markdown."""
+    sections = [_heading(result), *map(_kernel_section, result["kernels"]), *map(_step_section, result["steps"])]
+    return "\n\n".join(sections) + "\n"
 
 
 def _heading(result: Result) -> str:
@@ -24,23 +25,24 @@ def _heading(result: Result) -> str:
     )
 
 
-def _kernels(case: dict[str, Any]) -> str:
+def _kernel_section(case: dict[str, Any]) -> str:
+    """Returns the table of the weight passes of one model."""
     bandwidth = case["copy_bytes_per_second"]
     lines = []
-    for r in case["rows"]:
-        if "failed" in r:
-            lines.append([r["row"], _density(r["density"]), f"no numbers: {r['failed']}", "", "", "", "", ""])
+    for row in case["rows"]:
+        if "failed" in row:
+            lines.append([row["row"], _density(row["density"]), f"no numbers: {row['failed']}", "", "", "", "", ""])
             continue
-        share = r["bytes"]["perturb"] / r["seconds"]["perturb"]["median"] / bandwidth
+        share = row["bytes"]["perturb"] / row["seconds"]["perturb"]["median"] / bandwidth
         lines.append([
-            r["row"],
-            _density(r["density"]),
-            _spread(r["ratio"]["perturb"]) if "ratio" in r else "",
-            _spread(r["ratio"]["step"]) if "ratio" in r else "",
-            amount(r["bytes"]["perturb"]),
+            row["row"],
+            _density(row["density"]),
+            _spread(row["ratio"]["perturb"]) if "ratio" in row else "",
+            _spread(row["ratio"]["step"]) if "ratio" in row else "",
+            amount(row["bytes"]["perturb"]),
             f"{share:.1%}",
-            amount(r["held_bytes"] + r["peak_bytes"]),
-            amount(sum(r["normals"].values()), ""),
+            amount(row["held_bytes"] + row["peak_bytes"]),
+            amount(sum(row["normals"].values()), ""),
         ])  # fmt: skip
     columns = ["row", "density", "perturb", "all passes of a step", "perturb must move", "of copy bandwidth",
                "memory beside the weights", "normals drawn a step"]  # fmt: skip
@@ -51,17 +53,18 @@ def _kernels(case: dict[str, Any]) -> str:
     return f"{title}\n\n{table(columns, lines)}"
 
 
-def _step(case: dict[str, Any]) -> str:
+def _step_section(case: dict[str, Any]) -> str:
+    """Returns the tables of a step of one model."""
     lines = []
-    for r in case["rows"]:
-        if "failed" in r:
-            lines.append([r["row"], _density(r["density"]), f"no numbers: {r['failed']}", "", "", ""])
+    for row in case["rows"]:
+        if "failed" in row:
+            lines.append([row["row"], _density(row["density"]), f"no numbers: {row['failed']}", "", "", ""])
             continue
-        share = {part: r["share"][part]["median"] for part in PARTS}
+        share = {part: row["share"][part]["median"] for part in PARTS}
         lines.append([
-            r["row"],
-            _density(r["density"]),
-            _spread(r["over_forwards"]),
+            row["row"],
+            _density(row["density"]),
+            _spread(row["over_forwards"]),
             f"{share['forward'] + share['second forward']:.1%}",
             f"{share['perturb'] + share['flip']:.1%}",
             f"{share['update']:.1%}",
@@ -69,26 +72,29 @@ def _step(case: dict[str, Any]) -> str:
     batch, length = case["batch"]
     title = f"**A step on {case['model']}**, {case['dtype']}, batch of {batch} x {length} tokens:"
     columns = ["row", "density", "step over its forwards", "forwards", "perturb and flip", "update"]
-    whole = (
+    optimizer = (
         "`SparseZO.step` itself, with its seeds, scalars and checks: "
         f"{_spread(case['optimizer']['over_forwards'])} of the two forwards in it."
     )
-    return f"{title}\n\n{table(columns, lines)}\n\n{whole}\n\n{_one_pass(case)}"
+    return f"{title}\n\n{table(columns, lines)}\n\n{optimizer}\n\n{_one_pass_section(case)}"
 
 
-def _one_pass(case: dict[str, Any]) -> str:
+def _one_pass_section(case: dict[str, Any]) -> str:
+    """Returns the table that compares many steps in one pass with one pass per step."""
     passes = case["one_pass"]
     if "failed" in passes:
         return f"Many steps in one pass: no numbers: {passes['failed']}"
     lines = [
-        [name, way, _spread(found["ratio"])] for name in ("replay", "inner") for way, found in passes[name].items()
+        [operation, way, _spread(measured["ratio"])]
+        for operation in ("replay", "inner")
+        for way, measured in passes[operation].items()
     ]
     title = f"{passes['steps']:,} steps over {passes['elements']:,} masked elements, times over those of one pass:"
     return f"{title}\n\n{table(['operation', 'way', 'time'], lines)}"
 
 
-def _spread(s: dict[str, float]) -> str:
-    return f"{s['median']:.3g} ({s['p20']:.3g} to {s['p80']:.3g})"
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
 
 
 def _density(density: float) -> str:
@@ -96,63 +102,74 @@ def _density(density: float) -> str:
 
 
 def draw(result: Result, directory: Path) -> list[Path]:
-    """Writes the figures as PNG.
+    """Writes the figures as PNG files.
 
     Args:
-        result: what was measured.
-        directory: that exists.
+        result: the measured result.
+        directory: an existing directory.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     require_matplotlib()
-    written = []
+    paths = []
     if result["kernels"]:
-        written += [_draw_density(result, directory), _draw_size(result, directory)]
+        paths += [_draw_density(result, directory), _draw_size(result, directory)]
     if result["steps"]:
-        written.append(_draw_share(result, directory))
-    return written
+        paths.append(_draw_share(result, directory))
+    return paths
 
 
-def _copies(case: dict[str, Any], row: dict[str, Any], key: str = "median") -> float:
-    """Time of a perturbation over that of copying the weights once."""
+def _time_in_copies(case: dict[str, Any], row: dict[str, Any], key: str = "median") -> float:
+    """Returns the time of a perturbation divided by that of copying the weights once."""
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[case["dtype"]]
     copy = 2 * case["elements"] * itemsize / case["copy_bytes_per_second"]
     return float(row["seconds"]["perturb"][key] / copy)
 
 
-def _measured(case: dict[str, Any]) -> list[dict[str, Any]]:
+def _measured_rows(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows whose check passed."""
     return [row for row in case["rows"] if "failed" not in row]
 
 
 def _draw_density(result: Result, directory: Path) -> Path:
+    """Draws the time of a perturbation against density, for the largest model."""
     from matplotlib import pyplot
 
     case = max(result["kernels"], key=lambda case: case["elements"])
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    rows = _measured(case)
-    densities = sorted({r["density"] for r in rows if r["density"] < 1})
-    for i, name in enumerate(dict.fromkeys(r["row"] for r in rows)):
-        mine = sorted((r for r in rows if r["row"] == name), key=lambda r: r["density"])
-        x = [r["density"] for r in mine]
-        if len(mine) == 1:  # its cost does not depend on the density
-            mine, x = mine * 2, [densities[0], densities[-1]]
+    rows = _measured_rows(case)
+    densities = sorted({row["density"] for row in rows if row["density"] < 1})
+    for i, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
+        points = sorted((row for row in rows if row["row"] == name), key=lambda row: row["density"])
+        x = [row["density"] for row in points]
+        if len(points) == 1:  # measured at one density: drawn as a horizontal line
+            points, x = points * 2, [densities[0], densities[-1]]
         style = "-" if name.startswith("meerkat") else "--"
-        axes.plot(x, [_copies(case, r) for r in mine], style, marker="o", markersize=3, color=f"C{i}", label=name)
+        axes.plot(
+            x,
+            [_time_in_copies(case, row) for row in points],
+            style,
+            marker="o",
+            markersize=3,
+            color=f"C{i}",
+            label=name,
+        )
         axes.fill_between(
             x,
-            [_copies(case, r, "p20") for r in mine],
-            [_copies(case, r, "p80") for r in mine],
+            [_time_in_copies(case, row, "p20") for row in points],
+            [_time_in_copies(case, row, "p80") for row in points],
             alpha=0.2,
             color=f"C{i}",
         )
     axes.set(xscale="log", yscale="log", xlabel="density of the mask")
     axes.set(ylabel="time of a perturbation, in copies of the weights")
     axes.set_title(f"{case['model']}, {case['dtype']}, {result['machine']['device']}")
-    return _finished(figure, axes, directory / "density.png")
+    return _save(figure, axes, directory / "density.png")
 
 
 def _draw_size(result: Result, directory: Path) -> Path:
+    """Draws the time of a perturbation against the number of elements, for all models of one dtype."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
@@ -161,23 +178,24 @@ def _draw_size(result: Result, directory: Path) -> Path:
     base = cases[0]["base_density"]
     points: dict[str, list[tuple[int, float]]] = {}
     for case in cases:
-        for r in _measured(case):
-            if r["density"] in (1.0, base):
-                points.setdefault(r["row"], []).append((case["elements"], r["seconds"]["perturb"]["median"]))
-    for i, (name, found) in enumerate(points.items()):
-        x, y = zip(*found, strict=True)
+        for row in _measured_rows(case):
+            if row["density"] in (1.0, base):
+                points.setdefault(row["row"], []).append((case["elements"], row["seconds"]["perturb"]["median"]))
+    for i, (name, line) in enumerate(points.items()):
+        x, y = zip(*line, strict=True)
         style = "-" if name.startswith("meerkat") else "--"
         axes.plot(x, y, style, marker="o", markersize=3, color=f"C{i}", label=name)
     axes.set(xscale="log", yscale="log", xlabel="elements of the model")
     axes.set(ylabel="time of a perturbation, seconds on this machine")
     axes.set_title(f"density {base:g}, {dtype}, {result['machine']['device']}")
-    return _finished(figure, axes, directory / "size.png")
+    return _save(figure, axes, directory / "size.png")
 
 
 def _draw_share(result: Result, directory: Path) -> Path:
+    """Draws the share of each part in the time of a step, one bar per model and row."""
     from matplotlib import pyplot
 
-    bars = [(case, row) for case in result["steps"] for row in _measured(case)][::-1]
+    bars = [(case, row) for case in result["steps"] for row in _measured_rows(case)][::-1]
     figure, axes = pyplot.subplots(figsize=(7.5, 1 + 0.35 * len(bars)), layout="constrained")
     left = [0.0] * len(bars)
     colors = {"perturb": "C3", "forward": "0.75", "flip": "C1", "second forward": "0.85", "update": "C0"}
@@ -195,7 +213,8 @@ def _draw_share(result: Result, directory: Path) -> Path:
     return path
 
 
-def _finished(figure: Any, axes: Any, path: Path) -> Path:
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    """Adds a grid and a legend, writes the figure and closes it."""
     from matplotlib import pyplot
 
     axes.grid(visible=True, which="major", alpha=0.3)

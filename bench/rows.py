@@ -1,12 +1,13 @@
-"""The ways to move weights along a seeded perturbation, side by side: this engine and those it is compared with.
+"""The rows of the benchmark: this engine's passes over the weights and the implementations it is compared with.
 
-A row works on a model's own parameters. Its three operations are the passes over the weights that a step makes:
+A row modifies a model's parameters in place. Its three operations are the weight passes of a step:
 
-    perturb   w + eps z
-    flip      w - eps z, coming from w + eps z
-    update    w - c z, coming from w - eps z
+    perturb   w           -> w + eps z
+    flip      w + eps z   -> w - eps z
+    update    w - eps z   -> w - c z
 
-The dense rows are written from their descriptions: MeZO (arXiv 2305.17333, algorithm 1), DeComFL (arXiv 2405.15861).
+References:
+    MeZO, arXiv 2305.17333, algorithm 1; DeComFL, arXiv 2405.15861. Their rows are implemented from these descriptions.
 """
 
 import itertools
@@ -25,47 +26,51 @@ from ..triton_kernels import ElementTable, build_table
 from ..triton_kernels.reference import normals_of
 
 OPERATIONS = ("perturb", "flip", "update")
-_SECTOR = 32  # bytes that memory moves at least
+_SECTOR = 32  # bytes; the smallest unit that memory transfers
 
 
 class Row(ABC):
-    """One way.
+    """An implementation of the three operations, bound to one model.
 
     Attributes:
-        exact: whether the operations' bits are specified; otherwise they are checked within rounding.
-        normals: normals drawn by each operation.
-        moved: bytes that each operation must move: every 32-byte sector once in if it is read or written in part, once
-            out if it is written. Temporaries are not counted.
-        held: bytes held from step to step beside the weights.
+        exact: True if the results of the operations are specified to the bit. Otherwise they are checked within
+            rounding errors.
+        normals_drawn: number of normals that each operation draws, by name of the operation.
+        bytes_moved: bytes that each operation must transfer, by name of the operation. A 32-byte sector counts once as
+            input if it is read or partly written, and once as output if it is written. Temporaries do not count.
+        bytes_held: bytes of state kept between steps, without the weights.
     """
 
     exact = False
-    normals: dict[str, int]
-    moved: dict[str, int]
-    held = 0
+    normals_drawn: dict[str, int]
+    bytes_moved: dict[str, int]
+    bytes_held = 0
 
     @abstractmethod
     def perturb(self, seed: int, eps: float) -> None:
-        """See the module."""
+        """Moves the weights from ``w`` to ``w + eps z``."""
 
     @abstractmethod
     def flip(self, seed: int, eps: float) -> None:
-        """See the module."""
+        """Moves the weights from ``w + eps z`` to ``w - eps z``."""
 
     @abstractmethod
     def update(self, seed: int, eps: float, c: float) -> None:
-        """See the module."""
+        """Moves the weights from ``w - eps z`` to ``w - c z``."""
 
     @abstractmethod
     def noise(self, seed: int) -> Iterator[Tensor]:
-        """``z`` of each parameter by another way, flat float32, 0 where the row moves nothing."""
+        """Yields ``z`` of each parameter, computed without the row's operations.
 
-    def settle(self) -> None:  # noqa: B027  most rows have nothing to do here
-        """What a row has to put in order after a step before another may use the weights; not part of its time."""
+        Each tensor is flat and float32. It is 0 at the elements that the row does not move.
+        """
+
+    def end_step(self) -> None:  # noqa: B027  most rows have nothing to do here
+        """Cleans up after a step, so that another row can use the weights. It is not part of the measured time."""
 
 
-def places_of(model: nn.Module, mask: SparseMask) -> list[Tensor]:
-    """Flat offsets of the masked elements of each parameter, int64 [n_i], on the CPU."""
+def masked_offsets(model: nn.Module, mask: SparseMask) -> list[Tensor]:
+    """Returns the flat offsets of the masked elements of each parameter, int64 [n_i], on the CPU."""
     bounds = torch.searchsorted(mask.ids, torch.tensor([*mask.table.bases, mask.table.size])).tolist()
     return [
         mask.ids[start:stop] - base
@@ -73,20 +78,22 @@ def places_of(model: nn.Module, mask: SparseMask) -> list[Tensor]:
     ]  # fmt: skip
 
 
-class _Kernels(Row):
-    """This engine's operations on some tables."""
+class _EngineRow(Row):
+    """Base of the rows that use this engine's kernels on element tables."""
 
     exact = True
 
     def __init__(self, tables: list[ElementTable], values: DeviceValues) -> None:
         self._values = values
-        slots, k = sum(t.slots for t in tables), sum(t.nnz for t in tables)
-        indices = sum(_bytes(t.offsets) for t in tables if t.offsets is not None)
-        moved = 4 * slots + indices + sum(_weights_moved(t) + _bytes(t.blocks) for t in tables)
-        self.moved = {"perturb": moved, "flip": moved, "update": moved + 4 * slots}
-        self.held = 4 * slots + indices
-        kept = values.device.type == "cpu" and all(t.slots <= KEPT_NORMALS for t in tables)
-        self.normals = {"perturb": k, "flip": 0 if kept else k, "update": 0 if kept else k}
+        slots, elements = sum(t.slots for t in tables), sum(t.nnz for t in tables)
+        master_bytes = 4 * slots
+        offset_bytes = sum(_bytes(t.offsets) for t in tables if t.offsets is not None)
+        moved = master_bytes + offset_bytes + sum(_weight_bytes_moved(t) + _bytes(t.blocks) for t in tables)
+        self.bytes_moved = {"perturb": moved, "flip": moved, "update": moved + master_bytes}
+        self.bytes_held = master_bytes + offset_bytes
+        normals_kept = values.device.type == "cpu" and all(t.slots <= KEPT_NORMALS for t in tables)
+        redrawn = 0 if normals_kept else elements
+        self.normals_drawn = {"perturb": elements, "flip": redrawn, "update": redrawn}
 
     @abstractmethod
     def _perturb(self, seed: Tensor, scale: Tensor) -> None: ...
@@ -104,13 +111,13 @@ class _Kernels(Row):
         self._update(self._values.seed(seed), self._values.numbers([c], torch.float32))
 
 
-class _PerTable(_Kernels):
-    """One launch a table."""
+class _LaunchPerTable(_EngineRow):
+    """Base of the rows that launch one kernel per table."""
 
     def __init__(self, tables: list[ElementTable]) -> None:
         device = tables[0].blocks.device
         super().__init__(tables, DeviceValues(device))
-        self._parts = [(table, _masters(table), resolve("auto", device)) for table in tables]
+        self._parts = [(table, _masters_of(table), resolve("auto", device)) for table in tables]
 
     def _perturb(self, seed: Tensor, scale: Tensor) -> None:
         for table, master, backend in self._parts:
@@ -125,28 +132,29 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _weights_moved(table: ElementTable) -> int:
+def _weight_bytes_moved(table: ElementTable) -> int:
     itemsize = table.weights[0].element_size()
     if table.offsets is None:
-        return table.nnz * itemsize  # written in whole sectors: nothing has to come in
-    return 2 * sum(_sectors(table.offsets[low:high], itemsize) for _, low, high in table.pieces(0, table.slots))
+        return table.nnz * itemsize  # complete sectors are written: nothing is read
+    return 2 * sum(_sector_bytes(table.offsets[low:high], itemsize) for _, low, high in table.pieces(0, table.slots))
 
 
-def _sectors(offsets: Tensor, itemsize: int) -> int:
-    """Bytes of the sectors that some ascending offsets into one tensor lie in."""
+def _sector_bytes(offsets: Tensor, itemsize: int) -> int:
+    """Returns the total size of the sectors that hold the elements at ``offsets``, ascending, of one tensor."""
     return _SECTOR * int(torch.unique_consecutive(offsets.long() * itemsize // _SECTOR).numel())
 
 
-def _masters(table: ElementTable) -> Tensor:
+def _masters_of(table: ElementTable) -> Tensor:
+    """Returns new fp32 masters of a table's elements, one per slot."""
     master = torch.zeros(table.slots, device=table.blocks.device)
     for tensor, low, high in table.pieces(0, table.slots):
-        at = slice(None) if table.offsets is None else table.offsets[low:high].long()
-        master[low:high] = table.weights[tensor][at]
+        offsets = slice(None) if table.offsets is None else table.offsets[low:high].long()
+        master[low:high] = table.weights[tensor][offsets]
     return master
 
 
-class Engine(_Kernels):
-    """This engine, as its optimizer uses it: one launch for all tensors."""
+class Engine(_EngineRow):
+    """This engine as ``SparseZO`` uses it: one launch for all tensors."""
 
     def __init__(self, model: nn.Module, mask: SparseMask, backend: str = "auto") -> None:
         self._weights = MaskedWeights(model, mask, backend)
@@ -164,18 +172,18 @@ class Engine(_Kernels):
 
 
 class PlainTorch(Engine):
-    """This engine on a CPU without numba."""
+    """This engine on a CPU, without numba."""
 
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
         super().__init__(model, mask, "torch")
 
 
-class LaunchPerTensor(_PerTable):
-    """This engine's sparse kernels, launched for every tensor on its own."""
+class LaunchPerTensor(_LaunchPerTable):
+    """This engine's sparse kernels, with one launch per tensor."""
 
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
-        found = zip(model.parameters(), mask.table.bases, places_of(model, mask), strict=True)
-        super().__init__([build_table([p.detach()], [base], [at]) for p, base, at in found if at.numel()])
+        parameters = zip(model.parameters(), mask.table.bases, masked_offsets(model, mask), strict=True)
+        super().__init__([build_table([p.detach()], [b], [offsets]) for p, b, offsets in parameters if offsets.numel()])
         self._mask, self._params = mask, list(model.parameters())
 
     def noise(self, seed: int) -> Iterator[Tensor]:
@@ -183,19 +191,19 @@ class LaunchPerTensor(_PerTable):
 
 
 def _masked_noise(mask: SparseMask, params: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
-    """The stream's ``z * m`` of each parameter, by the plain-torch reference on the CPU."""
+    """Yields ``z * m`` of each parameter, from the plain-torch reference of the stream on the CPU."""
     z = stream.normal(seed, mask.ids, backend="torch")
-    at = 0
+    start = 0
     for p, base in zip(params, mask.table.bases, strict=True):
         out = torch.zeros(p.numel(), device=p.device)
         stop = int(torch.searchsorted(mask.ids, base + p.numel()))
-        out[(mask.ids[at:stop] - base).to(p.device)] = z[at:stop].to(p.device)
-        at = stop
+        out[(mask.ids[start:stop] - base).to(p.device)] = z[start:stop].to(p.device)
+        start = stop
         yield out
 
 
-class DenseFused(_PerTable):
-    """All elements with this engine's dense kernels: noise made in registers (on a CPU: in windows), never stored."""
+class DenseFused(_LaunchPerTable):
+    """This engine's dense kernels: they draw the noise in registers (on a CPU: in windows) and never store it."""
 
     def __init__(self, model: nn.Module) -> None:
         weights = [p.detach() for p in model.parameters()]
@@ -209,20 +217,24 @@ class DenseFused(_PerTable):
 
 
 class _Additive(Row):
-    """Rows that keep no masters: every operation adds a multiple of ``z``, the update first undoes the perturbation."""
+    """Base of the rows without masters.
+
+    Every operation adds a multiple of ``z`` to the weights. The update first undoes the perturbation.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._params = list(model.parameters())
         self._generator = torch.Generator(self._params[0].device)
-        self._set(sum(p.numel() for p in self._params), 2 * sum(_bytes(p) for p in self._params))
+        self._set_costs(sum(p.numel() for p in self._params), 2 * sum(_bytes(p) for p in self._params))
 
-    def _set(self, normals: int, moved: int) -> None:
-        self.normals = {"perturb": normals, "flip": normals, "update": 2 * normals}
-        self.moved = {"perturb": moved, "flip": moved, "update": 2 * moved}
+    def _set_costs(self, normals: int, moved: int) -> None:
+        """Sets the costs of the operations from the normals drawn and the bytes moved by one addition."""
+        self.normals_drawn = {"perturb": normals, "flip": normals, "update": 2 * normals}
+        self.bytes_moved = {"perturb": moved, "flip": moved, "update": 2 * moved}
 
     @abstractmethod
     def _add(self, seed: int, scale: float) -> None:
-        """``w + scale * z``."""
+        """Adds ``scale * z`` to the weights."""
 
     def perturb(self, seed: int, eps: float) -> None:
         self._add(seed, eps)
@@ -234,56 +246,57 @@ class _Additive(Row):
         self._add(seed, eps)
         self._add(seed, -c)
 
-    def _normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _draw_normals(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         device = self._params[0].device
         return torch.normal(0.0, 1.0, size=tuple(shape), generator=self._generator, dtype=dtype, device=device)
 
     def noise(self, seed: int) -> Iterator[Tensor]:
         self._generator.manual_seed(seed)
         for p in self._params:
-            yield self._normal(p.shape, p.dtype).reshape(-1).float()
+            yield self._draw_normals(p.shape, p.dtype).reshape(-1).float()
 
 
 class MeZO(_Additive):
-    """A normal tensor for each parameter, out of place, drawn anew for every pass."""
+    """MeZO: draws a tensor of normals per parameter, again in every pass, and adds it out of place."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._own = [p.data for p in self._params]
+        self._storage = [p.data for p in self._params]
 
     def _add(self, seed: int, scale: float) -> None:
         self._generator.manual_seed(seed)
         for p in self._params:
-            p.data = p.data + scale * self._normal(p.shape, p.dtype)
+            p.data = p.data + scale * self._draw_normals(p.shape, p.dtype)
 
-    def settle(self) -> None:
-        """Gives the weights their own memory back: other rows hold its addresses."""
-        for p, own in zip(self._params, self._own, strict=True):
-            p.data = own.copy_(p.data)
+    def end_step(self) -> None:
+        """Moves the weights back into their original memory: other rows hold its addresses."""
+        for p, storage in zip(self._params, self._storage, strict=True):
+            p.data = storage.copy_(p.data)
 
 
 class Foreach(_Additive):
-    """A normal tensor for each parameter, all added in one call of ``torch._foreach_add_``."""
+    """Draws a tensor of normals per parameter and adds them all in one call of ``torch._foreach_add_``."""
 
     def _add(self, seed: int, scale: float) -> None:
         self._generator.manual_seed(seed)
-        z = [self._normal(p.shape, p.dtype) for p in self._params]
+        z = [self._draw_normals(p.shape, p.dtype) for p in self._params]
         torch._foreach_add_([p.data for p in self._params], z, alpha=scale)
 
 
 class FlatNoise(_Additive):
-    """DeComFL: one flat noise vector, drawn once a step and kept to its end."""
+    """DeComFL: draws one flat noise vector per step and keeps it until the step ends."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        d, once = self.normals["perturb"], self.moved["perturb"] * 3 // 2  # the weights in and out, the noise one way
-        self.normals = {"perturb": d, "flip": 0, "update": 0}
-        self.moved = {"perturb": once, "flip": once, "update": 2 * once}
+        d = self.normals_drawn["perturb"]
+        moved = self.bytes_moved["perturb"] * 3 // 2  # weights read and written; noise written (perturb) or read
+        self.normals_drawn = {"perturb": d, "flip": 0, "update": 0}
+        self.bytes_moved = {"perturb": moved, "flip": moved, "update": 2 * moved}
         self._z: Tensor | None = None
 
     def perturb(self, seed: int, eps: float) -> None:
         self._generator.manual_seed(seed)
-        self._z = self._normal([self.normals["perturb"]], self._params[0].dtype)
+        self._z = self._draw_normals([self.normals_drawn["perturb"]], self._params[0].dtype)
         self._add(seed, eps)
 
     def _add(self, seed: int, scale: float) -> None:
@@ -293,58 +306,60 @@ class FlatNoise(_Additive):
 
     def noise(self, seed: int) -> Iterator[Tensor]:
         self._generator.manual_seed(seed)
-        z = self._normal([self.normals["perturb"]], self._params[0].dtype).float()
+        z = self._draw_normals([self.normals_drawn["perturb"]], self._params[0].dtype).float()
         return iter(z.split([p.numel() for p in self._params]))
 
-    def settle(self) -> None:
-        """The noise goes with the step."""
+    def end_step(self) -> None:
+        """Frees the noise."""
         self._z = None
 
 
 class MaskedDense(_Additive):
-    """Noise for every element, times the mask."""
+    """Draws noise for every element and multiplies it by the mask."""
 
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
         super().__init__(model)
         self._masks = []
-        for p, offsets in zip(self._params, places_of(model, mask), strict=True):
-            own = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
-            own[offsets.to(p.device)] = True
-            self._masks.append(own.view(p.shape))
-        self.held = self.normals["perturb"]
-        self._set(self.held, self.moved["perturb"] + self.held)
+        for p, offsets in zip(self._params, masked_offsets(model, mask), strict=True):
+            is_masked = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+            is_masked[offsets.to(p.device)] = True
+            self._masks.append(is_masked.view(p.shape))
+        d = self.normals_drawn["perturb"]
+        self.bytes_held = d  # the masks: one byte per element
+        self._set_costs(d, self.bytes_moved["perturb"] + self.bytes_held)
 
     def _add(self, seed: int, scale: float) -> None:
         self._generator.manual_seed(seed)
-        for p, own in zip(self._params, self._masks, strict=True):
-            p.data.add_(self._normal(p.shape, p.dtype).mul_(own), alpha=scale)
+        for p, is_masked in zip(self._params, self._masks, strict=True):
+            p.data.add_(self._draw_normals(p.shape, p.dtype).mul_(is_masked), alpha=scale)
 
     def noise(self, seed: int) -> Iterator[Tensor]:
         """See ``Row``."""
-        for z, own in zip(super().noise(seed), self._masks, strict=True):
-            yield z * own.view(-1)
+        for z, is_masked in zip(super().noise(seed), self._masks, strict=True):
+            yield z * is_masked.view(-1)
 
 
 class Indexing(_Additive):
-    """The masked elements by torch indexing."""
+    """Reads and writes the masked elements by torch indexing."""
 
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
         super().__init__(model)
-        self._offsets = [offsets.to(p.device) for p, offsets in zip(self._params, places_of(model, mask), strict=True)]
-        sectors = sum(_sectors(o, p.element_size()) for p, o in zip(self._params, self._offsets, strict=True))
-        self.held = 8 * len(mask)
-        self._set(len(mask), 2 * sectors + self.held)
+        offsets = zip(self._params, masked_offsets(model, mask), strict=True)
+        self._offsets = [of_parameter.to(p.device) for p, of_parameter in offsets]
+        sectors = sum(_sector_bytes(o, p.element_size()) for p, o in zip(self._params, self._offsets, strict=True))
+        self.bytes_held = 8 * len(mask)  # int64 offsets
+        self._set_costs(len(mask), 2 * sectors + self.bytes_held)
 
     def _add(self, seed: int, scale: float) -> None:
         self._generator.manual_seed(seed)
         for p, offsets in zip(self._params, self._offsets, strict=True):
-            p.data.view(-1)[offsets] += scale * self._normal(offsets.shape, p.dtype)
+            p.data.view(-1)[offsets] += scale * self._draw_normals(offsets.shape, p.dtype)
 
     def noise(self, seed: int) -> Iterator[Tensor]:
         self._generator.manual_seed(seed)
         for p, offsets in zip(self._params, self._offsets, strict=True):
             z = torch.zeros(p.numel(), device=p.device)
-            z[offsets] = self._normal(offsets.shape, p.dtype).float()
+            z[offsets] = self._draw_normals(offsets.shape, p.dtype).float()
             yield z
 
 
@@ -353,7 +368,7 @@ SPARSE: dict[str, Callable[[nn.Module, SparseMask], Row]] = {
     "meerkat, a launch per tensor": LaunchPerTensor,
     "torch indexing": Indexing,
 }
-# What these show does not depend on the density: one is enough.
+# Measured at one density only: what these rows show does not depend on it.
 SPARSE_ONCE: dict[str, Callable[[nn.Module, SparseMask], Row]] = {
     "meerkat, plain torch": PlainTorch,
     "dense noise, then the mask": MaskedDense,
@@ -365,4 +380,4 @@ DENSE: dict[str, Callable[[nn.Module], Row]] = {
     "dense, one flat noise vector": FlatNoise,
 }
 
-__all__ = ["DENSE", "OPERATIONS", "SPARSE", "SPARSE_ONCE", "Row", "places_of"]
+__all__ = ["DENSE", "OPERATIONS", "SPARSE", "SPARSE_ONCE", "Row", "masked_offsets"]

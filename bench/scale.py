@@ -1,6 +1,7 @@
-"""What a round costs the server, by its number of clients: synthetic answers, the real server, checked before timed.
+"""Measures the server's cost of a round for a given number of clients, with the real server and synthetic replies.
 
-A round here is the first one, which costs most: every client tells its number of examples, and the ledger keeps it.
+The measured round is the first one, which costs most: the ledger records the number of examples of every client. Each
+round is checked before its times are used.
 """
 
 import math
@@ -31,40 +32,49 @@ from ..fed.terms import Terms
 from .kernels import CheckError
 from .measure import Spread
 
+# Parts of a round, and operations that are measured in addition.
 PARTS = ("receive", "gather", "GradIP", "aggregate", "ledger line", "rest of the round")
-BESIDE = ("requests", "median", "trimmed mean", "reading the ledger")
+EXTRA_PARTS = ("requests", "median", "trimmed mean", "reading the ledger")
 T = TypeVar("T")
 _SEED = 7
 _CPU = torch.device("cpu")
 
 
-def answers(clients: int, steps: int) -> list[bytes]:
-    """A message of each client; every hundredth client could not take its first step."""
+def encoded_replies(clients: int, steps: int) -> list[bytes]:
+    """Returns one encoded reply per client. Every hundredth client skipped its first query.
+
+    Args:
+        clients: number of clients.
+        steps: local steps ``T``, and scalars per reply.
+    """
     scalars = stream.normal(_SEED, torch.arange(clients * steps)).reshape(clients, steps).numpy()
     scalars[::100, 0] = math.nan
     return [
-        TrainReply(client=i, round=1, local_steps=steps, examples=1 + i % 997, loss=0.5, scalars=own).encode()
-        for i, own in enumerate(scalars)
+        TrainReply(client=i, round=1, local_steps=steps, examples=1 + i % 997, loss=0.5, scalars=row).encode()
+        for i, row in enumerate(scalars)
     ]
 
 
-def of_clients(clients: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Checks and times rounds of some clients.
+def measure_round(clients: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Checks and times a round.
 
     Args:
-        clients: that answer.
-        steps: ``T``.
-        repeats: at least 2, each of a server of its own.
+        clients: number of clients that reply.
+        steps: local steps ``T``.
+        repeats: number of repetitions, at least 2; each has a new server.
+
+    Returns:
+        Times, ledger size and memory, ready for JSON.
 
     Raises:
-        CheckError: if the round, or what the ledger kept of it, is not what its definition says.
+        CheckError: if the aggregate differs from its definition, or the ledger reads back another round.
     """
-    messages = answers(clients, steps)
+    messages = encoded_replies(clients, steps)
     runs = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as directory:
-            runs.append(_round(messages, clients, steps, Path(directory)))
-    names = (*PARTS, *BESIDE, "round")
+            runs.append(_time_round(messages, clients, steps, Path(directory)))
+    names = (*PARTS, *EXTRA_PARTS, "round")
     return {
         "clients": clients,
         "steps": steps,
@@ -73,61 +83,76 @@ def of_clients(clients: int, steps: int, repeats: int) -> dict[str, Any]:
         "cpu": {name: asdict(Spread.of([run["cpu"][name] for run in runs])) for name in names},
         "shares": {name: statistics.median(run["cpu"][name] / run["cpu"]["round"] for run in runs) for name in names},
         "ledger_bytes": runs[0]["ledger_bytes"],
-        "memory": _memory(messages, clients, steps),
+        "memory": _measure_memory(messages, clients, steps),
     }
 
 
 def check(
-    line: RoundRecord, sent: Mapping[int, Sequence[float]], examples: Mapping[int, int], kept: RoundRecord
+    line: RoundRecord, sent: Mapping[int, Sequence[float]], examples: Mapping[int, int], read_back: RoundRecord
 ) -> None:
-    """Raises ``CheckError`` unless a round is the mean by its definition, and the ledger kept it."""
+    """Checks that a round's scalars are the weighted mean, and that the ledger reads back the same round.
+
+    Args:
+        line: the round as the server finished it.
+        sent: scalars of each client; NaN for a skipped query.
+        examples: number of examples of each client.
+        read_back: the round as read from the ledger.
+
+    Raises:
+        CheckError: if one of the two does not hold.
+    """
     total = sum(examples.values())
-    for t, found in enumerate(line.scalars):
+    for t, scalar in enumerate(line.scalars):
         mean = 0.0
         for i in sorted(sent):
             if not math.isnan(sent[i][t]):
                 mean += examples[i] / total * sent[i][t]
-        if found != round_fp32(mean):
-            raise CheckError(f"{len(sent)} clients: scalar {t} is {found!r} and should be {round_fp32(mean)!r}")
-    if kept != line:
-        raise CheckError(f"{len(sent)} clients: the ledger reads back another round than was written")
+        expected = round_fp32(mean)
+        if scalar != expected:
+            raise CheckError(f"{len(sent)} clients: aggregated scalar {t} is {scalar!r}, expected {expected!r}")
+    if read_back != line:
+        raise CheckError(f"{len(sent)} clients: the round read back from the ledger differs from the one written")
 
 
-def _round(messages: list[bytes], clients: int, steps: int, directory: Path) -> dict[str, Any]:
-    """One round: the whole of it by the server, then its parts again, one by one, on the same answers."""
+def _time_round(messages: list[bytes], clients: int, steps: int, directory: Path) -> dict[str, Any]:
+    """Times a complete round of the server, then each part again by itself, on the same replies."""
     path, times = directory / "ledger.jsonl", _Times()
     replica, gradip, header = _setup(clients, steps)
     with LedgerWriter(path, header) as ledger:
         server = _server(clients, replica, ledger, gradip)
-        times.take("receive", lambda: _each(server.receive, messages))
-        line = times.take("finish", server.finish_round).line
-        times.take("requests", lambda: _each(server.request, range(clients)))
-    kept = times.take("reading the ledger", lambda: read_ledger(path)).rounds[0]
+        times.measure("receive", lambda: _call_for_each(server.receive, messages))
+        line = times.measure("finish", server.finish_round).line
+        times.measure("requests", lambda: _call_for_each(server.request, range(clients)))
+    read_back = times.measure("reading the ledger", lambda: read_ledger(path)).rounds[0]
 
     replies = [TrainReply.decode(message) for message in messages]
     rows = {reply.client: reply.scalars for reply in replies if reply.scalars is not None}
     examples = {reply.client: reply.examples for reply in replies}
-    check(line, {i: row.tolist() for i, row in rows.items()}, examples, kept)
+    check(line, {i: row.tolist() for i, row in rows.items()}, examples, read_back)
 
-    how = header.aggregation
-    weights = client_weights(examples, how.weighting)
+    aggregation = header.aggregation
+    weights = client_weights(examples, aggregation.weighting)
     sent = {i: row.tobytes() for i, row in rows.items()}
     del replies, rows
-    own = times.take("gather", lambda: ClientScalars.of_bytes(sent))
-    times.take("GradIP", lambda: gradip.traces(header.terms.seeds(1), own))
+    gathered = times.measure("gather", lambda: ClientScalars.of_bytes(sent))
+    times.measure("GradIP", lambda: gradip.traces(header.terms.seeds(1), gathered))
     for name, rule in (("aggregate", Rule.MEAN), ("median", Rule.MEDIAN), ("trimmed mean", Rule.TRIMMED_MEAN)):
-        times.take(name, partial(aggregate, own, weights, steps, replace(how, rule=rule)))
-    with LedgerWriter(directory / "again.jsonl", header) as again:
-        times.take("ledger line", lambda: again.append(line))
-    times.derive()
+        times.measure(name, partial(aggregate, gathered, weights, steps, replace(aggregation, rule=rule)))
+    second_path = directory / "again.jsonl"
+    with LedgerWriter(second_path, header) as second_ledger:
+        times.measure("ledger line", lambda: second_ledger.append(line))
+    times.add_totals()
     written = path.read_bytes()
-    if (directory / "again.jsonl").read_bytes() != written:
-        raise CheckError(f"{clients} clients: the same round made two different ledgers")
-    return {**times.kinds, "ledger_bytes": len(written.splitlines()[1]) + 1}
+    if second_path.read_bytes() != written:
+        raise CheckError(f"{clients} clients: two ledgers of the same round differ")
+    return {**times.clocks, "ledger_bytes": len(written.splitlines()[1]) + 1}
 
 
-def _memory(messages: list[bytes], clients: int, steps: int) -> dict[str, float]:
-    """Bytes a client: of the server before a round, with all answers in, and at most while it finishes the round."""
+def _measure_memory(messages: list[bytes], clients: int, steps: int) -> dict[str, float]:
+    """Returns the server's memory in bytes per client.
+
+    It is measured before a round, when all clients have replied, at its peak, and after the round.
+    """
     replica, gradip, header = _setup(clients, steps)
     with tempfile.TemporaryDirectory() as directory, LedgerWriter(Path(directory) / "ledger.jsonl", header) as ledger:
         tracemalloc.start()
@@ -138,15 +163,18 @@ def _memory(messages: list[bytes], clients: int, steps: int) -> dict[str, float]
                 server.receive(message)
             answered = tracemalloc.get_traced_memory()[0]
             server.finish_round()
-            after, most = tracemalloc.get_traced_memory()
+            after, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    found = {"at the beginning": before, "all have answered": answered, "at most": most, "after the round": after}
-    return {name: held / clients for name, held in found.items()}
+    totals = {"at the beginning": before, "all have answered": answered, "at most": peak, "after the round": after}
+    return {name: total / clients for name, total in totals.items()}
 
 
 def _setup(clients: int, steps: int) -> tuple[Replica, GradIP, LedgerHeader]:
-    """A model whose size the clients' share of a round does not hang on."""
+    """Returns a replica of the embedded model, its GradIP and a ledger header.
+
+    The cost per client does not depend on the size of the model.
+    """
     model = embedded.load().model
     mask = SparseMask.random(model, 0.01, _SEED)
     mask = replace(mask, gradient=stream.normal(_SEED, mask.ids))
@@ -159,29 +187,36 @@ def _server(clients: int, replica: Replica, ledger: LedgerWriter, gradip: GradIP
     return Server(list(range(clients)), replica, ledger, Aggregation(), gradip=gradip)
 
 
-def _each(action: Callable[[Any], object], arguments: Iterable[Any]) -> None:
+def _call_for_each(action: Callable[[Any], object], arguments: Iterable[Any]) -> None:
     for argument in arguments:
         action(argument)
 
 
 class _Times:
-    """Seconds of actions by name, on the clock and of this process's CPU: where others want the cores, these differ."""
+    """Times of named actions, in seconds.
+
+    Attributes:
+        clocks: by clock, the seconds of each action. "seconds" is elapsed time, "cpu" is CPU time of this process. They
+            differ if other processes use the cores.
+    """
 
     def __init__(self) -> None:
-        self.kinds: dict[str, dict[str, float]] = {"seconds": {}, "cpu": {}}
+        self.clocks: dict[str, dict[str, float]] = {"seconds": {}, "cpu": {}}
 
-    def take(self, name: str, action: Callable[[], T]) -> T:
-        begin = time.perf_counter(), time.process_time()
-        found = action()
-        for kind, now, then in zip(self.kinds, (time.perf_counter(), time.process_time()), begin, strict=True):
-            self.kinds[kind][name] = now - then
-        return found
+    def measure(self, name: str, action: Callable[[], T]) -> T:
+        """Runs an action, records its times under ``name`` and returns its value."""
+        start = time.perf_counter(), time.process_time()
+        value = action()
+        end = time.perf_counter(), time.process_time()
+        for clock, started, ended in zip(self.clocks, start, end, strict=True):
+            self.clocks[clock][name] = ended - started
+        return value
 
-    def derive(self) -> None:
-        """The round as a whole, and what of it the parts leave."""
-        for times in self.kinds.values():
+    def add_totals(self) -> None:
+        """Adds the time of the complete round, and that of the rest of the round: what the parts do not cover."""
+        for times in self.clocks.values():
             times["round"] = times["receive"] + times["finish"]
             times["rest of the round"] = times.pop("finish") - sum(times[part] for part in PARTS[1:-1])
 
 
-__all__ = ["BESIDE", "PARTS", "answers", "check", "of_clients"]
+__all__ = ["EXTRA_PARTS", "PARTS", "check", "encoded_replies", "measure_round"]

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: what an operation on the weights costs depends on nothing else."""
+"""Builds models of published shapes with random weights: the cost of a weight pass depends on the shapes only."""
 
 from collections.abc import Callable
 from typing import cast
@@ -46,7 +46,13 @@ SHAPES = (embedded.NAME, *_CONFIGS)
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model of one of ``SHAPES``, in evaluation mode; the embedded one with its own weights, the others random."""
+    """Builds a model in evaluation mode.
+
+    Args:
+        name: one of ``SHAPES``. The embedded model has its own weights, the others have random ones.
+        dtype: dtype of the weights.
+        device: device of the weights.
+    """
     if name == embedded.NAME:
         return embedded.load(dtype, device).model
     with torch.device(device):

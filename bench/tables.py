@@ -1,18 +1,18 @@
-"""Tables and amounts in Markdown."""
+"""Formats tables and numbers for Markdown."""
 
 import statistics
 from collections.abc import Sequence
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
+    """Returns a Markdown table whose columns are also aligned in a terminal."""
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     rows = [columns, ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
 
 
 def amount(count: float, unit: str = "B") -> str:
-    """A number with a prefix: ``1.35 M``."""
+    """Returns a number with an SI prefix and a unit, such as ``1.35 MB``."""
     for prefix in ("", "k", "M", "G", "T"):
         if count < 1000 or prefix == "T":
             break
@@ -21,7 +21,7 @@ def amount(count: float, unit: str = "B") -> str:
 
 
 def over_seeds(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds; of one value, the value."""
+    """Returns the mean and standard deviation of ``values``, one per seed; a single value stands alone."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

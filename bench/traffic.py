@@ -1,4 +1,4 @@
-"""Bytes that a client of a 1 B model sends and receives: counted from encoded messages and from the model's shapes."""
+"""Counts the bytes that a client of a 1B model sends and receives, from encoded messages and the model's shapes."""
 
 from typing import Any
 
@@ -13,22 +13,26 @@ MODEL = "llama-3.2-1b"
 LORA_RANK, LORA_TARGETS = 8, ("q_proj", "v_proj")
 DENSITY = 1e-3
 _DAY = 86_400  # seconds
-_BF16 = 2  # bytes of a weight, and of an adapter's
+_BF16 = 2  # bytes per weight of the model and of the adapters
 
 
 def elements() -> int:
-    """Weights of the model; tied ones once."""
+    """Returns the number of weights of the model; tied weights count once."""
     return sum(p.numel() for p in _model().parameters())
 
 
 def lora_elements() -> int:
-    """Weights of LoRA's adapters, ``r (in + out)`` of each projection."""
+    """Returns the number of weights of the LoRA adapters: ``r (in + out)`` per projection."""
     layers = [m for name, m in _model().named_modules() if name.endswith(LORA_TARGETS) and isinstance(m, nn.Linear)]
     return sum(LORA_RANK * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def message_bytes(values: int) -> tuple[int, int]:
-    """Of a request that brings the last round, and of the answer, with so many scalars a round."""
+    """Returns the sizes of a request that carries the last round, and of the reply to it, in bytes.
+
+    Args:
+        values: number of scalars per round.
+    """
     scalars = np.ones(values, dtype=np.float32)
     request = TrainRequest(client=1, round=2, local_steps=values, first_round=1, scalars=scalars).encode()
     reply = TrainReply(client=1, round=1, local_steps=values, examples=1, loss=0.5, scalars=scalars).encode()
@@ -36,13 +40,13 @@ def message_bytes(values: int) -> tuple[int, int]:
 
 
 def per_day(seconds_a_round: float) -> dict[str, Any]:
-    """Bytes a client and day, both ways, of one that takes part in every round.
+    """Returns the bytes per day, both directions together, of a client that takes part in every round.
 
     Args:
-        seconds_a_round: assumed; the same for what is compared.
+        seconds_a_round: assumed duration of a round, the same for all methods.
     """
     rounds = _DAY / seconds_a_round
-    once = {
+    bytes_per_round = {
         "scalars, T = 1": sum(message_bytes(1)),
         "scalars, T = 10": sum(message_bytes(10)),
         "LoRA": 2 * _BF16 * lora_elements(),
@@ -51,20 +55,20 @@ def per_day(seconds_a_round: float) -> dict[str, Any]:
     return {
         "seconds_a_round": seconds_a_round,
         "rounds": rounds,
-        "bytes": {name: rounds * count for name, count in once.items()},
+        "bytes": {name: rounds * count for name, count in bytes_per_round.items()},
     }
 
 
 def catching_up(values: int, seconds_a_round: float) -> dict[str, float]:
-    """Bytes of the request to a client that was away: all scalars that it missed, or the masters.
+    """Returns the size of the request to a client that was away: with all scalars that it missed, or with the masters.
 
     Args:
-        values: scalars of a round.
-        seconds_a_round: assumed.
+        values: number of scalars per round.
+        seconds_a_round: assumed duration of a round.
 
     Returns:
-        By scalars after a day and after a week; by masters; and the days from which on these are smaller, which is
-        when ``Server.request`` sends them.
+        Bytes with scalars after a day and after a week, bytes with masters, and the number of days after which the
+        masters are smaller. ``Server.request`` sends them from then on.
     """
     masked = round(DENSITY * elements())
     rounds = _DAY / seconds_a_round
@@ -79,7 +83,11 @@ def catching_up(values: int, seconds_a_round: float) -> dict[str, float]:
 
 
 def traffic_summary(seconds: tuple[float, ...] = (60.0, 1.0)) -> dict[str, Any]:
-    """Everything, for JSON, at some assumed seconds a round."""
+    """Returns all of the above, ready for JSON.
+
+    Args:
+        seconds: assumed durations of a round.
+    """
     return {
         "model": MODEL,
         "elements": elements(),

@@ -1,1 +1,1 @@
-"""The method: perturbation stream, mask, estimator, optimizer, replay; any torch module."""
+"""The method for any torch module: perturbation stream, mask, estimator, optimizer, replay."""

@@ -1,4 +1,4 @@
-"""Writing a file, or the next part of one, whole or not at all, and keeping it through a power cut."""
+"""Atomic writes and appends to files that survive a power cut."""
 
 import errno
 import os
@@ -10,10 +10,14 @@ from .errors import RunError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never a part; it is on disk afterwards.
+    """Writes a file atomically: readers see the old content or the new content, never a part. Syncs it to disk.
+
+    Args:
+        path: path of the file; its directory must exist.
+        data: the complete content.
 
     Raises:
-        RunError: naming the file, if it cannot be written; nothing of it is left.
+        RunError: if the file cannot be written. No partial file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -31,32 +35,36 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def append_fsync(file: BinaryIO, data: bytes) -> None:
-    """Writes and fsyncs at the end of an unbuffered file; if that fails, takes back what was written of it.
+    """Appends to an unbuffered file and syncs it to disk. If this fails, removes the part that was written.
+
+    Args:
+        file: file open for writing, unbuffered.
+        data: bytes to append.
 
     Raises:
-        OSError: if it fails.
+        OSError: if writing or syncing fails.
     """
-    before = file.seek(0, os.SEEK_END)
+    size_before = file.seek(0, os.SEEK_END)
     try:
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
     except OSError:
-        with suppress(OSError):  # a torn line is what readers expect then
-            file.truncate(before)
+        with suppress(OSError):  # if this fails too, a torn last line remains, which readers drop
+            file.truncate(size_before)
         raise
 
 
 def sync_directory(path: Path) -> None:
-    """Puts a directory's own list of files on disk, without which a power cut may lose the name of a new one."""
-    if os.name == "nt":  # which opens no directories
+    """Syncs a directory's list of files to disk. Without this a power cut may lose the name of a new file."""
+    if os.name == "nt":  # Windows cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems know no such request
+        if error.errno != errno.EINVAL:  # some network file systems do not support it
             raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Which code runs the masked operations. The bits are the same whichever it is.
+"""Backends of the masked operations. All backends give the same bits.
 
 triton   the kernels
 torch    the reference
-numba    the reference, its normals drawn by compiled code: many times faster on a CPU
+numba    the reference with normals drawn by compiled code: many times faster on a CPU
 """
 
 import functools
@@ -18,7 +18,8 @@ from .extras import install_hint
 
 BACKENDS = ("auto", "torch", "numba", "triton")
 
-# Normals kept from the first perturbation of a step to its update, at most: 64 MiB. A larger mask draws them anew.
+# Maximum number of normals kept from a step's first perturbation to its update: 64 MiB. For larger masks they are
+# drawn again in each operation.
 KEPT_NORMALS = 1 << 24
 
 
@@ -26,42 +27,42 @@ class Backend(Protocol):
     """The masked operations; see ``triton_kernels.reference`` for what each does."""
 
     def normal(self, seed: int, ids: Tensor) -> Tensor:
-        """``z`` at element ids: float32 [n]."""
+        """Draws ``z`` for element ids: float32 [n]."""
 
     def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
-        """``<gradient, z>`` and ``<z, z>`` for each seed: float64 [n, 2]."""
+        """Computes ``<gradient, z>`` and ``<z, z>`` for each seed: float64 [n, 2]."""
 
     def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
-        """``w <- cast(master + scale * z)``."""
+        """Sets ``w <- cast(master + scale * z)``."""
 
     def restore_(self, table: ElementTable, master: Tensor) -> None:
-        """``w <- cast(master)``."""
+        """Sets ``w <- cast(master)``."""
 
     def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
-        """Mean loss, projected gradient and coefficients: float32 [2 + groups]."""
+        """Computes mean loss, projected gradient and coefficients: float32 [2 + groups]."""
 
     def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
-        """``master <- master - c * z``, ``w <- cast(master)``."""
+        """Applies ``master <- master - c * z``, then ``w <- cast(master)``."""
 
     def update_perturb_(
         self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
     ) -> None:
-        """``update_``, then ``perturb_`` with the next seed, in one pass."""
+        """Does ``update_``, then ``perturb_`` with the next seed, in one pass."""
 
     def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
-        """``update_`` for each (seed, c) in order, in one pass."""
+        """Does ``update_`` for each (seed, c) in order, in one pass."""
 
 
 class TorchBackend:
-    """The reference, drawing the normals of a step once: +eps, -eps and the update share them.
+    """The reference. It keeps the normals of the last seed: +eps, -eps and the update of a step draw them only once.
 
     Args:
-        source: of the normals.
+        source: implementation that draws the normals.
     """
 
-    def __init__(self, source: reference.Source) -> None:
+    def __init__(self, source: reference.NormalSource) -> None:
         self._source = source
-        self._drawn: dict[int, tuple[int, Tensor]] = {}  # id(table) -> seed, z [slots]
+        self._kept_normals: dict[int, tuple[int, Tensor]] = {}  # id(table) -> (seed, z [slots])
         self.normal = source.normal
         self.restore_ = reference.restore_
         self.coefficients = reference.coefficients
@@ -89,17 +90,25 @@ class TorchBackend:
         reference.replay_(table, master, seeds, c, functools.partial(reference.normals_of, source=self._source))
 
     def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
+        """Draws the normals for the slots [start, stop), or returns them from the last draw with the same seed."""
         if table.slots > KEPT_NORMALS:
             return reference.normals_of(table, seed, start, stop, self._source)
-        wanted, known = reference.seed_of(seed), self._drawn.get(id(table))
-        if known is None or known[0] != wanted:
+        seed_value, kept = reference.seed_of(seed), self._kept_normals.get(id(table))
+        if kept is None or kept[0] != seed_value:
             z = reference.normals_of(table, seed, 0, table.slots, self._source)
-            self._drawn[id(table)] = known = wanted, z
-        return known[1][start:stop]
+            self._kept_normals[id(table)] = kept = seed_value, z
+        return kept[1][start:stop]
 
 
 class TritonBackend:
-    """The kernels: one launch an operation, normals made in registers and never stored."""
+    """The Triton kernels: one launch per operation; normals are computed in registers and never stored.
+
+    Args:
+        device: device of the weights.
+
+    Raises:
+        ConfigError: if triton is not installed, or the kernels cannot run on this device in this process.
+    """
 
     def __init__(self, device: torch.device) -> None:
         try:
@@ -138,12 +147,12 @@ def _numba_backend(device: torch.device) -> Backend:
         raise ConfigError(
             f"backend 'numba' needs the package numba ({error}); {install_hint('cpu')}, or use backend='torch'"
         ) from error
-    except RuntimeError as error:  # numba finds no directory for its cache when a function is declared
+    except RuntimeError as error:  # numba raises it on decoration if it finds no directory for its cache
         raise ConfigError(
-            f"backend 'numba' cannot keep what it compiles: {error}; "
-            f"set NUMBA_CACHE_DIR to a directory that can be written, or use backend='torch'"
+            f"backend 'numba' cannot cache its compiled code: {error}; "
+            f"set NUMBA_CACHE_DIR to a writable directory, or use backend='torch'"
         ) from error
-    return TorchBackend(reference.Source(numba_normal.normal, numba_normal.normal_run))
+    return TorchBackend(reference.NormalSource(numba_normal.normal, numba_normal.normal_run))
 
 
 @functools.cache
@@ -152,21 +161,25 @@ def _have_numba() -> bool:
 
 
 def resolve(backend: str, device: torch.device) -> Backend:
-    """The backend of that name for tensors on that device.
+    """Returns the backend with this name for tensors on this device.
 
     Args:
         backend: "triton", "torch", "numba", or "auto": triton on GPUs (CUDA or ROCm); on CPUs numba where it is
             installed; torch elsewhere.
-        device: of the weights.
+        device: device of the weights.
 
     Raises:
-        ConfigError: if the name is unknown, or the backend is not to be had for this device.
+        ConfigError: if the name is unknown, or the backend is not available for this device.
     """
     if backend == "auto":
-        on_cpu = "numba" if device.type == "cpu" and _have_numba() else "torch"
-        backend = "triton" if device.type == "cuda" else on_cpu
+        if device.type == "cuda":
+            backend = "triton"
+        elif device.type == "cpu" and _have_numba():
+            backend = "numba"
+        else:
+            backend = "torch"
     if backend == "torch":
-        return TorchBackend(reference.TORCH)
+        return TorchBackend(reference.TORCH_SOURCE)
     if backend == "numba":
         return _numba_backend(device)
     if backend == "triton":

@@ -1,9 +1,9 @@
-"""Safetensors files under a checksum of everything in them, metadata included: what masks and deltas are kept in.
+"""Safetensors files with a checksum over tensors and metadata: the container of masks, deltas and snapshots.
 
     checksum = SHA-256(JSON of [[[key, value], ...], [[name, dtype, shape], ...]], a newline, the tensors' bytes)
 
-over all metadata but the checksum in the order of the keys, and the tensors in the order of their names; the JSON is
-ASCII without spaces, the dtypes are called as in the file. Strings in a file are only ever read, never taken as paths.
+It covers all metadata except the checksum, sorted by key, and all tensors, sorted by name. The JSON is ASCII without
+spaces; dtypes have the names used in the file. Strings in a file are only data and never used as paths.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ _DTYPES = {torch.int64: "I64", torch.float32: "F32"}
 
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """A kind of file.
+    """Description of one kind of file.
 
     Args:
-        name: what messages call it.
-        format: its format and version.
-        keys: of the metadata beside ``format`` and ``checksum``; a file has them all, and no others.
-        tensors: dtype of each, as the file calls it.
-        optional: those that a file may lack.
-        error: what is raised for a file that is damaged or of another kind.
-        remedy: how to come by a good one.
+        name: name of the kind in messages.
+        format: format name and version.
+        keys: metadata keys besides ``format`` and ``checksum``. A file must have all of them and no others.
+        tensors: dtype of each tensor by name; dtypes have the names used in the file.
+        optional: names of the tensors that a file may lack.
+        error: error class raised for a file that is damaged or of another kind.
+        remedy: advice for error messages: how to get a good file.
     """
 
     name: str
@@ -51,33 +51,43 @@ class FileKind:
 def write_checksummed(
     path: str | os.PathLike[str], kind: FileKind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file atomically.
 
     Args:
-        path: of the file.
-        kind: of the file.
-        tensors: on the CPU.
-        metadata: the kind's keys.
+        path: path of the file.
+        kind: kind of the file.
+        tensors: tensors by name, on the CPU.
+        metadata: value of each of the kind's keys.
 
     Raises:
-        MeerkatError: the kind's, if a string cannot be written; ``RunError`` if the file cannot.
+        MeerkatError: of the kind's error class, if a metadata string cannot be encoded; ``RunError`` if the file cannot
+            be written.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    named = {"format": kind.format, **metadata}
+    metadata_and_format = {"format": kind.format, **metadata}
     try:
-        data = save(contiguous, named | {_CHECKSUM: _checksum(named, contiguous)})
+        data = save(contiguous, metadata_and_format | {_CHECKSUM: _checksum(metadata_and_format, contiguous)})
     except UnicodeEncodeError as error:
         raise kind.error(
-            f"cannot write the {kind.name} {os.fspath(path)!r}: {error.object!r} is no text that UTF-8 can hold"
+            f"cannot write the {kind.name} {os.fspath(path)!r}: {error.object!r} cannot be encoded as UTF-8"
         ) from error
     write_atomic(Path(path), data)
 
 
 def read_checksummed(path: str | os.PathLike[str], kind: FileKind) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Reads a file that ``write_checksummed`` wrote: metadata, and tensors with memory of their own.
+    """Reads a file written by ``write_checksummed``.
+
+    Args:
+        path: path of the file.
+        kind: expected kind of the file.
+
+    Returns:
+        metadata: the metadata without the checksum.
+        tensors: the tensors by name, in their own memory (not mapped from the file).
 
     Raises:
-        MeerkatError: the kind's, naming the file, if it is missing, of another kind or version, or damaged anywhere.
+        MeerkatError: of the kind's error class, with the file's path, if the file is missing, of another kind or
+            version, or damaged anywhere.
     """
     where = f"the {kind.name} {os.fspath(path)!r}"
     if os.path.isdir(path):
@@ -86,12 +96,12 @@ def read_checksummed(path: str | os.PathLike[str], kind: FileKind) -> tuple[dict
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             _check_names(where, kind, metadata, {name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
-            # copied: safetensors maps the file, and what is written to that later would change a tensor already checked
+            # clone: safetensors maps the file, so a later write to the file would change a tensor already checked
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise kind.error(f"cannot read {where}: {error}") from error
-    found = metadata.pop(_CHECKSUM)
-    if found != _checksum(metadata, tensors):
+    expected = metadata.pop(_CHECKSUM)
+    if _checksum(metadata, tensors) != expected:
         raise kind.error(f"{where} is damaged: its content does not match its checksum; {kind.remedy}")
     return metadata, tensors
 
@@ -102,8 +112,8 @@ def _check_names(where: str, kind: FileKind, metadata: Mapping[str, str], dtypes
             f"{where} is not of format {kind.format}, the only one this version reads (found format "
             f"{metadata.get('format')!r}); {kind.remedy}"
         )
-    wanted = kind.keys | {"format", _CHECKSUM}
-    if difference := _difference(wanted, metadata.keys()):
+    expected_keys = kind.keys | {"format", _CHECKSUM}
+    if difference := _difference(expected_keys, metadata.keys()):
         raise kind.error(f"{where} is damaged: {difference} in its metadata; {kind.remedy}")
     if difference := _difference(kind.tensors.keys(), dtypes.keys() | kind.optional):
         raise kind.error(f"{where} is damaged: {difference} among its tensors; {kind.remedy}")
@@ -112,10 +122,11 @@ def _check_names(where: str, kind: FileKind, metadata: Mapping[str, str], dtypes
             raise kind.error(f"{where} is damaged: {name!r} is {dtype} instead of {kind.tensors[name]}; {kind.remedy}")
 
 
-def _difference(wanted: Set[str], found: Set[str]) -> str | None:
-    words = [f"unknown {name!r}" for name in sorted(found - wanted)]
-    words += [f"no {name!r}" for name in sorted(wanted - found)]
-    return ", ".join(words) or None
+def _difference(expected: Set[str], found: Set[str]) -> str | None:
+    """Describes unexpected and missing names, or returns None if there are none."""
+    parts = [f"unknown {name!r}" for name in sorted(found - expected)]
+    parts += [f"no {name!r}" for name in sorted(expected - found)]
+    return ", ".join(parts) or None
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""``Clock``: moments on a device's time line, taken without waiting for the device."""
+"""``Clock``: time stamps on a device's time line, recorded without waiting for the device."""
 
 import time
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 
 
 class Clock:
-    """Measures time between moments of one device.
+    """Measures the time between two points of a device's work.
 
     Args:
-        device: CUDA or ROCm: its current stream's events; any other: the host's clock.
+        device: device to measure. CUDA and ROCm use events of the current stream; all others use the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
 
     def now(self) -> Any:
-        """This moment: on a GPU, when it has done all it has been given so far."""
+        """Returns a time stamp. On a GPU it is the time at which the work queued so far is finished."""
         if self._device is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -25,7 +25,7 @@ class Clock:
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """From one moment to a later one; on a GPU, waits until it is over."""
+        """Returns the seconds between two time stamps. On a GPU, waits for the later one."""
         if self._device is None:
             return float(end - begin)
         end.synchronize()

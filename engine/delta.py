@@ -1,7 +1,7 @@
-"""``Delta``: a fine-tuned model as its masked weights alone, to be put onto the base model it came from.
+"""``Delta``: the masked weights of a fine-tuned model, to be applied to its base model.
 
-File: safetensors with ``ids`` int64 [k] and ``masters`` float32 [k]; everything else is metadata, and a checksum covers
-it all (see ``docs/formats.md``).
+File: safetensors with ``ids`` int64 [k] and ``masters`` float32 [k]. Everything else is metadata. A checksum covers
+tensors and metadata (see ``docs/formats.md``).
 """
 
 import os
@@ -22,25 +22,25 @@ _KIND = FileKind(
     keys=frozenset({"base", "dtype", "mask", "method", "round", "table", "table_digest", "weights"}),
     tensors={"ids": "I64", "masters": "F32"},
     error=DeltaError,
-    remedy="make it anew with `meerkat-engine replay RUN --delta FILE`",
+    remedy="create it again with `meerkat-engine replay RUN --delta FILE`",
 )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """Masters of the masked elements, and between which two sets of weights they lead.
+    """Masters of the masked elements, and the fingerprints of the model before and after applying them.
 
-    Build one with ``of``, or ``load`` it.
+    Build a delta with ``of``, or ``load`` one.
 
     Args:
-        mask: the elements.
-        masters: float32 [k] on the CPU, in mask order; finite.
-        base: fingerprint of the model it goes onto.
-        weights: fingerprint of that model afterwards.
-        dtype: of the base model's parameters, as in ``models.DTYPES``; "mixed" where they have several.
-        method: how the masters came about, in words; may be empty.
-        round: of the run, at whose end they stood; 0 where there was none.
-        where: what messages call it.
+        mask: mask with the elements that the delta sets.
+        masters: finite masters of these elements, float32 [k] on the CPU, in mask order.
+        base: fingerprint of the base model.
+        weights: fingerprint of the model after applying the delta.
+        dtype: dtype of the base model's parameters, as in ``models.DTYPES``; "mixed" if they have several.
+        method: name of the method that made the masters; may be empty.
+        round: last round of the run that made the masters, at least 0; 0 without a run.
+        where: name of the delta in error messages.
 
     Raises:
         DeltaError: if the masters are not float32 [k] or not finite, or the round is negative.
@@ -60,22 +60,23 @@ class Delta:
             raise DeltaError(
                 f"masters must be float32 [{len(self.mask)}], got {self.masters.dtype} {list(self.masters.shape)}"
             )
-        wrong = torch.nonzero(~self.masters.isfinite())
-        if wrong.numel():
-            raise DeltaError(f"masters must be finite; position {int(wrong[0])} holds {self.masters[wrong[0]].item()}")
+        not_finite = torch.nonzero(~self.masters.isfinite())
+        if not_finite.numel():
+            position = int(not_finite[0])
+            raise DeltaError(f"masters must be finite; position {position} holds {self.masters[position].item()}")
         if self.round < 0:
             raise DeltaError(f"the round must be 0 or more, got {self.round}")
 
     @classmethod
     def of(cls, model: nn.Module, weights: MaskedWeights, *, base: str, method: str = "", round: int = 0) -> "Delta":
-        """What tells a model from its base.
+        """Makes the delta from the base model to the model's present weights.
 
         Args:
-            model: as it stands.
-            weights: its masked weights, restored (as they are but within a step).
-            base: ``parameters.fingerprint`` of the model before they were changed.
-            method: how they were changed, kept with the delta.
-            round: of the run, kept with the delta.
+            model: the fine-tuned model.
+            weights: the model's masked weights, in the restored state (true at any time except within a step).
+            base: ``parameters.fingerprint`` of the base model.
+            method: name of the method that changed the weights, stored in the delta.
+            round: last round of the run, stored in the delta.
         """
         dtypes = {str(p.dtype).removeprefix("torch.") for _, p in floating_parameters(model)}
         return cls(
@@ -89,7 +90,14 @@ class Delta:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the delta to a safetensors file, whole or not at all; raises ``RunError`` if it cannot."""
+        """Writes the delta to a safetensors file atomically.
+
+        Args:
+            path: path of the file.
+
+        Raises:
+            RunError: if the file cannot be written.
+        """
         metadata = {
             "base": self.base,
             "dtype": self.dtype,
@@ -102,10 +110,13 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Delta":
-        """Reads a delta.
+        """Reads a delta file.
+
+        Args:
+            path: path of the file.
 
         Raises:
-            DeltaError: naming the file, if it is missing, damaged or of another format.
+            DeltaError: if the file is missing, damaged or of another format; it names the file.
         """
         metadata, tensors = read_checksummed(path, _KIND)
         where, ids = f"the delta {os.fspath(path)!r}", tensors["ids"]
@@ -118,19 +129,19 @@ class Delta:
             raise DeltaError(f"{where} is damaged: {error}") from error
         for key, value in _derived(mask).items():
             if metadata[key] != value:
-                raise DeltaError(f"{where} is damaged: its {key} is not that of its ids and table")
+                raise DeltaError(f"{where} is damaged: its {key} does not match its ids and table")
         return delta
 
     def apply(self, model: nn.Module, backend: str = "auto") -> None:
-        """Puts the masked weights onto a base model; it has the bits of the model that the delta was taken of.
+        """Applies the masked weights to a base model, which then has the bits of the fine-tuned model.
 
         Args:
-            model: the base, in the dtype it had there; its masked weights are written.
+            model: the base model in its original dtype; its masked weights are written.
             backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
         Raises:
-            DeltaError: saying what differs, if the model is another one, or does not end with the weights it should;
-                it is left as it was.
+            DeltaError: if the model is not the delta's base model, or the result has another fingerprint than the
+                delta states. The message contains the difference. The model is unchanged.
             ValueError: if a masked parameter is not contiguous.
         """
         difference = self.mask.table.difference(ParameterTable.of(model))
@@ -139,26 +150,26 @@ class Delta:
         base = fingerprint(model)
         if base != self.base:
             raise DeltaError(
-                f"{self.where} goes onto a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; "
-                f"this one has {base[:12]}"
+                f"{self.where} needs a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; "
+                f"this model has fingerprint {base[:12]}"
             )
         try:
             weights = MaskedWeights(model, self.mask, backend)
-        except MaskError as error:  # memory shared by two parameters
+        except MaskError as error:  # two parameters share memory
             raise DeltaError(f"{self.where} cannot be applied: {error}") from error
         before = weights.masters()
         weights.set_masters_(self.masters)
-        found = fingerprint(model)
-        if found != self.weights:
+        after = fingerprint(model)
+        if after != self.weights:
             weights.set_masters_(before)
             raise DeltaError(
-                f"{self.where} should lead to weights with fingerprint {self.weights[:12]}, and leads to {found[:12]}; "
+                f"{self.where} should give weights with fingerprint {self.weights[:12]}, but gives {after[:12]}; "
                 f"nothing was changed"
             )
 
 
 def _derived(mask: SparseMask) -> dict[str, str]:
-    """Metadata that follows from ids and table."""
+    """Metadata derived from ids and table."""
     return {"mask": mask.digest, "table_digest": mask.table.digest}
 
 

@@ -1,12 +1,12 @@
-"""What the engine raises beyond ``ValueError`` and ``TypeError``; the command line prints these without a traceback."""
+"""The engine's own errors. The command line prints them without a traceback."""
 
 
 class MeerkatError(Exception):
-    """Base of the engine's own errors."""
+    """Base class of the engine's errors."""
 
 
 class ConfigError(MeerkatError, ValueError):
-    """A setting is unknown, out of range, or does not go with another."""
+    """A setting is unknown, out of range, or incompatible with another setting."""
 
 
 class DataError(MeerkatError, ValueError):
@@ -14,11 +14,11 @@ class DataError(MeerkatError, ValueError):
 
 
 class MaskError(MeerkatError, ValueError):
-    """A mask cannot be built, is damaged, or belongs to another model."""
+    """A mask cannot be built, is damaged, or was made for another model."""
 
 
 class DeltaError(MeerkatError, ValueError):
-    """A delta is damaged, belongs to another base model, or does not lead where it says."""
+    """A delta is damaged, belongs to another base model, or does not produce the weights it states."""
 
 
 class ModelError(MeerkatError, ValueError):
@@ -26,7 +26,7 @@ class ModelError(MeerkatError, ValueError):
 
 
 class ModelChangedError(MeerkatError, RuntimeError):
-    """The model was moved, cast or rebuilt after its masked weights had been located."""
+    """The model was moved, cast or rebuilt after its ``MaskedWeights`` were created."""
 
 
 class NonFiniteLossError(MeerkatError, ArithmeticError):
@@ -38,19 +38,19 @@ class LedgerError(MeerkatError, ValueError):
 
 
 class MessageError(MeerkatError, ValueError):
-    """A federated message is malformed, or says what it may not."""
+    """A federated message is malformed or has content that is not allowed."""
 
 
 class RunError(MeerkatError, OSError):
-    """A run directory or a file cannot be made, written or read."""
+    """A run directory or a file cannot be created, written or read."""
 
 
 class TransportError(MeerkatError, RuntimeError):
-    """Whoever carries messages to the clients cannot."""
+    """The transport cannot carry messages to the clients."""
 
 
 class WorkerError(MeerkatError, RuntimeError):
-    """The worker that holds a client's model cannot be started or reached, or ended."""
+    """The worker process with a client's model cannot be started or reached, or has ended."""
 
 
 __all__ = [

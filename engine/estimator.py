@@ -1,9 +1,9 @@
-"""How the projected gradients of a step are estimated: which losses are taken where, one pass over the weights each.
+"""Estimators of a step's projected gradients: at which weights the losses are evaluated. One pass per evaluation.
 
     two-point             g_j = (f(w + eps * z_j) - f(w - eps * z_j)) / (2 * eps)        2 q forwards
     forward difference    g_j = (f(w + eps * z_j) - f(w)) / eps                          q + 1 forwards
 
-with q perturbations z_j of one step, all around the same w. ``z`` stands for ``z * m``.
+A step has q perturbations z_j, all around the same w. ``z`` stands for ``z * m``.
 
 References:
     Two-point: Spall 1992 (SPSA); MeZO, arXiv 2305.17333, algorithm 1 and appendix on n-SPSA.
@@ -20,17 +20,18 @@ from torch import Tensor
 from .errors import NonFiniteLossError
 from .weights import MaskedWeights, round_fp32
 
-# Writes the loss at the weights as they are to float32 [1]; the text says where that is, for errors.
+# Writes the loss at the current weights to a float32 [1] tensor. The text names the point ("+eps", "w") in errors.
 Evaluate = Callable[[Tensor, str], None]
-# From two losses, float32 [2], and half their distance: mean loss, projected gradient and coefficients (a record).
+# Makes a query's record, float32 [2 + groups]: mean loss, projected gradient, then one coefficient per group.
+# Arguments: the two losses, float32 [2], and half the distance between their points.
 Record = Callable[[Tensor, float], Tensor]
 
 
 class Estimator(StrEnum):
-    """How a projected gradient is estimated.
+    """Estimator of the projected gradient.
 
-    ``TWO_POINT``: central difference; its error is of the order eps squared.
-    ``FORWARD_DIFFERENCE``: one evaluation at ``w`` serves all queries of a step; its error is of the order eps.
+    ``TWO_POINT``: central difference. Its error is of the order eps squared.
+    ``FORWARD_DIFFERENCE``: all queries of a step share one evaluation at ``w``. Its error is of the order eps.
     """
 
     TWO_POINT = "two-point"
@@ -38,10 +39,10 @@ class Estimator(StrEnum):
 
 
 class NonFinite(StrEnum):
-    """What becomes of a query whose losses or coefficient are NaN or infinite.
+    """Handling of a query whose losses or coefficient are NaN or infinite.
 
-    ``RAISE``: it ends the run with ``NonFiniteLossError``.
-    ``SKIP``: it is not taken, its scalar is NaN, and the run goes on.
+    ``RAISE``: raise ``NonFiniteLossError``.
+    ``SKIP``: skip the query, record NaN as its scalar, and continue.
     """
 
     RAISE = "raise"
@@ -49,13 +50,13 @@ class NonFinite(StrEnum):
 
 
 class PendingUpdates:
-    """Masked weights on their way through some steps; an update waits for the perturbation that comes next.
+    """Delays each update until the next perturbation, so that both share one pass over the masked weights.
 
     Args:
-        weights: written.
+        weights: the masked weights to perturb and update.
 
     Attributes:
-        pending: seed int64 [1] and coefficients float32 [groups] of updates that are still to be applied, in order.
+        pending: updates that are not applied yet, in order: (seed int64 [1], coefficients float32 [groups]).
     """
 
     def __init__(self, weights: MaskedWeights) -> None:
@@ -63,19 +64,24 @@ class PendingUpdates:
         self.pending: list[tuple[Tensor, Tensor]] = []
 
     def perturb_(self, seed: Tensor, scale: float) -> None:
-        """``w <- cast(master + scale * z)`` after all updates, the last of these in the same pass."""
-        at = self.weights.values.numbers([scale], torch.float32)
+        """Applies all pending updates, then ``w <- cast(master + scale * z)``; the last update shares its pass.
+
+        Args:
+            seed: int64 [1], seed of ``z``.
+            scale: scale of the perturbation, ``+eps`` or ``-eps``.
+        """
+        scale_on_device = self.weights.values.numbers([scale], torch.float32)
         while len(self.pending) > 1:
             self.weights.update_(*self.pending[0])
             del self.pending[0]
         if self.pending:
-            self.weights.update_perturb_(*self.pending[0], seed, at)
+            self.weights.update_perturb_(*self.pending[0], seed, scale_on_device)
             self.pending.clear()
         else:
-            self.weights.perturb_(seed, at)
+            self.weights.perturb_(seed, scale_on_device)
 
     def flush_(self) -> None:
-        """``w <- cast(master)`` after all updates."""
+        """Applies all pending updates and sets ``w <- cast(master)``."""
         if not self.pending:
             self.weights.restore_()
         while self.pending:
@@ -84,26 +90,27 @@ class PendingUpdates:
 
 
 def two_point(
-    walk: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    updates: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
-    """The queries of a step, at +eps and then at -eps each.
+    """Evaluates each query of a step at +eps and then at -eps.
 
     Args:
-        walk: left perturbed.
-        seeds: int64 [1] of each query.
+        updates: the masked weights with their pending updates; the weights are left perturbed.
+        seeds: seed of each query, int64 [1].
         eps: perturbation scale.
-        evaluate: takes a loss.
-        record: makes a record of two.
+        evaluate: writes the loss at the current weights.
+        record: makes a query's record from its two losses.
 
     Returns:
-        Mean of all the losses, float32 scalar; a record a query.
+        loss: mean of all losses, float32 scalar.
+        records: one record per query.
     """
     pairs, records = [], []
     for seed in seeds:
-        pair = torch.empty(2, dtype=torch.float32, device=walk.weights.values.device)
-        walk.perturb_(seed, eps)
+        pair = torch.empty(2, dtype=torch.float32, device=updates.weights.values.device)
+        updates.perturb_(seed, eps)
         evaluate(pair[:1], "+eps")
-        walk.perturb_(seed, -eps)
+        updates.perturb_(seed, -eps)
         evaluate(pair[1:], "-eps")
         pairs.append(pair)
         records.append(record(pair, eps))
@@ -111,20 +118,21 @@ def two_point(
 
 
 def forward_difference(
-    walk: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    updates: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss at ``w``, then each query at +eps; arguments as for ``two_point``.
+    """Evaluates the loss at ``w``, then each query of a step at +eps. For the arguments see ``two_point``.
 
     Returns:
-        The loss at ``w``, float32 scalar; a record a query.
+        loss: the loss at ``w``, float32 scalar.
+        records: one record per query.
     """
-    at_w = torch.empty(1, dtype=torch.float32, device=walk.weights.values.device)
-    walk.flush_()
+    at_w = torch.empty(1, dtype=torch.float32, device=updates.weights.values.device)
+    updates.flush_()
     evaluate(at_w, "w")
     records = []
     for seed in seeds:
         pair = torch.cat((at_w, at_w))
-        walk.perturb_(seed, eps)
+        updates.perturb_(seed, eps)
         evaluate(pair[:1], "+eps")
         records.append(record(pair, eps / 2))  # 2 * (eps / 2) is eps, exactly
     return at_w[0], records
@@ -133,17 +141,17 @@ def forward_difference(
 def evaluate_closure(
     closure: Callable[[], Tensor | float], out: Tensor, where: str, *, check_immediately: bool
 ) -> None:
-    """Writes the closure's loss to ``out``, float32 [1]: a copy, since the closure may use its tensor again.
+    """Copies the closure's loss to ``out``. It is copied because the closure may reuse its tensor.
 
     Args:
-        closure: called in inference mode.
-        out: written.
-        where: in the weights, for errors.
-        check_immediately: whether to look at the loss, which on a GPU would wait for it.
+        closure: returns the loss, one number; called in inference mode.
+        out: float32 [1], receives the loss.
+        where: name of the point in weight space ("+eps", "-eps", "w"), for errors.
+        check_immediately: whether to check the loss now. On a GPU this makes the host wait.
 
     Raises:
-        NonFiniteLossError: if it is looked at and is NaN or infinite.
-        ValueError: if it is not one number.
+        NonFiniteLossError: if the loss is checked and is NaN or infinite.
+        ValueError: if the closure does not return exactly one number.
     """
     with torch.inference_mode():
         value = closure()
@@ -160,12 +168,19 @@ def evaluate_closure(
 
 
 def nan_unless_all_finite(c: Tensor) -> Tensor:
-    """Coefficients of a query, float32 [groups]: all NaN if one is not finite, so that no group takes it alone."""
+    """Returns a query's coefficients, float32 [groups], all NaN if one is not finite.
+
+    So a query is applied in all parameter groups or in none.
+    """
     return c if c.numel() == 1 else torch.where(c.isfinite().all(), c, torch.nan)
 
 
 def gradients_or_nan(records: Tensor) -> list[float]:
-    """The projected gradient of each record, float32 [n, 2 + groups]; NaN where anything in it is not finite."""
+    """Returns the projected gradient of each record, NaN where any value of the record is not finite.
+
+    Args:
+        records: float32 [n, 2 + groups], one record per query.
+    """
     gradients: list[float] = torch.where(records.isfinite().all(1), records[:, 1], torch.nan).tolist()
     return gradients
 
@@ -174,9 +189,9 @@ def check_all_finite(records: Tensor, first: int, queries: int = 1) -> None:
     """Raises ``NonFiniteLossError`` for the first record that is not finite.
 
     Args:
-        records: float32 [n, 2 + groups], one a query.
-        first: number of the first of them, counting all queries.
-        queries: per step.
+        records: float32 [n, 2 + groups], one record per query.
+        first: number of the first record's query, counted over all steps from 0.
+        queries: number of queries per step.
     """
     bad = (~records.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
@@ -195,21 +210,21 @@ def check_eps(eps: float) -> None:
 
 
 def check_queries(queries: int) -> int:
-    """The number of queries a step; raises ``ValueError`` out of range."""
+    """Returns the number of queries per step; raises ``ValueError`` if it is out of range."""
     if not isinstance(queries, int) or not 1 <= queries < 1 << 32:
         raise ValueError(f"queries must be an integer in [1, 2**32), got {queries!r}")
     return queries
 
 
 def check_estimator(estimator: str) -> Estimator:
-    """The estimator of that name; raises ``ValueError`` naming the known ones."""
+    """Returns the estimator with this name; raises ``ValueError`` listing the names if there is none."""
     if estimator not in list(Estimator):
         raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(Estimator)}")
     return Estimator(estimator)
 
 
 def check_nonfinite(nonfinite: str) -> NonFinite:
-    """The choice of that name; raises ``ValueError`` naming the known ones."""
+    """Returns the ``NonFinite`` member with this name; raises ``ValueError`` listing the names if there is none."""
     if nonfinite not in list(NonFinite):
         raise ValueError(f"unknown choice nonfinite={nonfinite!r}; known: {', '.join(NonFinite)}")
     return NonFinite(nonfinite)

@@ -1,4 +1,4 @@
-"""Optional packages: how to install them, and matplotlib, which several parts draw with."""
+"""Optional packages: installation hints, and the import of matplotlib."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from .errors import ConfigError
 
 
 def install_hint(extra: str) -> str:
-    """How to install an extra of this project, which is on no package index."""
+    """Returns a hint how to install an extra from a clone; the project is not on a package index."""
     return f"in a clone of meerkat-engine, run pip install -c constraints.txt '.[{extra}]'"
 
 
 def require_matplotlib() -> Any:
-    """matplotlib, set to draw to files.
+    """Imports matplotlib and sets it to draw to files.
 
     Raises:
         ConfigError: if it is not installed.

@@ -1,4 +1,4 @@
-"""Gradients of chosen parameters, each handed over as backpropagation delivers it and freed: never all at a time."""
+"""Gradients of chosen parameters, processed and freed one by one as backpropagation produces them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from .errors import MaskError
 from .parameters import floating_parameters
 
+# Computes a model's loss on one batch, a scalar.
 LossFunction = Callable[[nn.Module, Any], Tensor]
-# Takes the gradient of one parameter, of its shape and dtype; called once a backward pass.
+# Receives the gradient of one parameter, in its shape and dtype. Called once per backward pass.
 Receiver = Callable[[Tensor], None]
 
 
 @contextmanager
 def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[None]:
-    """Within this context a backward pass gives each named parameter's gradient to its receiver, and keeps none.
+    """Context in which a backward pass hands each gradient to its parameter's receiver and frees it.
 
     Args:
-        model: no other parameter of it gets a gradient meanwhile. Afterwards ``requires_grad`` and ``grad`` are as
-            they were.
-        receivers: by parameter name, as in ``model.named_parameters()``.
+        model: the model. Parameters without a receiver get no gradient in this context. On exit ``requires_grad`` and
+            ``grad`` of all parameters are restored.
+        receivers: receiver by parameter name, as in ``model.named_parameters()``.
     """
     named = list(floating_parameters(model))
     before = [(p.requires_grad, p.grad) for _, p in named]
@@ -54,22 +55,23 @@ def _hook(receive: Receiver) -> Callable[[Tensor], None]:
 def stream_batch_gradients(
     model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, receivers: Mapping[str, Receiver]
 ) -> int:
-    """Gives the gradient on each calibration batch to the receivers.
+    """Computes the gradient on each calibration batch and hands it to the receivers.
 
     Args:
-        model: run in evaluation mode; left as it was (mode, ``requires_grad``, ``grad``).
-        batches: what ``loss`` takes, at least one.
-        loss: of the model on one batch, a scalar; None is the language-model loss of a transformers causal LM.
-        receivers: see ``stream_gradients``.
+        model: the model, run in evaluation mode. Mode, ``requires_grad`` and ``grad`` are restored.
+        batches: inputs of ``loss``, at least one.
+        loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
+            causal LM.
+        receivers: receiver by parameter name; see ``stream_gradients``.
 
     Returns:
         The number of batches.
 
     Raises:
-        MaskError: if there is no batch, a loss is not finite, or does not depend on any of the parameters.
+        MaskError: if there is no batch, or a loss is not finite or does not depend on any parameter with a receiver.
     """
     if loss is None:
-        from .lm.objective import language_model_loss  # transformers is imported only where it is needed
+        from .lm.objective import language_model_loss  # deferred: it imports transformers
 
         loss = language_model_loss
     training = model.training
@@ -80,7 +82,7 @@ def stream_batch_gradients(
             for batch in batches:
                 value = loss(model, batch)
                 if not torch.isfinite(value):
-                    raise MaskError(f"the loss on calibration batch {count} is {value.item()}; a finite one is needed")
+                    raise MaskError(f"the loss on calibration batch {count} is {value.item()}; it must be finite")
                 if not value.requires_grad:
                     raise MaskError(f"the loss on calibration batch {count} does not depend on the chosen parameters")
                 value.backward()
@@ -88,7 +90,7 @@ def stream_batch_gradients(
     finally:
         model.train(training)
     if count == 0:
-        raise MaskError("no calibration batch was given; gradients need at least one")
+        raise MaskError("no calibration batch was given; at least one is needed to compute gradients")
     return count
 
 

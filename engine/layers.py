@@ -1,4 +1,4 @@
-"""The transformer blocks of a causal language model: their names, and the one that matters most."""
+"""The transformer blocks of a causal language model: their names, and the block with the largest gradient."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,15 +12,15 @@ from .parameters import floating_parameters
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
-    """Dotted names of the transformer blocks, in order, as in ``model.named_modules()``.
+    """Lists the dotted names of the transformer blocks, in order, as in ``model.named_modules()``.
 
-    They are the members of the decoder's largest ``ModuleList`` that lies in no other.
+    The blocks are the members of the decoder's largest ``ModuleList``, not counting lists nested in another list.
 
     Args:
         model: a transformers causal LM.
 
     Raises:
-        ModelError: if it is none, or its decoder has no list of blocks.
+        ModelError: if the model is no transformers causal LM, or its decoder has no list of blocks.
     """
     if not hasattr(model, "get_decoder"):
         raise ModelError(f"{type(model).__name__} is no transformers causal LM: it has no get_decoder()")
@@ -35,29 +35,38 @@ def decoder_layers(model: nn.Module) -> list[str]:
 
 
 def parameters_of(model: nn.Module, module: str) -> list[str]:
-    """Names of the floating-point parameters of a module given by its dotted name."""
+    """Lists the names of a module's floating-point parameters.
+
+    Args:
+        model: the model.
+        module: dotted name of the module in the model.
+    """
     return [name for name, _ in floating_parameters(model) if name.startswith(f"{module}.")]
 
 
 def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None = None) -> str:
-    """The block with the largest total mean squared gradient on calibration text; the first of equals.
+    """Finds the block with the largest total squared gradient on calibration text; the first one in case of a tie.
 
-    Memory beside the model and the activations: one parameter's gradient at a time, and one number a block.
+    The squared gradients are summed over the block's elements and over the batches. Memory besides the model and the
+    activations: one parameter's gradient at a time, and one number per block.
 
     Args:
-        model: a transformers causal LM; left as it was.
-        batches: as for ``SparseMask.from_gradients``.
-        loss: as for ``SparseMask.from_gradients``.
+        model: a transformers causal LM; unchanged afterwards.
+        batches: calibration batches, see ``SparseMask.from_gradients``.
+        loss: loss function, see ``SparseMask.from_gradients``.
+
+    Returns:
+        Dotted name of the block.
 
     Raises:
-        ModelError: as ``decoder_layers``.
+        ModelError: see ``decoder_layers``.
         MaskError: if there is no batch, or a loss or a gradient is not finite.
     """
     layers = decoder_layers(model)
     totals = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
 
     def adder(total: Tensor) -> Receiver:
-        return lambda gradient: _add(total, gradient)
+        return lambda gradient: _add_squared_norm(total, gradient)
 
     receivers = {name: adder(totals[layer]) for layer in layers for name in parameters_of(model, layer)}
     stream_batch_gradients(model, batches, loss, receivers)
@@ -67,7 +76,7 @@ def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction 
     return max(layers, key=lambda layer: totals[layer].item())
 
 
-def _add(total: Tensor, gradient: Tensor) -> None:
+def _add_squared_norm(total: Tensor, gradient: Tensor) -> None:
     total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu()
 
 

@@ -1,6 +1,6 @@
-"""The element ids of a model: its parameters in order, each with the id of its first element; and fingerprints.
+"""Element ids and fingerprints of a model. Parameters are numbered in order, each from the id of its first element.
 
-Shared tensors count once, in the order met; only floating-point tensors count.
+A shared tensor counts once, at its first occurrence. Only floating-point tensors count.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def floating_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that have element ids, in id order."""
+    """Iterates over the parameters that have element ids, in id order: (name, parameter)."""
     return ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
 
 
@@ -23,10 +23,10 @@ class ParameterTable:
     """Name, shape and base id of every parameter that has element ids.
 
     Args:
-        names: as in ``model.named_parameters()``.
-        shapes: of each.
-        bases: id of each one's first element.
-        size: ``d``, the number of elements.
+        names: parameter names, as in ``model.named_parameters()``.
+        shapes: shape of each parameter.
+        bases: id of each parameter's first element.
+        size: ``d``, the total number of elements.
     """
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class ParameterTable:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterTable":
-        """The table of a model."""
+        """Builds the table of a model."""
         names, shapes, bases, size = [], [], [], 0
         for name, parameter in floating_parameters(model):
             names.append(name)
@@ -46,28 +46,28 @@ class ParameterTable:
         return cls(tuple(names), tuple(shapes), tuple(bases), size)
 
     def to_json(self) -> str:
-        """One line of JSON: a list of [name, shape, base id]."""
+        """Encodes the table as one line of JSON: a list of [name, shape, base id]."""
         rows = zip(self.names, self.shapes, self.bases, strict=True)
         return json.dumps([[name, list(shape), base] for name, shape, base in rows], separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "ParameterTable":
-        """Inverse of ``to_json``.
+        """Decodes a table; the inverse of ``to_json``.
 
         Raises:
-            ValueError: if the text is anything else than ``to_json`` writes; base ids that are no running sum of the
-                sizes would let ids point outside a tensor.
+            ValueError: if the text is not a table that ``to_json`` could write. In particular each base id must be the
+                running sum of the sizes before it; otherwise ids could point outside a tensor.
         """
         try:
             rows = [(name, tuple(shape), base) for name, shape, base in json.loads(text)]
         except (TypeError, RecursionError) as error:
-            raise ValueError(f"the table is no list of [name, shape, base id]: {error}") from error
+            raise ValueError(f"the table is not a list of [name, shape, base id]: {error}") from error
         names: list[str] = []
         bases: list[int] = []
         size = 0
         for name, shape, base in rows:
             if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in shape):
-                raise ValueError(f"the table's row {name!r} has no shape")
+                raise ValueError(f"the table's row {name!r} has no valid shape")
             if type(base) is not int or base != size:
                 raise ValueError(f"the table's row {name!r} begins at {base} instead of {size}")
             names.append(name)
@@ -76,7 +76,7 @@ class ParameterTable:
         if size >= 2**63:
             raise ValueError(f"the table has {size} elements, and element ids end at {2**63 - 1}")
         if len(set(names)) < len(names):
-            raise ValueError("the table has a parameter twice")
+            raise ValueError("the table lists a parameter twice")
         return cls(tuple(names), tuple(shape for _, shape, _ in rows), tuple(bases), size)
 
     @property
@@ -85,13 +85,16 @@ class ParameterTable:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def ranges(self, ids: Tensor) -> list[tuple[str, int, int, int]]:
-        """Name, base id, begin and end in ``ids`` of every parameter that some of the ascending ids lie in."""
+        """Locates each parameter's elements in ascending ids: (name, base id, start, stop), in id order.
+
+        Only parameters that contain some of the ids are listed. Their ids are ``ids[start:stop]``.
+        """
         bounds = torch.searchsorted(ids, torch.tensor([*self.bases, self.size])).tolist()
         rows = zip(self.names, self.bases, bounds[:-1], bounds[1:], strict=True)
         return [row for row in rows if row[2] < row[3]]
 
     def difference(self, other: "ParameterTable") -> str | None:
-        """What ``other`` has that this has not, in words; None if they are equal."""
+        """Describes the first difference of ``other`` from this table; None if they are equal."""
         mine, theirs = (
             dict(zip(self.names, self.shapes, strict=True)),
             dict(zip(other.names, other.shapes, strict=True)),
@@ -110,7 +113,7 @@ class ParameterTable:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter with element ids, in hexadecimal."""
+    """Computes SHA-256 over name, dtype, shape and bytes of every parameter with element ids, in hexadecimal."""
     digest = hashlib.sha256()
     for name, parameter in floating_parameters(model):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())

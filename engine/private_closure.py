@@ -1,15 +1,15 @@
-"""Differentially private scalars: the differences of losses are clipped example by example, and noise is added once.
+"""Differentially private scalars: each example's loss difference is clipped, and noise is added once per query.
 
     two-point             d = (sum_i clip(l_i(w + eps z) - l_i(w - eps z), -C, C) + sigma C N(0, 1)) / B
     forward difference    d = (sum_i clip(l_i(w + eps z) - l_i(w), -C, C) + sigma C N(0, 1)) / B
 
-and ``d`` takes the place of the difference of the losses in the projected gradient. The forwards are those of any step;
-all that leaves them is one number a query, so clipping costs nothing and the noise has one dimension.
+``d`` replaces the difference of the losses in the projected gradient. The forward passes are the same as in any other
+step. Only one number per query is released, so clipping is free and the noise has one dimension.
 
 References:
     DPZero, arXiv 2310.09639; DP-ZO, arXiv 2401.04343.
     Mironov 2012, "On significance of the least significant bits for differential privacy".
-    Holohan and Braghin, arXiv 2107.10138: sums of several normals against that, as in opacus' secure mode.
+    Holohan and Braghin, arXiv 2107.10138: sums of several normals as a countermeasure, as in opacus' secure mode.
 """
 
 import math
@@ -22,12 +22,14 @@ from . import stream
 from .errors import ConfigError
 from .estimator import Estimator, check_estimator, check_queries
 
-# Normals in a draw of noise, and how far apart their element ids are: each has a Philox block, four words, of its own.
-_SUMMANDS, _APART = 4, 4
+# Number of normals summed in one draw of noise.
+_SUMMANDS = 4
+# Distance between their element ids: each normal uses a separate Philox block of four words.
+_ID_STRIDE = 4
 
 
 def check_mechanism(clip: float, noise_multiplier: float, batch_size: int) -> None:
-    """Raises ``ConfigError`` unless all three are positive, and the first two finite."""
+    """Raises ``ConfigError`` unless all three are positive, and clip and noise multiplier are finite."""
     for name, value in (("clip", clip), ("noise multiplier", noise_multiplier)):
         if not 0 < value < math.inf:
             raise ConfigError(f"the {name} of private steps must be finite and positive, got {value}")
@@ -36,51 +38,52 @@ def check_mechanism(clip: float, noise_multiplier: float, batch_size: int) -> No
 
 
 def gaussian(seed: int, draw: int) -> float:
-    """A standard normal with float64's resolution: the sum of four of the stream's normals, over 2.
+    """Draws a standard normal with float64 resolution: the sum of four of the stream's normals, divided by 2.
 
-    One of the stream's alone is a function of 48 bits in fp32 and ends at 5.77: which sums it can lead to, and which
-    not, may tell what it was added to. Four are a function of 192 bits and end at 11.5.
+    A single normal of the stream is an fp32 function of 48 bits, with an absolute value of at most 5.77. The set of
+    sums that it can produce may reveal the value it was added to. Four normals are a function of 192 bits, with an
+    absolute value of at most 11.5.
 
     Args:
-        seed: in [0, 2**64).
-        draw: in [0, 2**59); different draws of a seed are independent.
+        seed: seed in [0, 2**64).
+        draw: number of the draw, in [0, 2**59). Different draws of a seed are independent.
 
     Example:
         >>> gaussian(3, 0) != gaussian(3, 1) != gaussian(4, 1)
         True
     """
-    ids = torch.arange(_SUMMANDS) * _APART + draw * _SUMMANDS * _APART
+    ids = torch.arange(_SUMMANDS) * _ID_STRIDE + draw * _SUMMANDS * _ID_STRIDE
     return stream.normal(seed, ids, "torch").double().sum().item() / math.sqrt(_SUMMANDS)
 
 
 class PrivateClosure:
-    """The closure of one step of ``SparseZO``, made from a function that returns the loss of every example.
+    """Closure for one private step of ``SparseZO``, made from a function that returns the loss of each example.
 
-    The estimators use nothing but differences of losses, so this returns losses relative to the first evaluation of a
-    query: two-point 0, then ``-d``; forward difference 0 at ``w``, then each query's ``d``. All is in float64 until the
-    number returned, which is fp32. The loss that the step returns says nothing.
+    The estimators use only differences of losses, so the closure returns losses relative to a query's first evaluation:
+    two-point returns 0, then ``-d``; forward difference returns 0 at ``w``, then each query's ``d``. All values are
+    float64, except the returned number, which is fp32. The loss that the step returns has no meaning.
 
-    A difference that is NaN counts as 0 and an infinite one is clipped, so that nothing released depends on an
-    unbounded value, and no private step is skipped because of a loss. Adding or removing an example changes ``d`` by
-    ``C / B`` at most, if the loss of an example depends on no other. Padding and the shape of a batch change its last
-    bits; where these matter, let ``losses`` take one example at a time.
+    A NaN difference counts as 0 and an infinite one is clipped. So no released value depends on an unbounded value, and
+    no private step is skipped because of a loss. Adding or removing an example changes ``d`` by at most ``C / B``, if
+    the loss of each example is independent of the other examples. Padding and the shape of a batch change the last bits
+    of a loss; where this matters, let ``losses`` evaluate one example at a time.
 
     Args:
-        losses: evaluates the step's batch at the weights as they are: float32 [n], the same examples in the same order
-            each time. ``n`` is the batch's own size, which may be 0.
-        estimator: the optimizer's, "two-point" or "forward-difference".
-        clip: ``C``, positive: what an example can change of a difference of losses.
-        noise_multiplier: ``sigma``, positive: standard deviation of the noise over the clip.
-        batch_size: ``B``, the expected size of a batch; a constant, whatever ``n`` is.
-        seed: of the step's noise, in [0, 2**64); query ``j`` uses draw ``j`` of it. It must be the secret of who holds
-            the data and serve one step only: who knows it subtracts the noise. Noise from a seed that follows from the
-            run's is a simulation of privacy, no more; and Philox, though it passes statistical tests, is no
+        losses: evaluates the step's batch at the current weights: float32 [n], the same examples in the same order in
+            each call. ``n`` is the actual size of the batch and may be 0.
+        estimator: the optimizer's estimator, "two-point" or "forward-difference".
+        clip: clipping bound ``C`` of each example's loss difference, positive.
+        noise_multiplier: ``sigma``, positive: standard deviation of the noise divided by the clip.
+        batch_size: expected batch size ``B``, at least 1; a constant that does not depend on ``n``.
+        seed: seed of the step's noise, in [0, 2**64); query ``j`` uses its draw ``j``. It must be known only to the
+            owner of the data and used for one step only: with it, the noise can be subtracted. Noise with a seed
+            derived from the run's seed only simulates privacy. Philox passes statistical tests but is not a
             cryptographic generator.
-        queries: of the optimizer.
+        queries: the optimizer's number of queries per step.
 
     Raises:
-        ConfigError: for a clip, noise multiplier or batch size out of range.
-        ValueError: for a seed, number of queries or estimator out of range.
+        ConfigError: if clip, noise multiplier or batch size is out of range.
+        ValueError: if the seed, the number of queries or the estimator is out of range.
 
     Example:
         >>> step = [torch.tensor([0.5, 9.0]), torch.tensor([0.25, 1.0])]
@@ -106,37 +109,42 @@ class PrivateClosure:
         self._calls = check_queries(queries) + 1 if self._one_sided else 2 * check_queries(queries)
         self._losses, self._clip, self._noise = losses, clip, noise_multiplier * clip
         self._batch_size, self._seed = batch_size, stream.check_seed(seed)
-        self._called = 0
-        self._before = torch.empty(0)
+        self._calls_made = 0
+        self._reference_losses = torch.empty(0)
 
     def __call__(self) -> Tensor:
-        """The next evaluation, float32 scalar.
+        """Evaluates the losses and returns the closure's next value, float32 scalar.
 
         Raises:
-            ValueError: after the step's last, or if there is not one loss an example, the same number each time.
+            ValueError: after the last call of the step, or if ``losses`` does not return one loss per example, the same
+                number in each call.
         """
-        if self._called == self._calls:
-            raise ValueError("a private closure is of one step, since noise must not serve twice; make one for each")
-        now = self._losses().double()
-        number, self._called = self._called, self._called + 1
-        if now.dim() != 1 or (number and not self._is_reference(number) and now.shape != self._before.shape):
+        if self._calls_made == self._calls:
             raise ValueError(
-                f"private steps need one loss an example, the same number each time: got shape {list(now.shape)}"
-                + (f" after {list(self._before.shape)}" if number else "")
+                "a private closure serves one step only, because its noise must not be used twice; "
+                "create a new closure for each step"
             )
-        if self._is_reference(number):
-            self._before = now
-            return now.new_zeros((), dtype=torch.float32)
+        losses = self._losses().double()
+        call, self._calls_made = self._calls_made, self._calls_made + 1
+        shape, reference_shape = list(losses.shape), list(self._reference_losses.shape)
+        if losses.dim() != 1 or (not self._is_reference(call) and shape != reference_shape):
+            raise ValueError(
+                f"private steps need one loss per example, the same number in each call: got shape {shape}"
+                + (f" after {reference_shape}" if call else "")
+            )
+        if self._is_reference(call):
+            self._reference_losses = losses
+            return losses.new_zeros((), dtype=torch.float32)
         if self._one_sided:
-            return self._add_noise(now - self._before, number - 1)
-        return -self._add_noise(self._before - now, number // 2)
+            return self._add_noise(losses - self._reference_losses, query=call - 1)
+        return -self._add_noise(self._reference_losses - losses, query=call // 2)
 
-    def _is_reference(self, number: int) -> bool:
-        """Whether a call is the one that others are compared with."""
-        return number == 0 if self._one_sided else number % 2 == 0
+    def _is_reference(self, call: int) -> bool:
+        """Whether call number ``call`` evaluates the reference losses, which later calls subtract."""
+        return call == 0 if self._one_sided else call % 2 == 0
 
     def _add_noise(self, differences: Tensor, query: int) -> Tensor:
-        """``d``, float32 scalar on the device of the losses; nothing waits for it."""
+        """Computes ``d``, float32 scalar on the device of the losses, without waiting for the device."""
         clipped = torch.where(differences.isnan(), 0.0, differences).clamp(-self._clip, self._clip)
         return ((clipped.sum() + self._noise * gaussian(self._seed, query)) / self._batch_size).float()
 

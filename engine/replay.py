@@ -1,4 +1,4 @@
-"""``replay``: the end of a run from its base model and a few scalars."""
+"""``replay``: rebuilds the final weights of a run from its base model and its scalars."""
 
 import math
 from collections.abc import Iterable
@@ -12,32 +12,34 @@ from .weights import MaskedWeights
 def replay(
     model: nn.Module, mask: SparseMask, steps: Iterable[tuple[int, float, float]], backend: str = "auto"
 ) -> None:
-    """Applies recorded updates in order; lands on the bits of the run that recorded them.
+    """Applies recorded updates in order; the result has the bits of the run that recorded them.
 
     Args:
-        model: the base model the run started from; its masked weights are written.
+        model: the base model of the run; its masked weights are written.
         mask: the run's mask.
-        steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient. NaN for g is an
-            update that was not taken (``SparseZO(nonfinite="skip")``) and is left out.
+        steps: (seed, lr, g) of each update: seed in [0, 2**64), learning rate, fp32 projected gradient. A NaN g marks a
+            skipped query (``SparseZO(nonfinite="skip")``); its update is left out.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Raises:
-        MaskError: if the mask is another model's.
-        ValueError: if a learning rate is not finite, a projected gradient is infinite, or fp32 cannot hold a product
-            of the two.
+        MaskError: if the mask was made for another model.
+        ValueError: if a learning rate is not finite, a projected gradient is infinite, or their product is not finite
+            in fp32.
     """
     replay_(MaskedWeights(model, mask, backend), steps)
 
 
 def replay_(weights: MaskedWeights, steps: Iterable[tuple[int, float, float]]) -> None:
-    """``replay`` on masked weights that are there already, whose masters tell more than the live weights do.
+    """Does ``replay`` on existing masked weights, starting from their masters instead of the live weights.
+
+    The masters are more precise than live weights of low precision.
 
     Args:
-        weights: written.
-        steps: as for ``replay``.
+        weights: the masked weights; written.
+        steps: recorded updates, see ``replay``.
 
     Raises:
-        ValueError: if a scalar is not finite.
+        ValueError: see ``replay``.
     """
     seeds, c = [], []
     for seed, lr, g in steps:

@@ -1,4 +1,4 @@
-"""Which elements matter: squared gradients over calibration text, and the choice of the k largest over the model.
+"""Sensitivity of the elements: squared gradients on calibration text, and selection of the model's k largest scores.
 
     s_j = mean over batches of (d loss / d w_j)**2
 
@@ -20,12 +20,12 @@ from .parameters import floating_parameters
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Accumulators of a calibration, one float32 tensor per parameter in id order.
+    """Gradient statistics of a calibration, one float32 tensor per parameter in id order.
 
     Args:
-        squares: mean squared gradient.
-        means: mean gradient.
-        batches: how many batches they are means over.
+        squares: mean squared gradient of each element, one tensor per parameter.
+        means: mean gradient of each element, one tensor per parameter.
+        batches: number of batches in the means.
     """
 
     squares: list[Tensor]
@@ -34,25 +34,28 @@ class Sensitivity:
 
 
 def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None) -> Sensitivity:
-    """Mean and mean square of the gradient of every parameter over some batches.
+    """Computes mean and mean square of every parameter's gradient over batches.
 
-    Memory beside the model and the activations: 8 bytes an element for the accumulators, and one gradient at a time:
-    each is added up as backpropagation delivers it, and freed.
+    Memory besides the model and the activations: 8 bytes per element for the accumulators, and one parameter's gradient
+    at a time. Each gradient is accumulated as backpropagation produces it, and freed.
 
     Args:
-        model: run in evaluation mode; left as it was (mode, ``requires_grad``, ``grad``).
-        batches: what ``loss`` takes, at least one.
-        loss: of the model on one batch, a scalar; None is the language-model loss of a transformers causal LM.
+        model: the model, run in evaluation mode. Mode, ``requires_grad`` and ``grad`` are restored.
+        batches: inputs of ``loss``, at least one.
+        loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
+            causal LM.
 
     Raises:
         MaskError: if there is no batch, or a loss or gradient is not finite.
     """
-    named = list(floating_parameters(model))
-    squares = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for _, p in named]
+    parameters = dict(floating_parameters(model))
+    squares = [
+        torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in parameters.values()
+    ]
     means = [torch.zeros_like(square) for square in squares]
-    collectors = {name: _collector(*pair) for (name, _), *pair in zip(named, squares, means, strict=True)}
+    collectors = {name: _collector(square, mean) for name, square, mean in zip(parameters, squares, means, strict=True)}
     count = stream_batch_gradients(model, batches, loss, collectors)
-    for (name, _), square, mean in zip(named, squares, means, strict=True):
+    for name, square, mean in zip(parameters, squares, means, strict=True):
         square.div_(count)
         mean.div_(count)
         if not torch.isfinite(square).all():
@@ -70,34 +73,37 @@ def _collector(square: Tensor, mean: Tensor) -> Receiver:
 
 
 def gradient_at(
-    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, wanted: Mapping[str, Tensor]
+    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, offsets: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """Mean gradient over some batches at chosen elements; memory for those, and one parameter's gradient at a time.
+    """Computes the mean gradient over batches at chosen elements.
+
+    Memory: the gradient of the chosen elements, and one parameter's gradient at a time.
 
     Args:
-        model: as for ``accumulate``.
-        batches: as for ``accumulate``.
-        loss: as for ``accumulate``.
-        wanted: by parameter name, int64 [n] flat offsets.
+        model: the model, see ``accumulate``.
+        batches: calibration batches, see ``accumulate``.
+        loss: loss function, see ``accumulate``.
+        offsets: flat offsets of the chosen elements by parameter name, int64 [n] each.
 
     Returns:
-        Of each, float32 [n] on the CPU; bit for bit what ``accumulate`` has there.
+        Mean gradients in the order of ``offsets``, float32 [n] each on the CPU; bit-identical to the means of
+        ``accumulate`` at these elements.
 
     Raises:
-        MaskError: as ``accumulate``.
+        MaskError: see ``accumulate``.
     """
-    places = {name: p.device for name, p in floating_parameters(model)}
-    sums = {name: torch.zeros(at.numel(), device=places[name]) for name, at in wanted.items()}
+    devices = {name: p.device for name, p in floating_parameters(model)}
+    sums = {name: torch.zeros(chosen.numel(), device=devices[name]) for name, chosen in offsets.items()}
 
     def adder(name: str) -> Receiver:
-        at, total = wanted[name].to(places[name]), sums[name]
+        chosen, total = offsets[name].to(devices[name]), sums[name]
 
         def add(gradient: Tensor) -> None:
-            total.add_(gradient.reshape(-1)[at].float())
+            total.add_(gradient.reshape(-1)[chosen].float())
 
         return add
 
-    count = stream_batch_gradients(model, batches, loss, {name: adder(name) for name in wanted})
+    count = stream_batch_gradients(model, batches, loss, {name: adder(name) for name in offsets})
     for name, total in sums.items():
         if not torch.isfinite(total.div_(count)).all():
             raise MaskError(f"the gradient of {name!r} is not finite; calibrate in float32")
@@ -105,14 +111,14 @@ def gradient_at(
 
 
 def largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest scores over all tensors, ties to the lower id.
+    """Selects the k largest scores over all tensors. Ties go to the lower id.
 
     Holds the scores of one tensor at a time, and the k best values so far.
 
     Args:
-        scores: the scores of tensor ``i``, float32, flat; asked for twice.
-        count: number of tensors; their elements have consecutive ids, in order.
-        k: at least 1, at most the number of elements.
+        scores: returns the scores of tensor ``i``, float32, flat. Called twice for each tensor.
+        count: number of tensors. Their elements have consecutive ids, in order.
+        k: number of elements to select, from 1 to the total number of elements.
 
     Returns:
         ids: int64 [k], ascending.

@@ -1,8 +1,9 @@
-"""Gradient descent on the masked elements: what zeroth-order steps are measured against, on the same subspace.
+"""SGD on the masked elements: the first-order baseline for zeroth-order steps on the same subspace.
 
     master <- master - lr * g,    live <- cast(master),    g = gradient at the masked elements
 
-with the same fp32 masters as zeroth-order steps have: FedAvg's local step (arXiv 1602.05629, algorithm 1) under a mask.
+It uses the same fp32 masters as zeroth-order steps. This is FedAvg's local step (arXiv 1602.05629, algorithm 1) under a
+mask.
 """
 
 import math
@@ -23,28 +24,28 @@ def sgd_steps(
     closures: Iterable[Callable[[], Tensor]],
     learning_rates: Sequence[float],
 ) -> list[Tensor]:
-    """Some steps of plain gradient descent on the masked elements.
+    """Takes several steps of plain gradient descent on the masked elements.
 
     Product and difference of the update are rounded separately in fp32. Nothing outside the mask is written. Memory
-    beside the activations: one parameter's gradient at a time, and 8 bytes a masked element.
+    besides the activations: one parameter's gradient at a time, and 8 bytes per masked element.
 
     Args:
-        model: in the mode it is to be trained in; ``requires_grad`` and ``grad`` of its parameters are left as they
-            were.
-        weights: of this model; written.
-        closures: one a step; each computes the loss of its batch, a scalar that depends on the model by autograd, and
-            is asked for when the step before it is taken.
-        learning_rates: one a step at least, finite and not negative.
+        model: the model, in the mode in which to train it. ``requires_grad`` and ``grad`` of its parameters are
+            restored.
+        weights: the model's masked weights; written.
+        closures: one closure per step. Each computes the loss of its batch, a scalar that depends on the model through
+            autograd. The next closure is requested after the step before it.
+        learning_rates: learning rate of each step, finite and not negative; at least one per step.
 
     Returns:
-        The loss of each step, at its beginning, float32 scalars.
+        The loss of each step before its update, float32 scalars.
 
     Raises:
-        ValueError: for a learning rate out of range, too few of them, or a loss that is none.
-        NonFiniteLossError: if a loss or a gradient is NaN or infinite. This and whatever the closure raises leave the
-            masters as they were at the beginning of that step; the steps before it stay taken.
-        MaskError: if the weights are another model's.
-        ModelChangedError: if the model was moved, cast or rebuilt since the weights were located.
+        ValueError: if a learning rate is out of range or missing, or a closure does not return a differentiable scalar.
+        NonFiniteLossError: if a loss or a gradient is NaN or infinite. After this error, or any error of the closure,
+            the masters are those from before the step; the steps before it stay applied.
+        MaskError: if the weights belong to another model.
+        ModelChangedError: if the model was moved, cast or rebuilt after the weights were created.
     """
     for lr in learning_rates:
         if not 0 <= lr < math.inf:
@@ -57,10 +58,10 @@ def sgd_steps(
     losses: list[Tensor] = []
     for step, closure in enumerate(closures):
         if step >= len(learning_rates):
-            raise ValueError(f"{len(learning_rates)} learning rates were given for more steps")
+            raise ValueError(f"{len(learning_rates)} learning rates were given, but there are more steps")
         gradient.zero_()
         with stream_gradients(model, receivers), torch.enable_grad():
-            loss = _checked(closure(), step)
+            loss = _check_loss(closure(), step)
             loss.backward()
         if not torch.isfinite(gradient).all():
             raise NonFiniteLossError(f"the gradient of step {step} is not finite (try a smaller lr)")
@@ -70,11 +71,23 @@ def sgd_steps(
 
 
 def _gradient_gatherers(model: nn.Module, weights: MaskedWeights, out: Tensor) -> dict[str, Receiver]:
-    """For every parameter with masked elements, what puts its gradient there into ``out``, float32 [k]."""
+    """Makes a receiver for each masked parameter that copies its gradient at the masked elements to ``out``.
+
+    Args:
+        model: the model.
+        weights: its masked weights.
+        out: float32 [k], receives the gradient in mask order.
+
+    Returns:
+        The receivers by parameter name.
+    """
     devices = {name: p.device for name, p in floating_parameters(model)}
 
     def gatherer(offsets: Tensor, part: Tensor) -> Receiver:
-        return lambda gradient: _copy(part, gradient.reshape(-1)[offsets])
+        def gather(gradient: Tensor) -> None:
+            part.copy_(gradient.reshape(-1)[offsets])
+
+        return gather
 
     return {
         name: gatherer((weights.mask.ids[start:stop] - base).to(devices[name]), out[start:stop])
@@ -82,14 +95,11 @@ def _gradient_gatherers(model: nn.Module, weights: MaskedWeights, out: Tensor) -
     }
 
 
-def _copy(to: Tensor, values: Tensor) -> None:
-    to.copy_(values)
-
-
-def _checked(loss: Tensor, step: int) -> Tensor:
+def _check_loss(loss: Tensor, step: int) -> Tensor:
+    """Returns the loss as a scalar tensor, or raises if it is not one finite, differentiable number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
-            f"the closure of step {step} must return one loss that depends on the masked weights by autograd"
+            f"the closure of step {step} must return one loss that depends on the masked weights through autograd"
         )
     if not math.isfinite(loss.item()):
         raise NonFiniteLossError(f"the loss of step {step} is {loss.item()}; the step was not taken (try a smaller lr)")

@@ -1,7 +1,7 @@
-"""The perturbation stream, version 1: ``z`` as a function of seed and element id alone, the same bits on any device.
+"""The perturbation stream, version 1: ``z`` depends on seed and element id only, with the same bits on any device.
 
-The definition is in ``triton_kernels.reference``. All randomness of the project comes from here, so that nothing
-depends on a global generator: perturbations, step seeds, the order of the data, random masks.
+``triton_kernels.reference`` defines it. All randomness of the project comes from this module: perturbations, step
+seeds, the order of the data, random masks. Nothing uses a global random generator.
 """
 
 import torch
@@ -17,7 +17,7 @@ _DERIVED_DOMAIN = 0x4D4B5632
 
 
 def check_seed(seed: int) -> int:
-    """The seed itself.
+    """Checks that a seed is valid and returns it.
 
     Raises:
         TypeError: if it is not an integer.
@@ -31,11 +31,11 @@ def check_seed(seed: int) -> int:
 
 
 def bits(seed: int, blocks: Tensor) -> Tensor:
-    """The Philox4x32-10 words of some blocks; block ``b`` serves the element ids ``4 b`` to ``4 b + 3``.
+    """Computes the Philox4x32-10 words of blocks. Block ``b`` serves the element ids ``4 b`` to ``4 b + 3``.
 
     Args:
-        seed: in [0, 2**64).
-        blocks: int64 [n], not negative.
+        seed: seed in [0, 2**64).
+        blocks: block numbers, int64 [n], not negative.
 
     Returns:
         int64 [n, 4], values in [0, 2**32).
@@ -48,15 +48,15 @@ def bits(seed: int, blocks: Tensor) -> Tensor:
 
 
 def normal(seed: int, ids: Tensor, backend: str = "auto") -> Tensor:
-    """Standard normals at some element ids.
+    """Draws standard normals for element ids.
 
     Args:
-        seed: in [0, 2**64).
-        ids: int64 [n], element ids, not negative, in any order.
+        seed: seed in [0, 2**64).
+        ids: element ids, int64 [n], not negative, in any order.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
 
     Returns:
-        float32 [n] on the device of ``ids``; each value depends on the seed and its own id only.
+        float32 [n] on the device of ``ids``. Each value depends only on the seed and the element id.
 
     Example:
         >>> normal(7, torch.tensor([0, 1, 2**40])).tolist() == [
@@ -67,50 +67,59 @@ def normal(seed: int, ids: Tensor, backend: str = "auto") -> Tensor:
 
 
 def step_seed(root: int, round: int, step: int, query: int = 0) -> int:
-    """Seed of one perturbation, in [0, 2**64): the root seed is the only seed that ever travels.
+    """Derives the seed of one perturbation, in [0, 2**64). The root seed is the only seed that is ever sent.
 
     Args:
         root: root seed of the run, in [0, 2**64).
-        round: of the federation, in [0, 2**32).
-        step: within the round, in [0, 2**32).
-        query: within the step, in [0, 2**32).
+        round: round of the federation, in [0, 2**32).
+        step: step within the round, in [0, 2**32).
+        query: query within the step, in [0, 2**32).
     """
     return _seed_from(root, (step, round, query, _STEP_DOMAIN))
 
 
 def derived_seed(root: int, purpose: str, first: int = 0, second: int = 0) -> int:
-    """A seed for anything but perturbations, in [0, 2**64).
+    """Derives a seed for any purpose other than perturbations, in [0, 2**64).
 
     Args:
         root: root seed of the run, in [0, 2**64).
-        purpose: four ASCII letters that keep the uses apart.
-        first: in [0, 2**32), for instance a client.
-        second: in [0, 2**32), for instance an epoch.
+        purpose: four ASCII letters that name the purpose; different purposes get different seeds.
+        first: first index in [0, 2**32), for example a client.
+        second: second index in [0, 2**32), for example an epoch.
     """
     letters = int.from_bytes(purpose.encode("ascii"), "big")
     return _seed_from(root, (first, second, letters, _DERIVED_DOMAIN))
 
 
 def permutation(seed: int, n: int) -> Tensor:
-    """A random order of ``range(n)``: int64 [n]."""
+    """Draws a random permutation of ``range(n)``: int64 [n]."""
     return torch.argsort(_numbers(seed, 0, (n + 1) // 2)[:n], stable=True)
 
 
 def poisson_sample(seed: int, n: int, expected: int) -> Tensor:
-    """Numbers below ``n``, each drawn independently with probability ``expected / n``, ascending: int64 [any size].
+    """Draws a subset of ``range(n)``: each number independently with probability ``expected / n``.
 
     Args:
-        seed: in [0, 2**64).
-        n: at least 1.
-        expected: mean size of a sample, in [1, n]. The probability is rounded down to a multiple of 2**-63.
+        seed: seed in [0, 2**64).
+        n: number of candidates, at least 1.
+        expected: expected size of the sample, in [1, n]. The probability is rounded down to a multiple of 2**-63.
+
+    Returns:
+        The drawn numbers in ascending order, int64 [sample size].
+
+    Raises:
+        ValueError: if ``expected`` is not in [1, n].
     """
     if not 1 <= expected <= n:
-        raise ValueError(f"a sample of range({n}) has an expected size from 1 to {n}, got {expected}")
+        raise ValueError(f"a sample of range({n}) must have an expected size from 1 to {n}, got {expected}")
     return (_numbers(seed, 0, (n + 1) // 2)[:n] <= (expected << 63) // n - 1).nonzero().flatten()
 
 
 def distinct(seed: int, k: int, size: int) -> Tensor:
-    """The first k distinct numbers below ``size`` that the stream draws, ascending: int64 [k]."""
+    """Draws k distinct numbers below ``size``, ascending: int64 [k].
+
+    They are the first k distinct numbers of the stream, so the result for a smaller k is a subset.
+    """
     drawn = torch.empty(0, dtype=torch.int64)
     blocks = 0
     while True:
@@ -128,12 +137,13 @@ def distinct(seed: int, k: int, size: int) -> Tensor:
 
 
 def _numbers(seed: int, start: int, stop: int) -> Tensor:
-    """Numbers in [0, 2**63), two from each of the blocks [start, stop): int64 [2 * blocks]."""
+    """Draws numbers in [0, 2**63), two from each of the blocks [start, stop): int64 [2 * (stop - start)]."""
     words = bits(seed, torch.arange(start, stop))
     return ((words[:, 0::2] << 31) ^ words[:, 1::2]).reshape(-1)
 
 
 def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
+    """Makes a seed from the first two Philox words of a counter, with the root seed as the key."""
     check_seed(root)
     for value in counter:
         if not 0 <= value < 1 << 32:

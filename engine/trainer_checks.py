@@ -1,4 +1,4 @@
-"""What ``SparseZOTrainer`` refuses rather than ignores: arguments, checkpoints, processes that differ."""
+"""Checks of ``SparseZOTrainer``: arguments it cannot honour, incomplete checkpoints, processes that differ."""
 
 from pathlib import Path
 from typing import Any
@@ -12,60 +12,66 @@ from .mask import SparseMask
 from .parameters import fingerprint
 
 UPDATES = "updates.jsonl"
-_OF_CHECKPOINT = ("optimizer.pt", "scheduler.pt", UPDATES)
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", UPDATES)
 
-# Arguments that say something about gradients or another optimizer, and what they may be beside their defaults.
-_MEANINGLESS: dict[str, tuple[Any, str]] = {
-    "fp16": (None, "there is no gradient to scale; load the model in float16 instead, or take bf16"),
+# Arguments about gradients or another optimizer: the value that is allowed besides the default, and the reason to
+# reject all others.
+_REJECTED: dict[str, tuple[Any, str]] = {
+    "fp16": (None, "there is no gradient to scale; load the model in float16, or use bf16"),
     "max_grad_norm": (0, "there is no gradient to clip; lower the learning rate"),
-    "weight_decay": (None, "a zeroth-order step decays no weight"),
+    "weight_decay": (None, "zeroth-order steps have no weight decay"),
     "optim": (None, "the optimizer is SparseZO"),
-    "activation_checkpointing": (None, "no activation is kept for a backward pass"),
-    "gradient_checkpointing": (None, "no activation is kept for a backward pass"),
-    "neftune_noise_alpha": (None, "the forwards of a step must see the same embeddings"),
-    "deepspeed": (None, "the masked weights must be whole on every device"),
-    "fsdp": (None, "the masked weights must be whole on every device"),
-    "parallelism_config": (None, "the masked weights must be whole on every device"),
+    "activation_checkpointing": (None, "no activations are kept for a backward pass"),
+    "gradient_checkpointing": (None, "no activations are kept for a backward pass"),
+    "neftune_noise_alpha": (None, "all forward passes of a step must see the same embeddings"),
+    "deepspeed": (None, "every device must hold all masked weights"),
+    "fsdp": (None, "every device must hold all masked weights"),
+    "parallelism_config": (None, "every device must hold all masked weights"),
 }
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raises ``ConfigError`` for several devices, and arguments about gradients, another optimizer or no masters."""
+    """Checks training arguments.
+
+    Raises:
+        ConfigError: for several devices in one process, for arguments about gradients or another optimizer, and for
+            ``save_only_model`` with ``load_best_model_at_end``, which would lose the fp32 masters.
+    """
     if args.n_gpu > 1:
         raise ConfigError(
-            f"SparseZOTrainer trains on one device a process, this one sees {args.n_gpu}: run it with torchrun, or "
-            f"set CUDA_VISIBLE_DEVICES"
+            f"SparseZOTrainer trains on one device per process, but this process sees {args.n_gpu}: start it with "
+            f"torchrun, or set CUDA_VISIBLE_DEVICES"
         )
     if args.load_best_model_at_end and args.save_only_model:
         raise ConfigError(
-            "SparseZOTrainer takes no save_only_model with load_best_model_at_end: the fp32 masters of the best model "
-            "are in its optimizer.pt, which has 4 bytes a masked element"
+            "SparseZOTrainer does not support save_only_model with load_best_model_at_end: the best model's fp32 "
+            "masters are read from its optimizer.pt (4 bytes per masked element)"
         )
-    for name, (also, why) in _MEANINGLESS.items():
-        field = TrainingArguments.__dataclass_fields__.get(name)  # none where this version has no such argument
+    for name, (allowed, reason) in _REJECTED.items():
+        field = TrainingArguments.__dataclass_fields__.get(name)  # None if this version has no such argument
         value = getattr(args, name, None)
-        if field is not None and value and value not in (field.default, also):
-            raise ConfigError(f"SparseZOTrainer takes no {name} (it is {value!r}): {why}")
+        if field is not None and value and value not in (field.default, allowed):
+            raise ConfigError(f"SparseZOTrainer does not support {name} (it is {value!r}): {reason}")
 
 
 def check_checkpoint(checkpoint: Path | str) -> None:
-    """Raises ``ConfigError`` for a checkpoint that lacks what Trainer would silently do without."""
-    for name in _OF_CHECKPOINT:
+    """Raises ``ConfigError`` if a checkpoint lacks a file whose absence Trainer would silently ignore."""
+    for name in _CHECKPOINT_FILES:
         if not Path(checkpoint, name).is_file():
             raise ConfigError(
-                f"{checkpoint} has no {name}: a training cannot go on from it, but one may start with its model as the "
-                f"base"
+                f"checkpoint {checkpoint} has no {name}, so training cannot resume from it; you can start a new "
+                f"training with its model as the base"
             )
 
 
 def check_processes(accelerator: Any, model: nn.Module, mask: SparseMask) -> None:
-    """Raises ``ConfigError`` on all processes if one of them has another model or mask."""
+    """Raises ``ConfigError`` on all processes if they do not all have the same model and mask."""
     if accelerator.num_processes == 1:
         return
     digest = bytes.fromhex(fingerprint(model)) + bytes.fromhex(mask.digest)
-    mine = torch.tensor(list(digest), device=accelerator.device)
-    if (accelerator.gather(mine).view(accelerator.num_processes, -1) != mine).any():
-        raise ConfigError("the processes hold different models or masks; load the same on all")
+    own_digest = torch.tensor(list(digest), device=accelerator.device)
+    if (accelerator.gather(own_digest).view(accelerator.num_processes, -1) != own_digest).any():
+        raise ConfigError("the processes have different models or masks; load the same model and mask on all of them")
 
 
 __all__ = ["UPDATES", "check_arguments", "check_checkpoint", "check_processes"]

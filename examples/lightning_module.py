@@ -1,4 +1,4 @@
-"""PyTorch Lightning, by manual optimization: logging, a schedule, validation, checkpoints that training goes on from.
+"""Fine-tunes with PyTorch Lightning by manual optimization: logging, schedule, validation, checkpoints to resume from.
 
 python examples/lightning_module.py [--epochs N] [--output DIR] [--resume CHECKPOINT]
 """
@@ -24,7 +24,11 @@ SEED = 7
 
 
 class FineTuning(lightning.LightningModule):
-    """The embedded model and its task; ``updates`` are (seed, lr, g) of all steps, as ``replay`` takes them."""
+    """Fine-tunes the embedded model on its task.
+
+    Attributes:
+        updates: (seed, lr, g) of all steps, in the format of ``replay``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +39,11 @@ class FineTuning(lightning.LightningModule):
         self.data = {s: EncodedTask(task, embedded.rows(s), lm.tokenizer, 128, s) for s in ("train", "validation")}
 
     def configure_optimizers(self):
-        optimizer = SparseZO(self.model, self.mask, lr=1e-2, seed=SEED)  # the model is on its device by now
+        optimizer = SparseZO(self.model, self.mask, lr=1e-2, seed=SEED)  # Lightning has put the model on its device
         return [optimizer], [CosineAnnealingLR(optimizer, T_max=self.trainer.estimated_stepping_batches)]
 
     def training_step(self, indices: Tensor, _: int) -> Tensor:
-        self.model.eval()  # no dropout, which would differ between the two forwards
+        self.model.eval()  # no dropout: it would differ between the two forward passes
         batch = self.data["train"].batch(indices.tolist(), answers="all", device=self.device)
         wrapped, (lr,) = self.optimizers(), self.lr_schedulers().get_last_lr()
         optimizer = wrapped.optimizer
@@ -69,7 +73,9 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path)
     arguments, module = parser.parse_args(), FineTuning()
     train, held_out = (range(len(module.data[split])) for split in ("train", "validation"))
-    order = DistributedSampler(train, num_replicas=1, rank=0, seed=SEED)  # by epoch, so the same when resumed
+    order = DistributedSampler(
+        train, num_replicas=1, rank=0, seed=SEED
+    )  # seeded by epoch, so a resumed run has the same order
     saver = ModelCheckpoint(arguments.output, filename="{epoch}", save_top_k=-1)
     trainer = lightning.Trainer(max_epochs=arguments.epochs, accelerator="cpu", logger=False, callbacks=[saver])
     loaders = DataLoader(train, batch_size=16, sampler=order), DataLoader(held_out, batch_size=50)

@@ -1,8 +1,9 @@
-"""A plain PyTorch loop: a mask from pre-training text, a schedule, evaluation, and a log that is replayed.
+"""Fine-tunes in a plain PyTorch loop: mask from pre-training text, schedule, evaluation, and replay of the updates.
 
     python examples/plain_loop.py [--steps N] [--output DIR]
 
-DIR holds ``mask.safetensors`` and ``updates.jsonl`` afterwards: with the base model, all that the fine-tuned one is.
+Writes ``mask.safetensors`` and ``updates.jsonl`` to DIR. Together with the base model, these two files define the
+fine-tuned model.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SEED = 7
 
 
 def main(steps: int, output: Path) -> None:
-    """Trains, logs, and replays."""
+    """Trains, saves mask and updates, and replays them on a fresh base model."""
     lm = embedded.load()
     texts, _ = embedded.calibration_texts(256)
     mask = SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)

@@ -1,8 +1,8 @@
-"""transformers' Trainer with zeroth-order steps: evaluation, logging, schedule, checkpoints, the best model at the end.
+"""Fine-tunes with transformers' Trainer: evaluation, logging, schedule, checkpoints, and the best model at the end.
 
     python examples/trainer.py [--steps N] [--output DIR] [--resume]
 
-Every checkpoint has ``updates.jsonl`` beside it, which ``replay`` turns into its weights.
+Every checkpoint contains ``updates.jsonl``, from which ``replay`` reconstructs its weights.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from meerkat_engine.engine.updates import read_updates
 
 
 def main(steps: int, output: Path, resume: bool) -> None:
-    """Trains, or goes on with a training, and replays what came out."""
+    """Trains, or resumes a training, and replays the updates of the best model on a fresh base model."""
     lm, task = embedded.load(), embedded.TASKS["embedded"]
     texts, _ = embedded.calibration_texts(256)
     mask = SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
@@ -31,7 +31,8 @@ def main(steps: int, output: Path, resume: bool) -> None:
     )
     answers = lm.tokenizer(list(task.label_words), add_special_tokens=False, return_tensors="pt")["input_ids"][:, 0]
 
-    def scores(logits: Tensor) -> Tensor:  # of the label words, after the prompt: prompts are padded on the left
+    def scores(logits: Tensor) -> Tensor:
+        """Logits of the label words at the last position, which ends the prompt because of left padding."""
         return logits[:, -1, answers].float()
 
     def loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
@@ -59,7 +60,7 @@ def main(steps: int, output: Path, resume: bool) -> None:
         processing_class=lm.tokenizer,
         compute_loss_func=loss,
         preprocess_logits_for_metrics=lambda logits, _: scores(logits).argmax(-1),
-        compute_metrics=lambda found: {"accuracy": float((found.predictions == found.label_ids).mean())},
+        compute_metrics=lambda result: {"accuracy": float((result.predictions == result.label_ids).mean())},
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(output / "best")

@@ -1,4 +1,4 @@
-"""Federation on top of the engine: server and clients that exchange scalars, the ledger, and whole runs."""
+"""Federated training on top of the engine: server and clients that exchange scalars, ledger, and complete runs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .setup.pool import RemotePool as RemotePool
     from .terms import Terms as Terms
 
-# Where each public name is; see ``meerkat_engine``.
+# Module of each public name; see ``meerkat_engine``.
 _MODULES = {
     "Client": "client",
     "ClientData": "client",

@@ -1,15 +1,18 @@
-"""From the clients' answers to the round's: in float64, rounded to fp32 once, whatever order they arrived in.
+"""Aggregation of the clients' scalars into those of the round, in float64 with one rounding to fp32 at the end.
 
-    mean           g^t = sum_i p_i g_i^t, in client-id order; a client that did not take a step contributes 0 to it
-    median         of the clients that took the step, each counting the same; of an even number, the two middle's mean
-    trimmed-mean   likewise their mean without the floor(trim n) smallest and largest of the n
+The result does not depend on the order in which answers arrived. For each step and query, one of these rules applies:
 
-A scalar is cut to [-clip, clip] before any of them. A step that nobody took has 0.
+    mean           g^t = sum_i p_i g_i^t, summed in the order of client ids; a skipped scalar contributes 0
+    median         median of the scalars that were not skipped, all with the same weight; for an even number of them,
+                   the mean of the two in the middle
+    trimmed-mean   mean of the n scalars that were not skipped, without the floor(trim n) smallest and largest
 
-The mean goes where a single client that shouts wants it, and believes what each says of its number of examples. The
-median stays among the honest scalars while fewer than half are hostile, the trimmed mean while floor(trim n) are at
-most: where fewer than 1 / trim clients took a step, it is the plain mean and holds off nobody. Both ignore ``p_i``, for
-a claimed number of examples is one more thing to lie about.
+Before any rule, scalars are clipped to [-clip, clip]. If all clients skipped a scalar, the aggregate is 0.
+
+Robustness: with the mean, a single client that sends large scalars determines the result, and so does one that claims
+many examples. The median stays within the range of the honest scalars while fewer than half are hostile, the trimmed
+mean while at most floor(trim n) are. For fewer than 1 / trim scalars, the trimmed mean is the plain mean and protects
+against nobody. Median and trimmed mean ignore ``p_i``, because a client can also lie about its number of examples.
 
 References:
     Meerkat, arXiv 2506.03337, section 3 (mean); Yin et al., arXiv 1803.01498 (median, trimmed mean).
@@ -29,14 +32,14 @@ from .scalars import ClientScalars
 
 
 class Weighting(StrEnum):
-    """How much each client counts: equally, or by its number of examples."""
+    """Weighting of the clients: equal, or by number of examples."""
 
     UNIFORM = "uniform"
     EXAMPLES = "examples"
 
 
 class Rule(StrEnum):
-    """What is made of the scalars of a step."""
+    """Aggregation rule for the scalars of a query."""
 
     MEAN = "mean"
     MEDIAN = "median"
@@ -45,16 +48,17 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregation:
-    """How a round is made of the clients' answers.
+    """Settings of the aggregation.
 
     Args:
-        rule: for scalars.
-        weighting: how ``p_i`` are made, for the mean, and for weights where clients train by backpropagation.
-        trim: share that a trimmed mean cuts from each end, in (0, 0.5).
-        clip: largest size of a scalar, larger ones are cut to it; 0 cuts none.
+        rule: aggregation rule for scalars.
+        weighting: weighting ``p_i`` of the clients, for the mean of scalars and for the mean of weights (clients that
+            train by backpropagation).
+        trim: fraction of the scalars that the trimmed mean removes at each end, in (0, 0.5).
+        clip: absolute value to which larger scalars are clipped; 0: no clipping.
 
     Raises:
-        ConfigError: if a number is out of range.
+        ConfigError: if ``trim`` or ``clip`` is out of range.
     """
 
     rule: Rule = Rule.MEAN
@@ -66,19 +70,26 @@ class Aggregation:
         if not 0 < self.trim < 0.5:
             raise ConfigError(f"trim must be in (0, 0.5), got {self.trim}")
         if not 0 <= self.clip < math.inf:
-            raise ConfigError(f"clip must be finite and not negative (0: none), got {self.clip}")
+            raise ConfigError(f"clip must be finite and not negative (0: no clipping), got {self.clip}")
 
     def cut(self, clients: int) -> int:
-        """How many of the scalars of some clients a trimmed mean cuts from each end."""
-        return math.floor(Fraction(str(self.trim)) * clients)  # of the decimal that was given: 0.29 of 100 is 29
+        """Number of scalars that the trimmed mean removes at each end.
+
+        Args:
+            clients: number of clients with a scalar.
+        """
+        return math.floor(Fraction(str(self.trim)) * clients)  # exact in decimals: 0.29 * 100 is 29, in floats 28.99...
 
 
 def client_weights(examples: Mapping[int, int], weighting: Weighting) -> dict[int, float]:
-    """``p_i`` of the clients that answered, in id order; they sum to 1.
+    """Computes the weights ``p_i`` of the clients that answered.
 
     Args:
         examples: number of examples of each client, positive.
-        weighting: the rule.
+        weighting: whether clients are weighted equally or by examples.
+
+    Returns:
+        The weight of each client, in the order of ids. The weights sum to 1.
     """
     ids = sorted(examples)
     raw = [examples[i] if weighting is Weighting.EXAMPLES else 1 for i in ids]
@@ -86,62 +97,71 @@ def client_weights(examples: Mapping[int, int], weighting: Weighting) -> dict[in
     return {i: count / total for i, count in zip(ids, raw, strict=True)}
 
 
-def in_order(terms: np.ndarray) -> np.ndarray:
-    """The sum over the first axis, term by term as a loop from 0.0 on: NumPy's own adds up in pairs.
+def sum_in_order(terms: np.ndarray) -> np.ndarray:
+    """Sums over the first axis one term after the other, as a loop that starts from 0.0 (``np.sum`` adds in pairs).
 
     Args:
-        terms: float64 [n, ...].
+        terms: the terms, float64 [n, ...].
     """
     if not len(terms):
         return np.zeros(terms.shape[1:])
-    # What began at -0.0 may still be -0.0, and 0.0 where it began at 0.0.
+    # The accumulated sum starts from the first term and may be -0.0; a loop that starts from 0.0 gives 0.0.
     return np.asarray(np.add.accumulate(terms, axis=0)[-1] + 0.0)
 
 
 def aggregate(
-    scalars: Mapping[int, Sequence[float]], weights: Mapping[int, float], count: int, how: Aggregation
+    scalars: Mapping[int, Sequence[float]], weights: Mapping[int, float], count: int, aggregation: Aggregation
 ) -> list[float]:
-    """The round's ``count`` scalars, fp32.
+    """Aggregates the clients' scalars.
 
     Args:
-        scalars: of each client, at most ``count``, NaN where it did not take a step.
-        weights: ``p_i`` of each client.
-        count: one a step and query, ``T q``.
-        how: the rule.
+        scalars: scalars of each client, at most ``count``; NaN for a skipped query.
+        weights: weight ``p_i`` of each client.
+        count: number of scalars of the round, ``T q``.
+        aggregation: the rule and its settings.
+
+    Returns:
+        The round's scalars, [count], each an fp32 value.
     """
     sent = ClientScalars.of(scalars)
-    values = np.clip(sent.matrix, -how.clip, how.clip) if how.clip else sent.matrix
-    taken = ~np.isnan(values)
-    if how.rule is Rule.MEAN:
+    clip = aggregation.clip
+    values = np.clip(sent.matrix, -clip, clip) if clip else sent.matrix
+    present = ~np.isnan(values)
+    if aggregation.rule is Rule.MEAN:
         p = np.fromiter((weights[i] for i in sent), dtype=np.float64, count=len(sent))
-        combined = in_order(np.where(taken, p[:, None] * values, 0.0))
+        combined = sum_in_order(np.where(present, p[:, None] * values, 0.0))
     else:
-        combined = np.array([_middle(values[taken[:, t], t], how) for t in range(values.shape[1])])
-    found = np.zeros(count)
-    found[: values.shape[1]] = combined
-    return [round_fp32(value) for value in found.tolist()]
+        combined = np.array(
+            [_median_or_trimmed_mean(values[present[:, t], t], aggregation) for t in range(values.shape[1])]
+        )
+    result = np.zeros(count)
+    result[: values.shape[1]] = combined
+    return [round_fp32(value) for value in result.tolist()]
 
 
-def _middle(taken: np.ndarray, how: Aggregation) -> float:
-    """The median or trimmed mean of the scalars of one step, float64 in client-id order."""
-    count = len(taken)
+def _median_or_trimmed_mean(values: np.ndarray, aggregation: Aggregation) -> float:
+    """Median or trimmed mean of one query's scalars, float64 [n] in the order of client ids; 0 if there are none."""
+    count = len(values)
     if not count:
         return 0.0
-    ordered = np.sort(taken, kind="stable")  # which keeps 0.0 and -0.0 in the clients' order
-    if how.rule is Rule.MEDIAN:
+    ordered = np.sort(values, kind="stable")  # stable: keeps 0.0 and -0.0 in the order of clients
+    if aggregation.rule is Rule.MEDIAN:
         low, high = ordered[(count - 1) // 2], ordered[count // 2]
         return float(low if count % 2 else (low + high) / 2)
-    cut = how.cut(count)
+    cut = aggregation.cut(count)
     kept = ordered[cut : count - cut].tolist()
     return math.fsum(kept) / len(kept)
 
 
 def mean_masters(masters: Mapping[int, np.ndarray | None], weights: Mapping[int, float]) -> np.ndarray:
-    """The round's weights where clients train by backpropagation: float32 [k].
+    """Weighted mean of the masked weights of clients that train by backpropagation.
 
     Args:
-        masters: of each client, float32 [k].
-        weights: ``p_i`` of each client.
+        masters: masked weights of each client, float32 [k].
+        weights: weight ``p_i`` of each client.
+
+    Returns:
+        The mean, float32 [k], computed in float64 in the order of client ids.
     """
     total: np.ndarray | float = 0.0
     for i in sorted(weights):
@@ -151,4 +171,4 @@ def mean_masters(masters: Mapping[int, np.ndarray | None], weights: Mapping[int,
     return np.asarray(total, dtype=np.float32)
 
 
-__all__ = ["Aggregation", "Rule", "Weighting", "aggregate", "client_weights", "mean_masters"]
+__all__ = ["Aggregation", "Rule", "Weighting", "aggregate", "client_weights", "mean_masters", "sum_in_order"]

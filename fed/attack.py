@@ -1,4 +1,4 @@
-"""Hostile clients, to measure with: each alters the scalars of an honest client's reply before they are sent."""
+"""Simulated hostile clients, to measure robustness: they alter the scalars of an honest client's replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from .messages import Stale, decode_answer
 
 
 class Attack(StrEnum):
-    """What a hostile client does to its scalars."""
+    """Attack that a hostile client makes with its scalars."""
 
     NONE = "none"
     SIGN_FLIP = "sign-flip"
@@ -25,11 +25,11 @@ _FACTORS = {Attack.SIGN_FLIP: np.float32(-1), Attack.SCALE: np.float32(1e6)}
 
 @dataclass(frozen=True)
 class HostileClient:
-    """Answers as its honest client does, but for the scalars.
+    """A client that sends an honest client's replies with altered scalars.
 
     Args:
-        honest: one that answers with scalars.
-        attack: any but none.
+        honest: the honest client, which must reply with scalars.
+        attack: the attack; not ``Attack.NONE``.
     """
 
     honest: Client
@@ -37,11 +37,11 @@ class HostileClient:
 
     @property
     def id(self) -> int:
-        """The honest client's."""
+        """Id of the honest client."""
         return self.honest.id
 
     def handle(self, message: bytes) -> bytes:
-        """Answers as the honest client does; raises what it raises."""
+        """Answers a request; raises the same errors as the honest client."""
         reply = decode_answer(self.honest.handle(message))
         if isinstance(reply, Stale):
             return reply.encode()
@@ -50,13 +50,22 @@ class HostileClient:
 
 
 def with_attackers(clients: Sequence[Client], attack: Attack, attackers: int) -> list[ClientLike]:
-    """The clients, the last ``attackers`` of them hostile."""
+    """Makes the last clients hostile.
+
+    Args:
+        clients: honest clients.
+        attack: the attack.
+        attackers: number of hostile clients.
+
+    Returns:
+        All clients, in the same order.
+    """
     first = len(clients) - attackers
     return [*clients[:first], *(HostileClient(client, attack) for client in clients[first:])]
 
 
 def attack_summary(attack: Attack, clients: int, attackers: int) -> dict[str, Any]:
-    """What a run's summary says of an attack: nothing, or which it was and the ids of those who made it."""
+    """Fields of a run's summary: the attack and the ids of the hostile clients; empty if there are none."""
     return {"attack": attack, "attackers": list(range(clients - attackers, clients))} if attackers else {}
 
 

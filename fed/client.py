@@ -1,7 +1,8 @@
-"""A client: catches up, takes its local steps on its own data, and answers with scalars, which may be private.
+"""A client of a federation: catches up, takes local steps on its own data, and replies with scalars.
 
-A request says all that a client has to know: what it missed, and where it stands in its data. One that is started anew,
-from base model and mask, goes on as if it had never stopped.
+The scalars may be differentially private. A request contains all the state that a client needs: the rounds it missed
+and its position in its data. A client that is restarted from base model and mask therefore continues as if it had never
+stopped.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,14 @@ from .replica import Replica
 
 @dataclass
 class Timing:
-    """Where the time of some steps went, in seconds, of processes that take some at a time."""
+    """Time that local steps took, in seconds.
+
+    Attributes:
+        steps: number of steps.
+        forward: time in forward passes.
+        total: time in all.
+        processes: number of process groups that take steps in parallel; the other values are those of one group.
+    """
 
     steps: int = 0
     forward: float = 0.0
@@ -34,35 +42,36 @@ class Timing:
     processes: int = 1
 
     def add(self, steps: int, forward: float, total: float) -> None:
-        """Counts some more steps."""
+        """Adds the times of more steps."""
         self.steps += steps
         self.forward += forward
         self.total += total
 
     @property
     def rate(self) -> float:
-        """Steps a second, all processes together."""
+        """Steps per second of all processes together; 0 before the first step."""
         return self.processes * self.steps / self.total if self.steps else 0.0
 
 
 class ClientData:
-    """A client's examples, in an order of their own every epoch, or each in a batch by chance.
+    """A client's examples, in batches: shuffled for every epoch, or sampled (Poisson batches).
 
     Args:
-        task: all examples.
-        indices: int64, those of this client.
-        batch_size: at most the number of indices.
-        seed: of the order or the chance, in [0, 2**64). Privacy by Poisson batches needs one that the client keeps to
-            itself: it counts on nobody knowing who is in a batch.
-        micro_batch_size: examples that one forward pass takes, at most; 0 is ``batch_size``.
-        poisson: every batch takes each example independently with probability ``batch_size`` over their number, so
-            that it has ``batch_size`` examples on average, and may have none.
+        task: the examples of all clients.
+        indices: int64 [n], indices of this client's examples.
+        batch_size: number of examples in a batch, in [1, n].
+        seed: seed of the shuffling or sampling, in [0, 2**64). Privacy with Poisson batches needs a seed that only the
+            client knows: it relies on nobody knowing which examples are in a batch.
+        micro_batch_size: maximum number of examples in a forward pass; 0: ``batch_size``.
+        poisson: whether each batch contains each example independently with probability ``batch_size / n``. A batch
+            then has ``batch_size`` examples on average, and may be empty.
 
     Attributes:
-        seen: the data pointer: examples taken since the beginning; with Poisson batches, those expected.
+        seen: the data pointer: number of examples returned since the beginning. With Poisson batches, the expected
+            number.
 
     Raises:
-        DataError: if there are fewer examples than a batch takes.
+        DataError: if the client has no examples, or fewer than a batch.
     """
 
     def __init__(
@@ -92,28 +101,31 @@ class ClientData:
         return self.indices.numel()
 
     def next_indices(self) -> list[int]:
-        """The next batch; but for Poisson batches, an epoch ends before an example comes up again."""
+        """Returns the indices of the next batch.
+
+        Without Poisson batches, an example is not repeated before all examples of the epoch have been returned.
+        """
         if self.poisson:
             seed = stream.derived_seed(self._seed, "pois", self.seen // self.batch_size)
             self.seek(self.seen // self.batch_size + 1)
             return self.indices[stream.poisson_sample(seed, len(self), self.batch_size)].tolist()
-        found: list[int] = []
-        while len(found) < self.batch_size:
-            epoch, at = divmod(self.seen, len(self))
+        batch: list[int] = []
+        while len(batch) < self.batch_size:
+            epoch, position = divmod(self.seen, len(self))
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._order = stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
-            part = self._order[at : at + self.batch_size - len(found)]
-            found += self.indices[part].tolist()
+            part = self._order[position : position + self.batch_size - len(batch)]
+            batch += self.indices[part].tolist()
             self.seen += part.numel()
-        return found
+        return batch
 
     def seek(self, steps: int) -> None:
-        """Moves the data pointer to where it is after the batches of some steps from the beginning."""
+        """Sets the data pointer to its position after ``steps`` batches from the beginning."""
         self.seen = steps * self.batch_size
 
     def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
-        """The next batch, for the given loss, in micro-batches; none if it has no examples."""
+        """Returns the next batch as micro-batches, encoded for the given loss; none if the batch is empty."""
         answers = "all" if objective is Objective.CANDIDATES else "gold"
         indices, size = self.next_indices(), self.micro_batch_size
         return [
@@ -127,20 +139,22 @@ class Client:
     """One client.
 
     Args:
-        id: in [0, 2**32).
-        data: its examples.
-        replica: the model it trains; left at the beginning of the round it answered.
+        id: the client's id, in [0, 2**32).
+        data: the client's examples.
+        replica: the model that the client trains. After a reply, it is at the beginning of the round of the request.
         objective: the loss.
-        timing: filled as steps are taken; may be shared.
-        privacy: what its scalars are to keep of its examples; then its data come in Poisson batches, of the same size,
-            and it tells no loss. None: they keep nothing. The number of examples is sent as it is.
-        noise_seed: with privacy, root of its noise, in [0, 2**64), the client's own secret: a deployment draws it anew
-            by ``secrets.randbits(64)`` whenever a client starts. One that follows from a run's seed simulates privacy.
-        micro_batch_map: computes the micro-batches of a step, where several processes share the client; None: this one.
+        timing: accumulates the time of the client's steps; several clients may share it.
+        privacy: privacy of the scalars; None: they are not private. A private client needs data in Poisson batches of
+            the same size, and reports no loss. Its number of examples is not protected.
+        noise_seed: root seed of the privacy noise, in [0, 2**64); required with privacy. It must be the client's
+            secret: a deployment draws it with ``secrets.randbits(64)`` whenever a client starts. A seed that is derived
+            from a run's seed only simulates privacy.
+        micro_batch_map: computes the micro-batches of a step if several processes share the client; None: this process
+            computes all of them.
 
     Raises:
-        ConfigError: if the client trains by backpropagation, the data are not of such batches, or privacy and noise
-            seed do not come together.
+        ConfigError: if only one of ``privacy`` and ``noise_seed`` is given, if a private client trains by
+            backpropagation, or if the data do not have the batches described at ``privacy``.
     """
 
     id: int
@@ -151,79 +165,91 @@ class Client:
     privacy: Privacy | None = None
     noise_seed: int | None = None
     micro_batch_map: MicroBatchMap | None = None
-    _last_private_round: int = field(
-        default=-1, init=False, repr=False
-    )  # the latest round that private scalars were made for
+    # Latest round for which private scalars were computed.
+    _last_private_round: int = field(default=-1, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        who = f"client {self.id}"
+        name = f"client {self.id}"
         if (self.privacy is None) != (self.noise_seed is None):
-            raise ConfigError(f"{who}: privacy needs a noise seed, and a noise seed privacy")
+            raise ConfigError(f"{name}: privacy and noise_seed must be given together")
         if self.privacy is None:
             if self.data.poisson:
-                raise ConfigError(f"{who}: Poisson batches, which may be empty, are for private scalars")
+                raise ConfigError(f"{name}: Poisson batches may be empty, which only a private client can handle")
             return
         if self.replica.terms.sends_weights:
-            raise ConfigError(f"{who}: scalars can be private, the weights that backpropagation sends cannot")
+            raise ConfigError(f"{name}: a client that trains by backpropagation sends weights, which cannot be private")
         if not self.data.poisson or self.data.batch_size != self.privacy.batch_size:
             kind = "Poisson" if self.data.poisson else "plain"
             raise ConfigError(
-                f"{who}: its privacy is that of Poisson batches of {self.privacy.batch_size}, its data come in {kind} "
-                f"batches of {self.data.batch_size}"
+                f"{name}: its data come in {kind} batches of {self.data.batch_size}, its privacy needs Poisson batches "
+                f"of {self.privacy.batch_size}"
             )
 
     def handle(self, message: bytes) -> bytes:
-        """Answers a ``TrainRequest`` with a ``TrainReply``, or with ``Stale`` if it begins after where this client is.
+        """Answers a request.
 
-        The same request gets the same answer, but from a private client, which gives one only.
+        The same request gets the same answer. A private client is the exception: it answers each request only once.
+
+        Args:
+            message: an encoded ``TrainRequest``.
+
+        Returns:
+            An encoded ``TrainReply``; or an encoded ``Stale``, if the request begins after the round of this client.
 
         Raises:
-            MessageError: if the request is malformed or for another client, or asks a private client for a round or
-                for data that it has taken already.
-            NonFiniteLossError: as ``train``.
+            MessageError: if the request is malformed or for another client, does not fit the terms, or asks a private
+                client for a round or for data that it has already used.
+            NonFiniteLossError: see ``train``.
         """
         request = TrainRequest.decode(message)
         if request.client != self.id:
             raise MessageError(f"the request is for client {request.client}, this is client {self.id}")
         allowed = self.replica.terms.steps(request.round)
         if not 1 <= request.local_steps <= allowed:
-            raise MessageError(f"{request.local_steps} local steps were asked for, the terms allow 1 to {allowed}")
+            raise MessageError(
+                f"the request is for {request.local_steps} local steps, the federation's terms allow 1 to {allowed}"
+            )
         if not self._catch_up(request):
             return Stale(client=self.id, round=request.round, at_round=self.replica.round).encode()
         self._seek_data(request)
-        found, loss = self.train(request.round, request.local_steps)
+        results, loss = self.train(request.round, request.local_steps)
         return TrainReply(
             client=self.id,
             round=request.round,
             local_steps=request.local_steps,
             examples=len(self.data),
             loss=loss,
-            **found,
+            **results,
         ).encode()
 
     def _seek_data(self, request: TrainRequest) -> None:
-        """Moves the data pointer to where the request says; a private client's never goes back."""
+        """Moves the data pointer to the request's position; a private client's pointer never moves backwards."""
         if self.privacy is not None and request.steps_before * self.data.batch_size < self.data.seen:
             raise MessageError(
-                f"the request is for data from step {request.steps_before} on, of which this client has taken some; a "
-                f"private client takes each batch once"
+                f"the request is for data from step {request.steps_before} on, some of which this client has already "
+                f"used; a private client takes each batch once"
             )
         self.data.seek(request.steps_before)
 
     def _catch_up(self, request: TrainRequest) -> bool:
-        """Brings the replica to the round of a request, if it begins early enough; else, nothing is changed."""
-        terms, wanted = self.replica.terms, max(request.round, 1)  # a calibration path starts from the base model
+        """Brings the replica to the round of a request.
+
+        Returns:
+            False, with nothing changed, if the request begins after the replica's round.
+        """
+        terms, target = self.replica.terms, max(request.round, 1)  # a calibration path starts from the base model
         if terms.rounds and request.round > terms.rounds:
             raise MessageError(f"the request is for round {request.round}, the terms end with round {terms.rounds}")
         if request.masters is not None:
-            self.replica.load_masters(wanted, request.masters)
+            self.replica.load_masters(target, request.masters)
             return True
         assert request.scalars is not None
-        brought = request.first_round + len(request.scalars) // terms.values
-        leads_to = max(brought, self.replica.round) if request.round else self.replica.round
-        if leads_to != wanted and len(request.scalars) % terms.values == 0:
+        end_of_scalars = request.first_round + len(request.scalars) // terms.values
+        reached = max(end_of_scalars, self.replica.round) if request.round else self.replica.round
+        if reached != target and len(request.scalars) % terms.values == 0:
             raise MessageError(
-                f"the request is for round {request.round}; this client stands at round {leads_to} with it"
+                f"the request is for round {request.round}; this client stands at round {reached} after applying its "
+                f"scalars"
             )
         if request.first_round > self.replica.round:
             return False
@@ -231,28 +257,32 @@ class Client:
         return True
 
     def train(self, round: int, steps: int) -> tuple[dict[str, np.ndarray], float | None]:
-        """Takes a round's first steps from where the replica stands, which it leaves as it was.
+        """Takes local steps from the replica's current state. The replica is restored afterwards, bit for bit.
+
+        Args:
+            round: number of the round, which determines seeds and learning rates.
+            steps: number of steps, at most the round's.
 
         Returns:
-            What goes up: "scalars" float32 [steps * queries], NaN where a query was not taken, or "masters" float32
-            [k]; and the mean loss of the steps of which a query was taken and whose loss is finite, or None if there is
-            none, or with privacy.
+            Two values. The results to send: either "scalars", float32 [steps * queries], NaN for a skipped query, or
+            "masters", float32 [k]. The mean loss over the steps with a finite loss of which not every query was
+            skipped; None if there is no such step, or with privacy.
 
         Raises:
-            NonFiniteLossError: by backpropagation, if a loss is NaN or infinite; the replica is left as it was.
-            MessageError: with privacy, if the round is not later than the last: it would have the same noise.
+            NonFiniteLossError: with backpropagation, if a loss is NaN or infinite; the replica is restored.
+            MessageError: with privacy, if the round is not later than the last one: the noise would be the same.
         """
         if self.privacy is not None:
             if round <= self._last_private_round:
                 raise MessageError(
-                    f"round {round} was asked for after round {self._last_private_round}; a private client takes each "
-                    f"round once, since the same noise on two answers would cancel"
+                    f"round {round} was requested after round {self._last_private_round}; a private client takes each "
+                    f"round once, because the same noise on two answers would cancel"
                 )
             self._last_private_round = round
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
         clock = Clock(device)
         forwards: list[tuple[Any, Any]] = []
-        begun = clock.now()
+        start = clock.now()
         with self.replica.rolled_back() as optimizer:
             closures = self._closures(round, steps, device, clock, forwards)
             try:
@@ -260,39 +290,45 @@ class Client:
                     losses = sgd_steps(
                         self.replica.model, optimizer.weights, closures, terms.learning_rates(round)[:steps]
                     )
-                    ended = clock.now()
-                    found = {"masters": optimizer.weights.masters().cpu().numpy()}
+                    end = clock.now()
+                    results = {"masters": optimizer.weights.masters().cpu().numpy()}
                 else:
                     losses = optimizer.step_many(closures, terms.seeds(round)[: steps * terms.queries])
-                    ended = clock.now()
-                    found = {"scalars": np.array(optimizer.projected_gradients, dtype=np.float32)}
+                    end = clock.now()
+                    results = {"scalars": np.array(optimizer.projected_gradients, dtype=np.float32)}
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
-        forward = sum(clock.seconds(*each) for each in forwards)
-        self.timing.add(steps, forward, clock.seconds(begun, ended))
-        return found, None if self.privacy is not None else _mean_finite_loss(losses, found.get("scalars"))
+        forward = sum(clock.seconds(*interval) for interval in forwards)
+        self.timing.add(steps, forward, clock.seconds(start, end))
+        if self.privacy is not None:
+            return results, None
+        return results, _mean_finite_loss(losses, results.get("scalars"))
 
     def _closures(
         self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
     ) -> Iterator[Callable[[], Tensor]]:
-        """The loss on each step's batch; sets the step's learning rate and notes begin and end of each forward."""
+        """Yields a closure for each step, which computes the loss on the step's batch.
+
+        Sets the step's learning rate before it yields. The closures append the start and end of each forward pass to
+        ``forwards``.
+        """
         evaluate = task_loss if self.privacy is None else example_losses
         for step, lr in enumerate(self.replica.terms.learning_rates(round)[:steps]):
             self.replica.set_lr(lr)
             batches = self.data.next_batches(self.objective, device)
 
             def closure(batches: list[Batch] = batches) -> Tensor:
-                begun = clock.now()
+                start = clock.now()
                 loss = evaluate(self.replica.model, batches, self.objective, self.micro_batch_map)
-                forwards.append((begun, clock.now()))
+                forwards.append((start, clock.now()))
                 return loss
 
             if self.privacy is None:
                 yield closure
             else:
-                yield self._private(closure, self.privacy, round, step)
+                yield self._private_closure(closure, self.privacy, round, step)
 
-    def _private(self, losses: Callable[[], Tensor], privacy: Privacy, round: int, step: int) -> PrivateClosure:
+    def _private_closure(self, losses: Callable[[], Tensor], privacy: Privacy, round: int, step: int) -> PrivateClosure:
         assert self.noise_seed is not None
         return PrivateClosure(
             losses,
@@ -306,12 +342,12 @@ class Client:
 
 
 def _mean_finite_loss(losses: list[Tensor], scalars: np.ndarray | None) -> float | None:
-    """Mean of the finite losses, of steps of which a scalar is a number; None if there is none."""
+    """Mean of the finite losses, over the steps with at least one finite scalar; None if there is none."""
     values = torch.stack(losses).double().cpu()
-    known = values.isfinite()
+    counted = values.isfinite()
     if scalars is not None:
-        known &= torch.from_numpy(np.isfinite(scalars).reshape(len(losses), -1).any(axis=1))
-    return values[known].mean().item() if known.any() else None
+        counted &= torch.from_numpy(np.isfinite(scalars).reshape(len(losses), -1).any(axis=1))
+    return values[counted].mean().item() if counted.any() else None
 
 
 __all__ = ["Client", "ClientData", "Timing"]

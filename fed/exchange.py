@@ -1,7 +1,8 @@
-"""The rounds of a federation over whatever carries its messages; and all of it in one process.
+"""Runs the rounds of a federation over any transport, or in one process.
 
-In a simulation all clients share one copy of the model. A client's state between rounds is its data pointer; during its
-local steps the masked values are its own and are rewound afterwards. So a thousand clients cost the memory of one.
+In a simulation all clients share one copy of the model. Between rounds a client's only own state is its data pointer.
+During local steps it changes the masked weights, which are restored afterwards. So the models of a thousand clients
+take the memory of one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,68 +11,71 @@ from typing import Protocol
 from .rejection import RejectedError, Rejection
 from .server import RoundResult, Server
 
-# What carries messages: from (client id, request) to (sender, answer) of those that answered in time, in any order.
-# The sender is the client id that whoever carries it knows the answer to be from, or None where it knows no names.
+# The transport of messages. Takes pairs (client id, request) and returns pairs (sender, answer) from the clients that
+# answered in time, in any order. The sender is the client id that the transport authenticated, or None if it does not
+# authenticate senders.
 Exchange = Callable[[Iterable[tuple[int, bytes]]], Iterable[tuple[int | None, bytes]]]
 
 
 class ClientLike(Protocol):
-    """Whoever answers requests under a client's id: a ``Client``, or a hostile one."""
+    """Interface of clients: a ``Client``, or a ``HostileClient``."""
 
     @property
     def id(self) -> int:
-        """In [0, 2**32)."""
+        """The client's id, in [0, 2**32)."""
 
     def handle(self, message: bytes) -> bytes:
-        """A reply to a request."""
+        """Answers an encoded request with an encoded reply."""
 
 
 def serve(server: Server, exchange: Exchange, rounds: int) -> Iterator[RoundResult]:
-    """Runs some rounds over a network, or what takes its place.
+    """Runs rounds over a transport.
 
     Args:
-        server: at the beginning of a round.
-        exchange: carries the requests of a round to the clients, and their answers back; called once a round, and once
-            more for clients that stand further back than the server knew.
-        rounds: number of the last round; the calibration is extra, and comes out as round 0.
+        server: the server, at the beginning of a round.
+        exchange: the transport. It is called once a round, and a second time if there are stale clients.
+        rounds: number of the last round. The calibration is run in addition, as round 0.
+
+    Yields:
+        The result of each round.
 
     Raises:
-        RoundFailedError: if no client gave a usable answer in a round, which stays open.
+        RoundFailedError: if no client sent a usable answer in a round; the round stays open.
     """
     while server.round <= rounds:
-        behind = _ask(server, exchange, server.participants())
-        if behind:
-            _ask(server, exchange, behind)
+        stale = _exchange_messages(server, exchange, server.participants())
+        if stale:
+            _exchange_messages(server, exchange, stale)
         yield server.finish_round()
 
 
 def simulate(server: Server, clients: Sequence[ClientLike], rounds: int) -> Iterator[RoundResult]:
-    """Runs some rounds in this process, one client after the other.
+    """Runs rounds in this process, one client after the other.
 
     Args:
-        server: at the beginning of a round.
-        clients: those the server knows; they may share the server's replica.
-        rounds: as for ``serve``.
+        server: the server, at the beginning of a round.
+        clients: the server's clients, which may share the server's replica.
+        rounds: see ``serve``.
     """
     return serve(server, local_exchange(clients), rounds)
 
 
 def local_exchange(clients: Iterable[ClientLike]) -> Exchange:
-    """Carries messages to clients in this process: each is asked when its answer is wanted."""
+    """Returns a transport to clients in this process. A client computes its answer when the answer is iterated over."""
     by_id = {client.id: client for client in clients}
     return lambda requests: ((i, by_id[i].handle(request)) for i, request in requests)
 
 
-def _ask(server: Server, exchange: Exchange, clients: Sequence[int]) -> list[int]:
-    """Asks some clients for this round; returns those that stand further back than their requests began."""
-    behind = set()
+def _exchange_messages(server: Server, exchange: Exchange, clients: Sequence[int]) -> list[int]:
+    """Sends the round's requests to some clients and receives their answers; returns the ids of the stale clients."""
+    stale = set()
     for sender, answer in exchange((i, server.request(i)) for i in clients):
         try:
             server.receive(answer, sender=sender)
-        except RejectedError as error:  # counted by the server; the round goes on with the rest
+        except RejectedError as error:  # the server counts it; the round continues without the message
             if error.rejection is Rejection.STALE and error.client is not None:
-                behind.add(error.client)
-    return sorted(behind)
+                stale.add(error.client)
+    return sorted(stale)
 
 
 __all__ = ["ClientLike", "Exchange", "local_exchange", "serve", "simulate"]

@@ -1,12 +1,16 @@
-"""What server and clients send each other: a 40-byte header and 4-byte values. No weights go up, no code comes down.
+"""Messages between server and clients: a 40-byte header and 4-byte values, never code.
 
-header   magic "MKT1", kind, version, flags (bit 0: the loss is known), zero; client, round, local steps, first round
-         (request), queries not taken (reply) or where the client stands (behind), number of values, steps before
-         (request) or examples (reply) (uint32 each), loss (fp32), CRC-32 of everything else (uint32); little-endian
-payload  fp32 values; in a reply, then the positions of the queries that were not taken, uint32
+header   magic "MKT1", kind, version, flags (bit 0: the loss is present), zero; then as uint32: client, round, local
+         steps, first round (request) or number of skipped queries (reply) or the client's round (stale), number of
+         values, steps before (request) or examples (reply); then loss (fp32), CRC-32 of everything else (uint32)
+payload  fp32 values; in a reply they are followed by the positions of the skipped queries, uint32
 
-Every message has one encoding: what is decoded encodes to the same bytes, and any other bytes are refused. The format
-is described in ``docs/formats.md``.
+All numbers are little-endian. The values are scalars, except in two cases, where they are the k masked weights
+(masters): with clients that train by backpropagation, and in requests where the masters are smaller than the scalars of
+the missed rounds.
+
+Every message has exactly one encoding: a decoded message encodes to the same bytes, and any other bytes are rejected.
+``docs/formats.md`` describes the format.
 """
 
 import math
@@ -24,8 +28,8 @@ _MAGIC = b"MKT1"
 _VERSION = 3
 _HEADER = struct.Struct("<4sBBBBIIIIIIfI")
 HEADER_BYTES = _HEADER.size
-_LOSS_KNOWN = 1
-# Values one message may carry: masters of a mask of 268 million elements (1 GiB).
+_HAS_LOSS = 1  # bit of the flags
+# Maximum number of values in a message: the masters of a mask of 268 million elements (1 GiB).
 MAX_VALUES = 1 << 28
 
 
@@ -33,27 +37,27 @@ class _Kind(IntEnum):
     SCALARS = 1  # request: catch up by scalars
     MASTERS = 2  # request: catch up by master values
     REPLY = 3
-    MASTERS_REPLY = 4  # of a client that trains by backpropagation: the upper bound, which sends weights
+    MASTERS_REPLY = 4  # from a client that trains by backpropagation (fedavg) and therefore sends weights
     STALE = 5
 
 
 _KINDS = {kind.value: kind for kind in _Kind}
 _REQUESTS = (_Kind.SCALARS, _Kind.MASTERS)
-_WORD, _VALUE = np.dtype("<u4"), np.dtype("<f4")
+_UINT32, _FP32 = np.dtype("<u4"), np.dtype("<f4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """Server to client: catch up to the beginning of a round and take some local steps.
+    """Message from server to client: catch up to the beginning of a round, then take some local steps.
 
     Args:
-        client: id of the client it is for.
-        round: from 1; 0 asks for the calibration path of virtual-path selection.
-        local_steps: steps this client is to take, at most ``T``.
-        steps_before: steps it was asked for in earlier rounds, which is where it stands in its data: a client that was
-            started anew needs to remember nothing.
+        client: id of the receiving client.
+        round: number of the round, from 1; 0 requests the calibration path of virtual-path client selection.
+        local_steps: number of steps to take, at most ``T``.
+        steps_before: number of steps that were requested from this client in earlier rounds. It gives the position in
+            the client's data, so a restarted client needs no memory.
         first_round: round of the first of the scalars.
-        scalars: float32, the aggregated scalars of rounds ``first_round`` to ``round - 1``, ``T`` each; or None.
+        scalars: float32, the aggregated scalars of rounds ``first_round`` to ``round - 1``, ``T q`` each; or None.
         masters: float32 [k], the masked weights at the beginning of ``round``, instead of scalars; or None.
     """
 
@@ -66,10 +70,10 @@ class TrainRequest:
     masters: np.ndarray | None = None
 
     def encode(self) -> bytes:
-        """The message's bytes."""
+        """Returns the message's bytes."""
         kind, values = (_Kind.SCALARS, self.scalars) if self.masters is None else (_Kind.MASTERS, self.masters)
         assert values is not None
-        fields = _Fields(
+        header = _Header(
             kind=kind,
             client=self.client,
             round=self.round,
@@ -77,7 +81,7 @@ class TrainRequest:
             extra=self.first_round,
             amount=self.steps_before,
         )
-        return _sealed(fields, _fp32(values))
+        return _encode(header, _fp32_bytes(values))
 
     @classmethod
     def decode(cls, data: bytes, max_values: int = MAX_VALUES) -> "TrainRequest":
@@ -85,38 +89,41 @@ class TrainRequest:
 
         Args:
             data: any bytes.
-            max_values: values it may carry.
+            max_values: maximum number of values in the message.
 
         Raises:
-            MessageError: saying what is wrong with it, a ``RejectedError``; nothing else, whatever the bytes.
+            MessageError: if the bytes are not a valid request; the error is a ``RejectedError`` with the reason. No
+                other error is raised, whatever the bytes.
         """
-        fields, words = _opened(data, max_values)
-        if fields.kind not in _REQUESTS:
-            raise fields.malformed("expected a request, got a reply")
-        if fields.loss is not None:
-            raise fields.malformed("a request has no loss, this one does")
-        if not min(fields.round, 1) <= fields.extra <= fields.round:
-            raise fields.malformed(
-                f"a request for round {fields.round} cannot bring the scalars from round {fields.extra} on"
+        header, words = _decode(data, max_values)
+        if header.kind not in _REQUESTS:
+            raise header.malformed("expected a request, got a reply")
+        if header.loss is not None:
+            raise header.malformed("the request has a loss, only a reply may have one")
+        if not min(header.round, 1) <= header.extra <= header.round:
+            raise header.malformed(
+                f"the request for round {header.round} has scalars from round {header.extra} on, which is out of range"
             )
-        named = {"scalars" if fields.kind is _Kind.SCALARS else "masters": _finite(fields, words)}
+        values = {"scalars" if header.kind is _Kind.SCALARS else "masters": _finite_values(header, words)}
         return cls(
-            client=fields.client,
-            round=fields.round,
-            local_steps=fields.local_steps,
-            first_round=fields.extra,
-            steps_before=fields.amount,
-            **named,
+            client=header.client,
+            round=header.round,
+            local_steps=header.local_steps,
+            first_round=header.extra,
+            steps_before=header.amount,
+            **values,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stale:
-    """Client to server: it stands at an earlier round than the request begins at, having been started anew.
+    """Message from client to server: the client is at an earlier round than the request begins at.
+
+    This happens after the client was restarted.
 
     Args:
         client: id of the client.
-        round: of the request.
+        round: round of the request.
         at_round: round at whose beginning the client is.
     """
 
@@ -125,25 +132,31 @@ class Stale:
     at_round: int
 
     def encode(self) -> bytes:
-        """The message's bytes."""
-        fields = _Fields(
+        """Returns the message's bytes."""
+        header = _Header(
             kind=_Kind.STALE, client=self.client, round=self.round, local_steps=0, extra=self.at_round, amount=0
         )
-        return _sealed(fields, b"")
+        return _encode(header, b"")
+
+    def as_error(self) -> RejectedError:
+        """Returns the error with which this message is rejected as a reply."""
+        text = f"client {self.client} is at round {self.at_round}, the request was for round {self.round}"
+        return RejectedError(Rejection.STALE, text, self.client)
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen: a server makes a hundred thousand a round, in a third of the time
 class TrainReply:
-    """Client to server: the scalars of its local steps.
+    """Message from client to server: the results of the client's local steps.
 
     Args:
         client: id of the client.
-        round: it answers.
-        local_steps: steps asked for.
-        scalars: float32, one per step and query, NaN where it was not taken; or None.
-        masters: float32 [k], the masked weights after its steps, where it trains by backpropagation; or None.
+        round: round of the request.
+        local_steps: number of requested steps.
         examples: the client's number of examples.
-        loss: mean training loss over its steps; None where it is not told: no step was taken, or it is private.
+        loss: mean training loss over its steps; None: not reported, because every query was skipped or the loss is
+            private.
+        scalars: float32 [local_steps q], NaN for a skipped query; or None.
+        masters: float32 [k], the masked weights after the steps of a client that trains by backpropagation; or None.
     """
 
     client: int
@@ -155,16 +168,16 @@ class TrainReply:
     masters: np.ndarray | None = None
 
     def encode(self) -> bytes:
-        """The message's bytes."""
+        """Returns the message's bytes."""
         if self.masters is not None:
-            kind, payload, skipped = _Kind.MASTERS_REPLY, _fp32(self.masters), 0
+            kind, payload, skipped = _Kind.MASTERS_REPLY, _fp32_bytes(self.masters), 0
         else:
             assert self.scalars is not None
             missing = np.isnan(self.scalars)
-            positions = np.flatnonzero(missing).astype("<u4")
+            positions = np.flatnonzero(missing).astype(_UINT32)
             kind, skipped = _Kind.REPLY, len(positions)
-            payload = _fp32(np.where(missing, np.float32(0), self.scalars)) + positions.tobytes()
-        fields = _Fields(
+            payload = _fp32_bytes(np.where(missing, np.float32(0), self.scalars)) + positions.tobytes()
+        header = _Header(
             kind=kind,
             client=self.client,
             round=self.round,
@@ -173,7 +186,7 @@ class TrainReply:
             amount=self.examples,
             loss=self.loss,
         )
-        return _sealed(fields, payload)
+        return _encode(header, payload)
 
     @classmethod
     def decode(cls, data: bytes, max_values: int = MAX_VALUES) -> "TrainReply":
@@ -181,51 +194,56 @@ class TrainReply:
 
         Args:
             data: any bytes.
-            max_values: values it may carry, the positions of queries that were not taken among them.
+            max_values: maximum number of values in the message, including the positions of skipped queries.
 
         Raises:
-            MessageError: saying what is wrong with it, a ``RejectedError``; nothing else, whatever the bytes.
+            MessageError: if the bytes are not a valid reply; the error is a ``RejectedError`` with the reason. No other
+                error is raised, whatever the bytes.
         """
-        reply = decode_answer(data, max_values)
-        if isinstance(reply, Stale):
-            raise RejectedError(
-                Rejection.STALE, f"client {reply.client} stands at round {reply.at_round}", reply.client
-            )
-        return reply
+        answer = decode_answer(data, max_values)
+        if isinstance(answer, Stale):
+            raise answer.as_error()
+        return answer
 
     @classmethod
-    def _of(cls, fields: "_Fields", words: np.ndarray) -> "TrainReply":
-        if fields.kind is _Kind.MASTERS_REPLY and fields.extra:
-            raise fields.malformed(f"{fields.extra} queries were not taken, and backpropagation has none")
-        values = _with_gaps(fields, words)
-        by_scalars = fields.kind is _Kind.REPLY
+    def _from_payload(cls, header: "_Header", words: np.ndarray) -> "TrainReply":
+        if header.kind is _Kind.MASTERS_REPLY and header.extra:
+            raise header.malformed(
+                f"a reply with master values has no queries, this one reports {header.extra} skipped"
+            )
+        values = _values_with_nan(header, words)
+        has_scalars = header.kind is _Kind.REPLY
         return cls(
-            client=fields.client,
-            round=fields.round,
-            local_steps=fields.local_steps,
-            examples=fields.amount,
-            loss=fields.loss,
-            scalars=values if by_scalars else None,
-            masters=None if by_scalars else values,
+            client=header.client,
+            round=header.round,
+            local_steps=header.local_steps,
+            examples=header.amount,
+            loss=header.loss,
+            scalars=values if has_scalars else None,
+            masters=None if has_scalars else values,
         )
 
 
 def decode_answer(data: bytes, max_values: int = MAX_VALUES) -> TrainReply | Stale:
-    """Reads what a client may answer a request with; arguments and errors are those of ``TrainReply.decode``."""
-    fields, words = _opened(data, max_values)
-    if fields.kind in _REQUESTS:
-        raise fields.malformed("expected a reply, got a request")
-    if fields.kind is not _Kind.STALE:
-        return TrainReply._of(fields, words)
-    if fields.local_steps or fields.amount or fields.loss is not None or len(words):
-        raise fields.malformed("who is behind has no steps, examples, loss or values to tell of, this message does")
-    if not 1 <= fields.extra < fields.round:
-        raise fields.malformed(f"who is asked for round {fields.round} cannot be behind at round {fields.extra}")
-    return Stale(client=fields.client, round=fields.round, at_round=fields.extra)
+    """Reads a client's answer to a request; see ``TrainReply.decode`` for arguments and errors."""
+    header, words = _decode(data, max_values)
+    if header.kind in _REQUESTS:
+        raise header.malformed("expected a reply, got a request")
+    if header.kind is not _Kind.STALE:
+        return TrainReply._from_payload(header, words)
+    if header.local_steps or header.amount or header.loss is not None or len(words):
+        raise header.malformed("the message of a stale client has steps, examples, a loss or values; it must have none")
+    if not 1 <= header.extra < header.round:
+        text = f"a client that is stale in round {header.round} cannot be at round {header.extra}"
+        raise header.malformed(text)
+    return Stale(client=header.client, round=header.round, at_round=header.extra)
 
 
-class _Fields(NamedTuple):
-    """A header, less what follows from the payload; ``extra`` is the number at offset 20, ``amount`` that at 28."""
+class _Header(NamedTuple):
+    """Header of a message, without the fields that follow from the payload.
+
+    ``extra`` is the number at offset 20, ``amount`` the number at offset 28; their meaning depends on the kind.
+    """
 
     kind: _Kind
     client: int
@@ -239,82 +257,88 @@ class _Fields(NamedTuple):
         return RejectedError(Rejection.MALFORMED, text, self.client)
 
 
-def _fp32(values: np.ndarray) -> bytes:
-    return np.ascontiguousarray(values, dtype="<f4").tobytes()
+def _fp32_bytes(values: np.ndarray) -> bytes:
+    return np.ascontiguousarray(values, dtype=_FP32).tobytes()
 
 
-def _sealed(fields: _Fields, payload: bytes) -> bytes:
-    known = fields.loss is not None
-    unsigned = _HEADER.pack(
+def _encode(header: _Header, payload: bytes) -> bytes:
+    has_loss = header.loss is not None
+    without_crc = _HEADER.pack(
         _MAGIC,
-        fields.kind,
+        header.kind,
         _VERSION,
-        _LOSS_KNOWN if known else 0,
+        _HAS_LOSS if has_loss else 0,
         0,
-        fields.client,
-        fields.round,
-        fields.local_steps,
-        fields.extra,
+        header.client,
+        header.round,
+        header.local_steps,
+        header.extra,
         len(payload) // 4,
-        fields.amount,
-        fields.loss if known else 0.0,
+        header.amount,
+        header.loss if has_loss else 0.0,
         0,
     )[:-4]
-    return unsigned + struct.pack("<I", zlib.crc32(payload, zlib.crc32(unsigned))) + payload
+    return without_crc + struct.pack("<I", zlib.crc32(payload, zlib.crc32(without_crc))) + payload
 
 
-def _opened(data: bytes, max_values: int) -> tuple[_Fields, np.ndarray]:
-    """Header and payload, uint32; the cheap checks first."""
+def _decode(data: bytes, max_values: int) -> tuple[_Header, np.ndarray]:
+    """Returns header and payload (uint32). Makes the cheap checks first."""
     if len(data) < HEADER_BYTES:
-        raise RejectedError(Rejection.MALFORMED, f"the message has {len(data)} bytes, a header {HEADER_BYTES}")
+        text = f"the message has {len(data)} bytes, a header alone has {HEADER_BYTES}"
+        raise RejectedError(Rejection.MALFORMED, text)
     magic, kind, version, flags, zero, client, round, steps, extra, count, amount, loss, crc = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
         raise RejectedError(
             Rejection.MALFORMED,
-            f"the message begins {magic!r}, version {version}; expected {_MAGIC!r}, version {_VERSION}",
+            f"the message begins with {magic!r}, version {version}; {_MAGIC!r}, version {_VERSION} was expected",
         )
     if count > max_values:
-        raise RejectedError(Rejection.MALFORMED, f"the message claims {count} values where at most {max_values} belong")
+        text = f"the message claims {count} values, at most {max_values} were expected"
+        raise RejectedError(Rejection.MALFORMED, text)
     if len(data) != HEADER_BYTES + 4 * count:
-        raise RejectedError(Rejection.MALFORMED, f"the message has {len(data)} bytes and claims {count} values")
+        text = f"the message has {len(data)} bytes and claims {count} values, which take {HEADER_BYTES + 4 * count}"
+        raise RejectedError(Rejection.MALFORMED, text)
     if zlib.crc32(memoryview(data)[HEADER_BYTES:], zlib.crc32(data[: HEADER_BYTES - 4])) != crc:
-        raise RejectedError(Rejection.MALFORMED, "the message's checksum does not match: it was damaged on the way")
+        raise RejectedError(Rejection.MALFORMED, "the message's checksum does not match; it was damaged in transit")
     if kind not in _KINDS:
-        raise RejectedError(Rejection.MALFORMED, f"unknown kind of message {kind}", client)
-    if zero or flags & ~_LOSS_KNOWN:
+        raise RejectedError(Rejection.MALFORMED, f"unknown kind of message: {kind}", client)
+    if zero or flags & ~_HAS_LOSS:
         raise RejectedError(
-            Rejection.MALFORMED, f"reserved bits are set (flags {flags:#04x}, then {zero:#04x})", client
+            Rejection.MALFORMED, f"reserved bits are set (flags {flags:#04x}, reserved byte {zero:#04x})", client
         )
     if not flags and data[HEADER_BYTES - 8 : HEADER_BYTES - 4] != bytes(4):
-        raise RejectedError(Rejection.MALFORMED, f"the loss is {loss} in a message that tells none", client)
+        text = f"the loss is {loss} in a message without a loss, 0 was expected"
+        raise RejectedError(Rejection.MALFORMED, text, client)
     if not math.isfinite(loss):
         raise RejectedError(Rejection.NOT_FINITE, f"the loss is {loss}", client)
-    fields = _Fields(_KINDS[kind], client, round, steps, extra, amount, loss if flags else None)
-    return fields, np.frombuffer(data, _WORD, -1, HEADER_BYTES)
+    header = _Header(_KINDS[kind], client, round, steps, extra, amount, loss if flags else None)
+    return header, np.frombuffer(data, _UINT32, -1, HEADER_BYTES)
 
 
-def _finite(fields: _Fields, words: np.ndarray) -> np.ndarray:
-    """Words as fp32 values, each finite."""
-    values = words.view(_VALUE)
+def _finite_values(header: _Header, words: np.ndarray) -> np.ndarray:
+    """Returns the words as fp32 values; raises ``RejectedError`` unless all are finite."""
+    values = words.view(_FP32)
     finite = np.isfinite(values)
-    if np.count_nonzero(finite) < len(values):  # of few values in half the time of all()
-        at = int(np.flatnonzero(~finite)[0])
-        raise RejectedError(Rejection.NOT_FINITE, f"value {at} is not finite ({values[at]})", fields.client)
+    if np.count_nonzero(finite) < len(values):  # takes half the time of all() for few values
+        position = int(np.flatnonzero(~finite)[0])
+        text = f"value {position} is not finite ({values[position]})"
+        raise RejectedError(Rejection.NOT_FINITE, text, header.client)
     return values
 
 
-def _with_gaps(fields: _Fields, words: np.ndarray) -> np.ndarray:
-    """A reply's values, NaN at the positions that follow them."""
-    if not fields.extra:
-        return _finite(fields, words)
-    count = len(words) - fields.extra
-    if fields.extra > count:
-        raise fields.malformed(f"{fields.extra} of {len(words)} values are said to be positions of the others")
-    values, positions = _finite(fields, words[:count]), words[count:]
+def _values_with_nan(header: _Header, words: np.ndarray) -> np.ndarray:
+    """Returns a reply's values, with NaN at the positions of the skipped queries."""
+    skipped = header.extra
+    if not skipped:
+        return _finite_values(header, words)
+    count = len(words) - skipped
+    if skipped > count:
+        raise header.malformed(f"the reply has {len(words)} values and claims that {skipped} are positions of others")
+    values, positions = _finite_values(header, words[:count]), words[count:]
     if (positions >= count).any() or (positions[1:] <= positions[:-1]).any():
-        raise fields.malformed(f"the positions of queries not taken must ascend, without repetition, below {count}")
+        raise header.malformed(f"the positions of skipped queries must be ascending, unique and below {count}")
     if words[positions].any():
-        raise fields.malformed("a query that was not taken has a scalar other than 0")
+        raise header.malformed("a skipped query has a scalar other than 0")
     values = values.copy()
     values[positions] = np.nan
     return values

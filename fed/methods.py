@@ -1,6 +1,6 @@
-"""The methods by name: which elements move, how a client finds its step, and which clients are stopped early.
+"""The methods: which elements are trained, how clients estimate gradients, and which clients are stopped early.
 
-A method is nothing but its recipe, so that any two differ in what their names say and in nothing else.
+A method is defined by its recipe alone. Two methods differ only in the entries of their recipes.
 
 References:
     Meerkat, arXiv 2506.03337 (meerkat, meerkat-vp, weight-magnitude, lora-fedzo, full-fedzo, random stopping);
@@ -12,24 +12,24 @@ from enum import StrEnum
 
 
 class Elements(StrEnum):
-    """Which elements are trained."""
+    """Selection of the elements that are trained."""
 
-    SENSITIVITY = "sensitivity"  # largest mean squared gradient on pre-training text
-    TASK = "task"  # the same on the task's own examples
-    MAGNITUDE = "magnitude"
+    SENSITIVITY = "sensitivity"  # those with the largest mean squared gradient on pre-training text
+    TASK = "task"  # those with the largest mean squared gradient on the task's examples
+    MAGNITUDE = "magnitude"  # those with the largest absolute value
     RANDOM = "random"
     ALL = "all"
-    LAYER = "layer"  # every element of one transformer block
-    LORA = "lora"  # every element of low-rank adapters
+    LAYER = "layer"  # all elements of one transformer block
+    LORA = "lora"  # all elements of low-rank adapters
 
     @property
     def ranked(self) -> bool:
-        """Whether a density picks them, so that a mask file may take their place."""
+        """Whether a density determines their number, so that a mask file can replace the selection."""
         return self in (Elements.SENSITIVITY, Elements.TASK, Elements.MAGNITUDE, Elements.RANDOM)
 
 
 class Gradient(StrEnum):
-    """How a client finds the direction of a step."""
+    """Method by which a client computes the gradient of a step."""
 
     TWO_POINT = "two-point"
     FORWARD_DIFFERENCE = "forward-difference"
@@ -37,21 +37,27 @@ class Gradient(StrEnum):
 
     @property
     def sends_weights(self) -> bool:
-        """Whether clients send their masked weights after a round, and not the scalars of its steps."""
+        """Whether clients send their masked weights after a round instead of scalars."""
         return self is Gradient.BACKPROPAGATION
 
 
 class Stopping(StrEnum):
-    """Which clients take one step a round instead of ``T``."""
+    """Selection of the clients that are stopped early: they take one step a round instead of ``T``."""
 
     NONE = "none"
-    VIRTUAL_PATH = "virtual-path"  # those that GradIP shows to be extreme non-IID
-    RANDOM = "random"  # as many, chosen at random: the ablation
+    VIRTUAL_PATH = "virtual-path"  # the extreme non-IID clients, identified by GradIP
+    RANDOM = "random"  # the same number of clients, chosen at random (ablation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a method consists of."""
+    """Definition of a method.
+
+    Args:
+        elements: the elements that are trained.
+        gradient: method by which clients compute gradients.
+        stopping: the clients that are stopped early.
+    """
 
     elements: Elements
     gradient: Gradient = Gradient.TWO_POINT
@@ -64,12 +70,12 @@ class Recipe:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the mask tells it from the other plain ones."""
+        """Whether it is two-point training of ranked elements without early stopping, so that only the mask varies."""
         return self.elements.ranked and self.gradient is Gradient.TWO_POINT and self.stopping is Stopping.NONE
 
 
 class Method(StrEnum):
-    """The methods that ``--method`` takes."""
+    """Values of ``--method``."""
 
     MEERKAT = "meerkat"
     MEERKAT_VP = "meerkat-vp"
@@ -85,7 +91,7 @@ class Method(StrEnum):
 
     @property
     def recipe(self) -> Recipe:
-        """What the method consists of."""
+        """The method's recipe."""
         return _RECIPES[self]
 
 

@@ -1,7 +1,10 @@
-"""Which client holds which examples: iid, Dirichlet, single-label, mixed, natural. Each goes to exactly one client.
+"""Partitions of the training examples among clients: IID, Dirichlet, single-label, mixed, natural.
 
-Dirichlet is drawn per class over clients, as Flower and FedKSeed do (DeComFL draws per client over classes: the same
-alpha is then another split). References: Hsu et al., arXiv 1909.06335; Meerkat, arXiv 2506.03337, section 4.
+Each example belongs to exactly one client. The Dirichlet partition is drawn per class over clients, as in Flower and
+FedKSeed. (DeComFL draws per client over classes, which gives another split for the same alpha.)
+
+References:
+    Hsu et al., arXiv 1909.06335; Meerkat, arXiv 2506.03337, section 4.
 """
 
 from collections.abc import Sequence
@@ -15,14 +18,14 @@ from ..engine import stream
 from ..engine.errors import DataError
 from ..engine.lm.tasks import Row
 
-# What a field of the data calls a client.
+# Name of a natural client: a value of a field of the data.
 Group = str | int
 
-_ATTEMPTS = 100
+_ATTEMPTS = 100  # draws of a Dirichlet partition in which every client has enough examples
 
 
 class Partition(StrEnum):
-    """How examples are dealt to clients."""
+    """Rule by which examples are dealt to clients."""
 
     IID = "iid"
     DIRICHLET = "dirichlet"
@@ -31,10 +34,12 @@ class Partition(StrEnum):
     NATURAL = "natural"
 
     def describe(self, alpha: float) -> str:
-        """The convention in words, for configurations and summaries."""
+        """Describes the rule in words, for configurations and summaries."""
         if self is Partition.MIXED:
             return "mixed: the first half of the clients iid, the others of one label each"
-        return f"dirichlet({alpha:g}), drawn per class over clients" if self is Partition.DIRICHLET else self.value
+        if self is Partition.DIRICHLET:
+            return f"dirichlet({alpha:g}), drawn per class over clients"
+        return self.value
 
 
 def split(
@@ -50,20 +55,20 @@ def split(
     """Deals examples to clients.
 
     Args:
-        labels: int64 [n], class of each example.
-        clients: ``K``, at least 1.
+        labels: class of each example, int64 [n].
+        clients: ``K``, number of clients, at least 1.
         partition: the rule.
-        seed: of the split, in [0, 2**64).
-        alpha: concentration of the Dirichlet rule, positive; the smaller, the less alike the clients.
-        at_least: examples that every client must get (a batch, say).
-        groups: for the natural rule, n values: what the data call the client of each example.
+        seed: seed of the split, in [0, 2**64).
+        alpha: concentration parameter of the Dirichlet rule, positive. A smaller alpha makes clients less alike.
+        at_least: minimum number of examples of a client, for example a batch.
+        groups: name of the client of each example, [n]; for the natural rule only.
 
     Returns:
-        For each client the indices of its examples, int64, ascending. Natural clients are in the order of their values.
+        The indices of each client's examples, int64, ascending. Natural clients are ordered by name.
 
     Raises:
-        DataError: if a client would be left with fewer examples, or there are not as many natural clients as asked for,
-            saying which and what to change.
+        DataError: if a client would get fewer than ``at_least`` examples, or if the number of natural clients is not
+            ``clients``. The error names the client and says what to change.
     """
     if partition is Partition.NATURAL:
         return _natural(groups or (), clients, at_least)
@@ -91,28 +96,34 @@ def split(
 
 
 def histogram(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[int]]:
-    """Examples of each class that each client holds: [K][classes]."""
+    """Counts the examples of each class that each client has: [K][classes]."""
     return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
 
 
 def client_names(rows: Sequence[Row], field: str, where: str) -> list[Group]:
-    """What each row's field says, to deal examples by.
+    """Reads the name of each example's natural client.
+
+    Args:
+        rows: the examples.
+        field: field that names the client.
+        where: name of the data, for error messages.
 
     Raises:
-        DataError: if a row (named) lacks the field, or it is neither text nor a whole number, or not the same for all.
+        DataError: if an example does not have the field, its value is neither text nor an integer, or the type is not
+            the same for all examples. The error names the example.
     """
-    found: list[Group] = []
+    names: list[Group] = []
     for number, row in enumerate(rows, 1):
         if field not in row:
             raise DataError(f"{where}, example {number}: natural clients need the field {field!r}; found {sorted(row)}")
         value = row[field]
-        if type(value) not in (str, int) or (found and type(value) is not type(found[0])):
+        if type(value) not in (str, int) or (names and type(value) is not type(names[0])):
             raise DataError(
-                f"{where}, example {number}: field {field!r} names a client, as text or as a whole number "
-                f"throughout; got {value!r}"
+                f"{where}, example {number}: the field {field!r} must name a client by text or by an integer, the same "
+                f"in all examples; got {value!r}"
             )
-        found.append(value)
-    return found
+        names.append(value)
+    return names
 
 
 def _natural(groups: Sequence[Group], clients: int, at_least: int) -> list[Tensor]:
@@ -126,13 +137,14 @@ def _natural(groups: Sequence[Group], clients: int, at_least: int) -> list[Tenso
     for number, name in enumerate(sorted(members)):
         if len(members[name]) < at_least:
             raise DataError(
-                f"client {number} ({name}) holds {len(members[name])} examples, fewer than the {at_least} of a batch; "
+                f"client {number} ({name}) has {len(members[name])} examples, fewer than the {at_least} of a batch; "
                 f"use a smaller batch or another partition"
             )
     return [torch.tensor(members[name]) for name in sorted(members)]
 
 
-def _of_class(labels: Tensor, label: int, seed: int) -> Tensor:
+def _shuffled_class(labels: Tensor, label: int, seed: int) -> Tensor:
+    """Returns the indices of a class's examples in random order."""
     members = torch.nonzero(labels == label).view(-1)
     return members[stream.permutation(stream.derived_seed(seed, "part", label), members.numel())]
 
@@ -146,22 +158,25 @@ def _single_label(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
     shares: list[Tensor] = [labels.new_empty(0)] * clients
     for position, label in enumerate(classes):
         holders = range(position, clients, len(classes))
-        for holder, share in zip(holders, _of_class(labels, label, seed).tensor_split(len(holders)), strict=True):
+        for holder, share in zip(holders, _shuffled_class(labels, label, seed).tensor_split(len(holders)), strict=True):
             shares[holder] = share
     return shares
 
 
 def _mixed(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
-    """IID clients, then as many or one fewer of a single label; these take the same share of every class they hold."""
+    """Deals to IID clients and then to single-label clients, half each (one IID client more if the number is odd).
+
+    The single-label clients get the same share of each class that one of them has.
+    """
     iid, classes = clients - clients // 2, labels.unique().tolist()
     shares: list[Tensor] = [labels.new_empty(0)] * clients
     rest = []
     for position, label in enumerate(classes):
-        members, holders = _of_class(labels, label, seed), range(iid + position, clients, len(classes))
-        taken = members.numel() * (clients - iid) // clients if holders else 0
-        for holder, share in zip(holders, members[:taken].tensor_split(max(1, len(holders))), strict=False):
+        members, holders = _shuffled_class(labels, label, seed), range(iid + position, clients, len(classes))
+        dealt = members.numel() * (clients - iid) // clients if holders else 0
+        for holder, share in zip(holders, members[:dealt].tensor_split(max(1, len(holders))), strict=False):
             shares[holder] = share
-        rest.append(members[taken:])
+        rest.append(members[dealt:])
     pool = torch.cat(rest)
     mixed = pool[stream.permutation(stream.derived_seed(seed, "part"), pool.numel())]
     shares[:iid] = mixed.tensor_split(iid)
@@ -172,12 +187,12 @@ def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: 
     if alpha <= 0:
         raise DataError(f"alpha must be positive, got {alpha}")
     generator = np.random.Generator(np.random.Philox(stream.derived_seed(seed, "diri")))
-    members = [_of_class(labels, label, seed) for label in labels.unique().tolist()]
+    members = [_shuffled_class(labels, label, seed) for label in labels.unique().tolist()]
     for _ in range(_ATTEMPTS):
         parts: list[list[Tensor]] = [[] for _ in range(clients)]
-        for of_class in members:
-            bounds = np.cumsum(generator.dirichlet([alpha] * clients))[:-1] * of_class.numel()
-            pieces = of_class.tensor_split([round(bound) for bound in bounds.tolist()])
+        for class_members in members:
+            bounds = np.cumsum(generator.dirichlet([alpha] * clients))[:-1] * class_members.numel()
+            pieces = class_members.tensor_split([round(bound) for bound in bounds.tolist()])
             for part, piece in zip(parts, pieces, strict=True):
                 part.append(piece)
         shares = [torch.cat(part) for part in parts]

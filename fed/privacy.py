@@ -1,8 +1,9 @@
-"""What a private federation tells the server, in (epsilon, delta): terms of a client's noise, and the accountant.
+"""Differential privacy of a client's scalars: its settings, and the accountant that computes epsilon.
 
-A step takes every example of a client with probability ``B / n`` and adds Gaussian noise to what it sends (see
-``engine/privacy.py``). Steps compose; the q scalars of a step are of one batch, and together one Gaussian of noise
-multiplier ``sigma / sqrt(q)``. Neighbours are data sets of a client that differ by one example, added or removed.
+In a step, a client samples each of its n examples with probability ``B / n`` and adds Gaussian noise to its scalars
+(see ``engine/private_closure.py``). The accountant composes all steps. The q scalars of a step use the same batch, and
+together are one Gaussian mechanism with noise multiplier ``sigma / sqrt(q)``. Two data sets of a client are neighbours
+if they differ by one example, added or removed.
 """
 
 import math
@@ -14,23 +15,25 @@ from ..engine.errors import ConfigError
 from ..engine.extras import install_hint
 from ..engine.private_closure import check_mechanism
 
-# Privacy losses are rounded up to multiples of an interval: this one, or as much more as keeps the numbers of them that
-# all steps without sampling would reach below the other (measured: a second or two, and the same four digits).
-_INTERVAL, _MOST_POINTS = 1e-4, 1e7
+# The accountant rounds privacy losses up to multiples of an interval. The interval is _INTERVAL, or larger if the
+# composition of all steps without sampling would have more than _MAX_POINTS values (measured: epsilon takes a second or
+# two, and has the same four digits).
+_INTERVAL, _MAX_POINTS = 1e-4, 1e7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """How a client keeps its examples private.
+    """Settings of the differential privacy of a client's examples.
 
     Args:
-        clip: ``C``, what an example may change of a difference of losses; positive.
-        noise_multiplier: ``sigma``, standard deviation of the noise over the clip; positive.
-        delta: in (0, 1), the probability that epsilon leaves out; well below one over the number of examples.
-        batch_size: ``B``, the expected number of examples in a batch, at least 1.
+        clip: ``C``, maximum change of a loss difference that one example may cause; positive.
+        noise_multiplier: ``sigma``, standard deviation of the noise divided by ``C``; positive.
+        delta: probability with which the bound epsilon may fail, in (0, 1). It should be well below one over the number
+            of examples.
+        batch_size: ``B``, expected number of examples in a batch, at least 1.
 
     Raises:
-        ConfigError: saying which is out of range.
+        ConfigError: if a value is out of range; the error names it.
     """
 
     clip: float
@@ -45,26 +48,27 @@ class Privacy:
 
 
 def epsilon(privacy: Privacy, examples: int, steps: int, queries: int = 1) -> float:
-    """What a client has spent after some steps: (epsilon, delta) differential privacy, by privacy loss distributions.
+    """Computes the epsilon that a client has spent after some steps, with privacy loss distributions.
 
-    An upper bound, for ideal noise, secret sampling and secret seeds. The number of examples itself is not protected.
+    The result is an upper bound on epsilon in (epsilon, delta) differential privacy. It assumes ideal Gaussian noise,
+    and that the sampling and the seeds of the noise are secret. The number of examples is not protected.
 
     Args:
-        privacy: the client's terms.
-        examples: ``n``, the client's number of examples; at least the batch size.
-        steps: in all rounds together, those of the calibration too.
-        queries: ``q``, of a step.
+        privacy: the client's privacy settings.
+        examples: ``n``, the client's number of examples, at least the batch size.
+        steps: total number of steps in all rounds, including the calibration.
+        queries: ``q``, number of queries of a step.
 
     Raises:
-        ConfigError: if the package dp-accounting is missing, or a number is out of range.
+        ConfigError: if the package dp-accounting is missing, a number is out of range, or epsilon is infinite.
 
     References:
         Koskela et al., arXiv 1906.03049; Doroshenko et al., arXiv 2207.04380 (the accountant's discretisation).
     """
     if not privacy.batch_size <= examples or steps < 0 or queries < 1:
         raise ConfigError(
-            f"epsilon needs at least as many examples as a batch ({privacy.batch_size}), no negative number of steps, "
-            f"and a query a step; got {examples} examples, {steps} steps and {queries} queries"
+            f"epsilon needs at least {privacy.batch_size} examples (a batch), 0 steps and 1 query a step; "
+            f"got {examples} examples, {steps} steps and {queries} queries"
         )
     if steps == 0:
         return 0.0
@@ -75,33 +79,37 @@ def epsilon(privacy: Privacy, examples: int, steps: int, queries: int = 1) -> fl
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _interval(math.sqrt(steps) / noise)
     )
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    found = float(accountant.get_epsilon(privacy.delta))
-    if not math.isfinite(found):
+    result = float(accountant.get_epsilon(privacy.delta))
+    if not math.isfinite(result):
         raise ConfigError(
-            f"with noise multiplier {privacy.noise_multiplier:g}, {steps} steps have no finite epsilon at delta "
-            f"{privacy.delta:g}; raise delta or the noise"
+            f"epsilon of {steps} steps is infinite with noise multiplier {privacy.noise_multiplier:g} and delta "
+            f"{privacy.delta:g}; increase the noise multiplier or delta"
         )
-    return found
+    return result
 
 
 def largest_epsilon(privacy: Privacy, spent: Iterable[tuple[int, int]], queries: int = 1) -> float:
-    """The ``epsilon`` of the client that is protected least.
+    """Computes the largest epsilon of some clients.
 
     Args:
-        privacy: the clients' terms.
-        spent: number of examples and of steps of each.
-        queries: ``q``, of a step.
+        privacy: the clients' privacy settings.
+        spent: (number of examples, number of steps) of each client.
+        queries: ``q``, number of queries of a step.
+
+    Returns:
+        The ``epsilon`` of the client with the least protection; 0 if there are no clients.
     """
-    found, most = 0.0, 0
-    for examples, steps in sorted(set(spent), key=lambda each: (each[0], -each[1])):
-        if steps > most:  # whoever has more examples and took no more steps is protected better
-            found, most = max(found, epsilon(privacy, examples, steps, queries)), steps
-    return found
+    largest, max_steps = 0.0, 0
+    # A client with more examples and no more steps than another has a smaller epsilon, so it is left out.
+    for examples, steps in sorted(set(spent), key=lambda client: (client[0], -client[1])):
+        if steps > max_steps:
+            largest, max_steps = max(largest, epsilon(privacy, examples, steps, queries)), steps
+    return largest
 
 
 def _interval(mu: float) -> float:
-    """For losses that, without sampling, are normal with mean ``mu**2 / 2`` and standard deviation ``mu``."""
-    return max(_INTERVAL, (mu**2 / 2 + 10 * mu) / _MOST_POINTS)
+    """Interval for privacy losses that, without sampling, are normal with mean ``mu**2 / 2`` and deviation ``mu``."""
+    return max(_INTERVAL, (mu**2 / 2 + 10 * mu) / _MAX_POINTS)
 
 
 def _accounting() -> tuple[Any, Any]:
@@ -110,7 +118,7 @@ def _accounting() -> tuple[Any, Any]:
         from dp_accounting import pld
     except ImportError as error:
         raise ConfigError(
-            f"accounting for privacy needs the package dp-accounting ({error}); {install_hint('dp')}"
+            f"computing epsilon needs the package dp-accounting ({error}); {install_hint('dp')}"
         ) from error
     return dp_accounting, pld
 

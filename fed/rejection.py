@@ -1,4 +1,4 @@
-"""Why a message is refused: a fixed set of reasons, so that nobody can grow a server's books with ever new ones."""
+"""Reasons for which a message is rejected: a fixed set, so that no sender can make the server's counters grow."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from ..engine.errors import MessageError
 
 
 class Rejection(StrEnum):
-    """The kinds of reasons for which a message is refused."""
+    """Reason for which a message is rejected. The values are written to ledgers."""
 
     MALFORMED = "malformed"
     NOT_FINITE = "a value that is not finite"
@@ -22,12 +22,12 @@ class Rejection(StrEnum):
 
 
 class RejectedError(MessageError):
-    """A message that is refused.
+    """A message is rejected.
 
     Args:
-        rejection: the kind of reason.
-        text: the reason in full.
-        client: whom the message claims to be from or for, where it is whole enough to say so; else None.
+        rejection: the reason.
+        text: the reason in detail, for people.
+        client: id in the message of the client that it is from or for; None if the message is too damaged to have one.
     """
 
     def __init__(self, rejection: Rejection, text: str, client: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What clients sent in a round, as arrays: a server may have a hundred thousand of them to add up, judge and write."""
+"""The scalars of a round's clients as arrays, for servers with a hundred thousand clients."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class ByClient:
-    """Which row of an array is which client's, and how much of the row.
+    """Base of mappings from client ids to rows of arrays.
 
     Args:
-        ids: int64 [n], ascending.
-        counts: int64 [n], numbers in each client's row; what lies behind them in the row means nothing.
+        ids: ids of the clients, int64 [n], ascending. Client ``ids[j]`` has row j.
+        counts: number of values in each client's row, int64 [n]. The rest of the row is padding.
     """
 
     ids: np.ndarray
@@ -30,26 +30,28 @@ class ByClient:
     def _rows(self) -> dict[int, int]:
         return {client: row for row, client in enumerate(self.ids.tolist())}
 
-    def _own(self, values: np.ndarray, client: int) -> list[float]:
-        """A client's numbers in an array [n, width]."""
+    def _row_of(self, values: np.ndarray, client: int) -> list[float]:
+        """Returns a client's values from an array [n, width]."""
         row = self._rows[client]
-        found: list[float] = values[row, : self.counts[row]].tolist()
-        return found
+        own: list[float] = values[row, : self.counts[row]].tolist()
+        return own
 
 
 @dataclass(frozen=True, eq=False)
 class ClientScalars(ByClient, Mapping[int, list[float]]):
-    """The scalars of some clients; a mapping from a client's id to the list of its own, too.
+    """The scalars of some clients: a mapping from a client's id to the list of its scalars.
 
     Args:
-        matrix: float64 [n, width], NaN where a step was not taken, and behind a client's last.
+        ids: see ``ByClient``.
+        counts: see ``ByClient``.
+        matrix: the scalars, float64 [n, width]; NaN for a skipped query and in the padding.
     """
 
     matrix: np.ndarray
 
     @classmethod
     def of(cls, scalars: Mapping[int, Sequence[float | None]]) -> "ClientScalars":
-        """From each client's own, in any order; NaN, or None, for a step that was not taken."""
+        """Makes it from each client's list, in any order. NaN or None: the query was skipped."""
         if isinstance(scalars, cls):
             return scalars
         ids = sorted(scalars)
@@ -60,7 +62,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
 
     @classmethod
     def of_bytes(cls, sent: Mapping[int, bytes]) -> "ClientScalars":
-        """From each client's own as fp32, in any order."""
+        """Makes it from the bytes of each client's fp32 values, in any order."""
         ids = sorted(sent)
         rows = [sent[i] for i in ids]
         counts = _integers(map(len, rows), len(rows)) // 4
@@ -68,7 +70,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
         return cls(_integers(ids, len(ids)), counts, _padded(flat, counts))
 
     def __getitem__(self, client: int) -> list[float]:
-        return self._own(self.matrix, client)
+        return self._row_of(self.matrix, client)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClientScalars):
@@ -81,7 +83,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
 
     @property
     def skipped(self) -> int:
-        """Steps, and queries, that the clients were to take and did not."""
+        """Number of skipped queries of all clients."""
         return int(self.counts.sum() - np.count_nonzero(~np.isnan(self.matrix)))
 
 
@@ -90,7 +92,7 @@ def _integers(values: Iterator[int] | Sequence[int], count: int) -> np.ndarray:
 
 
 def _padded(flat: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rows that lie one behind the other, [n, longest], NaN behind the end of each."""
+    """Turns consecutive rows of different lengths into an array [n, longest], padded with NaN."""
     width = int(counts.max(initial=0))
     if len(flat) == len(counts) * width:
         return flat.reshape(len(counts), width)

@@ -1,12 +1,13 @@
-"""Virtual-path client selection: which clients are extreme non-IID, by GradIP along a path from the base model.
+"""Virtual-path client selection: identifies extreme non-IID clients by GradIP along a path from the base model.
 
     rho_later = mean |GradIP| over the initial steps / mean |GradIP| over the later steps
     rho_quie  = share of the later steps with |GradIP| < sigma
 
-A client of one label soon predicts it, and its gradient vanishes: above both thresholds it is stopped early.
+A client with examples of a single label soon learns to predict it, and its gradient vanishes. A client above both
+thresholds is stopped early.
 
-The thresholds may come from a null distribution: paths that the server runs on examples of its own as an IID client.
-Such a path decays too, as the task is learned; how fast is what nobody could guess.
+The thresholds may be derived from null paths, which the server runs on its own held-out examples as an IID client.
+Their GradIP decays too, because the task is learned. How fast it decays cannot be predicted, so it is measured.
 
 References:
     Meerkat, arXiv 2506.03337, section 4 (VPCS).
@@ -20,15 +21,22 @@ from dataclasses import dataclass, field
 from ..engine import stream
 from ..engine.errors import ConfigError
 
-# A threshold lies so many standard deviations beyond the null paths' mean; sigma is this quantile of their later steps.
-# Of 80 clients of the embedded tasks, half of one label, these found 35 and flagged 1 other; 3 and 0.25 found 32 and 1,
-# but after 50 steps instead of 100 only 12, where these find 27 and flag 3 (4 null paths, seeds 0 to 3, 2026-11-25).
+# A threshold is _DEVIATIONS standard deviations above the mean of the null paths. Sigma is the _QUIET quantile of
+# |GradIP| in their later steps. Measured on 80 clients of the embedded tasks, 40 of them with a single label (4 null
+# paths, seeds 0 to 3, 2026-11-25):
+#     2 and 0.5:  after 100 steps 35 of the 40 and 1 other client are flagged, after 50 steps 27 and 3
+#     3 and 0.25: after 100 steps 32 and 1, after 50 steps only 12
 _DEVIATIONS, _QUIET = 2.0, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Which steps of a path are compared: the first ``initial`` and the last ``later`` ones."""
+    """Windows of a path that are compared.
+
+    Args:
+        initial: number of values (one for each step and query) at the beginning of the path.
+        later: number of values at the end of the path.
+    """
 
     initial: int
     later: int
@@ -36,12 +44,12 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """A client is flagged when it is above both ratios.
+    """Thresholds of the statistics. A client is flagged if its path exceeds both ``rho_later`` and ``rho_quie``.
 
     Args:
-        rho_later: how much larger GradIP was in the beginning.
-        rho_quie: share of quiet steps, in [0, 1].
-        sigma: ``|GradIP|`` below which a step is quiet.
+        rho_later: ratio of the mean ``|GradIP|`` in the initial window to that in the later window.
+        rho_quie: share of quiet steps in the later window, in [0, 1].
+        sigma: value of ``|GradIP|`` below which a step is quiet.
     """
 
     rho_later: float
@@ -51,24 +59,29 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of one path; see ``Thresholds``."""
+    """Statistics of one path.
+
+    Args:
+        rho_later: see ``Thresholds``.
+        rho_quie: see ``Thresholds``.
+    """
 
     rho_later: float
     rho_quie: float
 
     def exceed(self, thresholds: Thresholds) -> bool:
-        """Whether the path is an extreme non-IID client's."""
+        """Whether the path exceeds both thresholds, so that its client is extreme non-IID."""
         return self.rho_later > thresholds.rho_later and self.rho_quie > thresholds.rho_quie
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Who is stopped early, and why.
+    """Result of the client selection.
 
     Args:
-        stopped: ids, ascending.
-        thresholds: by which clients were judged; None before the calibration.
-        statistics: of each client's path.
+        stopped: ids of the clients that are stopped early, ascending.
+        thresholds: the thresholds that were applied; None before the calibration.
+        statistics: statistics of each client's path, by client id.
     """
 
     stopped: list[int] = field(default_factory=list)
@@ -77,34 +90,48 @@ class Selection:
 
 
 def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> Statistics:
-    """The statistics of one path; a path that went silent altogether has an infinite ``rho_later``."""
+    """Computes the statistics of one path.
+
+    Args:
+        gradip: GradIP of each query of the path.
+        windows: the windows to compare.
+        sigma: value of ``|GradIP|`` below which a step is quiet.
+
+    Returns:
+        The statistics. If GradIP is 0 in all of the later window, ``rho_later`` is infinite.
+    """
     initial, later = _windows(gradip, windows)
-    silent = statistics.fmean(later)
+    mean_later = statistics.fmean(later)
     return Statistics(
-        rho_later=statistics.fmean(initial) / silent if silent else math.inf,
+        rho_later=statistics.fmean(initial) / mean_later if mean_later else math.inf,
         rho_quie=sum(value < sigma for value in later) / len(later),
     )
 
 
 def null_thresholds(paths: Sequence[Sequence[float]], windows: Windows) -> Thresholds:
-    """Thresholds from the GradIP of some paths of an IID client, at least 3.
+    """Computes thresholds from null paths.
+
+    Args:
+        paths: GradIP of each null path, at least 3 paths.
+        windows: the windows to compare.
 
     Raises:
-        ConfigError: if one of them is silent in a window, which no threshold can be taken from.
+        ValueError: if there are fewer than 3 paths.
+        ConfigError: if GradIP is 0 in all of a window of a path, from which no threshold can be computed.
     """
     if len(paths) < 3:
-        raise ValueError(f"a null distribution needs at least 3 paths, got {len(paths)}")
+        raise ValueError(f"thresholds need at least 3 null paths, got {len(paths)}")
     for i, path in enumerate(paths):
         if not all(any(window) for window in _windows(path, windows)):
             raise ConfigError(
-                f"null path {i} has no GradIP but 0 in its first {windows.initial} or last {windows.later} steps; "
-                f"raise eps or lower lr, or give vp_rho_later, vp_rho_quie and vp_sigma"
+                f"GradIP of null path {i} is 0 in all of its first {windows.initial} or last {windows.later} values; "
+                f"increase eps, decrease lr, or set vp_rho_later, vp_rho_quie and vp_sigma"
             )
     pooled = sorted(value for path in paths for value in _windows(path, windows)[1])
     sigma = pooled[int(_QUIET * len(pooled))]
-    found = [path_statistics(path, windows, sigma) for path in paths]
-    ratios = [math.log(each.rho_later) for each in found]
-    quiet = [each.rho_quie for each in found]
+    null_statistics = [path_statistics(path, windows, sigma) for path in paths]
+    ratios = [math.log(path.rho_later) for path in null_statistics]
+    quiet = [path.rho_quie for path in null_statistics]
     return Thresholds(
         rho_later=math.exp(statistics.fmean(ratios) + _DEVIATIONS * statistics.stdev(ratios)),
         rho_quie=min(statistics.fmean(quiet) + _DEVIATIONS * statistics.stdev(quiet), 1 - 1 / windows.later),
@@ -113,16 +140,26 @@ def null_thresholds(paths: Sequence[Sequence[float]], windows: Windows) -> Thres
 
 
 def random_clients(clients: Sequence[int], count: int, seed: int) -> list[int]:
-    """Some of the clients by chance, ascending."""
+    """Chooses clients at random.
+
+    Args:
+        clients: ids to choose from.
+        count: number of clients to choose.
+        seed: seed of the choice, in [0, 2**64).
+
+    Returns:
+        The chosen ids, ascending.
+    """
     chosen = stream.permutation(stream.derived_seed(seed, "stop"), len(clients))[:count]
     return sorted(clients[i] for i in chosen.tolist())
 
 
 def _windows(gradip: Sequence[float], windows: Windows) -> tuple[list[float], list[float]]:
+    """Returns ``|GradIP|`` in the initial and in the later window."""
     sizes = [abs(value) for value in gradip]
     if not 1 <= windows.initial <= len(sizes) or not 1 <= windows.later <= len(sizes):
         raise ValueError(
-            f"a path of {len(sizes)} steps has no {windows.initial} initial and {windows.later} later ones"
+            f"the path has {len(sizes)} values, too few for windows of {windows.initial} and {windows.later}"
         )
     return sizes[: windows.initial], sizes[-windows.later :]
 

@@ -1,4 +1,4 @@
-"""The server: asks clients for a round, checks what they answer, aggregates, writes the ledger, moves on."""
+"""The server of a federation: requests, checks and aggregates the clients' answers, and writes the ledger."""
 
 from array import array
 from collections import Counter
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..engine import stream
 from ..engine.errors import MeerkatError
-from .aggregation import Aggregation, aggregate, client_weights, in_order, mean_masters
+from .aggregation import Aggregation, aggregate, client_weights, mean_masters, sum_in_order
 from .gradip import GradIP, Trace
 from .ledger.file import LedgerWriter, RoundRecord
 from .messages import Stale, TrainReply, TrainRequest, decode_answer
@@ -20,21 +20,21 @@ from .scalars import ClientScalars
 from .selection import Selection
 from .terms import CALIBRATION
 
-# From the calibration paths of all clients to those that are to be stopped early.
-Select = Callable[[Mapping[int, Trace]], Selection]
+# Selects the clients to stop early from the calibration paths of all clients (client id -> path).
+SelectionRule = Callable[[Mapping[int, Trace]], Selection]
 
 
 class RoundFailedError(MeerkatError, RuntimeError):
-    """No client gave a usable answer in a round."""
+    """No client sent a usable answer in a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """What a round came to.
+    """Result of a finished round.
 
     Args:
-        line: as the ledger has it.
-        traces: what the server saw of each client's path; empty without GradIP.
+        line: the round's line in the ledger.
+        traces: each client's path, reconstructed from its scalars; empty without GradIP.
     """
 
     line: RoundRecord
@@ -44,25 +44,32 @@ class RoundResult:
 class Server:
     """The server of a federation.
 
-    It begins with the calibration, round 0, where the terms have one, and with round 1 otherwise.
+    It starts with the calibration (round 0) if the terms have one, and with round 1 otherwise.
 
     Args:
         clients: ids of the clients.
         replica: the server's model at the beginning of round 1.
         ledger: an open ledger, or None to keep none.
-        aggregation: how a round is made of the answers.
-        per_round: clients that take part in a round, sampled anew each time; None is all of them.
-        gradip: looks at the clients' paths, or None.
-        select: who is stopped early, from the calibration paths; needed where the terms have a calibration.
-        stopped: ids of clients that are stopped early from the beginning.
-        max_scalar: size above which a scalar is refused; no sane loss differs by 2e5, which is 1e8 at eps 1e-3.
-        max_examples: number of examples above which a claim is refused; 0 believes any. What a client claims first
-            is binding, but no server can check it: with the mean weighted by examples, a client that claims much
-            counts for much. Bound it here, or weight uniformly, or take another rule.
+        aggregation: the aggregation rule and its settings.
+        per_round: number of clients that take part in a round, sampled for each round; None: all clients.
+        gradip: reconstructs the clients' paths; None: paths are not recorded.
+        select: selects the clients to stop early from the calibration paths; required if the terms have a calibration.
+        stopped: ids of clients that are stopped early from the first round on.
+        max_scalar: absolute value above which a scalar is rejected. The default is far above any sane value: at eps
+            1e-3, a scalar of 1e8 needs losses that differ by 2e5.
+        max_examples: number of examples above which a reply is rejected; 0: no limit. A client's first claim is
+            binding, but the server cannot verify it. With the mean weighted by examples, a client that claims many
+            examples gets a large weight. To prevent this, set this limit, use uniform weighting, or use another rule.
 
     Attributes:
-        rejected: messages refused, by client and kind of reason; never more keys than these are.
-        claimed: number of examples that each client has claimed.
+        replica: the server's model, at the beginning of the current round.
+        rejected: number of rejected messages by client and reason. The number of keys is bounded: at most the number
+            of clients (and "unknown") times the number of reasons.
+        claimed: number of examples that each client reported.
+        stopped: ids of the clients that take one step a round.
+
+    Raises:
+        ValueError: if the terms have a calibration and ``gradip`` or ``select`` is missing.
     """
 
     def __init__(
@@ -74,13 +81,13 @@ class Server:
         *,
         per_round: int | None = None,
         gradip: GradIP | None = None,
-        select: Select | None = None,
+        select: SelectionRule | None = None,
         stopped: Sequence[int] = (),
         max_scalar: float = 1e8,
         max_examples: int = 0,
     ) -> None:
         if replica.terms.calibration_steps and (gradip is None or select is None):
-            raise ValueError("a federation with a calibration needs GradIP and a rule that selects clients by it")
+            raise ValueError("a federation with a calibration needs both gradip and select, a rule to select clients")
         self.replica = replica
         self.rejected: Counter[str] = Counter()
         self.claimed: dict[int, int] = {}
@@ -90,57 +97,65 @@ class Server:
         self._max_scalar, self._max_examples = max_scalar, max_examples
         self._gradip, self._select = gradip, select
         self._calibrating = replica.terms.calibration_steps > 0
-        self._asked = dict.fromkeys(self._clients, 0)  # steps of each client so far, those of the calibration too
-        self._at = dict.fromkeys(self._clients, 1)  # round that each client is known to stand at
+        # By client: local steps requested so far (calibration included), and the round its replica is at.
+        self._steps_requested = dict.fromkeys(self._clients, 0)
+        self._client_round = dict.fromkeys(self._clients, 1)
         self._history = array("f")  # the aggregated scalars of all rounds so far
         self._open_round()
-        self._sampled: tuple[int, frozenset[int]] | None = None  # round -> who takes part
+        self._sampled: tuple[int, frozenset[int]] | None = None  # (round, ids of its participants)
 
     def _open_round(self) -> None:
-        # What clients sent, fp32, as bytes: of a hundred thousand objects Python's collector would walk each.
-        self._sent: dict[int, bytes] = {}
+        # The clients' fp32 values, kept as bytes: Python's garbage collector would walk a hundred thousand arrays.
+        self._answers: dict[int, bytes] = {}
         self._losses: dict[int, float] = {}
         self._steps = self._bytes_up = self._bytes_down = 0
-        self._max = self._max_values()
+        self._max_values = self._max_values_of_reply()
         self._rejected_before = Counter(self.rejected)
         self._claimed_before = frozenset(self.claimed)
 
     @property
     def round(self) -> int:
-        """The round that is under way, from 1; 0 during the calibration."""
+        """The current round, from 1; 0 during the calibration."""
         return CALIBRATION if self._calibrating else self.replica.round
 
     def participants(self) -> list[int]:
-        """Ids of the clients that take part in this round, ascending; all of them in the calibration."""
+        """Ids of the clients that take part in the current round, ascending; all clients in the calibration."""
         return sorted(self._sampled_clients())
 
     def _sampled_clients(self) -> frozenset[int]:
         if self._sampled is None or self._sampled[0] != self.round:
-            chosen, root = self._clients, self.replica.terms.seed
+            sampled, root = self._clients, self.replica.terms.seed
             if not self._calibrating and self._per_round is not None:
-                order = stream.permutation(stream.derived_seed(root, "samp", self.round), len(chosen))
-                chosen = [chosen[i] for i in order[: self._per_round].tolist()]
-            self._sampled = self.round, frozenset(chosen)
+                order = stream.permutation(stream.derived_seed(root, "samp", self.round), len(sampled))
+                sampled = [sampled[i] for i in order[: self._per_round].tolist()]
+            self._sampled = self.round, frozenset(sampled)
         return self._sampled[1]
 
     def local_steps(self, client: int) -> int:
-        """Steps that a client is to take in this round."""
+        """Number of local steps that a client takes in the current round."""
         return 1 if client in self.stopped else self.replica.terms.steps(self.round)
 
     def request(self, client: int) -> bytes:
-        """The request to one client for this round: what it missed, in the smaller of the two forms.
+        """Makes the request to one client for the current round.
 
-        It may be asked for again: for a client that did not get it, or that answered ``Stale``.
+        It contains the rounds that the client missed, as scalars or as masters, whichever is smaller. It may be called
+        again in the same round, for a client that did not receive the first request or that answered ``Stale``.
+
+        Returns:
+            An encoded ``TrainRequest``.
         """
-        none = np.empty(0, dtype=np.float32)
-        calibrating = (CALIBRATION, none, None)  # from the base model
-        first, scalars, masters = calibrating if self._calibrating else self.missed(self._at[client])
+        scalars: np.ndarray | None
+        masters: np.ndarray | None
+        if self._calibrating:  # the path starts from the base model: nothing to catch up
+            first, scalars, masters = CALIBRATION, np.empty(0, dtype=np.float32), None
+        else:
+            first, scalars, masters = self.missed(self._client_round[client])
         message = TrainRequest(
             client=client,
             round=self.round,
             local_steps=self.local_steps(client),
             first_round=first,
-            steps_before=self._asked[client],
+            steps_before=self._steps_requested[client],
             scalars=scalars,
             masters=masters,
         ).encode()
@@ -148,13 +163,16 @@ class Server:
         return message
 
     def missed(self, first: int) -> tuple[int, np.ndarray | None, np.ndarray | None]:
-        """What brings a replica from the beginning of some round to that of this one, in the smaller of the two forms.
+        """Returns the update that brings a replica from the beginning of a round to the current one.
+
+        The update is the aggregated scalars or the master values, whichever is smaller.
 
         Args:
-            first: the round, from 1.
+            first: the replica's round, from 1.
 
         Returns:
-            The round it begins at; the aggregated scalars from there on, float32; or else the masters, float32 [k].
+            Three values: the round at which the update begins; the aggregated scalars of the rounds from there on,
+            float32, or None; the masters, float32 [k], or None. Either the scalars or the masters are None.
         """
         terms = self.replica.terms
         by_weights = terms.sends_weights and self.round > first
@@ -163,123 +181,135 @@ class Server:
         return first, np.array(self._history[(first - 1) * terms.values :], dtype=np.float32), None
 
     def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
-        """Takes a client's answer into this round.
+        """Checks a client's answer and adds it to the current round.
 
         Args:
             message: any bytes.
-            sender: id of the client that the transport knows them to be from; None where it knows no names, and
-                whom the message itself claims has to do.
+            sender: id of the client that sent them, as authenticated by the transport. None: the transport does not
+                authenticate senders, and the id in the message is trusted.
+
+        Returns:
+            The accepted reply.
 
         Raises:
-            MessageError: saying why it is refused, a ``RejectedError``. It is counted in ``rejected``, nothing else
-                changes, and the round goes on without it. A client that stands at an earlier round is refused too,
-                as ``Rejection.BEHIND``; a request that is made for it then begins there.
+            MessageError: if the message is rejected; the error is a ``RejectedError`` with the reason. The rejection is
+                counted in ``rejected``, nothing else changes, and the round continues without the message. A stale
+                client's answer is rejected too (``Rejection.STALE``); the next request to that client contains all the
+                rounds it missed.
         """
         self._bytes_up += len(message)
         try:
-            reply = decode_answer(message, self._max)
-            self._check_sender(reply, sender)
-            if isinstance(reply, Stale):
-                self._at[reply.client] = min(reply.at_round, self._at[reply.client])
-                text = f"client {reply.client} stands at round {reply.at_round}"
-                raise RejectedError(Rejection.STALE, text, reply.client)
-            self._check(reply)
+            answer = decode_answer(message, self._max_values)
+            self._check_sender(answer, sender)
+            if isinstance(answer, Stale):
+                self._client_round[answer.client] = min(answer.at_round, self._client_round[answer.client])
+                raise answer.as_error()
+            self._check_reply(answer)
         except RejectedError as error:
-            who = error.client if sender is None else sender
-            self.rejected[f"{f'client {who}' if who in self._at else 'unknown'}: {error.rejection}"] += 1
+            client = error.client if sender is None else sender
+            name = f"client {client}" if client in self._client_round else "unknown"
+            self.rejected[f"{name}: {error.rejection}"] += 1
             raise
-        values = reply.masters if reply.scalars is None else reply.scalars
+        values = answer.masters if answer.scalars is None else answer.scalars
         assert values is not None
-        self._sent[reply.client] = values.tobytes()
-        self._steps += reply.local_steps
-        if reply.loss is not None:
-            self._losses[reply.client] = reply.loss
-        self._at[reply.client] = max(self.round, 1)
-        self.claimed[reply.client] = reply.examples
-        return reply
+        self._answers[answer.client] = values.tobytes()
+        self._steps += answer.local_steps
+        if answer.loss is not None:
+            self._losses[answer.client] = answer.loss
+        self._client_round[answer.client] = max(self.round, 1)
+        self.claimed[answer.client] = answer.examples
+        return answer
 
     def rejected_this_round(self) -> dict[str, int]:
-        """Messages refused since the last round was finished, by client and kind of reason, in their order."""
+        """Number of messages rejected since the last round was finished, by client and reason, sorted by key."""
         return dict(sorted((self.rejected - self._rejected_before).items()))
 
-    def _max_values(self) -> int:
+    def _max_values_of_reply(self) -> int:
         terms = self.replica.terms
-        by_weights = terms.sends_weights
-        return terms.elements if by_weights else 2 * terms.steps(self.round) * terms.queries  # and their positions
+        if terms.sends_weights:
+            return terms.elements
+        return 2 * terms.steps(self.round) * terms.queries  # all scalars, and the positions of the skipped ones
 
-    def _check_sender(self, reply: TrainReply | Stale, sender: int | None) -> None:
-        """Raises ``RejectedError`` unless whoever speaks has a say, now."""
-        if sender is not None and sender != reply.client:
-            text = f"client {sender} speaks for client {reply.client}"
-            raise RejectedError(Rejection.IMPOSTOR, text, reply.client)
-        if reply.client not in self._at:
-            raise _refused(reply, Rejection.UNKNOWN, "is unknown")
+    def _check_sender(self, answer: TrainReply | Stale, sender: int | None) -> None:
+        """Raises ``RejectedError`` unless the sender may answer this round now."""
+        if sender is not None and sender != answer.client:
+            text = f"client {sender} sent a message in the name of client {answer.client}"
+            raise RejectedError(Rejection.IMPOSTOR, text, answer.client)
+        if answer.client not in self._client_round:
+            raise _rejected(answer, Rejection.UNKNOWN, "is not part of this federation")
         round = self.round
-        if reply.round != round:
-            raise _refused(reply, Rejection.ROUND, f"answers round {reply.round}; round {round} is under way")
-        if reply.client in self._sent:
-            raise _refused(reply, Rejection.REPEATED, f"has answered round {round} already")
-        if reply.client not in self._sampled_clients():
-            raise _refused(reply, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
+        if answer.round != round:
+            raise _rejected(answer, Rejection.ROUND, f"sent an answer for round {answer.round} in round {round}")
+        if answer.client in self._answers:
+            raise _rejected(answer, Rejection.REPEATED, f"has already answered round {round}")
+        if answer.client not in self._sampled_clients():
+            raise _rejected(answer, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
 
-    def _check(self, reply: TrainReply) -> None:
-        """Raises ``RejectedError`` unless an answer is what was asked for."""
+    def _check_reply(self, reply: TrainReply) -> None:
+        """Raises ``RejectedError`` unless a reply contains the requested values and a plausible number of examples."""
         terms, steps, examples = self.replica.terms, self.local_steps(reply.client), reply.examples
         if reply.local_steps != steps:
-            raise _refused(reply, Rejection.COUNT, f"took {reply.local_steps} steps instead of {steps}")
+            text = f"sent a reply for {reply.local_steps} local steps, {steps} were requested"
+            raise _rejected(reply, Rejection.COUNT, text)
         if terms.sends_weights:
-            sent, what, wanted = reply.masters, "master values", terms.elements
+            sent, noun, expected = reply.masters, "master values", terms.elements
         else:
-            sent, what, wanted = reply.scalars, "scalars", steps * terms.queries
+            sent, noun, expected = reply.scalars, "scalars", steps * terms.queries
         if sent is None:
-            raise _refused(reply, Rejection.COUNT, f"sent no {what}, which {terms.gradient} steps are made of")
-        if len(sent) != wanted:
-            raise _refused(reply, Rejection.COUNT, f"sent {len(sent)} {what} instead of {wanted}")
+            text = f"sent no {noun}, {expected} were expected (gradient: {terms.gradient})"
+            raise _rejected(reply, Rejection.COUNT, text)
+        if len(sent) != expected:
+            raise _rejected(reply, Rejection.COUNT, f"sent {len(sent)} {noun}, {expected} were expected")
         if reply.scalars is not None and len(sent):
             largest = float(np.fmax.reduce(np.abs(sent)))
             if largest > self._max_scalar:
-                text = f"sent a scalar of size {largest:g}, above {self._max_scalar:g}"
-                raise _refused(reply, Rejection.TOO_LARGE, text)
+                text = f"sent a scalar of absolute value {largest:g}, at most {self._max_scalar:g} is allowed"
+                raise _rejected(reply, Rejection.TOO_LARGE, text)
         if examples == 0:
-            raise _refused(reply, Rejection.EXAMPLES, "has no examples")
+            raise _rejected(reply, Rejection.EXAMPLES, "reported 0 examples, at least 1 was expected")
         if 0 < self._max_examples < examples:
-            text = f"claims {examples} examples, above the {self._max_examples} allowed"
-            raise _refused(reply, Rejection.EXAMPLES, text)
+            text = f"reported {examples} examples, at most {self._max_examples} are allowed"
+            raise _rejected(reply, Rejection.EXAMPLES, text)
         if examples != self.claimed.get(reply.client, examples):
-            text = f"claims {examples} examples after {self.claimed[reply.client]} before"
-            raise _refused(reply, Rejection.EXAMPLES, text)
+            text = f"reported {examples} examples, {self.claimed[reply.client]} in an earlier round"
+            raise _rejected(reply, Rejection.EXAMPLES, text)
 
     def finish_round(self) -> RoundResult:
-        """Aggregates the answers, writes the round to the ledger, and moves the model on.
+        """Aggregates the answers, writes the round to the ledger, and updates the model.
 
         Raises:
-            RoundFailedError: if there was no usable answer; the round stays open.
+            RoundFailedError: if no answer was accepted; the round stays open.
         """
-        if not self._sent:
-            raise RoundFailedError(f"round {self.round}: no client gave a usable answer ({self.rejected_this_round()})")
+        if not self._answers:
+            raise RoundFailedError(
+                f"round {self.round}: no client sent a usable answer (rejected messages: {self.rejected_this_round()})"
+            )
         by_weights = self.replica.terms.sends_weights
-        own = ClientScalars.of_bytes({} if by_weights else self._sent)
-        traces = self._traces(self.round, own)
-        line = self._line(own, traces)
+        scalars = ClientScalars.of_bytes({} if by_weights else self._answers)
+        traces = self._traces(self.round, scalars)
+        line = self._make_record(scalars, traces)
         if self._ledger is not None:
             self._ledger.append(line)
         self._advance(line)
         return RoundResult(line=line, traces=traces)
 
     def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
-        """Takes over this round from a ledger instead of asking the clients for it.
+        """Applies the current round from a ledger, in place of requesting it from the clients.
 
         Args:
-            line: of this round.
-            weights: whether to move the model on too; without, the masters are left to whoever has them.
-            traced: whether to look at the clients' paths; a calibration's are always looked at.
+            line: the ledger's line of the current round.
+            weights: whether to update the model too; if False, the caller sets the masters.
+            traced: whether to compute the clients' paths; those of a calibration are always computed.
+
+        Raises:
+            ValueError: if the line is not of the current round.
         """
         if line.round != self.round:
-            raise ValueError(f"round {self.round} is under way, the line is of round {line.round}")
+            raise ValueError(f"the ledger line is of round {line.round}, the server is at round {self.round}")
         traces = self._traces(line.round, line.clients) if traced or self._calibrating else {}
         self.rejected.update(line.rejected)
         self.claimed |= line.examples
-        self._at |= {i: max(line.round, 1) for i in line.clients if i in self._at}
+        self._client_round |= {i: max(line.round, 1) for i in line.clients if i in self._client_round}
         self._advance(line, weights=weights)
         return RoundResult(line=line, traces=traces)
 
@@ -288,10 +318,10 @@ class Server:
             return {}
         return self._gradip.traces(self.replica.terms.seeds(round), scalars)
 
-    def _line(self, own: ClientScalars, traces: Mapping[int, Trace]) -> RoundRecord:
-        """The round as the ledger keeps it."""
+    def _make_record(self, client_scalars: ClientScalars, traces: Mapping[int, Trace]) -> RoundRecord:
+        """Aggregates the current round into its ledger line."""
         terms, number = self.replica.terms, self.round
-        weights = client_weights({i: self.claimed[i] for i in self._sent}, self._aggregation.weighting)
+        weights = client_weights({i: self.claimed[i] for i in self._answers}, self._aggregation.weighting)
         scalars: list[float] = []
         selection = Selection()
         masters = None
@@ -299,16 +329,17 @@ class Server:
             assert self._select is not None
             selection = self._select(traces)
         elif terms.sends_weights:
-            masters = mean_masters({i: np.frombuffer(own, dtype=np.float32) for i, own in self._sent.items()}, weights)
+            client_masters = {i: np.frombuffer(data, dtype=np.float32) for i, data in self._answers.items()}
+            masters = mean_masters(client_masters, weights)
         else:
-            scalars = aggregate(own, weights, terms.values, self._aggregation)
+            scalars = aggregate(client_scalars, weights, terms.values, self._aggregation)
         return RoundRecord(
             round=number,
             lr=terms.learning_rates(number),
             scalars=scalars,
-            clients=own,
+            clients=client_scalars,
             examples={i: self.claimed[i] for i in sorted(self.claimed.keys() - self._claimed_before)},
-            loss=self._loss(),
+            loss=self._mean_loss(),
             steps=self._steps,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
@@ -319,24 +350,28 @@ class Server:
             masters=masters,
         )
 
-    def _loss(self) -> float | None:
-        """Mean training loss of the clients that told one, weighted by ``p_i``; None if none did."""
-        told = self._losses
-        shares = client_weights({i: self.claimed[i] for i in told}, self._aggregation.weighting)
-        return float(in_order(np.array([share * told[i] for i, share in shares.items()]))) if told else None
+    def _mean_loss(self) -> float | None:
+        """Mean training loss of the clients that reported one, weighted by ``p_i``; None if no client did."""
+        losses = self._losses
+        if not losses:
+            return None
+        weights = client_weights({i: self.claimed[i] for i in losses}, self._aggregation.weighting)
+        return float(sum_in_order(np.array([p * losses[i] for i, p in weights.items()])))
 
     def _epsilon(self) -> float | None:
-        """What the client that is protected least will have spent after this round."""
+        """Largest epsilon that any client has spent after the current round; None without privacy."""
         terms = self.replica.terms
         if terms.privacy is None:
             return None
-        asked = self._asked | {i: self._asked[i] + self.local_steps(i) for i in self._sampled_clients()}
-        spent = {(self.claimed[i], steps) for i, steps in asked.items() if i in self.claimed}
+        this_round = {i: self._steps_requested[i] + self.local_steps(i) for i in self._sampled_clients()}
+        requested = self._steps_requested | this_round
+        spent = {(self.claimed[i], steps) for i, steps in requested.items() if i in self.claimed}
         return largest_epsilon(terms.privacy, spent, terms.queries)
 
     def _advance(self, line: RoundRecord, *, weights: bool = True) -> None:
+        """Moves the server from the current round to the next."""
         for i in self._sampled_clients():
-            self._asked[i] += self.local_steps(i)
+            self._steps_requested[i] += self.local_steps(i)
         if self._calibrating:
             self.stopped, self._calibrating = frozenset(line.stopped), False
         else:
@@ -350,8 +385,8 @@ class Server:
         self._open_round()
 
 
-def _refused(reply: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
-    return RejectedError(rejection, f"client {reply.client} {text}", reply.client)
+def _rejected(answer: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
+    return RejectedError(rejection, f"client {answer.client} {text}", answer.client)
 
 
-__all__ = ["RoundFailedError", "RoundResult", "Select", "Server"]
+__all__ = ["RoundFailedError", "RoundResult", "SelectionRule", "Server"]

@@ -1,4 +1,4 @@
-"""``Terms``: what server and clients agree on before the first round, and then never send again."""
+"""``Terms``: the settings that server and clients agree on before the first round and never send again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from ..triton_kernels import reference
 from .methods import Gradient
 from .privacy import Privacy
 
-# Round 0 is the calibration of virtual-path selection: a path of every client from the base model, not aggregated.
+# Round 0 is the calibration of virtual-path client selection: a path of every client from the base model. Its scalars
+# are not aggregated.
 CALIBRATION = 0
 
 
 class Schedule(StrEnum):
-    """How the learning rate changes over the run's steps, from its full value towards 0."""
+    """Schedule of the learning rate over all steps of the run, from its full value towards 0."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -29,18 +30,21 @@ class Terms:
     """The terms of a federation.
 
     Args:
-        seed: root seed in [0, 2**64); every perturbation's seed follows from it.
-        eps: perturbation scale.
+        seed: root seed in [0, 2**64); the seed of every perturbation is derived from it.
+        eps: scale of the perturbations.
         lr: learning rate (eta) of the first step.
-        local_steps: ``T``, steps of a client in a round.
-        queries: perturbations of a step; each has a seed and a scalar of its own.
-        gradient: how a client finds the direction of a step.
-        schedule: of the learning rate.
-        rounds: ``R``, which a schedule needs; 0 where it is constant.
-        calibration_steps: ``T_cali``, steps of a client in round 0; 0 where there is none.
-        elements: ``k``, the size of the mask.
-        mask_digest: of the mask.
-        privacy: what the scalars keep of a client's examples; None: nothing.
+        local_steps: ``T``, number of local steps of a client in a round.
+        elements: ``k``, number of elements in the mask.
+        mask_digest: digest of the mask.
+        queries: ``q``, number of queries of a step. Each has its own seed and scalar.
+        gradient: how a client estimates the gradient of a step.
+        schedule: schedule of the learning rate.
+        rounds: ``R``, number of rounds; required unless the schedule is constant, for which it may be 0 (no limit).
+        calibration_steps: ``T_cali``, number of local steps of a client in round 0; 0: no calibration.
+        privacy: differential privacy of the scalars; None: they are not private.
+
+    Raises:
+        ValueError: if the schedule needs the number of rounds and it is missing.
     """
 
     seed: int
@@ -58,13 +62,13 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.schedule is not Schedule.CONSTANT and self.rounds < 1:
-            raise ValueError(f"a {self.schedule} schedule needs the number of rounds")
+            raise ValueError(f"a {self.schedule} schedule needs the number of rounds, got {self.rounds}")
 
     @classmethod
     def of(cls, mask: SparseMask, *, seed: int, eps: float, lr: float, local_steps: int, **others: object) -> "Terms":
-        """The terms of a federation that uses this mask."""
-        fixed = {"elements": len(mask), "mask_digest": mask.digest}
-        return cls(seed=seed, eps=eps, lr=lr, local_steps=local_steps, **fixed, **others)  # type: ignore[arg-type]
+        """Makes the terms of a federation that uses this mask; see the class for the other arguments."""
+        of_mask = {"elements": len(mask), "mask_digest": mask.digest}
+        return cls(seed=seed, eps=eps, lr=lr, local_steps=local_steps, **of_mask, **others)  # type: ignore[arg-type]
 
     @property
     def sends_weights(self) -> bool:
@@ -73,31 +77,35 @@ class Terms:
 
     @property
     def values(self) -> int:
-        """Scalars of a round that is trained in: one a step and query."""
+        """Number of aggregated scalars of a round: ``T q``, one for each step and query."""
         return self.local_steps * self.queries
 
     def steps(self, round: int) -> int:
-        """Steps of a client that is not stopped early."""
+        """Number of local steps in a round of a client that is not stopped early."""
         return self.calibration_steps if round == CALIBRATION else self.local_steps
 
     def learning_rates(self, round: int) -> list[float]:
-        """Learning rate of each of the round's steps."""
+        """Learning rate of each of the round's steps.
+
+        Raises:
+            ValueError: if the schedule ends before this round.
+        """
         steps = self.steps(round)
         if self.schedule is Schedule.CONSTANT or round == CALIBRATION:
             return [self.lr] * steps
         if round > self.rounds:
-            raise ValueError(f"the {self.schedule} schedule ends with round {self.rounds}; round {round} was asked for")
+            raise ValueError(f"round {round} was requested, the {self.schedule} schedule ends with round {self.rounds}")
         total, first = self.rounds * self.local_steps, (round - 1) * self.local_steps
         if self.schedule is Schedule.LINEAR:
             return [self.lr * (1 - step / total) for step in range(first, first + steps)]
-        return [self.lr * (1 + cosine) / 2 for cosine in _half_turn(range(first, first + steps), total)]
+        return [self.lr * (1 + cosine) / 2 for cosine in _half_period_cosine(range(first, first + steps), total)]
 
     def query_learning_rates(self, round: int) -> list[float]:
-        """Learning rate of each of the round's queries: an equal share of its step's."""
+        """Learning rate of each of the round's queries: its step's learning rate divided by ``q``."""
         return [lr / self.queries for lr in self.learning_rates(round) for _ in range(self.queries)]
 
     def seeds(self, round: int) -> list[int]:
-        """Seed of each of the round's perturbations, ordered by step, then query; all clients share them."""
+        """Seed of each of the round's perturbations, ordered by step, then by query. All clients share the seeds."""
         return [
             stream.step_seed(self.seed, round, step, query)
             for step in range(self.steps(round))
@@ -105,12 +113,23 @@ class Terms:
         ]
 
     def updates(self, round: int, scalars: Sequence[float]) -> list[tuple[int, float, float]]:
-        """(seed, lr, g) of each of the round's updates, as ``replay`` takes them; ``lr`` is a query's share."""
+        """Returns the round's updates as ``(seed, lr, g)``, in the format of ``replay``.
+
+        Args:
+            round: number of the round.
+            scalars: the round's aggregated scalars, [T q].
+
+        Returns:
+            A tuple for each query, in which ``lr`` is the learning rate of the query.
+        """
         return list(zip(self.seeds(round), self.query_learning_rates(round), scalars, strict=True))
 
 
-def _half_turn(steps: range, total: int) -> list[float]:
-    """``cos(pi step / total)``, by the stream's own cosine: libraries differ in its last bit, and replicas may not."""
+def _half_period_cosine(steps: range, total: int) -> list[float]:
+    """Computes ``cos(pi step / total)`` with the stream's own cosine.
+
+    The cosines of math libraries differ in the last bit; those of replicas must not.
+    """
     words = torch.tensor([round(step / total * 2**23) << 8 for step in steps])
     return reference.sin_cos(words)[1].tolist()
 

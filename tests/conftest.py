@@ -1,8 +1,8 @@
-"""Shared fixtures. The kernels run in Triton's interpreter, which has to be switched on before they are imported."""
+"""Shared fixtures. The kernels run in Triton's interpreter, which must be enabled before they are imported."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # 0 on a GPU: see the tests marked so
+os.environ.setdefault("TRITON_INTERPRET", "1")  # 0 on a GPU: see the tests marked gpu
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,17 +17,17 @@ from torch import nn
 from helpers.constants import COMBINATION
 from helpers.models import ARCHITECTURES, make_model
 
-# Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
+# A second thread does not speed up tiny models, and slows them down much if two processes share two cores.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# method and task -> change of the held-out loss, elements
+# (method, task) -> (change of the held-out loss, number of masked elements)
 _COMBINATIONS: dict[tuple[str, str], tuple[str, int]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """By reports, which come from other processes too."""
+    """Collects results from the tests' reports, because tests may run in other processes."""
     for name, value in report.user_properties:
         if name == COMBINATION:
             method, task, change, elements = value  # type: ignore[misc]
@@ -41,15 +41,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("change of the held-out loss over two rounds, every method on every task")
     terminalreporter.line(" " * 17 + " ".join(f"{task[:10]:>10}" for task in tasks) + "   elements")
     for method in methods:
-        found = [_COMBINATIONS.get((method, task), ("", 0)) for task in tasks]
-        terminalreporter.line(f"{method:17}" + " ".join(f"{loss:>10}" for loss, _ in found) + f"{found[0][1]:>11,}")
+        results = [_COMBINATIONS.get((method, task), ("", 0)) for task in tasks]
+        losses = " ".join(f"{loss:>10}" for loss, _ in results)
+        terminalreporter.line(f"{method:17}{losses}{results[0][1]:>11,}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     compiled = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
     for item in items:
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
         if "gpu" in item.keywords and not compiled:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; run with TRITON_INTERPRET=0 and -m gpu"))
 

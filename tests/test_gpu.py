@@ -1,7 +1,7 @@
-"""A device's bits are the CPU's: every operation, whole steps, and a captured step.
+"""The GPU gives the bits of the CPU: single operations, complete steps, and a captured step.
 
-On a machine with a GPU: ``TRITON_INTERPRET=0 python -m pytest -m gpu``. The CPU's own runs of these tests keep them in
-working order.
+On a machine with a GPU, run ``TRITON_INTERPRET=0 python -m pytest -m gpu``. The same tests also run on the CPU, so that
+they stay in working order.
 """
 
 import copy
@@ -32,8 +32,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @contextmanager
-def nothing_waits(device: torch.device) -> Iterator[None]:
-    """On a GPU, whatever makes the host wait for it is an error."""
+def no_host_waits(device: torch.device) -> Iterator[None]:
+    """Context in which any operation that makes the host wait for the GPU raises an error."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -43,8 +43,8 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def all_bits(device: torch.device, backend: str, dtype: torch.dtype, *, dense: bool) -> list[torch.Tensor]:
-    """The weights after each operation, the masters, and what the list operations return; on the CPU."""
+def run_all_operations(device: torch.device, backend: str, dtype: torch.dtype, *, dense: bool) -> list[torch.Tensor]:
+    """Runs all operations; returns the weights after each, the masters, normals, inner products and coefficients."""
     ops = resolve(backend, device)
     generator = torch.Generator().manual_seed(0)
     live = [(torch.randn(n, generator=generator) * 0.05).to(dtype).to(device) for n in SIZES]
@@ -55,20 +55,20 @@ def all_bits(device: torch.device, backend: str, dtype: torch.dtype, *, dense: b
     c = torch.tensor([c for _, c in STEPS], dtype=torch.float32, device=device)
     seen = []
 
-    def note() -> None:
+    def record_weights() -> None:
         seen.extend(w.cpu().clone() for w in live)
 
     ops.perturb_(table, master, seeds[:1], c[:1])
-    note()
+    record_weights()
     ops.update_(table, master, seeds[1:2], c[1:2])
-    note()
+    record_weights()
     ops.update_perturb_(table, master, seeds[:1], c[:1], seeds[2:], c[2:])
-    note()
+    record_weights()
     ops.replay_(table, master, seeds, c)
-    note()
+    record_weights()
     ops.perturb_(table, master, seeds[:1], c[:1])
     ops.restore_(table, master)
-    note()
+    record_weights()
     ids = torch.cat([torch.arange(5000), torch.arange(2**32 - 9, 2**32 + 9), torch.arange(2**62, 2**62 + 9)])
     normals = ops.normal(2**63 + 5, ids.to(device)).cpu()
     products = ops.inner(normals.to(device), ids.to(device), seeds).cpu()
@@ -79,9 +79,9 @@ def all_bits(device: torch.device, backend: str, dtype: torch.dtype, *, dense: b
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_operation(device: torch.device, dtype: torch.dtype, dense: bool) -> None:
-    found = all_bits(device, "triton", dtype, dense=dense)
-    wanted = all_bits(torch.device("cpu"), "torch", dtype, dense=dense)
+def test_every_operation_has_the_bits_of_the_cpu(device: torch.device, dtype: torch.dtype, dense: bool) -> None:
+    found = run_all_operations(device, "triton", dtype, dense=dense)
+    wanted = run_all_operations(torch.device("cpu"), "torch", dtype, dense=dense)
     assert len(found) == len(wanted)
     assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -98,7 +98,7 @@ def test_a_run_on_the_device_is_replayed_on_the_cpu(
     mask = SparseMask.random(model, 0.05, 1)
     opt = SparseZO(model.to(device), mask, lr=0.1, seed=4, backend="triton", queries=q, estimator=estimator)
     losses = [torch.tensor(value, device=device) for value in queue]
-    with nothing_waits(device):
+    with no_host_waits(device):
         opt.step_many([lambda: losses.pop(0)] * steps)
     assert losses == []
     seeds = [stream.step_seed(4, 0, t, j) for t in range(steps) for j in range(q)]
@@ -108,7 +108,7 @@ def test_a_run_on_the_device_is_replayed_on_the_cpu(
 
 
 @pytest.mark.gpu
-def test_a_captured_step_runs_with_new_values() -> None:
+def test_a_captured_step_can_be_replayed_with_new_values() -> None:
     device = torch.device("cuda")
     model, other = make_model("llama", torch.bfloat16).to(device), make_model("llama", torch.bfloat16).to(device)
     mask = SparseMask.random(model, 0.05, 1)

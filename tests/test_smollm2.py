@@ -1,4 +1,4 @@
-"""A short version of the run in docs/smollm2.md, on the real model and real data (minutes; run with -m slow)."""
+"""A short version of the run in docs/smollm2.md, with the real model and real data. Takes minutes; run with -m slow."""
 
 import json
 import os
@@ -18,6 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def gguf() -> str:
+    """Path of the model's GGUF file, from the environment variable MEERKAT_GGUF."""
     path = os.environ.get("MEERKAT_GGUF", "")
     if not Path(path).is_file():
         pytest.skip(

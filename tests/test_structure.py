@@ -1,4 +1,4 @@
-"""What the package exports, and which part may import which."""
+"""Structure of the package: public names, import order, and code that must not occur in it."""
 
 import ast
 import doctest
@@ -15,20 +15,20 @@ from meerkat_engine import fed, stream
 from meerkat_engine.engine import optimizer, private_closure
 from meerkat_engine.engine.lm import template
 
-from helpers.imports import LAYERS, ROOT, arrows, imported_names, sources, violations
+from helpers.imports import LAYERS, ROOT, import_edges, imported_names, sources, violations
 
 DOCUMENTED = [stream, optimizer, private_closure, template]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)
-def test_examples_in_docstrings(module: ModuleType) -> None:
+def test_docstring_examples_pass(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted >= 2
     assert result.failed == 0
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
-    """It is cut out of the README, between these two lines."""
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    """CI extracts the command from the README, between two lines that must stay there."""
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## Tests\n")[1].split("\nApache-2.0")[0]
     assert section.count("```") == 2
@@ -36,8 +36,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "sed -n '/^## Tests/,/^Apache/p' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-# The rooms of each layer, one storey above the other: a folder, or a module that stands on its own. Each may import
-# what stands before it, in its own layer and in the layers below.
+# The rooms of each layer, lowest first. A room is a folder, or a module directly in the layer's folder. It may import
+# the rooms before it in its layer, and everything in the layers below.
 ROOMS = {
     "triton_kernels": [
         "philox", "elements", "launch", "block", "reference", "numba_normal", "normal", "coefficients", "perturb",
@@ -60,17 +60,17 @@ ROOMS = {
 }  # fmt: skip
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_follow_the_order_of_layers_and_rooms() -> None:
     assert violations(sources(), ROOMS) == []
 
 
-def test_every_room_is_there() -> None:
+def test_every_room_exists() -> None:
     modules = {path.removesuffix(".py").removesuffix("/__init__") for path in sources()}
     assert {f"{layer}/{room}" for layer in LAYERS for room in ROOMS[layer]} <= modules
 
 
 @pytest.mark.parametrize(
-    ("path", "line", "complaint"),
+    ("path", "line", "message"),
     [
         ("engine/mask.py", "from ..fed.terms import Terms", "engine.mask imports fed.terms, which is above it"),
         ("fed/server.py", "from ..cli import main", "fed.server imports cli, which is above it"),
@@ -79,27 +79,27 @@ def test_every_room_is_there() -> None:
         ("fed/client.py", "def f(): from .run.execute import execute", "fed.client imports fed.run.execute, which is"),
         ("triton_kernels/perturb.py", "import meerkat_engine.engine.mask", "triton_kernels.perturb imports engine"),
         ("engine/stream.py", "from .. import SparseMask", "engine.stream imports meerkat_engine"),
-        ("fed/run/jsonl.py", "from .metrics import Metrics", "circle: fed.run.jsonl -> fed.run.metrics ->"),
+        ("fed/run/jsonl.py", "from .metrics import Metrics", "cycle: fed.run.jsonl -> fed.run.metrics ->"),
         ("bench/new_room.py", "from . import rows", "bench.new_room is not in the list of rooms"),
     ],
 )  # fmt: skip
-def test_an_import_against_the_direction_is_found(path: str, line: str, complaint: str) -> None:
+def test_an_import_against_the_order_is_found(path: str, line: str, message: str) -> None:
     texts = sources()
     texts[path] = texts.get(path, "") + f"\n{line}\n"
-    assert any(each.startswith(complaint) for each in violations(texts, ROOMS))
+    assert any(problem.startswith(message) for problem in violations(texts, ROOMS))
 
 
-def test_an_import_of_a_module_that_is_not_there_is_found() -> None:
+def test_an_import_of_a_missing_module_is_found() -> None:
     with pytest.raises(LookupError, match=r"meerkat_engine\.engine\.masks"):
-        arrows(sources() | {"engine/new.py": "from .masks import SparseMask"})
+        import_edges(sources() | {"engine/new.py": "from .masks import SparseMask"})
 
 
 TESTS = [path for folder in ("tests", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_tests_and_examples_import_is_there(path: Path) -> None:
-    """On disk, where an editor finds it; but for the public names, which the root has."""
+def test_modules_that_tests_and_examples_import_exist(path: Path) -> None:
+    """They exist as files, where an editor finds them. Public names are exempt, because the root package has them."""
     public = {("meerkat_engine", name) for name in meerkat_engine.__all__}
     public |= {("meerkat_engine", "fed", name) for name in fed.__all__}
     for name in imported_names(path.read_text(), path.relative_to(ROOT).as_posix()):
@@ -107,12 +107,14 @@ def test_what_tests_and_examples_import_is_there(path: Path) -> None:
         if parts[0] == "helpers":
             assert (ROOT / "tests" / "helpers" / f"{parts[1]}.py").is_file(), name
         if parts[0] == "meerkat_engine" and parts not in public:
-            places = [ROOT.joinpath(*parts[1:stop]) for stop in (len(parts), max(1, len(parts) - 1))]
-            assert any(each.with_suffix(".py").is_file() or (each / "__init__.py").is_file() for each in places), name
+            modules = [ROOT.joinpath(*parts[1:stop]) for stop in (len(parts), max(1, len(parts) - 1))]
+            assert any(
+                module.with_suffix(".py").is_file() or (module / "__init__.py").is_file() for module in modules
+            ), name
 
 
 def exported_for_checkers(path: Path) -> set[str]:
-    """The names that type checkers see in a package's ``__init__``."""
+    """The names that a package's ``__init__`` imports for type checkers."""
     tree = ast.parse(path.read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     return {
@@ -120,7 +122,7 @@ def exported_for_checkers(path: Path) -> set[str]:
     }
 
 
-def test_public_names() -> None:
+def test_the_public_names_are_these() -> None:
     assert sorted(meerkat_engine.__all__) == [
         "Delta", "Estimator", "LanguageModel", "MeerkatError", "SparseMask", "SparseZO", "SparseZOTrainer",
         "__version__", "fingerprint", "load_model", "read_updates", "replay", "save_checkpoint", "stream",
@@ -134,7 +136,7 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize("package", [meerkat_engine, fed], ids=lambda package: package.__name__)
-def test_every_public_name_is_there_for_python_checkers_and_people(package: ModuleType) -> None:
+def test_every_public_name_can_be_imported_checked_and_listed(package: ModuleType) -> None:
     names = set(package.__all__) - {"__version__"}
     assert all(getattr(package, name) is not None for name in names)
     assert names <= set(dir(package))
@@ -144,7 +146,7 @@ def test_every_public_name_is_there_for_python_checkers_and_people(package: Modu
         package.absent  # noqa: B018
 
 
-def test_help_shows_the_public_names() -> None:
+def test_help_lists_the_public_names() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "import meerkat_engine; help(meerkat_engine)"], capture_output=True, text=True,
         check=True, env=os.environ | {"PAGER": "cat"},
@@ -158,8 +160,8 @@ def test_a_process_that_only_forwards_messages_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_kernels_need_torch_and_triton_only() -> None:
-    """And numba, where it is installed."""
+def test_kernels_only_import_torch_and_triton() -> None:
+    """``numba_normal`` also imports numba, if that is installed."""
     for path in (ROOT / "triton_kernels").glob("*.py"):
         for name in imported_names(path.read_text(), f"triton_kernels/{path.name}"):
             assert name.split(".")[0] in {
@@ -169,43 +171,43 @@ def test_kernels_need_torch_and_triton_only() -> None:
 
 
 PATHS = [ROOT / path for path in sources()]
-# Their lazy public names are imported by constants of their own.
+# They import their public names lazily, by constant names.
 LAZY = {ROOT / "__init__.py", ROOT / "fed" / "__init__.py"}
 
 CODE_FROM_DATA = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code"}
 
 
-def runs_code_from_data(tree: ast.AST) -> list[str]:
-    """What in a module could run code that is in a file: each use, with its line."""
-    found = []
+def code_from_data_uses(tree: ast.AST) -> list[str]:
+    """Finds uses, in a module, of functions that could run code from a data file. Each with its line number."""
+    uses = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [f"{node.lineno}: {a.name}" for a in node.names if a.name.split(".")[0] in CODE_FROM_DATA]
+            uses += [f"{node.lineno}: {a.name}" for a in node.names if a.name.split(".")[0] in CODE_FROM_DATA]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             root, names = node.module.split(".")[0], [alias.name for alias in node.names]
             if root in CODE_FROM_DATA or (root in ("torch", "numpy") and "load" in names) or "import_module" in names:
-                found.append(f"{node.lineno}: {node.module}.{names[0]}")
+                uses.append(f"{node.lineno}: {node.module}.{names[0]}")
         elif isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
-            found.append(f"{node.lineno}: {node.id}")
+            uses.append(f"{node.lineno}: {node.id}")
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in (
             "torch.load", "torch.jit.load", "torch.serialization.load", "torch.hub.load", "np.load", "numpy.load",
             "importlib.import_module", "builtins.eval", "builtins.exec", "yaml.load", "yaml.unsafe_load",
         ):  # fmt: skip
-            found.append(f"{node.lineno}: {ast.unparse(node)}")
+            uses.append(f"{node.lineno}: {ast.unparse(node)}")
         elif (
             isinstance(node, ast.keyword)
             and node.arg in ("trust_remote_code", "allow_pickle")
             and isinstance(node.value, ast.Constant)
             and node.value.value
         ):
-            found.append(f"{node.value.lineno}: {node.arg}")
-    return found
+            uses.append(f"{node.value.lineno}: {node.arg}")
+    return uses
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_runs_code_from_data(path: Path) -> None:
-    found = runs_code_from_data(ast.parse(path.read_text()))
-    assert not [each for each in found if path not in LAZY or "import_module" not in each]
+def test_no_module_code_from_data_uses(path: Path) -> None:
+    uses = code_from_data_uses(ast.parse(path.read_text()))
+    assert not [use for use in uses if path not in LAZY or "import_module" not in use]
 
 
 @pytest.mark.parametrize(
@@ -216,9 +218,9 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
         "from_pretrained(x, trust_remote_code=True)", "import joblib.numpy_pickle", "compile(text, '', 'exec')",
     ],
 )  # fmt: skip
-def test_what_would_run_code_is_seen(line: str) -> None:
-    assert runs_code_from_data(ast.parse(line))
-    assert not runs_code_from_data(ast.parse("model.eval(); stream.load(x); from_pretrained(x, trust_remote_code=y)"))
+def test_code_that_runs_code_from_data_is_found(line: str) -> None:
+    assert code_from_data_uses(ast.parse(line))
+    assert not code_from_data_uses(ast.parse("model.eval(); stream.load(x); from_pretrained(x, trust_remote_code=y)"))
 
 
 def test_no_global_randomness_in_the_library() -> None:

@@ -1,7 +1,7 @@
-"""Hand-written Triton kernels on the masked elements of a model, each beside its plain-torch twin in ``reference``.
+"""Hand-written Triton kernels on the masked elements of a model. Each has a plain-torch twin in ``reference``.
 
-The kernels' modules import triton and are imported by the engine when the Triton backend is first used; this module,
-the reference and the element table need torch alone.
+The kernels' modules import triton; the engine imports them when the Triton backend is first used. This module, the
+reference and the element table need only torch.
 """
 
 from . import reference

@@ -1,6 +1,7 @@
-"""What every masked kernel does around its arithmetic: find a block's elements, draw their normals, round to weights.
+"""Shared code of all masked kernels: load a block's elements, draw their normals, round to the weights' dtype.
 
-``DENSE`` is static: a table has offsets, or all elements of its tensors are masked (see ``ElementTable``).
+``DENSE`` is a compile-time constant: true if all elements of the table's tensors are masked and the table has no
+offsets (see ``ElementTable``).
 """
 
 import triton
@@ -11,22 +12,26 @@ from .philox import normal_at, normal_run
 
 @triton.jit
 def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """The elements of this program's block.
+    """Loads the elements of this program's block.
 
     Args:
-        w_like_ptr: pointer of the weights' type; its address is not used.
-        blocks_ptr: see ``ElementTable.blocks``.
-        offsets_ptr: see ``ElementTable.offsets``; not used if ``DENSE``.
-        master_ptr: fp32 [slots].
-        BLOCK: elements per program.
+        w_like_ptr: pointer with the weights' type; its address is not used.
+        blocks_ptr: pointer to ``ElementTable.blocks``.
+        offsets_ptr: pointer to ``ElementTable.offsets``; not used if ``DENSE``.
+        master_ptr: pointer to the masters, fp32 [slots].
+        BLOCK: number of elements per program.
         DENSE: whether the table has no offsets.
 
     Returns:
-        Pointers to the live weights, int64 element ids (``DENSE``: the id of the first), pointers to the masters, the
-        masters, which lanes hold an element, and which hold a slot: [BLOCK] each.
+        w_ptr: pointers to the live weights, [BLOCK].
+        ids: element ids, int64 [BLOCK]; if ``DENSE``, the id of the first element.
+        masters_ptr: pointers to the masters, [BLOCK].
+        master: masters, fp32 [BLOCK].
+        live: lanes that hold an element, bool [BLOCK].
+        slots: lanes that hold a slot, bool [BLOCK].
     """
     block = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
-    # The hints are what the table promises; without them four neighbours would be four loads and not one of 16 bytes.
+    # The table guarantees these alignment hints. With them, four neighbours are one load of 16 bytes instead of four.
     start = tl.multiple_of(tl.load(block + 2), 4)
     count = tl.load(block + 3)
     lane = tl.arange(0, BLOCK)
@@ -35,7 +40,7 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
     master = tl.load(masters_ptr, mask=slots, other=0.0)
     live = lane < count
     if DENSE:
-        live = slots  # the same: a dense tensor's size is a multiple of 4
+        live = slots  # equal, because a dense tensor's size is a multiple of 4
         w_ptr = tl.multiple_of(tl.load(block).to(w_like_ptr.dtype), 16) + lane
         ids = tl.load(block + 1)
     else:
@@ -47,22 +52,22 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
 
 @triton.jit
 def block_normals(seed, ids, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """``z`` of a block, from what ``load_block`` calls its ids."""
+    """Draws ``z`` for a block: fp32 [BLOCK], from the ids that ``load_block`` returns."""
     return normal_run(seed, ids, BLOCK) if DENSE else normal_at(seed, ids)
 
 
 @triton.jit
-def stepped(master, z, c):
-    """``master - c * z``, or the master where the coefficient is not finite: a step that is not taken."""
+def update_master(master, z, c):
+    """Returns ``master - c * z``, or the unchanged master if the coefficient is not finite (a skipped query)."""
     return tl.where(tl.abs(c) < float("inf"), master - z * c, master)
 
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """fp32 to the live weight's dtype, to nearest, ties to even.
+    """Rounds fp32 to the live weight's dtype, to nearest, ties to even.
 
-    bfloat16 is rounded in integers: Triton's interpreter does not round its bfloat16 cast correctly, and every backend
-    has to give the same bits. NaN stays NaN.
+    bfloat16 is rounded with integer operations: Triton's interpreter does not round its bfloat16 cast correctly, and
+    every backend has to give the same bits. NaN stays NaN.
     """
     if dtype == tl.bfloat16:
         b = value.to(tl.uint32, bitcast=True)
@@ -71,4 +76,4 @@ def round_to(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-__all__ = ["block_normals", "load_block", "round_to", "stepped"]
+__all__ = ["block_normals", "load_block", "round_to", "update_master"]

@@ -1,4 +1,4 @@
-"""From the two losses of a step to its projected gradient and coefficients, on the device: the host need not wait."""
+"""Projected gradient and coefficients from a query's two losses, computed on the device: the host need not wait."""
 
 import torch
 import triton
@@ -20,7 +20,7 @@ def _coefficients_kernel(out_ptr, losses_ptr, eps_ptr, lr_ptr, groups: tl.int32)
 
 
 def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
-    """See ``reference.coefficients``."""
+    """Computes a query's record; see ``reference.coefficients``."""
     out = torch.empty(2 + lr.numel(), dtype=torch.float32, device=losses.device)
     with on_device_of(losses):
         _coefficients_kernel[(1,)](

@@ -1,11 +1,13 @@
-"""Where the masked elements of a model live in memory, as kernels and reference need it.
+"""``ElementTable``: memory locations of a model's masked elements, for the kernels and the reference.
 
 One table covers the masked elements of all tensors of one dtype on one device, so that an operation is one launch.
-An element has a slot: its place in ``offsets`` and in the masters. The slots of a tensor begin at a multiple of 4, so
-that four neighbours are one 16-byte load; the up to three slots left over belong to no element and reach no weight.
+Each element has a slot: its index in ``offsets`` and in the masters. The slots of a tensor start at a multiple of 4, so
+that four neighbours are one 16-byte load. Up to three padding slots after a tensor hold no element; no weight is
+written for them.
 
-The slots are cut into blocks of at most ``BLOCK`` that never straddle two tensors; a program takes one block, reads its
-four numbers once, and finds a weight at ``address + offset * itemsize``, its element id at ``base + offset``.
+The slots are cut into blocks of at most ``BLOCK``; a block never spans two tensors. A program processes one block and
+reads its four numbers once. The weight of a slot is at ``address + offset * itemsize``, its element id is
+``base + offset``.
 """
 
 from bisect import bisect_right
@@ -22,17 +24,17 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ElementTable:
-    """The masked elements of some tensors: tensor after tensor, in the order of their offsets.
+    """Locations of the masked elements of several tensors: tensor by tensor, in the order of their offsets.
 
     Args:
         weights: flat views (one dimension, contiguous) of the live tensors, all of one dtype and device.
         bases: element id of each tensor's first element.
-        starts: first slot of each tensor, a multiple of ``ALIGN``; one more entry than tensors, the last is ``slots``.
+        starts: first slot of each tensor, a multiple of ``ALIGN``, followed by one last entry: ``slots``.
         counts: number of masked elements of each tensor.
-        offsets: int32 [slots] (int64 if a tensor has over 2**31 elements), flat offset in its tensor of each slot's
-            element; None where all elements of all tensors are masked.
-        blocks: int64 [n_blocks, 4]: address of the tensor, its base id, first slot, number of elements (<= ``BLOCK``).
-            Without offsets: address and id of the block's own first element.
+        offsets: flat offset of each slot's element in its tensor, int32 [slots] (int64 if a tensor has over 2**31
+            elements). None if all elements of all tensors are masked.
+        blocks: one row per block, int64 [n_blocks, 4]: address of the tensor, its base id, first slot, number of
+            elements (<= ``BLOCK``). Without offsets, address and id are those of the block's first element.
     """
 
     weights: tuple[Tensor, ...]
@@ -49,11 +51,14 @@ class ElementTable:
 
     @property
     def slots(self) -> int:
-        """Length of the masters."""
+        """Number of slots, padding included: the length of the masters."""
         return self.starts[-1]
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The elements in the slots ``[start, stop)``: tensor, and the slots ``[low, high)`` of it that hold some."""
+        """Finds the slots in ``[start, stop)`` that hold elements: yields (tensor, low, high) for each tensor.
+
+        ``tensor`` is the index of the tensor; its elements in the range are in the slots ``[low, high)``.
+        """
         for tensor in range(bisect_right(self.starts, start) - 1, len(self.counts)):
             low, high = self.starts[tensor], self.starts[tensor] + self.counts[tensor]
             if low >= stop:
@@ -62,7 +67,7 @@ class ElementTable:
                 yield tensor, max(low, start), min(high, stop)
 
     def ids(self, start: int, stop: int) -> Tensor:
-        """Element ids of the slots ``[start, stop)``, int64, 0 where there is none; made anew at each call."""
+        """Computes the element ids of the slots ``[start, stop)``: int64 [stop - start], 0 in padding slots."""
         ids = torch.zeros(stop - start, dtype=torch.int64, device=self.blocks.device)
         for tensor, low, high in self.pieces(start, stop):
             first = self.bases[tensor]
@@ -75,21 +80,26 @@ class ElementTable:
 
 
 def can_be_dense(weight: Tensor, base: int) -> bool:
-    """Whether a tensor of which every element is masked may do without offsets.
+    """Whether a tensor whose elements are all masked can be in a table without offsets.
 
-    Four neighbours then share a Philox block and a 16-byte access: first id, address and size must allow it.
+    Without offsets, four neighbours share a Philox block and a 16-byte access, so the id of the first element, the
+    address and the size must be aligned.
+
+    Args:
+        weight: the tensor.
+        base: element id of its first element.
     """
     return base % ALIGN == 0 and weight.numel() % ALIGN == 0 and weight.data_ptr() % 16 == 0
 
 
 def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor] | None) -> ElementTable:
-    """The table of some tensors' masked elements.
+    """Builds the table of the masked elements of tensors.
 
     Args:
-        weights: contiguous tensors of one dtype and device; their memory is what the operations write.
+        weights: contiguous tensors of one dtype and device. The operations write to their memory.
         bases: element id of each tensor's first element.
-        offsets: per tensor, int64 [n_i], sorted flat offsets of its masked elements; n_i > 0. None: all elements of
-            all tensors, each of which ``can_be_dense``.
+        offsets: sorted flat offsets of each tensor's masked elements, int64 [n_i] with n_i > 0. None selects all
+            elements of all tensors; then ``can_be_dense`` must hold for each tensor.
 
     Raises:
         ValueError: if the tensors differ in dtype or device, one is not contiguous, or one cannot be dense.
@@ -98,14 +108,14 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
     for weight, base in zip(weights, bases, strict=True):
         if weight.device != device or weight.dtype != dtype:
             raise ValueError(
-                f"one table needs one dtype and device; "
-                f"got {weight.dtype} on {weight.device} beside {dtype} on {device}"
+                f"one table needs one dtype and device; got {weight.dtype} on {weight.device} and {dtype} on {device}"
             )
         if not weight.is_contiguous():
             raise ValueError(f"a weight of shape {tuple(weight.shape)} is not contiguous; call .contiguous() first")
         if offsets is None and not can_be_dense(weight, base):
             raise ValueError(
-                f"{weight.numel()} elements at id {base} and address {weight.data_ptr():#x} need offsets: not aligned"
+                f"a tensor of {weight.numel()} elements with first id {base} at address {weight.data_ptr():#x} is not "
+                f"aligned: its elements need offsets"
             )
     flat = tuple(w.detach().view(-1) for w in weights)
     counts = tuple(w.numel() for w in flat) if offsets is None else tuple(o.numel() for o in offsets)
@@ -113,7 +123,7 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
     for count in counts:
         starts.append(starts[-1] + -(-count // ALIGN) * ALIGN)
     blocks = [
-        _blocks_of(w, base, start, count, dense=offsets is None)
+        _block_rows(w, base, start, count, dense=offsets is None)
         for w, base, start, count in zip(flat, bases, starts, counts, strict=False)
     ]
     return ElementTable(
@@ -121,24 +131,26 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
         bases=tuple(bases),
         starts=tuple(starts),
         counts=counts,
-        offsets=None if offsets is None else _padded(flat, offsets, starts).to(device),
+        offsets=None if offsets is None else _padded_offsets(flat, offsets, starts).to(device),
         blocks=torch.cat(blocks).to(device),
     )
 
 
-def _padded(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-    small = max(w.numel() for w in weights) <= _INT32_MAX
-    out = torch.zeros(starts[-1], dtype=torch.int32 if small else torch.int64)
-    for start, each in zip(starts, offsets, strict=False):
-        out[start : start + each.numel()] = each
-    return out
+def _padded_offsets(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    """Concatenates the offsets of all tensors, padded to their slots: int32 or int64 [slots]."""
+    fits_int32 = max(w.numel() for w in weights) <= _INT32_MAX
+    padded = torch.zeros(starts[-1], dtype=torch.int32 if fits_int32 else torch.int64)
+    for start, tensor_offsets in zip(starts, offsets, strict=False):
+        padded[start : start + tensor_offsets.numel()] = tensor_offsets
+    return padded
 
 
-def _blocks_of(weight: Tensor, base: int, start: int, count: int, *, dense: bool) -> Tensor:
-    first = torch.arange(0, count, BLOCK)
-    own = first if dense else torch.zeros_like(first)
-    addresses = weight.data_ptr() + own * weight.element_size()
-    return torch.stack((addresses, base + own, first + start, (count - first).clamp(max=BLOCK)), dim=1)
+def _block_rows(weight: Tensor, base: int, start: int, count: int, *, dense: bool) -> Tensor:
+    """Makes the rows of ``ElementTable.blocks`` for one tensor whose ``count`` elements start at slot ``start``."""
+    first = torch.arange(0, count, BLOCK)  # first element of each block, counted within the tensor
+    shift = first if dense else torch.zeros_like(first)
+    addresses = weight.data_ptr() + shift * weight.element_size()
+    return torch.stack((addresses, base + shift, first + start, (count - first).clamp(max=BLOCK)), dim=1)
 
 
 __all__ = ["ALIGN", "BLOCK", "ElementTable", "build_table", "can_be_dense"]

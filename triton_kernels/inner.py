@@ -1,8 +1,8 @@
 """``<gradient, z_s>`` and ``<z_s, z_s>`` over the mask for many seeds, in one pass.
 
-GradIP is the first times the projected gradient; its cosine needs both (Meerkat, arXiv 2506.03337, section 4).
-Each program holds its elements' gradient and ids while it goes through all seeds, and leaves two float64 per seed.
-``reference.inner`` says in which order the sums are taken; a program's share of each is a subtree.
+GradIP is the first product times the projected gradient; its cosine needs both products (Meerkat, arXiv 2506.03337,
+section 4). Each program keeps its elements' gradient and ids in registers for all seeds, and writes two float64 per
+seed. ``reference.inner`` defines the order of the sums; a program computes a subtree of each.
 """
 
 import torch
@@ -18,7 +18,7 @@ from .reference import tree_sum
 
 @triton.jit
 def _tree_sum(values, N: tl.constexpr, LEVELS: tl.constexpr):
-    """Neighbours are added until one is left: [1]. A sum over two has one order, whatever the layout."""
+    """Adds neighbours until one value is left: [1]. A sum of two values has only one order, in any layout."""
     for level in tl.static_range(LEVELS):
         values = tl.sum(tl.reshape(values, [N >> (level + 1), 2]), axis=1)
     return values
@@ -49,7 +49,7 @@ def _inner_kernel(
 
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
-    """See ``reference.inner``."""
+    """Computes ``<gradient, z>`` and ``<z, z>`` for each seed; see ``reference.inner``."""
     chunks = triton.cdiv(ids.numel(), BLOCK)
     sums = gradient.new_empty((seeds.numel(), 2, chunks), dtype=torch.float64)
     with on_device_of(gradient):

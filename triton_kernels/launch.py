@@ -15,35 +15,38 @@ from .elements import ALIGN, BLOCK, ElementTable
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """How a kernel is launched; none of it changes a result.
+    """Launch parameters of a kernel. They do not change any result.
 
     Args:
-        block: elements per program.
-        num_warps: warps per program (a power of two).
+        block: number of elements per program.
+        num_warps: number of warps per program, a power of two.
     """
 
     block: int
     num_warps: int
 
     def options(self) -> dict[str, int | bool]:
-        """Launch keywords. Fused multiply-add is off: the arithmetic rounds every operation."""
+        """Returns the launch keywords. Fused multiply-add is off, because the arithmetic rounds every operation."""
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
 def masked_config(warp_size: int) -> LaunchConfig:
-    """Of every kernel here: ``ALIGN`` elements a thread, what one 16-byte load of offsets or of masters brings.
+    """Configuration of all masked kernels: ``ALIGN`` elements per thread, one 16-byte load of offsets or masters.
 
-    Chosen from the compilers' output (triton 3.7.1), not yet by a clock. With 8 elements a thread, on
-    sm_90 the fused update takes 124 registers and ``inner`` 143, which leaves 16 and 12 warps a multiprocessor to hide
-    the latency of scattered stores; with 4 they take 66 and 80, for 24 warps, at 2% to 15% more instructions an
-    element.
+    It was chosen from the compilers' output (triton 3.7.1), not from timings yet. With 8 elements per thread on sm_90,
+    the fused update takes 124 registers and ``inner`` 143. That leaves 16 and 12 warps per multiprocessor to hide the
+    latency of scattered stores. With 4 elements per thread they take 66 and 80 registers, for 24 warps, at 2% to 15%
+    more instructions per element.
+
+    Args:
+        warp_size: number of threads per warp of the device.
     """
     return LaunchConfig(block=BLOCK, num_warps=BLOCK // ALIGN // warp_size)
 
 
 def config_of(kernel: Any) -> LaunchConfig:
-    """The configuration of a kernel on the current device."""
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter, which has no warps
+    """Returns the configuration of a kernel on the current device."""
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter has no warps
         return masked_config(32)
     driver = triton.runtime.driver.active
     return masked_config(_warp_size(driver, driver.get_current_device()))
@@ -51,18 +54,24 @@ def config_of(kernel: Any) -> LaunchConfig:
 
 @functools.cache
 def _warp_size(driver: Any, device: int) -> int:
-    return int(driver.get_current_target().warp_size)  # too slow to ask at every launch
+    return int(driver.get_current_target().warp_size)  # cached: too slow to query at every launch
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's GPU current: Triton launches on the current device."""
+    """Context that makes the tensor's GPU the current device, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments: Tensor | int) -> None:
-    """Launches a kernel once over all elements of a table; ``arguments`` are the kernel's own.
+    """Launches a kernel once over all elements of a table.
 
-    Seeds, scales and coefficients are tensors on the device: a captured launch reads what they hold when it runs.
+    Seeds, scales and coefficients are tensors on the device, so a captured launch reads their values when it runs.
+
+    Args:
+        kernel: the Triton kernel.
+        table: table of the masked elements.
+        master: masters, float32 [slots].
+        arguments: further keyword arguments of the kernel.
     """
     with on_device_of(master):
         kernel[(table.blocks.shape[0],)](

@@ -1,4 +1,4 @@
-"""``z`` and the Philox words behind it, for any list of element ids or blocks."""
+"""Kernels that draw ``z`` for a list of element ids, and Philox words for a list of blocks."""
 
 import torch
 import triton
@@ -31,7 +31,7 @@ def _bits_kernel(words_ptr, blocks_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constex
 
 
 def normal(seed: int, ids: Tensor) -> Tensor:
-    """See ``reference.normal``."""
+    """Draws ``z`` for element ids; see ``reference.normal``."""
     ids = ids.contiguous()
     z = torch.empty(ids.numel(), dtype=torch.float32, device=ids.device)
     if ids.numel():
@@ -47,7 +47,7 @@ def normal(seed: int, ids: Tensor) -> Tensor:
 
 
 def bits(seed: int, blocks: Tensor) -> Tensor:
-    """See ``reference.bits``."""
+    """Computes the Philox words of blocks; see ``reference.bits``."""
     blocks = blocks.contiguous()
     out = torch.empty(blocks.numel(), 4, dtype=torch.int64, device=blocks.device)
     if blocks.numel():

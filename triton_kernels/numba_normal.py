@@ -1,10 +1,10 @@
-"""``z`` on a CPU, compiled by numba: the bits of ``reference.normal``, many times faster.
+"""Draws ``z`` on a CPU, compiled by numba: the bits of ``reference.normal``, many times faster.
 
-Numba contracts no multiply and add unless told to (``fastmath`` stays off), so that every operation is rounded on its
-own. The loops below are each of a kind that LLVM vectorizes; a block's words lie in a cache between them.
+Numba does not fuse multiplications and additions unless ``fastmath`` is on. It stays off, so every operation is rounded
+separately. LLVM can vectorize each of the loops below; between the loops a block's words stay in the cache.
 
-The functions release Python's global lock and are cut over ``torch.get_num_threads()`` threads made for the call:
-numba's own threading layers may not be entered by two threads at a time, which a server does.
+The functions release Python's global lock. A call is split over up to ``torch.get_num_threads()`` threads created for
+it: two threads may not enter numba's own threading layers at the same time, which happens in a server.
 """
 
 import itertools
@@ -22,9 +22,9 @@ from .reference import _LOG_COEFFICIENTS, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, P
 
 _M0, _M1, _W0, _W1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1), np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
 _LOG = tuple(np.float32(c) for c in _LOG_COEFFICIENTS)
-# Normals drawn at a time: 16 bytes each, in the first-level cache.
+# Number of normals drawn at a time: at 16 bytes each they fit into the first-level cache.
 _BLOCK = 1024
-# Normals that are worth a thread. Right after a torch operation, whose own threads still spin for work, two threads
+# Minimum number of normals per thread. Right after a torch operation, while torch's own threads still spin, two threads
 # were slower than one for 140,000 normals, as fast for 1.2 M, 1.3 times as fast for 5 M (2 cores, 2026-11-25).
 _PER_THREAD = 1 << 20
 
@@ -47,7 +47,7 @@ def _uniform(xa):
 
 @numba.njit(inline="always")
 def _split(bits):
-    """Exponent of a float's bits, and the bits with that exponent taken out."""
+    """Splits a float's bits into its exponent and the bits without the exponent."""
     e = int32(bits - int32(0x3F3504F3)) >> int32(23)
     return float32(e), int32(bits - int32(e << int32(23)))
 
@@ -110,7 +110,7 @@ def _normal(seed, ids, out):
 
 @numba.njit((uint64, uint64, float32[::1]), nogil=True, cache=True)
 def _normal_run(seed, first, out):
-    """``out`` holds whole blocks of four; lanes 0 and 1 of a group of them lie in one half, 2 and 3 in the other."""
+    """Fills ``out`` (n divisible by 4). Buffers hold lanes 0 and 1 in their first half, 2 and 3 in the other."""
     k0, k1 = uint32(seed), uint32(seed >> uint64(32))
     u, e, xb = np.ones(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.zeros(_BLOCK, np.uint32)
     even, bits, half = np.empty(_BLOCK, np.float32), u.view(np.int32), _BLOCK // 2
@@ -132,7 +132,7 @@ def _normal_run(seed, first, out):
 
 
 def _over_threads(n: int, draw: Callable[[slice], Any]) -> None:
-    """``draw`` on slices that cover ``range(n)`` and begin at multiples of 4."""
+    """Calls ``draw`` on slices that cover ``range(n)`` and start at multiples of 4, in parallel if ``n`` is large."""
     threads = max(1, min(torch.get_num_threads(), n // _PER_THREAD))
     bounds = [n * i // threads // 4 * 4 for i in range(threads)] + [n]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -144,7 +144,7 @@ def _over_threads(n: int, draw: Callable[[slice], Any]) -> None:
 
 
 def normal(seed: int, ids: Tensor) -> Tensor:
-    """See ``reference.normal``; on the CPU."""
+    """Draws ``z`` for element ids on the CPU; see ``reference.normal``."""
     z = np.empty(ids.numel(), np.float32)
     flat, key = ids.contiguous().numpy(), np.uint64(seed)
     _over_threads(len(z), lambda part: _normal(key, flat[part], z[part]))
@@ -152,13 +152,13 @@ def normal(seed: int, ids: Tensor) -> Tensor:
 
 
 def normal_run(seed: int, first: int, out: Tensor) -> None:
-    """See ``reference.normal_run``; on the CPU."""
-    z, key, whole = out.numpy(), np.uint64(seed), out.numel() // 4 * 4
-    _over_threads(whole, lambda part: _normal_run(key, np.uint64(first + part.start), z[part]))
-    if whole < len(z):
-        last = np.empty(4, np.float32)
-        _normal_run(key, np.uint64(first + whole), last)
-        z[whole:] = last[: len(z) - whole]
+    """Draws ``z`` for consecutive element ids on the CPU; see ``reference.normal_run``."""
+    z, key, in_full_blocks = out.numpy(), np.uint64(seed), out.numel() // 4 * 4
+    _over_threads(in_full_blocks, lambda part: _normal_run(key, np.uint64(first + part.start), z[part]))
+    if in_full_blocks < len(z):
+        last_block = np.empty(4, np.float32)
+        _normal_run(key, np.uint64(first + in_full_blocks), last_block)
+        z[in_full_blocks:] = last_block[: len(z) - in_full_blocks]
 
 
 __all__ = ["normal", "normal_run"]

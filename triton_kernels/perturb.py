@@ -1,7 +1,7 @@
-"""``w <- cast(master + scale * z)`` on the masked elements of all tensors, in one launch.
+"""Perturb: ``w <- cast(master + scale * z)`` on the masked elements of all tensors, in one launch.
 
-The two points of the estimate are ``scale = +eps`` and ``scale = -eps``; ``-eps`` follows ``+eps`` directly, because
-both start from the master and not from the weight (Meerkat, arXiv 2506.03337, section 3).
+The two points of the estimator are ``scale = +eps`` and ``scale = -eps``. ``-eps`` needs no restore after ``+eps``,
+because both start from the master and not from the weight (Meerkat, arXiv 2506.03337, section 3).
 """
 
 import triton
@@ -30,7 +30,7 @@ def _perturb_kernel(
 
 
 def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
-    """See ``reference.perturb_``."""
+    """Sets ``w <- cast(master + scale * z)``; see ``reference.perturb_``."""
     launch_masked(_perturb_kernel, table, master, seed_ptr=seed, scale_ptr=scale)
 
 

@@ -1,7 +1,7 @@
-"""The perturbation stream's device functions: Philox words, and the portable Gaussian made from them.
+"""Device functions of the perturbation stream: Philox words, and the portable Gaussian computed from them.
 
-``reference.py`` is the specification. Launch every kernel that uses these with ``enable_fp_fusion=False``: a fused
-multiply-add would change the last bits.
+``reference.py`` is the specification. Launch every kernel that uses these functions with ``enable_fp_fusion=False``: a
+fused multiply-add would change the last bits.
 
 References:
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def philox4x32(k0, k1, c0, c1, c2, c3):
-    """Philox4x32-10. All arguments and results are uint32; the key words are scalars."""
+    """Computes Philox4x32-10. All arguments and results are uint32; the key words ``k0`` and ``k1`` are scalars."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -27,11 +27,11 @@ def philox4x32(k0, k1, c0, c1, c2, c3):
 
 @triton.jit
 def words(seed, block):
-    """The four words of each block.
+    """Computes the four Philox words of each block.
 
     Args:
-        seed: int64 scalar, the seed's 64 bits.
-        block: int64 tensor of block numbers.
+        seed: the seed's 64 bits, int64 scalar.
+        block: block numbers, int64 tensor.
     """
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
@@ -41,7 +41,7 @@ def words(seed, block):
 
 @triton.jit
 def radius(xa):
-    """``sqrt(-2 ln u)``, ``u = ((xa >> 8) + 1) * 2**-24``; fp32 from uint32 words."""
+    """``sqrt(-2 ln u)`` with ``u = ((xa >> 8) + 1) * 2**-24``: fp32 from uint32 words."""
     u = ((xa >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     b = u.to(tl.int32, bitcast=True)
     e = (b - 0x3F3504F3) >> 23
@@ -65,7 +65,7 @@ def radius(xa):
 
 @triton.jit
 def sin_cos(xb):
-    """Sine and cosine of ``2 pi (xb >> 8) * 2**-24``; fp32 from uint32 words."""
+    """Sine and cosine of ``2 pi (xb >> 8) * 2**-24``: fp32 from uint32 words."""
     t = (xb >> 8).to(tl.int32)
     q = (t + (1 << 21)) >> 22
     a = (t - (q << 22)).to(tl.float32) * 3.7450702828238625e-07
@@ -76,13 +76,13 @@ def sin_cos(xb):
     odd = (q & 1) != 0
     s = tl.where(odd, cos, sin)
     c = tl.where(odd, sin, cos)
-    # Triton's unary minus is 0 - x, which loses the sign of a zero; the product keeps it.
+    # Multiply instead of negating: Triton's unary minus is 0 - x, which loses the sign of a zero.
     return s * tl.where((q & 2) != 0, -1.0, 1.0), c * tl.where(((q + 1) & 2) != 0, -1.0, 1.0)
 
 
 @triton.jit
 def normal_at(seed, ids):
-    """``z`` at int64 element ids: fp32."""
+    """Draws ``z`` for element ids: fp32 from int64 ids."""
     x0, x1, x2, x3 = words(seed, ids >> 2)
     upper = (ids & 2) != 0
     sin, cos = sin_cos(tl.where(upper, x3, x1))
@@ -91,7 +91,7 @@ def normal_at(seed, ids):
 
 @triton.jit
 def normal_run(seed, first, N: tl.constexpr):
-    """``z`` at the ``N`` element ids from ``first`` on, a multiple of 4: fp32, four from each Philox block."""
+    """Draws ``z`` for the ``N`` element ids from ``first``, a multiple of 4: fp32, four from each Philox block."""
     x0, x1, x2, x3 = words(seed, (first >> 2) + tl.arange(0, N // 4))
     lower, upper = radius(x0), radius(x2)
     sin_lower, cos_lower = sin_cos(x1)

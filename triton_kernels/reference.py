@@ -1,6 +1,6 @@
-"""The kernels in plain torch: the specification, and what runs where there is no GPU.
+"""The kernels in plain torch: the specification, and the implementation that runs without a GPU.
 
-Every function here has a Triton kernel of the same name and signature that must produce the same bits.
+Each operation here has a Triton kernel of the same name and signature, which must produce the same bits.
 The normals are those of the perturbation stream, version 1:
 
     b = id // 4, lane = id % 4
@@ -8,7 +8,7 @@ The normals are those of the perturbation stream, version 1:
     (xa, xb) = (x0, x1) for lanes 0 and 1, (x2, x3) for lanes 2 and 3
     z = r(xa) * cos(theta(xb)) on even lanes, r(xa) * sin(theta(xb)) on odd lanes
 
-Every floating-point operation below is a single IEEE fp32 operation, rounded on its own. torch functions that
+Every floating-point operation below is a single, separately rounded IEEE fp32 operation. torch functions that
 fuse or approximate (``add(alpha=)``, ``addcmul``, ``sqrt`` in fp32, ``log``, ``sin``, ``cos``) must not be used.
 
 References:
@@ -30,10 +30,11 @@ PHILOX_ROUNDS = 10
 
 _MASK32 = 0xFFFFFFFF
 _Words = TypeVar("_Words", Tensor, int)
-# Elements drawn at a time, at most: enough for torch to use its threads, few enough to stay in a shared cache
+# Maximum number of normals drawn at a time: enough for torch to use its threads, few enough for a shared cache
 # (1.7 times faster than 2**15, as fast as 2**18, at 1.2 M elements; 2 cores, torch 2.13, 2026-11-24).
 _CHUNK = 1 << 17
-# Elements perturbed or updated at a time: bounds the temporaries (about 30 bytes an element) whatever the mask's size.
+# Maximum number of slots perturbed or updated at a time. It bounds the temporaries (about 30 bytes per element) for
+# masks of any size.
 _WINDOW = 1 << 22
 
 _LOG_COEFFICIENTS = (
@@ -50,14 +51,14 @@ _LOG_COEFFICIENTS = (
 
 
 def philox4x32(key: tuple[int, int], counter: tuple[_Words, ...]) -> tuple[_Words, ...]:
-    """Philox4x32-10 of four counter words under one key.
+    """Computes Philox4x32-10.
 
     Args:
         key: two words, each in [0, 2**32).
-        counter: four int64 tensors of one shape, or four ints; values in [0, 2**32).
+        counter: four words: int64 tensors of one shape, or ints; values in [0, 2**32).
 
     Returns:
-        Four of the same kind and shape, values in [0, 2**32).
+        Four words of the same type and shape as the counter, values in [0, 2**32).
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -82,7 +83,15 @@ def philox4x32(key: tuple[int, int], counter: tuple[_Words, ...]) -> tuple[_Word
 
 
 def bits(seed: int, blocks: Tensor) -> Tensor:
-    """The four Philox words of each 64-bit block number: int64 [n, 4], values in [0, 2**32)."""
+    """Computes the four Philox words of each 64-bit block number.
+
+    Args:
+        seed: seed in [0, 2**64).
+        blocks: block numbers, int64 [n].
+
+    Returns:
+        int64 [n, 4], values in [0, 2**32).
+    """
     zero = torch.zeros_like(blocks)
     counter = (blocks & _MASK32, (blocks >> 32) & _MASK32, zero, zero)
     return torch.stack(philox4x32((seed & _MASK32, seed >> 32), counter), dim=-1)
@@ -92,7 +101,7 @@ def radius(xa: Tensor) -> Tensor:
     """``sqrt(-2 ln u)`` with ``u = ((xa >> 8) + 1) * 2**-24``, in portable fp32.
 
     Args:
-        xa: int64 [n], words in [0, 2**32).
+        xa: Philox words, int64 [n], values in [0, 2**32).
 
     Returns:
         float32 [n] in [0, 5.77].
@@ -110,7 +119,7 @@ def radius(xa: Tensor) -> Tensor:
     y = y + exponent * -2.12194440e-4
     y = y - s * 0.5
     ln = (f + y) + exponent * 0.693359375
-    # torch's fp32 sqrt on CPU is an approximation; through float64 it is correctly rounded.
+    # torch's fp32 sqrt on CPU is an approximation; computed in float64, it is correctly rounded.
     return (ln * -2.0).to(torch.float64).sqrt_().to(torch.float32)
 
 
@@ -118,7 +127,7 @@ def sin_cos(xb: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine of ``2 pi (xb >> 8) * 2**-24``, in portable fp32.
 
     Args:
-        xb: int64 [n], words in [0, 2**32).
+        xb: Philox words, int64 [n], values in [0, 2**32).
 
     Returns:
         Two float32 tensors [n] in [-1, 1].
@@ -138,6 +147,7 @@ def sin_cos(xb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal_chunk(seed: int, ids: Tensor) -> Tensor:
+    """Computes ``normal`` without chunks: float32 [n] for int64 ids [n]."""
     blocks = ids >> 2
     zero = torch.zeros_like(ids)
     x0, x1, x2, x3 = philox4x32((seed & _MASK32, seed >> 32), (blocks & _MASK32, (blocks >> 32) & _MASK32, zero, zero))
@@ -146,7 +156,8 @@ def _normal_chunk(seed: int, ids: Tensor) -> Tensor:
     return radius(torch.where(upper, x2, x0)) * torch.where((ids & 1) != 0, sin, cos)
 
 
-def _run_chunk(seed: int, blocks: Tensor) -> Tensor:
+def _normal_run_chunk(seed: int, blocks: Tensor) -> Tensor:
+    """Computes the four normals of each Philox block: float32 [4 * n] for int64 blocks [n]."""
     zero = torch.zeros_like(blocks)
     x0, x1, x2, x3 = philox4x32((seed & _MASK32, seed >> 32), (blocks & _MASK32, (blocks >> 32) & _MASK32, zero, zero))
     z = torch.empty(blocks.numel(), 4, dtype=torch.float32, device=blocks.device)
@@ -158,28 +169,28 @@ def _run_chunk(seed: int, blocks: Tensor) -> Tensor:
 
 
 def normal_run(seed: int, first: int, out: Tensor) -> None:
-    """``z`` at consecutive element ids: four normals from each Philox block.
+    """Draws ``z`` for consecutive element ids: four normals from each Philox block.
 
     Args:
-        seed: in [0, 2**64).
-        first: element id of the first, a multiple of 4.
-        out: float32 [n], written.
+        seed: seed in [0, 2**64).
+        first: first element id, a multiple of 4.
+        out: float32 [n], receives ``z`` at ``first`` to ``first + n - 1``.
     """
     for start in range(0, out.numel(), _CHUNK):
         part = out[start : start + _CHUNK]
         blocks = torch.arange((first + start) // 4, (first + start + part.numel() + 3) // 4, device=out.device)
-        part.copy_(_run_chunk(seed, blocks)[: part.numel()])
+        part.copy_(_normal_run_chunk(seed, blocks)[: part.numel()])
 
 
 def normal(seed: int, ids: Tensor) -> Tensor:
-    """``z`` at the given element ids.
+    """Draws ``z`` for element ids.
 
     Args:
-        seed: in [0, 2**64).
-        ids: int64 [n], element ids (not negative), any order.
+        seed: seed in [0, 2**64).
+        ids: element ids, int64 [n], not negative, in any order.
 
     Returns:
-        float32 [n].
+        ``z`` at the ids, float32 [n].
     """
     z = torch.empty(ids.numel(), dtype=torch.float32, device=ids.device)
     chunks = max(1, -(-ids.numel() // _CHUNK))
@@ -189,35 +200,47 @@ def normal(seed: int, ids: Tensor) -> Tensor:
 
 
 def wrap_seed(seed: int) -> int:
-    """The int64 with the 64 bits of a seed in [0, 2**64)."""
+    """Converts a seed in [0, 2**64) to the int64 value with the same 64 bits."""
     return seed - (seed >> 63 << 64)
 
 
 def seed_tensor(seed: int, device: torch.device) -> Tensor:
-    """The 64 bits of a seed in [0, 2**64) as the kernels read them: int64 [1]; does not wait for the device."""
+    """Makes the int64 [1] tensor with the 64 bits of a seed in [0, 2**64); does not wait for the device."""
     return torch.full((1,), wrap_seed(seed), dtype=torch.int64, device=device)
 
 
 def seed_of(seed: Tensor) -> int:
-    """The seed in [0, 2**64) that an int64 [1] holds."""
+    """Converts an int64 [1] tensor back to the seed in [0, 2**64)."""
     return int(seed) & 0xFFFF_FFFF_FFFF_FFFF
 
 
-class Source(NamedTuple):
-    """Functions that draw normals: these here, or some with the same bits."""
+class NormalSource(NamedTuple):
+    """An implementation of ``normal`` and ``normal_run``; all implementations give the same bits."""
 
     normal: Callable[[int, Tensor], Tensor]
     normal_run: Callable[[int, int, Tensor], None]
 
 
-TORCH = Source(normal, normal_run)
+TORCH_SOURCE = NormalSource(normal, normal_run)
 
-# The normals of a table's slots [start, stop): float32, of no meaning in slots without an element.
-Draw = Callable[[ElementTable, Tensor, int, int], Tensor]
+# Draws the normals for the slots [start, stop) of a table: (table, seed, start, stop) -> float32 [stop - start].
+# Values in slots without an element are arbitrary.
+DrawNormals = Callable[[ElementTable, Tensor, int, int], Tensor]
 
 
-def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source: Source = TORCH) -> Tensor:
-    """``z`` at some slots of a table; a ``Draw``."""
+def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source: NormalSource = TORCH_SOURCE) -> Tensor:
+    """Draws ``z`` for the slots [start, stop) of a table (a ``DrawNormals``).
+
+    Args:
+        table: the table of masked elements.
+        seed: seed of ``z``, int64 [1].
+        start: first slot.
+        stop: end of the slots, exclusive.
+        source: implementation that draws the normals.
+
+    Returns:
+        float32 [stop - start]; values in slots without an element are arbitrary.
+    """
     if table.offsets is not None:
         return source.normal(seed_of(seed), table.ids(start, stop))
     z = torch.zeros(stop - start, dtype=torch.float32, device=table.blocks.device)
@@ -228,13 +251,13 @@ def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source:
 
 
 def windows(table: ElementTable) -> Iterator[tuple[int, int]]:
-    """The slots of a table, [start, stop) a window."""
+    """Cuts the slots of a table into windows [start, stop) of bounded size."""
     for start in range(0, table.slots, _WINDOW):
         yield start, min(start + _WINDOW, table.slots)
 
 
-def _write(table: ElementTable, start: int, values: Tensor) -> None:
-    """Casts float32 values of the slots from ``start`` on to the live weights."""
+def _write_weights(table: ElementTable, start: int, values: Tensor) -> None:
+    """Casts float32 values to the weights' dtype and writes them to the live weights of slots ``start`` onwards."""
     stop = start + values.numel()
     cast = values.to(table.weights[0].dtype)
     offsets = None if table.offsets is None else table.offsets[start:stop].long()
@@ -247,64 +270,64 @@ def _write(table: ElementTable, start: int, values: Tensor) -> None:
 
 
 def restore_(table: ElementTable, master: Tensor) -> None:
-    """``w <- cast(master)`` on the masked elements: exact, nothing drifts.
+    """Sets ``w <- cast(master)`` on the masked elements: exact, so nothing drifts.
 
     Args:
-        table: where the masked elements of the model live. Their weights are written.
-        master: float32 [slots].
+        table: table of the masked elements; their weights are written.
+        master: masters, float32 [slots].
     """
     for start, stop in windows(table):
-        _write(table, start, master[start:stop])
+        _write_weights(table, start, master[start:stop])
 
 
-def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: Draw = normals_of) -> None:
-    """``w <- cast(master + scale * z)`` on the masked elements.
+def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: DrawNormals = normals_of) -> None:
+    """Sets ``w <- cast(master + scale * z)`` on the masked elements.
 
     Args:
-        table: where the masked elements of the model live. Their weights are written.
-        master: float32 [slots].
-        seed: int64 [1], the 64 bits of the seed of ``z``.
-        scale: float32 [1], ``+eps`` or ``-eps``.
-        draw: of the normals.
+        table: table of the masked elements; their weights are written.
+        master: masters, float32 [slots].
+        seed: seed of ``z``, int64 [1] with its 64 bits.
+        scale: scale of the perturbation, float32 [1]: ``+eps`` or ``-eps``.
+        draw: draws the normals.
     """
     for start, stop in windows(table):
-        _write(table, start, master[start:stop] + draw(table, seed, start, stop) * scale)
+        _write_weights(table, start, master[start:stop] + draw(table, seed, start, stop) * scale)
 
 
 def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
-    """What two losses make of a step, where the losses are: nothing waits for the host.
+    """Computes projected gradient and coefficients from two losses, on their device and without waiting for the host.
 
     Args:
-        losses: float32 [2], at ``+eps`` and ``-eps``.
-        eps: float64 [1].
-        lr: float64 [groups], learning rates.
+        losses: losses at ``+eps`` and ``-eps``, float32 [2].
+        eps: perturbation scale, float64 [1].
+        lr: learning rate of each group, float64 [groups].
 
     Returns:
         float32 [2 + groups]: mean of the losses; projected gradient ``g = (loss+ - loss-) / (2 eps)``; then ``lr * g``
-        of each group. Each is computed in float64 and rounded once.
+        for each group. Each value is computed in float64 and rounded once.
     """
     plus, minus = losses.double().split(1)
     g = ((plus - minus) / (2 * eps)).float()
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
-def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: Draw = normals_of) -> None:
-    """``master <- master - c * z``, then ``w <- cast(master)``.
+def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: DrawNormals = normals_of) -> None:
+    """Applies ``master <- master - c * z``, then ``w <- cast(master)``.
 
-    A coefficient that is not finite is a step that is not taken: the masters stay.
+    A coefficient that is not finite marks a skipped query: the masters do not change.
 
     Args:
-        table: where the masked elements of the model live. Their weights are written.
-        master: float32 [slots], written.
-        seed: int64 [1], the 64 bits of the seed of ``z``.
-        c: float32 [1], learning rate times projected gradient.
-        draw: of the normals.
+        table: table of the masked elements; their weights are written.
+        master: masters, float32 [slots]; written.
+        seed: seed of ``z``, int64 [1] with its 64 bits.
+        c: coefficient, learning rate times projected gradient, float32 [1].
+        draw: draws the normals.
     """
     for start, stop in windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
             part -= draw(table, seed, start, stop) * c
-        _write(table, start, part)
+        _write_weights(table, start, part)
 
 
 def update_perturb_(
@@ -314,58 +337,58 @@ def update_perturb_(
     c: Tensor,
     next_seed: Tensor,
     scale: Tensor,
-    draw: Draw = normals_of,
+    draw: DrawNormals = normals_of,
 ) -> None:
-    """``update_`` and the next step's ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
+    """Does ``update_`` and the next ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
 
     Args:
-        table: where the masked elements of the model live. Their weights are written.
-        master: float32 [slots], written.
-        seed: int64 [1], of ``z``.
-        c: float32 [1], learning rate times projected gradient.
-        next_seed: int64 [1], of the next step's ``z``.
-        scale: float32 [1], of the next perturbation.
-        draw: of the normals.
+        table: table of the masked elements; their weights are written.
+        master: masters, float32 [slots]; written.
+        seed: seed of ``z``, int64 [1].
+        c: coefficient, learning rate times projected gradient, float32 [1].
+        next_seed: seed of the next perturbation's ``z``, int64 [1].
+        scale: scale of the next perturbation, float32 [1].
+        draw: draws the normals.
     """
     for start, stop in windows(table):
         part = master[start:stop]
         if torch.isfinite(c):
             part -= draw(table, seed, start, stop) * c
-        _write(table, start, part + draw(table, next_seed, start, stop) * scale)
+        _write_weights(table, start, part + draw(table, next_seed, start, stop) * scale)
 
 
-def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: Draw = normals_of) -> None:
-    """Many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
+def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: DrawNormals = normals_of) -> None:
+    """Applies many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
 
     Args:
-        table: where the masked elements of the model live. Their weights are written.
-        master: float32 [slots], written.
-        seeds: int64 [n].
-        c: float32 [n].
-        draw: of the normals.
+        table: table of the masked elements; their weights are written.
+        master: masters, float32 [slots]; written.
+        seeds: seed of each update, int64 [n].
+        c: coefficient of each update, float32 [n].
+        draw: draws the normals.
     """
     for start, stop in windows(table):
         part = master[start:stop]
-        for seed, each in zip(seeds, c, strict=True):
-            if torch.isfinite(each):
-                part -= draw(table, seed, start, stop) * each
-        _write(table, start, part)
+        for seed, coefficient in zip(seeds, c, strict=True):
+            if torch.isfinite(coefficient):
+                part -= draw(table, seed, start, stop) * coefficient
+        _write_weights(table, start, part)
 
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, Tensor], Tensor] = normal) -> Tensor:
-    """``<gradient, z>`` and ``<z, z>`` over some elements, for many seeds.
+    """Computes ``<gradient, z>`` and ``<z, z>`` over elements, for many seeds.
 
-    Each product is exact in float64. Each sum is the binary tree over the elements in order, padded with zeros to a
+    Each product is exact in float64. Each sum is a binary tree over the elements in order, padded with zeros to a
     power of two: neighbours are added, then neighbouring sums, and so on. So it has the same bits on every device.
 
     Args:
-        gradient: float32 [k].
-        ids: int64 [k], element ids.
-        seeds: int64 [n].
-        normal: draws ``z`` at element ids.
+        gradient: gradient at the elements, float32 [k].
+        ids: element ids, int64 [k].
+        seeds: seeds of ``z``, int64 [n].
+        normal: draws ``z`` for element ids.
 
     Returns:
-        float64 [n, 2]: ``<gradient, z>``, then ``<z, z>``.
+        float64 [n, 2]: ``<gradient, z>``, then ``<z, z>`` for each seed.
     """
     g = gradient.double()
     sums = g.new_empty(seeds.numel(), 2)
@@ -377,18 +400,18 @@ def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, T
 
 
 def tree_sum(values: Tensor) -> Tensor:
-    """The binary-tree sum along the last dimension (see ``inner``)."""
+    """Sums along the last dimension in the order of a binary tree (see ``inner``)."""
     while values.shape[-1] > 1:
         if values.shape[-1] % 2:
             values = torch.nn.functional.pad(values, (0, 1))
         values = values[..., 0::2] + values[..., 1::2]
-    return values.sum(-1) + 0.0  # of one value, or of none; a zero is positive, as after padding
+    return values.sum(-1) + 0.0  # one value or none is left; + 0.0 makes a zero positive, as padding does
 
 
 __all__ = [
-    "TORCH",
-    "Draw",
-    "Source",
+    "TORCH_SOURCE",
+    "DrawNormals",
+    "NormalSource",
     "bits",
     "coefficients",
     "inner",

@@ -1,13 +1,13 @@
-"""Many updates in one launch: each program keeps its masters in registers while it goes through all (seed, c).
+"""Replay: many updates in one launch. Each program keeps its masters in registers for all (seed, c).
 
-The weights and masters are read and written once for the whole list, so that the time is that of making the normals.
+Weights and masters are read and written once for the complete list, so drawing the normals takes most of the time.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to, stepped
+from .block import block_normals, load_block, round_to, update_master
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -28,13 +28,13 @@ def _replay_kernel(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
     for t in range(n):
-        master = stepped(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
+        master = update_master(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
     tl.store(masters_ptr, master, mask=slots)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 
 def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
-    """See ``reference.replay_``."""
+    """Applies many updates in order; see ``reference.replay_``."""
     launch_masked(_replay_kernel, table, master, seeds_ptr=seeds, c_ptr=c, n=seeds.numel())
 
 

@@ -1,4 +1,4 @@
-"""``w <- cast(master)`` on the masked elements of all tensors, in one launch: exact, nothing drifts."""
+"""Restore: ``w <- cast(master)`` on the masked elements of all tensors, in one launch. Exact, so nothing drifts."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.c
 
 
 def restore_(table: ElementTable, master: Tensor) -> None:
-    """See ``reference.restore_``."""
+    """Sets ``w <- cast(master)``; see ``reference.restore_``."""
     launch_masked(_restore_kernel, table, master)
 
 

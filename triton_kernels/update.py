@@ -1,14 +1,14 @@
-"""``master <- master - c * z``, then ``w <- cast(master)``, on the masked elements of all tensors, in one launch.
+"""Update: ``master <- master - c * z``, ``w <- cast(master)`` on the masked elements of all tensors, in one launch.
 
 ``c = lr * g``, the learning rate times the projected gradient (Meerkat, arXiv 2506.03337, section 3). The fused variant
-goes on to the first point of the next step: ``w <- cast(master + scale * next z)``.
+also perturbs the weights for the next query: ``w <- cast(master + scale * next z)``.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to, stepped
+from .block import block_normals, load_block, round_to, update_master
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -27,7 +27,7 @@ def _update_kernel(
     w_ptr, ids, masters_ptr, master, live, slots = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
-    master = stepped(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
+    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
@@ -48,21 +48,21 @@ def _update_perturb_kernel(
     w_ptr, ids, masters_ptr, master, live, slots = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
-    master = stepped(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
+    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 
 def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
-    """See ``reference.update_``."""
+    """Applies one update; see ``reference.update_``."""
     launch_masked(_update_kernel, table, master, seed_ptr=seed, c_ptr=c)
 
 
 def update_perturb_(
     table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
 ) -> None:
-    """See ``reference.update_perturb_``."""
+    """Applies one update and the next perturbation; see ``reference.update_perturb_``."""
     launch_masked(
         _update_perturb_kernel, table, master, seed_ptr=seed, c_ptr=c, next_seed_ptr=next_seed, scale_ptr=scale
     )

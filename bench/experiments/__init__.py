@@ -1,1 +1,1 @@
-"""The paper's experiments, each a grid of runs, one table and one figure: ``meerkat-engine experiment NAME``."""
+"""The paper's experiments (``meerkat-engine experiment NAME``): each is a grid of runs with tables and a figure."""

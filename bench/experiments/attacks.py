@@ -1,6 +1,7 @@
-"""(g) Hostile clients: what is left of the accuracy, by what they do and how the server aggregates. Not in the paper.
+"""Experiment (g), hostile clients: accuracy for each attack and aggregation rule. It is not in the paper.
 
-Reference: Yin et al., arXiv 1803.01498 (median and trimmed mean).
+References:
+    Yin et al., arXiv 1803.01498 (median and trimmed mean).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ...fed.aggregation import Rule
 from ...fed.attack import Attack
 from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
-from .figures import finished, mean_line, subplots
+from .figures import mean_line, save_figure, subplots
 from .grid import Arm, Experiment, Results, Settings
 
 _CLIPPED = "clip, then mean"
@@ -20,20 +21,20 @@ _CLEAN = f"{Rule.MEAN}, {Attack.NONE}"
 
 
 class Attacks(Experiment):
-    """Attacks against rules of aggregation."""
+    """Every attack against every aggregation rule, and against the mean of clipped scalars."""
 
     name = "attacks"
-    title = "What do hostile clients cost, and which rule of aggregation holds them off?"
+    title = "What do hostile clients cost, and which aggregation rule withstands them?"
     settings: ClassVar[Settings] = {"clients": 10, "attack": "sign-flip", "attackers": 2, "clip": 5.0}
     sets = ("attack", "aggregation")
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A rule and an attack each."""
+        """Returns one arm per rule and attack."""
         if not config.aggregation.clip:
-            raise ConfigError(f"the experiment {self.name} compares with clipped scalars; give a clip above 0")
+            raise ConfigError(f"the experiment {self.name} also runs with clipped scalars; set --clip above 0")
         rules: dict[str, Settings] = {}
         for rule in Rule:
-            config.replace(aggregation=rule)  # one that does not fit is told before anything runs
+            config.replace(aggregation=rule)  # raises ConfigError before any run if the rule does not fit the settings
             rules[rule] = {"aggregation": rule, "clip": 0.0}
         rules[_CLIPPED] = {"clip": config.aggregation.clip}
         return [
@@ -53,12 +54,12 @@ class Attacks(Experiment):
         """See ``Experiment``."""
         clean, lines = results.accuracy(_CLEAN), []
         for arm, runs in results.arms.items():
-            found = results.accuracy(arm)
-            lost = max(100 * (before - after) for before, after in zip(clean, found, strict=True))
+            accuracies = results.accuracy(arm)
+            lost = max(100 * (without - attacked) for without, attacked in zip(clean, accuracies, strict=True))
             losses = [run.validation_loss for run in runs]
             loss = over_seeds(losses) if max(losses) < 1000 else f"up to {max(losses):.2g}"
-            refused = [sum(run.summary["rejected_messages"].values()) for run in runs]
-            lines.append([*arm.rsplit(", ", 1), over_seeds(found), f"{lost:.2f}", loss, ", ".join(map(str, refused))])
+            rejected = ", ".join(str(sum(run.summary["rejected_messages"].values())) for run in runs)
+            lines.append([*arm.rsplit(", ", 1), over_seeds(accuracies), f"{lost:.2f}", loss, rejected])
         columns = ["rule", "attack", "accuracy after", "points lost, worst seed", "validation loss", "messages refused"]
         return table(columns, lines)
 
@@ -70,7 +71,7 @@ class Attacks(Experiment):
                 mean_line(axis, [run.accuracies for run in results.arms[f"{rule}, {attack}"]], f"C{i}", rule)
             axis.set(title=f"attack: {attack}", xlabel="round")
         axes[0].set_ylabel("accuracy on held-out examples")
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
 __all__ = ["Attacks"]

@@ -1,4 +1,4 @@
-"""``meerkat-engine experiment NAME``."""
+"""The command ``meerkat-engine experiment NAME``."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from .selection import Selection
 from .sparsity import Sparsity
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each
-    for each in (
+    entry.name: entry
+    for entry in (
         Sparsity(),
         GradIPPaths(),
         Selection(),
@@ -35,32 +35,37 @@ EXPERIMENTS: dict[str, Experiment] = {
 @click.command(cls=GroupedCommand, epilog=example("meerkat-engine experiment sparsity --seeds 3 --output sparsity"))
 @click.argument("name", type=click.Choice(list(EXPERIMENTS)))
 @settings()
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="runs of each arm")
-@click.option("--tasks", default="", help="tasks to compare, separated by commas, where an experiment compares tasks")
-@click.option("--output", type=click.Path(path_type=Path), help="directory [default: experiments/NAME]; what is "
-              "finished in it is not run again")  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="runs per arm, with consecutive seeds"
+)
+@click.option(
+    "--tasks", default="", help="tasks, separated by commas; more than one only if the experiment compares tasks"
+)
+@click.option("--output", type=click.Path(path_type=Path), help="directory [default: experiments/NAME]; runs "
+              "that are finished in it are not repeated")  # fmt: skip
 def experiment(
     name: str, seeds: int, tasks: str, output: Path | None, config_file: Path | None, **options: Any
 ) -> None:
-    """Runs one of the paper's experiments: a grid of runs, one table and one figure.
+    """Runs one of the paper's experiments and writes its tables and a figure.
 
-    Without --model it takes minutes on two CPU cores.
+    Each experiment is a grid of runs. With the default model it takes minutes on two CPU cores.
     """
     require_matplotlib()
-    chosen, where = EXPERIMENTS[name], output or Path("experiments") / name
-    user = from_file(config_file) | given(options)
-    named = [task.strip() for task in tasks.split(",") if task.strip()]
-    if named and "data" not in user:
-        user.setdefault("task", named[0])
-    results = run_all(chosen, user, named, seeds, where, lambda line: tqdm.write(line))
-    click.echo(_write(chosen, results, where))
-    click.echo(f"wrote {where / 'result.md'} and {where / 'figure.png'}", err=True)
+    selected, directory = EXPERIMENTS[name], output or Path("experiments") / name
+    user_settings = from_file(config_file) | given(options)
+    task_names = [task.strip() for task in tasks.split(",") if task.strip()]
+    if task_names and "data" not in user_settings:
+        user_settings.setdefault("task", task_names[0])
+    results = run_all(selected, user_settings, task_names, seeds, directory, lambda line: tqdm.write(line))
+    click.echo(_write(selected, results, directory))
+    click.echo(f"wrote {directory / 'result.md'} and {directory / 'figure.png'}", err=True)
 
 
-def _write(chosen: Experiment, results: Results, where: Path) -> str:
-    text = f"**{chosen.title}**\n\n{chosen.table(results)}\n"
-    write_atomic(where / "result.md", text.encode())
-    chosen.draw(results, where / "figure.png")
+def _write(selected: Experiment, results: Results, directory: Path) -> str:
+    """Writes the tables and the figure; returns the tables."""
+    text = f"**{selected.title}**\n\n{selected.table(results)}\n"
+    write_atomic(directory / "result.md", text.encode())
+    selected.draw(results, directory / "figure.png")
     return text
 
 

@@ -1,6 +1,7 @@
-"""(f) How few elements matter: mean squared gradient of the top 0.1% over the next 0.9% (paper: 52).
+"""Experiment (f), concentration: mean squared gradient of the top 0.1% of the elements over the next 0.9% (paper: 52).
 
-Reference: Meerkat, arXiv 2506.03337, section 3.
+References:
+    Meerkat, arXiv 2506.03337, section 3.
 """
 
 from collections.abc import Sequence
@@ -17,41 +18,46 @@ from ...fed.config.run_config import RunConfig
 from ...fed.setup.mask import calibration_batches
 from ...fed.setup.model import load_language_model
 from ..tables import over_seeds, table
-from .figures import finished, mean_line, subplots
+from .figures import mean_line, save_figure, subplots
 from .grid import Experiment, Results
 
 _SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Concentration(Experiment):
-    """How the squared gradient of pre-training text is spread over the elements."""
+    """The distribution of the squared gradient of pre-training text over the elements."""
 
     name = "concentration"
     title = "How few elements hold the squared gradient of pre-training text?"
 
     def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
-        """Ratio and cumulative shares; one each for disjoint parts of the text, as many as there are seeds."""
+        """Returns the ratio and the cumulative shares of each part of the text; there are as many parts as seeds."""
         config = configs[0]
         lm = load_language_model(config)
         batches, calibration = calibration_batches(config, lm)
         if len(batches) < len(configs):
-            raise ConfigError(f"{len(batches)} calibration batches make no {len(configs)} parts; give more texts")
-        found: dict[str, Any] = {"model": config.model.source, "calibration": calibration, "ratios": [], "held": []}
+            raise ConfigError(
+                f"the calibration text has {len(batches)} batch(es), but {len(configs)} seeds need one each; "
+                "increase --calibration-texts or reduce --seeds"
+            )
+        measured: dict[str, Any] = {"model": config.model.source, "calibration": calibration, "ratios": [], "held": []}
         for part in range(len(configs)):
-            squares = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
-            found["elements"] = sum(square.numel() for square in squares.squares)
-            found["ratios"].append(concentration(squares))
-            found["held"].append(_held(squares))
-        return found
+            sensitivity = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
+            measured["elements"] = sum(square.numel() for square in sensitivity.squares)
+            measured["ratios"].append(concentration(sensitivity))
+            measured["held"].append(_held_shares(sensitivity))
+        return measured
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
-        found = results.measured
-        lines = [["top 0.1% over the next 0.9%, mean squared gradient", over_seeds(found["ratios"], 1)]]
+        measured = results.measured
+        lines = [["top 0.1% over the next 0.9%, mean squared gradient", over_seeds(measured["ratios"], 1)]]
         for i, share in enumerate(_SHARES):
-            held = [100 * of_part[i] for of_part in found["held"]]
+            held = [100 * shares[i] for shares in measured["held"]]
             lines.append([f"the top {share:.4%} of the elements hold".replace("00%", "%"), over_seeds(held, 1) + "%"])
-        return table([f"{found['model']}, {found['elements']:,} elements", "mean ± sd over parts of the text"], lines)
+        return table(
+            [f"{measured['model']}, {measured['elements']:,} elements", "mean ± sd over parts of the text"], lines
+        )
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
@@ -59,17 +65,18 @@ class Concentration(Experiment):
         curves = [list(zip(_SHARES, held, strict=True)) for held in results.measured["held"]]
         mean_line(axes[0], curves, "C0", results.measured["model"])
         axes[0].set(xscale="log", xlabel="share of the elements, largest first", ylabel="share of the squared gradient")
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
-def _held(found: Sensitivity) -> list[float]:
-    """What the largest elements hold of the squared gradient, for each of the shares."""
-    size = sum(square.numel() for square in found.squares)
+def _held_shares(sensitivity: Sensitivity) -> list[float]:
+    """Returns the share of the squared gradient in the largest elements, for each share of the elements."""
+    squares = sensitivity.squares
+    size = sum(square.numel() for square in squares)
     counts = [max(1, round(share * size)) for share in _SHARES]
-    _, best = largest(lambda i: found.squares[i].view(-1), len(found.squares), counts[-1])
-    running = best.sort(descending=True).values.cumsum(0, dtype=torch.float64)
-    total = sum(float(square.sum(dtype=torch.float64)) for square in found.squares)
-    return [float(running[count - 1]) / total for count in counts]
+    _, values = largest(lambda i: squares[i].view(-1), len(squares), counts[-1])
+    cumulative = values.sort(descending=True).values.cumsum(0, dtype=torch.float64)
+    total = sum(float(square.sum(dtype=torch.float64)) for square in squares)
+    return [float(cumulative[count - 1]) / total for count in counts]
 
 
 __all__ = ["Concentration"]

@@ -1,4 +1,4 @@
-"""What the experiments' figures have in common."""
+"""Shared parts of the experiments' figures."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def subplots(rows: int, columns: int, **settings: Any) -> tuple[Any, Any]:
-    """A figure and its axes as a flat list."""
+    """Returns a new figure and its axes as a flat list."""
     require_matplotlib()
     from matplotlib import pyplot
 
@@ -21,7 +21,14 @@ def subplots(rows: int, columns: int, **settings: Any) -> tuple[Any, Any]:
 
 
 def mean_line(axis: Any, runs: Sequence[Points], color: str, label: str) -> None:
-    """A line of the mean over runs, and each run faintly; all runs have points at the same places."""
+    """Draws the mean over runs as a line and each run as a faint one.
+
+    Args:
+        axis: the axes to draw on.
+        runs: points (x, y) of each run; all runs have the same number of points.
+        color: color of the lines.
+        label: label of the mean in the legend.
+    """
     for run in runs:
         axis.plot(*zip(*run, strict=True), color=color, linewidth=0.6, alpha=0.35)
     x = [statistics.fmean(p[0] for p in points) for points in zip(*runs, strict=True)]
@@ -29,8 +36,8 @@ def mean_line(axis: Any, runs: Sequence[Points], color: str, label: str) -> None
     axis.plot(x, y, color=color, marker="o", markersize=3, label=label)
 
 
-def finished(figure: Any, axes: Sequence[Any], path: Path) -> None:
-    """Grid, one legend for all axes, and the file."""
+def save_figure(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    """Adds a grid and one legend for all axes, writes the figure and closes it."""
     from matplotlib import pyplot
 
     for axis in axes:
@@ -41,4 +48,4 @@ def finished(figure: Any, axes: Sequence[Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-__all__ = ["Points", "finished", "mean_line", "subplots"]
+__all__ = ["Points", "mean_line", "save_figure", "subplots"]

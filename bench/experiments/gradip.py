@@ -1,6 +1,7 @@
-"""(b) What the server sees: GradIP, gradient norm and cosine along the paths of IID and of single-label clients.
+"""Experiment (b), GradIP: GradIP, gradient norm and cosine along the paths of IID and of single-label clients.
 
-Reference: Meerkat, arXiv 2506.03337, section 4.
+References:
+    Meerkat, arXiv 2506.03337, section 4.
 """
 
 import statistics
@@ -10,25 +11,25 @@ from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
-from .figures import finished, mean_line, subplots
-from .grid import Arm, Experiment, Finished, Results, Settings
+from .figures import mean_line, save_figure, subplots
+from .grid import Arm, Experiment, FinishedRun, Results, Settings
 
 _KINDS = {"IID": {"partition": "iid"}, "single label": {"partition": "single-label"}}
-# The size of the cosine is the same for all clients, who share z: only its sign tells of theirs.
+# All clients share z, so the absolute cosine is the same for all of them: only its sign depends on the client.
 _QUANTITIES = {"gradip": "GradIP, absolute", "norm": "gradient norm", "cosine": "cosine, signed"}
-_SMOOTH = 10  # steps that one point of the figure is a mean over
+_SMOOTH = 10  # one point of the figure is a mean over this many steps
 
 
 class GradIPPaths(Experiment):
-    """GradIP along the paths of IID and of single-label clients."""
+    """GradIP along the virtual paths of IID clients and of single-label clients."""
 
     name = "gradip"
-    title = "What the server sees of a client's path: GradIP, gradient norm and cosine over 100 steps"
+    title = "GradIP, gradient norm and cosine of a client's path over 100 steps, as computed by the server"
     settings: ClassVar[Settings] = {"rounds": 1, "local_steps": 1, "vp_steps": 100}
     sets = ("method", "partition")
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A kind of clients each."""
+        """Returns one arm per kind of client."""
         return [Arm(name=name, settings={"method": "meerkat-vp", **settings}) for name, settings in _KINDS.items()]
 
     def table(self, results: Results) -> str:
@@ -54,20 +55,22 @@ class GradIPPaths(Experiment):
             for i, (kind, runs) in enumerate(results.arms.items()):
                 mean_line(axis, [_smoothed(path) for path in _paths(runs, key)], f"C{i}", f"{kind} clients")
             axis.set(title=shown, xlabel="local step", yscale="linear" if key == "cosine" else "log")
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
-def _paths(runs: Sequence[Finished], key: str) -> list[list[float]]:
-    """Values along the path of every client of every seed; absolute ones, but for the cosine."""
+def _paths(runs: Sequence[FinishedRun], key: str) -> list[list[float]]:
+    """Returns the values along the path of every client of every seed: absolute values, except for the cosine."""
     clients = [client for run in runs for client in run.traces[0]["clients"].values()]
     return [client[key] if key == "cosine" else [abs(x) for x in client[key]] for client in clients]
 
 
-def _windows(run: Finished) -> tuple[slice, slice]:
+def _windows(run: FinishedRun) -> tuple[slice, slice]:
+    """Returns the steps of the initial and of the later window."""
     return slice(run.config["vp_initial"]), slice(-run.config["vp_later"], None)
 
 
 def _smoothed(path: Sequence[float]) -> list[tuple[float, float]]:
+    """Returns points (step, mean) over windows of ``_SMOOTH`` steps."""
     starts = range(0, len(path) - _SMOOTH + 1, _SMOOTH)
     return [(start + (_SMOOTH + 1) / 2, statistics.fmean(path[start : start + _SMOOTH])) for start in starts]
 

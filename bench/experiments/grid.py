@@ -1,6 +1,9 @@
-"""Runs an experiment's arms, each with some seeds, into one directory; what is there already is not run again.
+"""Runs the arms of an experiment, each with several seeds, into one directory. Finished runs are not repeated.
 
-OUTPUT/runs/ARM/seed-S   run directories      OUTPUT/masks   masks that arms share      OUTPUT/measured-N.json
+OUTPUT/config.toml        the experiment's settings
+OUTPUT/runs/ARM/seed-S    run directories
+OUTPUT/masks              masks that the runs share
+OUTPUT/measured-N.json    the result of ``Experiment.measure`` for N seeds
 """
 
 import json
@@ -29,11 +32,11 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One line of an experiment.
+    """One configuration of an experiment, run once per seed.
 
     Args:
-        name: unique within the experiment.
-        settings: beside those all arms share.
+        name: the arm's name, unique within the experiment.
+        settings: settings of this arm; they override those that all arms share.
     """
 
     name: str
@@ -41,65 +44,74 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run that is over."""
+class FinishedRun:
+    """A finished run.
+
+    Args:
+        directory: the run directory.
+    """
 
     directory: Path
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """One a round, as in ``metrics.jsonl``."""
+        """The metrics of each round, as in ``metrics.jsonl``."""
         return read_lines(self.directory / METRICS)[:-1]
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its settings, as in ``config.toml``."""
+        """The run's settings by their flat names (the names of the options)."""
         return read_toml(self.directory / CONFIG)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What it came to."""
+        """The run's summary."""
         summary: dict[str, Any] = read_lines(self.directory / METRICS)[-1]["summary"]
         return summary
 
     @property
     def validation_loss(self) -> float:
-        """At the end; infinite where the model was ruined."""
-        found = self.summary["validation_loss_after"]
-        return math.inf if found is None else float(found)
+        """The validation loss after training; infinite if the run diverged."""
+        loss = self.summary["validation_loss_after"]
+        return math.inf if loss is None else float(loss)
 
     @property
     def accuracies(self) -> list[tuple[float, float]]:
-        """Round and accuracy, at each evaluation."""
+        """Pairs (round, accuracy), one per evaluation."""
         return [(float(line["round"]), float(line["accuracy"])) for line in self.lines if "accuracy" in line]
 
     @property
     def traces(self) -> list[dict[str, Any]]:
-        """What the server saw of the clients' paths, one object a round."""
+        """GradIP, gradient norm and cosine of the clients, one object per round, as in ``gradip.jsonl``."""
         return read_lines(self.directory / GRADIP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All runs of an experiment, by arm, in the order of the seeds; and what was measured without a run."""
+    """The results of an experiment.
 
-    arms: dict[str, list[Finished]]
+    Args:
+        arms: finished runs by name of the arm, in the order of the seeds.
+        measured: the result of ``Experiment.measure``, as read from JSON.
+    """
+
+    arms: dict[str, list[FinishedRun]]
     measured: Any
 
     def accuracy(self, arm: str) -> list[float]:
-        """Accuracy after training, one a seed."""
+        """Returns the accuracy after training of an arm's runs, one per seed."""
         return [float(run.summary["accuracy_after"]) for run in self.arms[arm]]
 
 
 class Experiment(ABC):
-    """One experiment.
+    """An experiment: a grid of runs, a table and a figure.
 
     Attributes:
-        name: on the command line.
-        title: a line that says what is asked.
-        settings: of all arms, where the user gives none.
-        sets: settings that the arms differ in, or that they cannot do without: the user may not give them.
-        compares_tasks: whether it takes more than one task.
+        name: name on the command line.
+        title: the question that the experiment answers, in one line.
+        settings: default settings of all arms; the user's settings override them.
+        sets: names of settings that the experiment sets itself; the user may not set them.
+        compares_tasks: whether the experiment accepts more than one task.
     """
 
     name: str
@@ -109,20 +121,30 @@ class Experiment(ABC):
     compares_tasks = False
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """The runs it needs, on some tasks (most experiments take the first)."""
+        """Returns the arms to run.
+
+        Args:
+            config: the settings that all arms share.
+            tasks: the tasks; exactly one unless the experiment compares tasks.
+        """
         return ()
 
     def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
-        """What it measures without a run, one configuration a seed; ready for JSON."""
+        """Returns results that need no run, ready for JSON.
+
+        Args:
+            configs: one configuration per seed.
+            tasks: the tasks.
+        """
         return None
 
     @abstractmethod
     def table(self, results: Results) -> str:
-        """The table, in Markdown."""
+        """Returns the experiment's tables in Markdown."""
 
     @abstractmethod
     def draw(self, results: Results, path: Path) -> None:
-        """Writes the figure."""
+        """Writes the figure to ``path``."""
 
 
 def run_all(
@@ -133,63 +155,74 @@ def run_all(
     output: Path,
     log: Callable[[str], None],
 ) -> Results:
-    """Runs what is missing of an experiment.
+    """Runs the missing runs of an experiment and returns the results of all.
 
     Args:
-        experiment: which.
-        given: the user's settings; they go before the experiment's.
-        tasks: further ones, where the experiment compares tasks.
-        seeds: runs of each arm; the first has the seed that is given, or 0.
-        output: directory of the experiment, its own or a new one.
-        log: called with a line before every run.
+        experiment: the experiment.
+        given: the user's settings; they override the experiment's.
+        tasks: the tasks to compare; empty for the experiment's default.
+        seeds: number of runs per arm. Their seeds are consecutive and start at the configured seed (default 0).
+        output: the experiment's directory: new, empty, or from an earlier call with the same settings.
+        log: called with a line of text before each run and before the measurement.
 
     Raises:
-        ConfigError: if the directory holds another experiment, or one with other settings.
+        ConfigError: if the user sets a setting that the experiment sets itself, or the directory belongs to an
+            experiment with other settings.
+        RunError: if the directory holds other files.
     """
     for name in experiment.sets:
         if name in given:
-            raise ConfigError(f"the experiment {experiment.name} sets {name} itself; leave it out")
+            raise ConfigError(f"the experiment {experiment.name} sets {name} itself; do not set it")
     shared = configuration(experiment, given)
-    tasks = _tasks(experiment, shared, tasks)
-    _claim(output, experiment, given, tasks)
-    arms, first = experiment.arms(shared, tasks), shared.seed
-    found: dict[str, list[Finished]] = {arm.name: [] for arm in arms}
+    tasks = _choose_tasks(experiment, shared, tasks)
+    _prepare_directory(output, experiment, given, tasks)
+    arms = experiment.arms(shared, tasks)
+    all_seeds = range(shared.seed, shared.seed + seeds)
+    runs: dict[str, list[FinishedRun]] = {arm.name: [] for arm in arms}
     for arm in arms:
-        for seed in range(first, first + seeds):
+        for seed in all_seeds:
             directory = output / "runs" / _slug(arm.name) / f"seed-{seed}"
             if not directory.exists():
                 log(f"{experiment.name}: {arm.name}, seed {seed}")
                 config = configuration(experiment, given, {**arm.settings, "seed": seed})
                 _run(config, directory, output / "masks")
-            found[arm.name].append(Finished(directory))
+            runs[arm.name].append(FinishedRun(directory))
     measured = output / f"measured-{seeds}.json"
     if not measured.exists():
         log(f"{experiment.name}: measuring")
-        configs = [configuration(experiment, given, {"seed": seed}) for seed in range(first, first + seeds)]
+        configs = [configuration(experiment, given, {"seed": seed}) for seed in all_seeds]
         write_atomic(measured, json.dumps(experiment.measure(configs, tasks), indent=1).encode())
-    return Results(arms=found, measured=json.loads(measured.read_text()))
+    return Results(arms=runs, measured=json.loads(measured.read_text()))
 
 
-def _tasks(experiment: Experiment, config: RunConfig, named: Sequence[str]) -> tuple[str, ...]:
-    """The tasks to compare: those named, or all embedded ones, or the settings' own."""
-    if len(named) > 1 and not experiment.compares_tasks:
-        raise ConfigError(f"the experiment {experiment.name} takes one task, got {', '.join(named)}")
-    every = tuple(embedded.TASKS) if experiment.compares_tasks and config.model.source == embedded.NAME else ()
-    tasks = tuple(named) or every or (config.task.name,)
+def _choose_tasks(experiment: Experiment, config: RunConfig, given: Sequence[str]) -> tuple[str, ...]:
+    """Returns the tasks to run on.
+
+    They are the given ones. By default, an experiment that compares tasks runs on all embedded tasks if the model is
+    the embedded one; all others run on the configured task.
+    """
+    if len(given) > 1 and not experiment.compares_tasks:
+        raise ConfigError(f"the experiment {experiment.name} takes one task, got {', '.join(given)}")
+    if given:
+        tasks = tuple(given)
+    elif experiment.compares_tasks and config.model.source == embedded.NAME:
+        tasks = tuple(embedded.TASKS)
+    else:
+        tasks = (config.task.name,)
     for task in tasks:
-        config.on_task(task)
+        config.on_task(task)  # raises ConfigError if the task does not fit the settings
     return tasks
 
 
-def configuration(experiment: Experiment, given: Settings, of_arm: Settings | None = None) -> RunConfig:
-    """The settings of one run; an arm's go first, then the user's, then the experiment's."""
-    return make_config(experiment.settings, given, of_arm or {})
+def configuration(experiment: Experiment, given: Settings, arm_settings: Settings | None = None) -> RunConfig:
+    """Returns the configuration of a run: the arm's settings override the user's, which override the experiment's."""
+    return make_config(experiment.settings, given, arm_settings or {})
 
 
 def _run(config: RunConfig, directory: Path, masks: Path) -> None:
-    """Runs into a directory beside, which takes its name when the run is over."""
+    """Runs in ``DIRECTORY.unfinished`` and renames it to ``directory`` when the run has finished."""
     unfinished = directory.with_name(directory.name + ".unfinished")
-    if is_run(unfinished):  # left by an experiment that was stopped
+    if is_run(unfinished):  # an earlier call was interrupted
         resume(unfinished, lambda _: None, lambda _: None)
     else:
         execute(_with_mask(config, masks), unfinished, lambda _: None, lambda _: None)
@@ -197,7 +230,7 @@ def _run(config: RunConfig, directory: Path, masks: Path) -> None:
 
 
 def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
-    """The configuration with a mask file, where the mask does not depend on the seed: it is made once."""
+    """Returns the configuration with a mask file if the mask does not depend on the seed. The file is made once."""
     elements = config.method.recipe.elements
     if config.mask.file is not None or elements not in (Elements.SENSITIVITY, Elements.MAGNITUDE):
         return config
@@ -208,27 +241,28 @@ def _with_mask(config: RunConfig, masks: Path) -> RunConfig:
     return config.replace(mask=path)
 
 
-def _claim(output: Path, experiment: Experiment, given: Settings, tasks: Sequence[str]) -> None:
-    """Makes the directory this experiment's, or checks that it is."""
+def _prepare_directory(output: Path, experiment: Experiment, given: Settings, tasks: Sequence[str]) -> None:
+    """Creates the experiment's directory with a settings file, or checks that an existing one has the same settings."""
     heading = f"# {experiment.name} on {', '.join(tasks)}"
-    path, wanted = output / CONFIG, f"{heading}\n{config_toml(configuration(experiment, given))}"
+    path, content = output / CONFIG, f"{heading}\n{config_toml(configuration(experiment, given))}"
     if path.exists():
-        if path.read_text() != wanted:
+        if path.read_text() != content:
             raise ConfigError(f"{output} holds an experiment with other settings (see {path}); choose another --output")
         return
     if output.exists() and any(output.iterdir()):
-        raise RunError(f"{output} holds other files; choose another --output, nothing was changed")
+        raise RunError(f"{output} holds other files; choose another --output (nothing was changed)")
     output.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, wanted.encode())
+    write_atomic(path, content.encode())
 
 
-def named(config: RunConfig, task: str) -> Settings:
-    """The setting that chooses a task; data of the user's own need none."""
+def task_setting(config: RunConfig, task: str) -> Settings:
+    """Returns the setting that selects a task; none if the user gives a data file instead of a task."""
     return {} if config.data.file is not None else {"task": task}
 
 
 def _slug(name: str) -> str:
+    """Returns an arm's name as a directory name."""
     return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
 
 
-__all__ = ["Arm", "Experiment", "Finished", "Results", "Settings", "configuration", "named", "run_all"]
+__all__ = ["Arm", "Experiment", "FinishedRun", "Results", "Settings", "configuration", "run_all", "task_setting"]

@@ -1,8 +1,12 @@
-"""(d) How often to talk: local steps at equal total steps, drift against communication (paper: section 5).
+"""Experiment (d), local steps: drift against communication, at equal total steps.
 
-A client's drift in a round is the distance of its end from the average, which its scalars tell without a weight:
+A client's drift in a round is the distance of its weights from the average at the end of the round. It follows from the
+scalars alone:
 
     | sum_t lr_t (g_i^t - g^t) z_t |  =  sqrt(k sum_t (lr_t (g_i^t - g^t))**2)        (z_t nearly orthogonal)
+
+References:
+    Meerkat, arXiv 2506.03337, section 5.
 """
 
 import math
@@ -16,33 +20,35 @@ from ...fed.config.run_config import RunConfig
 from ...fed.ledger.file import RoundRecord, read_ledger
 from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
-from .figures import finished, mean_line, subplots
-from .grid import Arm, Experiment, Finished, Results, Settings
+from .figures import mean_line, save_figure, subplots
+from .grid import Arm, Experiment, FinishedRun, Results, Settings
 
 _LOCAL_STEPS = (1, 10, 30, 50, 100)
 _DRIFT = "drift of a client in a round"
 
 
 class LocalSteps(Experiment):
-    """Local steps at equal total steps."""
+    """Several numbers of local steps T per round, at equal total steps."""
 
     name = "local-steps"
-    title = "How often to talk? T local steps a round at equal total steps: drift against communication"
+    title = "How many local steps per round? Drift against communication, at equal total steps"
     settings: ClassVar[Settings] = {"rounds": 30, "local_steps": 10, "partition": "dirichlet", "alpha": 0.3}
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A T each, of those that divide the steps of a client in all."""
+        """Returns one arm per T in ``_LOCAL_STEPS`` that divides a client's total steps."""
         if config.method.recipe.sends_weights:
-            raise ConfigError(f"drift is read from the clients' scalars, and {config.method} has none")
-        total = config.rounds * config.local_steps
-        fitting = [steps for steps in _LOCAL_STEPS if total % steps == 0]
-        if len(fitting) < 2:
             raise ConfigError(
-                f"{total} steps of a client (rounds times local_steps) cannot be dealt in two ways of "
-                f"{', '.join(map(str, _LOCAL_STEPS))}; a multiple of 300 can in all"
+                f"drift is computed from the clients' scalars, but {config.method} sends weights; choose another method"
+            )
+        total = config.rounds * config.local_steps
+        divisors = [steps for steps in _LOCAL_STEPS if total % steps == 0]
+        if len(divisors) < 2:
+            raise ConfigError(
+                f"rounds times local_steps is {total}, which fewer than two of {', '.join(map(str, _LOCAL_STEPS))} "
+                "divide; choose a multiple of 300 to use all of them"
             )
         return [
-            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": total // steps}) for steps in fitting
+            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": total // steps}) for steps in divisors
         ]
 
     def table(self, results: Results) -> str:
@@ -50,7 +56,7 @@ class LocalSteps(Experiment):
         lines = []
         for arm, runs in results.arms.items():
             losses = [run.validation_loss for run in runs]
-            sent = [amount(runs[0].summary[f"bytes_{way}"]) for way in ("up", "down")]
+            sent = [amount(runs[0].summary[f"bytes_{direction}"]) for direction in ("up", "down")]
             drift, accuracy = over_seeds([_drift(run) for run in runs]), over_seeds(results.accuracy(arm))
             lines.append([arm, str(runs[0].config["rounds"]), accuracy, over_seeds(losses), drift, *sent])
         return table(["", "rounds", "accuracy after", "validation loss", _DRIFT, "bytes up", "down"], lines)
@@ -67,17 +73,17 @@ class LocalSteps(Experiment):
         for axis, (shown, values) in zip(axes, measures.items(), strict=True):
             by_seed = [list(zip(sent, seed, strict=True)) for seed in zip(*values, strict=True)]
             mean_line(axis, by_seed, "C0", "mean over seeds, and each seed")
-            for x, of_arm, name in zip(sent, values, results.arms, strict=True):
+            for x, arm_values, name in zip(sent, values, results.arms, strict=True):
                 axis.annotate(
-                    name, (x, statistics.fmean(of_arm)), textcoords="offset points", xytext=(3, 6), fontsize=8
+                    name, (x, statistics.fmean(arm_values)), textcoords="offset points", xytext=(3, 6), fontsize=8
                 )
             axis.set(xscale="log", xlabel="bytes up", ylabel=shown)
             axis.tick_params(axis="x", which="minor", labelbottom=False)
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
-def _drift(run: Finished) -> float:
-    """Distance of a client's end from the average: root mean square over clients and rounds."""
+def _drift(run: FinishedRun) -> float:
+    """Returns the drift of a client in a round: the root mean square over clients and rounds."""
     ledger = read_ledger(run.directory / LEDGER)
     terms = ledger.header.terms
     squares = [square for line in ledger.rounds for square in _squares(line, terms.query_learning_rates(line.round))]
@@ -85,14 +91,12 @@ def _drift(run: Finished) -> float:
 
 
 def _squares(line: RoundRecord, rates: list[float]) -> list[float]:
-    """``sum_t (lr_t (g_i^t - g^t))**2`` of each client, who contributes 0 where it took no step."""
-    return [
-        sum(
-            (lr * (g - mean)) ** 2
-            for lr, g, mean in zip(rates, [*own, *[0.0] * (len(rates) - len(own))], line.scalars, strict=True)
-        )
-        for own in line.clients.values()
-    ]
+    """Returns ``sum_t (lr_t (g_i^t - g^t))**2`` of each client; ``g_i^t`` is 0 for steps after its last one."""
+    squares = []
+    for scalars in line.clients.values():
+        padded = [*scalars, *[0.0] * (len(rates) - len(scalars))]
+        squares.append(sum((lr * (g - mean)) ** 2 for lr, g, mean in zip(rates, padded, line.scalars, strict=True)))
+    return squares
 
 
 __all__ = ["LocalSteps"]

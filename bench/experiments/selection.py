@@ -1,6 +1,7 @@
-"""(c) Early stopping: Meerkat, Meerkat-vp and as many clients stopped at random; and how well GradIP finds them.
+"""Experiment (c), early stopping: Meerkat, Meerkat-vp and random stopping, and how well GradIP detects extreme clients.
 
-Reference: Meerkat, arXiv 2506.03337, section 5 (VPCS and its ablation).
+References:
+    Meerkat, arXiv 2506.03337, section 5 (virtual-path client selection and its ablation).
 """
 
 from collections.abc import Sequence
@@ -9,15 +10,15 @@ from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
-from .figures import finished, mean_line, subplots
-from .grid import Arm, Experiment, Finished, Results, Settings, named
+from .figures import mean_line, save_figure, subplots
+from .grid import Arm, Experiment, FinishedRun, Results, Settings, task_setting
 
 _METHODS = ("meerkat", "meerkat-vp", "random-stop")
 _DETECTION = "detection"
 
 
 class Selection(Experiment):
-    """Meerkat, Meerkat-vp and random stopping over several tasks."""
+    """Meerkat, Meerkat-vp and random stopping on several tasks."""
 
     name = "selection"
     title = "Does stopping extreme clients early help, and does GradIP find them?"
@@ -26,15 +27,17 @@ class Selection(Experiment):
     compares_tasks = True
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A task and a method each, and a detection on clients half of which hold one label only."""
+        """Returns one arm per task and method, and per task a detection arm with 50% single-label clients."""
         compared = [
-            Arm(name=f"{task}, {method}", settings={**named(config, task), "method": method})
+            Arm(name=f"{task}, {method}", settings={**task_setting(config, task), "method": method})
             for task in tasks
             for method in _METHODS
         ]
-        found = {"method": "meerkat-vp", "partition": "mixed", "rounds": 1, "local_steps": 1}
-        detected = [Arm(name=f"{task}, {_DETECTION}", settings={**named(config, task), **found}) for task in tasks]
-        return compared + detected
+        mixed = {"method": "meerkat-vp", "partition": "mixed", "rounds": 1, "local_steps": 1}
+        detection = [
+            Arm(name=f"{task}, {_DETECTION}", settings={**task_setting(config, task), **mixed}) for task in tasks
+        ]
+        return compared + detection
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
@@ -54,27 +57,30 @@ class Selection(Experiment):
                 mean_line(axis, [run.accuracies for run in results.arms[f"{task}, {method}"]], f"C{i}", method)
             axis.set(title=task, xlabel="round")
         axes[0].set_ylabel("accuracy on held-out examples")
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
 def _detection(results: Results) -> str:
+    """Returns the table of how well the stopped clients match the single-label clients."""
     lines = []
     for arm, runs in results.arms.items():
         if arm.endswith(_DETECTION):
-            found = [run.summary for run in runs]
-            right = sum(len(set(s["stopped"]) & set(s["single_label_clients"])) for s in found)
-            flagged, single = (sum(len(s[key]) for s in found) for key in ("stopped", "single_label_clients"))
+            summaries = [run.summary for run in runs]
+            correct = sum(len(set(s["stopped"]) & set(s["single_label_clients"])) for s in summaries)
+            flagged = sum(len(s["stopped"]) for s in summaries)
+            single_label = sum(len(s["single_label_clients"]) for s in summaries)
             clients = sum(run.config["clients"] for run in runs)
-            quality = [_share(right, flagged), _share(right, single)]
-            lines.append([arm.split(", ")[0], f"{single} of {clients}", str(flagged), *quality])
+            precision, recall = _ratio(correct, flagged), _ratio(correct, single_label)
+            lines.append([arm.split(", ")[0], f"{single_label} of {clients}", str(flagged), precision, recall])
     return table(["task", "single-label clients, all seeds", "flagged", "precision", "recall"], lines)
 
 
-def _share(right: int, of: int) -> str:
-    return f"{right / of:.2f}" if of else "none"
+def _ratio(part: int, total: int) -> str:
+    return f"{part / total:.2f}" if total else "none"
 
 
-def _stopped(runs: Sequence[Finished]) -> str:
+def _stopped(runs: Sequence[FinishedRun]) -> str:
+    """Returns the number of stopped clients of each run."""
     return ", ".join(str(len(run.summary.get("stopped", []))) for run in runs)
 
 

@@ -1,4 +1,8 @@
-"""(a) How sparse: accuracy against bytes for masks of four densities, IID and not (paper: section 5, sparsity)."""
+"""Experiment (a), sparsity: accuracy against bytes for masks of four densities, with IID and with non-IID clients.
+
+References:
+    Meerkat, arXiv 2506.03337, section 5 (sparsity).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +10,8 @@ from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
 from ..tables import amount, over_seeds, table
-from .figures import finished, mean_line, subplots
-from .grid import Arm, Experiment, Finished, Results, Settings
+from .figures import mean_line, save_figure, subplots
+from .grid import Arm, Experiment, FinishedRun, Results, Settings
 
 _DENSITIES = (1e-2, 1e-3, 1e-4, 1e-5)
 _PARTITIONS: dict[str, Settings] = {
@@ -25,7 +29,7 @@ class Sparsity(Experiment):
     sets = ("partition", "alpha", "mask")
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """A density and a partition each; the fewer elements, the larger the learning rate that fits them."""
+        """Returns one arm per density and partition: the fewer the elements, the larger the learning rate."""
         return [
             Arm(
                 name=f"{partition}, u = {density:g}",
@@ -60,11 +64,11 @@ class Sparsity(Experiment):
                 mean_line(axis, [_curve(run) for run in runs], f"C{i}", f"u = {density:g}")
             axis.set(title=partition, xscale="log", xlabel="bytes sent, masks included")
         axes[0].set_ylabel("accuracy on held-out examples")
-        finished(figure, axes, path)
+        save_figure(figure, axes, path)
 
 
-def _curve(run: Finished) -> list[tuple[float, float]]:
-    """Bytes sent so far and accuracy, at each evaluation."""
+def _curve(run: FinishedRun) -> list[tuple[float, float]]:
+    """Returns points (bytes sent so far, accuracy), one per evaluation."""
     sent, points = run.summary["mask_bytes"] * run.config["clients"], []
     for line in run.lines:
         sent += line["bytes_up"] + line["bytes_down"]

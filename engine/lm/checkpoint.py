@@ -1,4 +1,4 @@
-"""Saving a model as a Hugging Face checkpoint, whole or not at all."""
+"""Saves a model as a Hugging Face checkpoint, atomically."""
 
 import os
 from pathlib import Path
@@ -10,44 +10,47 @@ from .models import LanguageModel
 
 
 def check_absent(path: Path) -> None:
-    """Raises ``ConfigError`` if something is at the path; nothing is ever overwritten."""
+    """Raises ``ConfigError`` if the path exists, because nothing is ever overwritten."""
     if os.path.lexists(path):
-        raise ConfigError(f"{path} exists already; choose another place, nothing was changed")
+        raise ConfigError(f"{path} exists already; choose another place (nothing was changed)")
 
 
 def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
-    """Writes a model, its tokenizer and a model card, as transformers lays them out.
+    """Writes a model, its tokenizer and a model card, in transformers' layout.
+
+    The checkpoint is written under a temporary name in the same directory and renamed, so it is complete as soon as
+    ``output`` exists.
 
     Args:
-        lm: the model, in the dtype it is saved in.
-        output: directory to be made, with those above it. It is made under another name beside it and renamed, so that
-            it is complete as soon as it is there.
-        card: content of its ``README.md``.
+        lm: the model, which is saved in the dtype it has.
+        output: directory to create, with its parents.
+        card: text of the model card, ``README.md``.
 
     Raises:
-        ConfigError: if there is something already.
-        RunError: if it cannot be written, or transformers finds fault with it; nothing of it is left.
+        ConfigError: if ``output`` exists already.
+        RunError: if the checkpoint cannot be written, or transformers rejects the model; nothing is left on disk.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as holder:
-            whole = Path(holder) / output.name
-            whole.mkdir()
-            _fill(whole, lm, card)
-            check_absent(output)  # the rename itself would take the place of an empty directory
-            os.rename(whole, output)
+        with TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as temporary:
+            complete = Path(temporary) / output.name
+            complete.mkdir()
+            _write_files(complete, lm, card)
+            check_absent(output)  # the rename alone would replace an empty directory
+            os.rename(complete, output)
         sync_directory(output.parent)
     except MeerkatError:
         raise
-    except Exception as error:  # of any type: safetensors and tokenizers have their own for a disk that is full
+    except Exception as error:  # safetensors and tokenizers raise exceptions of their own types, as for a full disk
         raise RunError(f"cannot write the checkpoint {output}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _fill(directory: Path, lm: LanguageModel, card: str) -> None:
+def _write_files(directory: Path, lm: LanguageModel, card: str) -> None:
+    """Writes the checkpoint's files into an empty directory and flushes them to disk."""
     lm.model.save_pretrained(directory)  # type: ignore[operator]
     lm.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    mode = (directory / "README.md").stat().st_mode  # safetensors' own writer lets nobody else read
+    mode = (directory / "README.md").stat().st_mode  # safetensors' writer makes files that only the owner can read
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             path.chmod(mode)

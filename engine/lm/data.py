@@ -1,4 +1,4 @@
-"""Rows of a task and calibration text: JSON Lines on disk, or the hub's copy."""
+"""Reads the examples of tasks and calibration text, from JSON Lines files or the Hugging Face hub."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,10 @@ from .tasks import Row, Task
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file.
+    """Reads the objects of a JSON Lines file. Blank lines are skipped.
 
     Raises:
-        DataError: if the file cannot be read, or a line (named) is not a JSON object.
+        DataError: if the file cannot be read, or a line is not a JSON object; the message names the line.
     """
     rows = []
     try:
@@ -39,64 +39,76 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
-    """The rows of a task's split, checked against the task.
+    """Reads the rows of a task's split and checks that they fit the task.
 
     Args:
-        task: which task.
+        task: the task.
         split: "train" or "validation".
-        data_dir: holds TASK/SPLIT.jsonl, or TASK_DOMAIN/SPLIT.jsonl for each domain; None loads the hub's copy.
+        data_dir: directory with TASK/SPLIT.jsonl, or with TASK_DOMAIN/SPLIT.jsonl for each domain; None loads the split
+            from the hub.
 
     Returns:
-        The rows as they come; those of several domains in turn, so that the first ones hold something of each.
+        The rows in the order of the data. Rows of several domains are interleaved, so that the first rows include some
+        of each domain.
 
     Raises:
-        DataError: if they cannot be had, or a row (named) does not fit the task.
+        DataError: if the rows cannot be read, or a row does not fit the task; the message names the row.
     """
     if data_dir is None:
         if task.hub is None:
-            raise DataError(f"the task {task.name!r} is not on the hub; give --data-dir")
+            raise DataError(f"the task {task.name!r} is not on the hub; read it from local files with --data-dir")
         return _checked(task, task.hub.rows(split), f"{task.hub}, {split}")
     if not task.domains:
         return _from_file(task, data_dir / task.name / f"{split}.jsonl")
-    parts = [
+    rows_by_domain = [
         [{**row, "domain": domain} for row in _from_file(task, data_dir / f"{task.name}_{domain}" / f"{split}.jsonl")]
         for domain in task.domains
     ]
-    return [row for turn in zip_longest(*parts) for row in turn if row is not None]
+    return [row for one_per_domain in zip_longest(*rows_by_domain) for row in one_per_domain if row is not None]
 
 
 def custom_rows(task: Task, data: Path, validation: Path | None, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows from files of the user's own.
+    """Reads training and validation rows from the user's own files.
 
     Args:
-        task: made for them; see ``tasks.own_task``.
-        data: JSON Lines.
-        validation: JSON Lines; None holds out a fifth of the data.
-        seed: chooses that fifth, in [0, 2**64).
+        task: task made for these data; see ``tasks.custom_task``.
+        data: JSON Lines file.
+        validation: JSON Lines file with the validation rows; None holds out a fifth of ``data``.
+        seed: seed of the choice of that fifth, in [0, 2**64).
+
+    Returns:
+        Training rows and validation rows.
 
     Raises:
-        DataError: if a file cannot be read, a row (named) does not fit the task, or there is nothing to hold out.
+        DataError: if a file cannot be read, a row does not fit the task (the message names the row), or there are too
+            few rows to hold one out.
     """
     rows = _from_file(task, data)
     if validation is not None:
         return rows, _from_file(task, validation)
     if len(rows) < 2:
-        raise DataError(f"{data} holds one example, of which none can be held out; give more, or --validation")
+        raise DataError(
+            f"{data} has only one example, so none can be held out; add examples, or pass --validation FILE"
+        )
     order = stream.permutation(stream.derived_seed(seed, "held"), len(rows)).tolist()
-    held = order[: max(1, len(rows) // 5)]
-    left = sorted(order[len(held) :])
-    return [rows[i] for i in left], [rows[i] for i in held]
+    held_out = order[: max(1, len(rows) // 5)]
+    training = sorted(order[len(held_out) :])
+    return [rows[i] for i in training], [rows[i] for i in held_out]
 
 
 def _checked(task: Task, rows: Iterable[Row], where: str) -> list[Row]:
-    """The rows as a list; raises ``DataError`` if there are none, or one of them does not fit the task."""
-    found = []
+    """Returns the rows as a list.
+
+    Raises:
+        DataError: if there are no rows, or a row does not fit the task.
+    """
+    checked = []
     for number, row in enumerate(rows, 1):
         task.check(row, f"{where}, example {number}")
-        found.append(row)
-    if not found:
-        raise DataError(f"{where} holds no examples")
-    return found
+        checked.append(row)
+    if not checked:
+        raise DataError(f"{where} has no examples")
+    return checked
 
 
 def _from_file(task: Task, path: Path) -> list[Row]:
@@ -104,15 +116,19 @@ def _from_file(task: Task, path: Path) -> list[Row]:
 
 
 def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> tuple[list[str], str]:
-    """Pre-training text for the mask, and where it came from.
+    """Reads pre-training text for the mask.
 
     Args:
-        path: JSON Lines with the field ``text``; None looks for DATA_DIR/c4_sample/train.jsonl, then the hub's C4.
+        path: JSON Lines file with the field ``text``; None looks for DATA_DIR/c4_sample/train.jsonl, then for C4 on the
+            hub.
         data_dir: see ``task_rows``.
-        count: texts wanted.
+        count: maximum number of texts.
+
+    Returns:
+        The texts, and a description of their source.
 
     Raises:
-        DataError: if there is none to be had, saying what to give.
+        DataError: if there is no text; the message names the options that provide some.
     """
     if path is None and data_dir is not None and (data_dir / "c4_sample" / "train.jsonl").is_file():
         path = data_dir / "c4_sample" / "train.jsonl"
@@ -122,8 +138,8 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
             return [row["text"] for row, _ in zip(stream, range(count), strict=False)], "C4 (hub), first documents"
         except DataError as error:
             raise DataError(
-                f"no calibration text: give --calibration FILE.jsonl (field text), or --mask FILE, or a --data-dir "
-                f"with c4_sample/train.jsonl ({error})"
+                f"no calibration text found: pass --calibration FILE.jsonl (with the field text), a --data-dir with "
+                f"c4_sample/train.jsonl, or an existing mask with --mask FILE ({error})"
             ) from error
     texts = []
     for number, row in enumerate(read_jsonl(path)[:count], 1):
@@ -131,18 +147,30 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
             raise DataError(f"{path}, example {number}: calibration text needs the field 'text'; found {sorted(row)}")
         texts.append(row["text"])
     if not texts:
-        raise DataError(f"{path} holds no text")
+        raise DataError(f"{path} has no texts")
     return texts, f"{path.parent.name}/{path.name}, first {len(texts)} texts"
 
 
 def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int) -> Iterator[dict[str, Tensor]]:
-    """Texts as padded batches for the language-model loss: ``input_ids`` and ``attention_mask`` [B, <= length]."""
+    """Yields tokenized texts in padded batches for the language-model loss.
+
+    A batch in which no text has two tokens is left out: there is no next token to predict.
+
+    Args:
+        texts: the texts.
+        tokenizer: the model's tokenizer.
+        batch_size: number of texts per batch.
+        length: maximum number of tokens of a text; the rest is cut.
+
+    Yields:
+        ``input_ids`` and ``attention_mask``, both int64 [B, L] with L at most ``length``.
+    """
     for start in range(0, len(texts), batch_size):
         encoded = tokenizer(
             texts[start : start + batch_size], truncation=True, max_length=length, padding=True, return_tensors="pt"
         )
         batch = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-        if int((batch["attention_mask"].sum(1) > 1).sum()):  # one token has no next one to predict
+        if int((batch["attention_mask"].sum(1) > 1).sum()):
             yield batch
 
 

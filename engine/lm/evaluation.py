@@ -12,13 +12,13 @@ from .objective import candidate_scores
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results over a set of examples.
+    """Results of a model on a set of examples.
 
     Args:
         accuracy: share of examples whose most likely candidate is the right one, in [0, 1].
-        macro_f1: see ``macro_f1``.
+        macro_f1: mean of the classes' F1, in [0, 1]; see ``macro_f1``.
         loss: mean cross-entropy over the candidates.
-        examples: how many.
+        examples: number of examples.
     """
 
     accuracy: float
@@ -29,7 +29,13 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: EncodedTask, batch_size: int = 32) -> Evaluation:
-    """Evaluates on all examples; the shortest prompts go together, so that little is padded."""
+    """Evaluates a model on all examples. Batches are made of prompts of similar length, to pad little.
+
+    Args:
+        model: a transformers causal LM.
+        data: the examples, at least one.
+        batch_size: number of examples per batch.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(data)), key=lambda i: len(data.prompts[i]))
     confusion, loss = torch.zeros(len(data.candidates), len(data.candidates), dtype=torch.int64), 0.0
@@ -47,20 +53,30 @@ def evaluate(model: nn.Module, data: EncodedTask, batch_size: int = 32) -> Evalu
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How often each class (row) was taken for each class (column): int64 [C, C] from int64 [n] twice."""
+    """Counts how often each true class (row) was predicted as each class (column).
+
+    Args:
+        labels: int64 [n], true classes.
+        predicted: int64 [n], predicted classes.
+        classes: number of classes, C.
+
+    Returns:
+        int64 [C, C].
+    """
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def macro_f1(confusion: Tensor) -> float:
     """Mean over the classes of F1, the harmonic mean of precision and recall, in [0, 1].
 
-    A class that is neither present nor predicted has no F1 and does not count.
+    A class that is neither present nor predicted has no F1 and is left out.
 
     Args:
-        confusion: int64 [C, C], true class by predicted class.
+        confusion: int64 [C, C], true class (row) by predicted class (column).
     """
-    hits, seen = confusion.diagonal().double(), confusion.sum(0) + confusion.sum(1)
-    return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
+    hits, present_or_predicted = confusion.diagonal().double(), confusion.sum(0) + confusion.sum(1)
+    counted = present_or_predicted > 0
+    return float((2 * hits[counted] / present_or_predicted[counted]).mean())
 
 
 __all__ = ["Evaluation", "confusion_matrix", "evaluate", "macro_f1"]

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub, with the fields and labels that the project's tasks have."""
+"""Data sets on the Hugging Face hub, read with the field names and labels of this project's tasks."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,19 +9,20 @@ from ..errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """Where a data set is on the hub. Its files are Parquet or the like, and none of them is run.
+    """Location and layout of a data set on the hub. Its files are data, such as Parquet; no code in it is run.
 
-    From version 4 on, which this project requires, ``datasets`` refuses a data set that comes as a script, and has no
-    setting that would allow it.
+    This project requires version 4 of ``datasets`` or later. These versions reject data sets that are scripts, and have
+    no setting to allow them.
 
     Args:
-        path: of the repository, or of a local directory laid out like one.
-        config: of the data set; None if it has only one.
-        revision: None is the main branch; "refs/convert/parquet" is the hub's own conversion of a scripted data set.
+        path: name of the repository, or path of a local directory with the layout of one.
+        config: configuration (subset) of the data set; None if it has only one.
+        revision: branch, tag or commit; None is the main branch, and "refs/convert/parquet" is the hub's own Parquet
+            conversion of a scripted data set.
         validation: name of the split that is held out.
-        columns: the hub's column for each field that is called otherwise there.
-        label: the field that holds the class.
-        first_label: the hub's number for class 0.
+        columns: for each field whose column on the hub has another name, that name.
+        label: name of the field with the class.
+        first_label: number of class 0 on the hub.
     """
 
     path: str
@@ -40,18 +41,18 @@ class HubSource:
         ])  # fmt: skip
 
     def rows(self, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-        """The rows of a split.
+        """Yields the rows of a split, with columns and labels renamed to those of the task.
 
         Args:
             split: "train" or "validation".
-            streaming: reads as rows are taken, instead of all first.
+            streaming: whether to read rows only as they are consumed, instead of all of them first.
 
         Raises:
             DataError: if the data set cannot be loaded.
         """
         import datasets
 
-        names = {column: name for name, column in self.columns.items()}
+        field_of = {column: name for name, column in self.columns.items()}
         try:
             for row in datasets.load_dataset(
                 self.path,
@@ -60,12 +61,14 @@ class HubSource:
                 revision=self.revision,
                 streaming=streaming,
             ):
-                renamed = {names.get(column, column): value for column, value in row.items()}
+                renamed = {field_of.get(column, column): value for column, value in row.items()}
                 if self.first_label and isinstance(renamed.get(self.label), int):
                     renamed[self.label] -= self.first_label
                 yield renamed
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"cannot load {self} from the hub: {error}; give --data-dir for local files") from error
+            raise DataError(
+                f"cannot load {self} from the hub: {error}; to read local files, pass --data-dir"
+            ) from error
 
 
 __all__ = ["HubSource"]

@@ -1,7 +1,7 @@
-"""What is computed from a language model: the loss on text, and losses and predictions of a classification task.
+"""Losses of a language model on text, and losses and candidate scores on a classification task.
 
-Only the logits that a result needs are made: those of the answer positions for a task, those of a few hundred positions
-at a time for text. There is never a tensor [batch, length, vocabulary].
+Only the logits that a result needs are computed: those of the answer positions for a task, those of 128 positions at a
+time for text. A tensor [batch, length, vocabulary] never exists.
 """
 
 import functools
@@ -22,13 +22,14 @@ from .examples import Batch
 # Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
 _POSITIONS = 128
 
-# Computes the parts of a batch, float32, perhaps not all of them in this process: from a function each, the number of
-# elements of what it returns, and the device; all of them come back, flat, with the bits of computing them here.
+# Evaluates functions that each compute a result of one micro-batch, perhaps in several processes. Arguments: the
+# functions, the number of elements of each result, the device of the results. Returns all results, float32 and flat, in
+# order, with the same bits as if this process had computed them.
 MicroBatchMap = Callable[[Sequence[Callable[[], Tensor]], Sequence[int], torch.device], list[Tensor]]
 
 
 class Objective(StrEnum):
-    """The loss of a classification task.
+    """Loss of a classification task.
 
     ``CANDIDATES``: cross-entropy over the label words' mean log-likelihoods.
     ``LANGUAGE_MODEL``: mean negative log-likelihood of the answer's tokens over the whole vocabulary, as in MeZO.
@@ -41,85 +42,104 @@ class Objective(StrEnum):
 def task_loss(
     model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, micro_batch_map: MicroBatchMap | None = None
 ) -> Tensor:
-    """Loss of the batch: float32 scalar.
+    """Computes the loss of a batch.
 
     Args:
         model: a transformers causal LM.
-        batch: made for this objective (see ``EncodedTask.batch``); or a large batch in parts, which are gone through
-            one after the other, so that activations and logits of one part exist at a time. By autograd too: each
-            part is computed once more for its gradient.
-        objective: which loss.
-        micro_batch_map: computes the parts, where gradients are not needed; None: this process, in turn.
+        batch: a batch made for this objective (see ``EncodedTask.batch``), or the micro-batches of a large one. They
+            are processed one after the other, so that activations and logits of one micro-batch exist at a time. This
+            holds under autograd too: each micro-batch is computed once more for its gradient.
+        objective: the loss to compute.
+        micro_batch_map: evaluates the micro-batches, where no gradients are needed; None evaluates them one after the
+            other in this process.
 
     Returns:
-        The mean over all examples (candidates) or over all answer tokens (language model). That of parts is summed in
-        float64, each weighted by its share; it equals the large batch's but for float rounding.
+        float32 scalar: the mean over all examples (candidates) or over all answer tokens (language model). The losses
+        of micro-batches are summed in float64, each weighted by its share of the examples or answer tokens; the sum
+        equals the loss of the large batch up to float rounding.
 
     Raises:
-        ValueError: if there is no part.
+        ValueError: if there are no micro-batches.
 
     References:
         MeZO, arXiv 2305.17333, appendix E (prompts and the loss on the answer).
     """
-    parts = [batch] if isinstance(batch, Batch) else list(batch)
-    if not parts:
+    micro_batches = [batch] if isinstance(batch, Batch) else list(batch)
+    if not micro_batches:
         raise ValueError("a loss needs at least one batch, got none")
-    if len(parts) == 1:
-        return _batch_loss(model, parts[0], objective)
-    counts = torch.stack([_count(part, objective) for part in parts])
+    if len(micro_batches) == 1:
+        return _batch_loss(model, micro_batches[0], objective)
+    counts = torch.stack([_loss_terms(micro_batch, objective) for micro_batch in micro_batches])
     total = torch.zeros((), dtype=torch.float64, device=counts.device)
-    losses = _parts(_batch_loss, model, parts, objective, micro_batch_map, [1] * len(parts))
+    losses = _evaluate(_batch_loss, model, micro_batches, objective, micro_batch_map, [1] * len(micro_batches))
     for loss, share in zip(losses, counts / counts.sum(), strict=True):
         total = total + loss.reshape(()).double() * share
     return total.float()
 
 
-def _parts(
+def _evaluate(
     loss: Callable[[nn.Module, Batch, Objective], Tensor],
     model: nn.Module,
-    parts: Sequence[Batch],
+    micro_batches: Sequence[Batch],
     objective: Objective,
     micro_batch_map: MicroBatchMap | None,
     sizes: Sequence[int],
 ) -> Iterable[Tensor]:
-    """The losses of the parts of a batch, each computed when it is asked for, or micro_batch_map."""
+    """Evaluates ``loss`` on each micro-batch.
+
+    Without ``micro_batch_map`` the result is lazy: each loss is computed when the caller asks for it.
+
+    Args:
+        loss: function of model, micro-batch and objective; returns float32.
+        model: a transformers causal LM.
+        micro_batches: the micro-batches.
+        objective: third argument of ``loss``.
+        micro_batch_map: see ``task_loss``.
+        sizes: number of elements that ``loss`` returns for each micro-batch.
+    """
     if micro_batch_map is not None:
-        each = [functools.partial(loss, model, part, objective) for part in parts]
-        return micro_batch_map(each, sizes, next(model.parameters()).device)
+        functions = [functools.partial(loss, model, micro_batch, objective) for micro_batch in micro_batches]
+        return micro_batch_map(functions, sizes, next(model.parameters()).device)
     if torch.is_grad_enabled():
-        return (cast(Tensor, checkpoint(loss, model, part, objective, use_reentrant=False)) for part in parts)
-    return (loss(model, part, objective) for part in parts)
+        return (
+            cast(Tensor, checkpoint(loss, model, micro_batch, objective, use_reentrant=False))
+            for micro_batch in micro_batches
+        )
+    return (loss(model, micro_batch, objective) for micro_batch in micro_batches)
 
 
 def example_losses(
     model: nn.Module, batch: Batch | Sequence[Batch], objective: Objective, micro_batch_map: MicroBatchMap | None = None
 ) -> Tensor:
-    """Loss of each example: float32 [n] on the model's device, in the batch's order.
+    """Computes the loss of each example.
 
     Args:
         model: a transformers causal LM.
-        batch: made for this objective; or in parts, which are gone through one after the other. No part at all is a
-            batch without examples.
+        batch: a batch made for this objective, or micro-batches, which are processed one after the other. An empty
+            sequence is a batch without examples.
         objective: cross-entropy over the candidates, or mean negative log-likelihood of the example's answer tokens.
-            The mean over a batch of the former is ``task_loss``; the latter weighs examples equally, ``task_loss``
-            their tokens.
-        micro_batch_map: computes the parts, where gradients are not needed; None: this process, in turn.
+            The mean of the former over a batch is ``task_loss``. The latter weights all examples equally, whereas
+            ``task_loss`` weights all answer tokens equally.
+        micro_batch_map: see ``task_loss``.
+
+    Returns:
+        float32 [n] on the model's device, in the batch's order.
     """
-    parts = [batch] if isinstance(batch, Batch) else list(batch)
-    none = torch.empty(0, dtype=torch.float32, device=next(model.parameters()).device)
-    return torch.cat(
-        [none, *_parts(_losses_of, model, parts, objective, micro_batch_map, [len(part.labels) for part in parts])]
-    )
+    micro_batches = [batch] if isinstance(batch, Batch) else list(batch)
+    empty = torch.empty(0, dtype=torch.float32, device=next(model.parameters()).device)
+    sizes = [len(micro_batch.labels) for micro_batch in micro_batches]
+    losses = _evaluate(_losses_by_example, model, micro_batches, objective, micro_batch_map, sizes)
+    return torch.cat([empty, *losses])
 
 
-def _losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+def _losses_by_example(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
     if objective is Objective.CANDIDATES:
         return functional.cross_entropy(candidate_scores(model, batch), batch.labels, reduction="none")
     return -_mean_log_likelihoods(model, batch)
 
 
-def _count(batch: Batch, objective: Objective) -> Tensor:
-    """What the loss is a mean over, float64 scalar: examples or answer tokens."""
+def _loss_terms(batch: Batch, objective: Objective) -> Tensor:
+    """Number of examples or answer tokens that the loss is a mean over: float64 scalar."""
     if objective is Objective.CANDIDATES:
         return torch.full((), len(batch.labels), dtype=torch.float64, device=batch.labels.device)
     return batch.answer_mask.sum(dtype=torch.float64)
@@ -133,8 +153,13 @@ def _batch_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean log-likelihood per token of each candidate answer, up to a constant per example: float32 [B, C]."""
-    if batch.candidate_ids is not None:  # one forward serves all candidates of one token
+    """Mean log-likelihood per token of each candidate answer, up to a constant per example: float32 [B, C].
+
+    Args:
+        model: a transformers causal LM.
+        batch: a batch with ``answers="all"``; see ``EncodedTask.batch``.
+    """
+    if batch.candidate_ids is not None:  # all candidates are single tokens: one sequence per example scores them all
         return _logits(model, batch, 1)[:, -1, batch.candidate_ids].float()
     return _mean_log_likelihoods(model, batch).view(len(batch.labels), -1)
 
@@ -145,7 +170,7 @@ def _mean_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-likelihood of each answer token, 0 where there is none: float32 [N, longest answer]."""
+    """Log-likelihood of each answer token, 0 at positions without one: float32 [N, longest answer]."""
     longest = batch.answer_mask.shape[1]
     logits = _logits(model, batch, longest + 1)[:, :-1].float()
     tokens = batch.input_ids[:, -longest:]
@@ -154,7 +179,11 @@ def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits of the last ``keep`` positions, which hold the answers, batches being padded on the left: [N, keep, V]."""
+    """Logits of the last ``keep`` positions, where the answers are, because batches are left-padded: [N, keep, V].
+
+    Raises:
+        ModelError: if the model returns another number of positions.
+    """
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
     output = model(
         input_ids=batch.input_ids,
@@ -166,28 +195,31 @@ def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     logits = cast(Tensor, output.logits)
     if logits.shape[1] != keep:
         raise ModelError(
-            f"{type(model).__name__} ignores logits_to_keep: {logits.shape[1]} positions instead of {keep}"
+            f"{type(model).__name__} ignores logits_to_keep: it returned logits of {logits.shape[1]} positions, "
+            f"{keep} were requested"
         )
     return logits
 
 
 def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Mean next-token cross-entropy of some text, differentiable: float32 scalar.
+    """Mean next-token cross-entropy on text: float32 scalar, differentiable.
 
     Args:
         model: a transformers causal LM.
         batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask`` and
-            ``labels`` (-100 where nothing is to be predicted), as tokenizers and collators make them.
+            ``labels`` (-100 at positions that are not predicted), as tokenizers and collators make them.
 
     Raises:
-        ModelError: if the model is no transformers causal LM, or the batch holds anything else.
+        ModelError: if the model is no transformers causal LM, or the batch has another or a missing key.
     """
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     unknown = inputs.keys() - {"input_ids", "attention_mask", "labels"}
     if unknown or "input_ids" not in inputs:
-        raise ModelError(f"a text batch holds input_ids, attention_mask and labels; got {', '.join(sorted(inputs))}")
+        raise ModelError(
+            f"a text batch needs input_ids, and may have attention_mask and labels; got {', '.join(sorted(inputs))}"
+        )
     if not hasattr(model, "get_decoder"):
-        raise ModelError(f"{type(model).__name__} is no transformers causal LM; give a loss of your own")
+        raise ModelError(f"{type(model).__name__} is no transformers causal LM; pass your own loss function")
     device = next(model.parameters()).device
     input_ids = inputs["input_ids"].to(device)
     mask = inputs.get("attention_mask", torch.ones_like(input_ids)).to(device)
@@ -198,27 +230,41 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
     scored = (mask[:, :-1] * mask[:, 1:]).bool() & (labels[:, 1:] != -100)
     hidden, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
-        total = total + checkpoint(_summed_loss, model, decoder, type(output), part, wanted, use_reentrant=False)
+    for hidden_part, targets_part in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
+        total = total + checkpoint(
+            _summed_loss, model, decoder, type(output), hidden_part, targets_part, use_reentrant=False
+        )
     return total / targets.numel()
 
 
 def _summed_loss(
     model: nn.Module, decoder: nn.Module, kind: type[ModelOutput], hidden: Tensor, targets: Tensor
 ) -> Tensor:
-    """Summed cross-entropy at some positions, through the model's own head (scaling and soft caps included)."""
+    """Summed cross-entropy at some positions, through the model's own head, including its scaling and soft caps.
+
+    Args:
+        model: a transformers causal LM.
+        decoder: the model's decoder, ``model.get_decoder()``.
+        kind: class of the decoder's output.
+        hidden: the decoder's last hidden states [positions, width].
+        targets: int64 token ids [positions].
+
+    Raises:
+        ModelError: if the model's forward does not call the decoder.
+    """
     with _patched_forward(decoder, kind(last_hidden_state=hidden.unsqueeze(0))) as calls:
         logits = model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
     if not calls:
         raise ModelError(
-            f"{type(model).__name__} does not run its decoder through get_decoder(); its head is out of reach"
+            f"{type(model).__name__} does not call the decoder that get_decoder() returns, so its head cannot be run "
+            f"alone; pass your own loss function"
         )
     return functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
 @contextmanager
 def _patched_forward(module: nn.Module, output: ModelOutput) -> Iterator[list[None]]:
-    """Within this context the module returns the given output; yields a list with an entry per call."""
+    """Makes the module return ``output`` within this context; yields a list that gets one entry per call."""
     calls: list[None] = []
 
     def forward(*_: Any, **__: Any) -> ModelOutput:

@@ -1,7 +1,8 @@
 """Classification tasks as prompts: a template, the field that may be cut, and one label word per class.
 
-The wording of SST-2 is MeZO's (arXiv 2305.17333, table 13): the sentence, "It was", and great or terrible. The others
-are this project's own. Label words were chosen short, because a word of one token costs one forward for all classes.
+The SST-2 prompt is MeZO's (arXiv 2305.17333, table 13): the sentence, "It was", and "great" or "terrible". The other
+prompts were written for this project. Their label words are short, because label words of one token need only one
+sequence per example for all classes together.
 """
 
 from collections.abc import Mapping
@@ -20,17 +21,20 @@ class Task:
     """A classification task.
 
     Args:
-        name: as ``--task`` takes it, and the folder under ``--data-dir``.
-        hub: its source on the Hugging Face hub; None where there is none.
-        template: the prompt with its fields in braces; the label word follows it.
-        cut: the field that is shortened when the prompt is too long.
-        label_words: at least two, one per class, with the space that goes before it.
-        label: name of the field that holds the class: an integer from 0, a bool, or a label word.
-        client_field: the field that names the client an example belongs to, for the partition "natural"; or None.
-        domains: the task's rows are those of the folders NAME_DOMAIN, with the added field ``domain``.
+        name: value of ``--task``, and name of the folder under ``--data-dir``.
+        hub: the task's data set on the Hugging Face hub; None if it is not there.
+        template: the prompt, with field names in braces; the label word follows it.
+        cut: name of the field whose end is cut when the prompt is too long.
+        label_words: one word per class, at least two, each with the space in front of it.
+        label: name of the field with the class: an integer from 0, a bool, or a label word.
+        client_field: name of the field that names the client an example belongs to, for the partition "natural"; None
+            if there is no such field.
+        domains: names of the task's domains: rows are read from the folders NAME_DOMAIN and get the field ``domain``;
+            empty for a task with a single folder.
 
     Raises:
-        ConfigError: if the template is malformed, ``cut`` is not in it, or there are no two different label words.
+        ConfigError: if the template is malformed, ``cut`` is not one of its fields, a label word is empty or occurs
+            twice, or there are fewer than two.
     """
 
     name: str
@@ -46,20 +50,28 @@ class Task:
         fields = self.fields
         if self.cut not in fields:
             raise ConfigError(f"cut {self.cut!r} is not a field of the template, whose fields are {', '.join(fields)}")
-        plain = [_plain(word) for word in self.label_words]
-        listed = ", ".join(map(repr, plain))
-        if len(plain) < 2 or not all(plain):
+        words = [_normalized(word) for word in self.label_words]
+        listed = ", ".join(map(repr, words))
+        if len(words) < 2 or not all(words):
             raise ConfigError(f"task {self.name!r} needs at least two label words, none of them empty; got {listed}")
-        if len(set(plain)) < len(plain):
+        if len(set(words)) < len(words):
             raise ConfigError(f"task {self.name!r} needs different label words; got {listed}")
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields of a row that the template uses."""
+        """Names of the fields that the template uses."""
         return template_fields(self.template)
 
     def check(self, row: Row, where: str) -> None:
-        """Raises ``DataError`` saying where, unless the row has the fields and a label of this task."""
+        """Checks that a row has the task's fields and a valid label.
+
+        Args:
+            row: the example.
+            where: where the row comes from, for the error message.
+
+        Raises:
+            DataError: if a field is missing or is not text, or the label is invalid.
+        """
         for name in (*self.fields, self.label):
             if name not in row:
                 raise DataError(f"{where}: task {self.name!r} needs the field {name!r}; found {sorted(row)}")
@@ -72,29 +84,34 @@ class Task:
             raise DataError(f"{where}: {error}") from None
 
     def class_of(self, row: Row) -> int:
-        """The class of a row; raises ``DataError`` if its label is none, or could be read in two ways."""
-        label, words = row[self.label], [_plain(word) for word in self.label_words]
-        if isinstance(label, str) and _plain(label) in words:
-            return words.index(_plain(label))
+        """Returns the class of a row, in [0, number of label words).
+
+        Raises:
+            DataError: if the label is not a class, or is ambiguous: the number of one class and the word of another.
+        """
+        label, words = row[self.label], [_normalized(word) for word in self.label_words]
+        if isinstance(label, str) and _normalized(label) in words:
+            return words.index(_normalized(label))
         if not isinstance(label, int) or not 0 <= label < len(words):
             raise DataError(
                 f"label {label!r} is outside task {self.name!r}, "
                 f"whose labels are 0 to {len(words) - 1} or the words {', '.join(words)}"
             )
-        other = [i for i, word in enumerate(words) if word.casefold() == str(label).casefold() and i != label]
-        if other:
+        other_classes = [i for i, word in enumerate(words) if word.casefold() == str(label).casefold() and i != label]
+        if other_classes:
             raise DataError(
                 f"label {label} of task {self.name!r} is the number of one class and the label word of another; "
-                f'if the word is meant, write it as text: "{words[other[0]]}"'
+                f'if you mean the word, write it as text: "{words[other_classes[0]]}"'
             )
         return int(label)
 
     def prompt(self, row: Row) -> str:
-        """The prompt of a row, with surrounding white space of its fields removed."""
+        """Returns the prompt of a row, with the fields' surrounding white space removed."""
         return fill(self.template, {name: row[name] for name in self.fields})
 
 
-def _plain(word: str) -> str:
+def _normalized(word: str) -> str:
+    """The word without surrounding white space, and with single spaces inside."""
     return " ".join(word.split())
 
 
@@ -188,21 +205,26 @@ TASKS = {
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; raises ``ConfigError`` naming the known ones."""
+    """Returns the built-in task with this name.
+
+    Raises:
+        ConfigError: if there is none; the message lists all names.
+    """
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
     return TASKS[name]
 
 
 def custom_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
-    """A task for a user's own data.
+    """Creates a task for the user's own data.
 
     Args:
-        name: for messages and run directories.
-        template: the prompt; a space at its end is dropped, for one goes before every label word.
+        name: the task's name, used in messages and in the names of run directories.
+        template: the prompt, with field names in braces; trailing spaces are dropped, because every label word starts
+            with a space.
         labels: the label words, separated by commas.
-        label: name of the field that holds the class.
-        cut: the field that may be cut; None is the first one of the template.
+        label: name of the field with the class.
+        cut: name of the field that may be cut; None is the first field of the template.
 
     Raises:
         ConfigError: see ``Task``.

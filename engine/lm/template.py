@@ -1,4 +1,4 @@
-"""Prompt templates: text with the names of a row's fields in braces."""
+"""Prompt templates: text with field names in braces."""
 
 import string
 from collections.abc import Mapping
@@ -7,13 +7,14 @@ from ..errors import ConfigError
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """The fields that a template names, each once, in the order of their first use.
+    """Returns the names of a template's fields, each once, in the order of first use.
 
     Args:
-        template: text with field names in braces; a brace that is meant is written twice.
+        template: text with field names in braces; a literal brace is doubled.
 
     Raises:
-        ConfigError: if a brace has no partner, a field has no plain name or a format, or there is no field.
+        ConfigError: if a brace is unmatched, a field has a format or conversion, a field has no plain name, or there
+            are no fields.
 
     Example:
         >>> template_fields("{passage} So, {question}? In {{braces}}: {question}?")
@@ -23,12 +24,14 @@ def template_fields(template: str) -> tuple[str, ...]:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(
-            f"template {template!r}: {error}; fields stand in braces, and a brace that is meant is written twice"
+            f"template {template!r}: {error}; fields stand in braces, and a literal brace is written twice"
         ) from None
     for name, form, conversion in parts:
         if form or conversion:
             written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
-            raise ConfigError(f"template {template!r}: {written} asks for a format; write {{{name}}}")
+            raise ConfigError(
+                f"template {template!r}: {written} has a format, which templates do not support; write {{{name}}}"
+            )
         if not name or name.isdigit() or set(name) & set(".["):
             raise ConfigError(
                 f"template {template!r}: {{{name}}} does not name a field; write the field's name, like {{text}}"
@@ -39,7 +42,11 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its fields' values, without the white space around them.
+    """Fills in the fields of a template. Surrounding white space of the values is removed.
+
+    Args:
+        template: see ``template_fields``.
+        values: text of each field.
 
     Example:
         >>> fill("{text} It was", {"text": " A film. "})

@@ -1,4 +1,4 @@
-"""The server's side in NVIDIA FLARE: carries the messages of ``meerkat_engine.fed``'s server to the sites and back."""
+"""Server's side in NVIDIA FLARE: carries messages between the server of ``meerkat_engine.fed`` and the sites."""
 
 import json
 import time
@@ -16,13 +16,13 @@ from meerkat_engine.fed import serve
 
 
 class ScalarController(ModelController):
-    """Rounds of scalars.
+    """Runs a federation in which the sites send scalars.
 
     Args:
-        sites: how many there are; their names are ``site-1`` and so on, their clients' ids count from 0.
-        rounds: to take.
-        deadline: seconds that a round waits for answers, at most.
-        output: file for what came out.
+        sites: number of sites. They are named ``site-1``, ``site-2`` and so on; client ids count from 0.
+        rounds: number of rounds.
+        deadline: maximum number of seconds that a round waits for answers.
+        output: path of the JSON file for the results.
     """
 
     def __init__(self, sites: int, rounds: int, deadline: int, output: str) -> None:
@@ -31,21 +31,26 @@ class ScalarController(ModelController):
         self.answers: list[FLModel] = []
 
     def run(self) -> None:
-        """Called by FLARE when the job begins."""
+        """Runs all rounds; FLARE calls it when the job begins."""
         torch.set_num_threads(1)
         self.server = make_server(Path(__file__).with_name(MASK), self.sites)
-        seconds, losses, told, begun = [], [], [], time.perf_counter()
+        seconds, losses, metrics, begun = [], [], [], time.perf_counter()
         for result in serve(self.server, self.exchange, self.rounds):
             seconds.append(time.perf_counter() - begun)
             losses.append(result.line.loss)
-            told.append({answer.meta["client_name"]: answer.metrics for answer in self.answers})
+            metrics.append({answer.meta["client_name"]: answer.metrics for answer in self.answers})
             self.info(f"round {result.line.round}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s")
             begun = time.perf_counter()
-        found = {"weights": fingerprint(self.server.replica.model), "losses": losses, "seconds": seconds, "told": told}
-        Path(self.output).write_text(json.dumps(found))
+        results = {
+            "weights": fingerprint(self.server.replica.model),
+            "losses": losses,
+            "seconds": seconds,
+            "told": metrics,
+        }
+        Path(self.output).write_text(json.dumps(results))
 
     def exchange(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Sends each request to its site; gives back the answers that come in time, and whom FLARE has them from."""
+        """Sends each request to its site; yields the answers that come in time, with the sender that FLARE reports."""
         self.answers = []
         for id, request in requests:
             message = FLModel(params={"message": np.frombuffer(request, dtype=np.uint8)})

@@ -1,4 +1,4 @@
-"""What server and sites agree on: base model, mask, terms; and whose examples are whose."""
+"""Definitions that server and sites share: base model, mask, terms, and the sites' examples."""
 
 from pathlib import Path
 
@@ -17,26 +17,26 @@ MASK = "mask.safetensors"
 
 
 def make_mask() -> SparseMask:
-    """Chosen once, where the job is made; it goes to all as a file beside this one."""
+    """Makes the mask. This happens once, where the job is made; server and sites get its file next to this one."""
     lm = embedded.load()
     texts, _ = embedded.calibration_texts(256)
     return SparseMask.from_gradients(lm.model, token_batches(texts, lm.tokenizer, 16, 128), density=0.01)
 
 
 def make_replica(mask: Path) -> Replica:
-    """A copy of the base model, at the beginning."""
+    """Makes a replica of the base model, at round 1."""
     model = embedded.load().model
-    found = SparseMask.load(mask, model)
-    return Replica(model, found, Terms.of(found, seed=SEED, eps=1e-3, lr=1e-2, local_steps=5))
+    loaded = SparseMask.load(mask, model)
+    return Replica(model, loaded, Terms.of(loaded, seed=SEED, eps=1e-3, lr=1e-2, local_steps=5))
 
 
 def make_server(mask: Path, sites: int) -> Server:
-    """The server; it keeps no ledger here."""
+    """Makes the server; it keeps no ledger in this example."""
     return Server(list(range(sites)), make_replica(mask), None, Aggregation())
 
 
 def make_client(mask: Path, id: int, sites: int) -> Client:
-    """A site's client, with its share of the examples; in a deployment it reads its own."""
+    """Makes a site's client with its share of the examples; in a deployment, a site would read its own examples."""
     lm = embedded.load()
     data = EncodedTask(embedded.TASKS["embedded"], embedded.rows("train"), lm.tokenizer, 128, "embedded")
     share = split(data.labels, sites, Partition.DIRICHLET, SEED, alpha=0.5, at_least=16)[id]

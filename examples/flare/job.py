@@ -1,8 +1,8 @@
-"""Makes the job and runs it in NVIDIA FLARE's simulator, a process a site.
+"""Makes the job and runs it in NVIDIA FLARE's simulator, with one process per site.
 
     python examples/flare/job.py [--sites N] [--rounds R] [--workspace DIR] [--output FILE] [--export DIR]
 
-With ``--export`` it writes the job instead, to be submitted to a deployment.
+With ``--export`` it writes the job instead, for submission to a deployment.
 """
 
 import argparse
@@ -18,17 +18,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def make_job(sites: int, rounds: int, workspace: Path, output: Path) -> FedJob:
-    """Controller and client script, and with each the mask and the module that both use."""
+    """Makes a job of controller and client script, each with the mask and the module that both import."""
     workspace.mkdir(parents=True, exist_ok=True)
     make_mask().save(workspace / MASK)
     job = FedJob(name="meerkat", min_clients=sites)
     job.to_server(ScalarController(sites, rounds, deadline=60, output=str(output.resolve())))
-    job.to_server({"server": {"task_request_interval": 0.05}})  # how often sites ask; FLARE's own is 2 s
+    job.to_server({"server": {"task_request_interval": 0.05}})  # seconds between polls of a site; FLARE's default is 2
     job.to_clients(
         ScriptRunner(
             script=str(HERE / "client.py"),
             script_args=f"--sites {sites}",
-            launch_external_process=True,  # started once a job
+            launch_external_process=True,  # one process for the whole job
             command=f"{sys.executable} -u",
             framework=FrameworkType.NUMPY,
         )

@@ -1,1 +1,1 @@
-"""The settings of a run: sections, their checks, TOML files, command-line options."""
+"""The settings of a run: sections and their checks, TOML files, command-line options."""

@@ -1,4 +1,4 @@
-"""The settings of a run as options of a command, grouped by section in its help."""
+"""The settings of a run as command-line options, grouped by section in the help."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from .run_config import SETTINGS
 from .settings import Setting
 from .toml import read_toml
 
-_OTHER = "Options"
+_COMMAND_OPTIONS = "Options"  # heading of the options that are no settings
 
 
 class _SettingOption(click.Option):
-    """An option that sets a setting."""
+    """An option that gives a value to a setting."""
 
     def __init__(self, names: Sequence[str], *, setting: Setting, **attributes: Any) -> None:
         super().__init__(names, **attributes)
@@ -22,15 +22,15 @@ class _SettingOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """Shows the options for settings under their sections, and a command's own options first."""
+    """A command whose help lists its own options first, then the settings under their sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click has it, under a heading a section."""
-        groups: dict[str, list[tuple[str, str]]] = {_OTHER: []}
+        """Writes the options in groups, each under its heading."""
+        groups: dict[str, list[tuple[str, str]]] = {_COMMAND_OPTIONS: []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                heading = _heading(parameter.setting) if isinstance(parameter, _SettingOption) else _OTHER
+                heading = _heading(parameter.setting) if isinstance(parameter, _SettingOption) else _COMMAND_OPTIONS
                 groups.setdefault(heading, []).append(record)
         for heading, records in groups.items():
             if records:
@@ -43,9 +43,11 @@ def _heading(setting: Setting) -> str:
 
 
 def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options for some settings by their flat names (all, if none is named); those not given reach the command as None.
+    """Decorator that adds options for settings, and ``--config``, to a command.
 
-    With them comes ``--config``, which reaches it as ``config_file``.
+    Args:
+        names: flat names of the settings; none: all settings. The command gets one keyword argument a setting, None if
+            the option was not given, and the path of ``--config`` as ``config_file``.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +55,7 @@ def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
             command = click.option(f"--{name.replace('_', '-')}", name, **_attributes(SETTINGS[name]))(command)
         return click.option(
             "--config", "config_file", type=click.Path(path_type=Path),
-            help="TOML file of settings; options go before it",
+            help="TOML file with settings; options on the command line override it",
         )(command)  # fmt: skip
 
     return decorate
@@ -61,23 +63,29 @@ def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 def _attributes(setting: Setting) -> dict[str, Any]:
     types = get_args(setting.type) or (setting.type,)
-    kind = next((each for each in types if each in (int, float)), str)
-    shown = f" [default: {setting.shown}]" if setting.shown else ""
-    return {"cls": _SettingOption, "setting": setting, "type": kind, "default": None, "help": setting.help + shown}
+    option_type = next((candidate for candidate in types if candidate in (int, float)), str)
+    default = f" [default: {setting.shown}]" if setting.shown else ""
+    return {
+        "cls": _SettingOption,
+        "setting": setting,
+        "type": option_type,
+        "default": None,
+        "help": setting.help + default,
+    }
 
 
 def example(*lines: str) -> str:
-    """A command's epilog: one example, as it is typed."""
+    """The epilog of a command's help: one example, as the user types it."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
+    """The options that the user gave: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def from_file(config_file: Path | None) -> dict[str, Any]:
-    """The settings of a file, if there is one."""
+    """The settings in a file, by their flat names; empty if ``config_file`` is None."""
     return read_toml(config_file) if config_file else {}
 
 

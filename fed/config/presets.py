@@ -1,4 +1,4 @@
-"""What some runs use where nothing else is said: a method's own settings, and those tuned to the embedded model."""
+"""Presets: settings that replace the defaults for some methods and for the embedded model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,10 @@ from ...engine.lm import embedded
 from ..methods import Method
 from ..partition import Partition
 
-_OF_METHOD: dict[Method, dict[str, Any]] = {Method.DECOMFL: {"queries": 5}}
+_METHOD_PRESETS: dict[Method, dict[str, Any]] = {Method.DECOMFL: {"queries": 5}}
 
-# Of a run without --model and --task: tuned to the embedded model's size.
-_EMBEDDED = {
+# For a run without --model and --task: tuned to the size of the embedded model.
+_EMBEDDED_PRESET = {
     "partition": Partition.DIRICHLET,
     "rounds": 30,
     "local_steps": 5,
@@ -21,8 +21,8 @@ _EMBEDDED = {
     "calibration_length": 128,
     "eval_every": 5,
 }
-# The learning rates were tuned on the embedded model's held-out examples.
-_EMBEDDED_OF_METHOD: dict[Method, dict[str, Any]] = {
+# Learning rates, tuned on the held-out examples of the embedded task.
+_EMBEDDED_METHOD_PRESETS: dict[Method, dict[str, Any]] = {
     Method.FULL_FEDZO: {"lr": 1e-3},
     Method.DECOMFL: {"lr": 3e-3},
     Method.WEIGHT_MAGNITUDE: {"lr": 1e-1},
@@ -32,16 +32,19 @@ _EMBEDDED_OF_METHOD: dict[Method, dict[str, Any]] = {
 
 
 def preset(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by flat names that go before the defaults, and behind all that is given.
+    """The preset of a run. It overrides the defaults; the user's settings override it.
 
     Args:
-        method: of the run.
-        given: what the user says; whether model and task are the embedded ones is what counts.
+        method: the run's method.
+        given: the user's settings by flat names. Only ``model`` and ``task`` are read.
+
+    Returns:
+        Values by flat names.
     """
-    found = dict(_OF_METHOD.get(method, {}))
+    of_method = dict(_METHOD_PRESETS.get(method, {}))
     if given.get("model", embedded.NAME) == embedded.NAME and given.get("task", embedded.NAME) in embedded.TASKS:
-        return _EMBEDDED | _EMBEDDED_OF_METHOD.get(method, {}) | found
-    return found
+        return _EMBEDDED_PRESET | _EMBEDDED_METHOD_PRESETS.get(method, {}) | of_method
+    return of_method
 
 
 __all__ = ["preset"]

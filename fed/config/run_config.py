@@ -1,4 +1,4 @@
-"""``RunConfig``: all settings of a run, in sections; and ``make_config``, which makes one of flat names and values."""
+"""``RunConfig``: all settings of a run, in sections. ``make_config`` builds one from flat names and values."""
 
 import hashlib
 import json
@@ -32,23 +32,33 @@ from .sections import (
 from .settings import Checked, Setting, setting, settings_of
 from .task import choose_task
 
-# Settings that say where something is, or how it is computed, and may change while a run is stopped.
-_PLACES = {"model", "data_dir", "data", "validation", "mask", "calibration", "device", "backend", "snapshot_every"}
+# Settings that locate inputs or choose how something is computed. They may change while a run is stopped.
+_NOT_IN_DIGEST = {
+    "model",
+    "data_dir",
+    "data",
+    "validation",
+    "mask",
+    "calibration",
+    "device",
+    "backend",
+    "snapshot_every",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
-    """Settings of a run. ``SETTINGS`` has them all by their flat names.
+    """All settings of a run. ``SETTINGS`` lists them by their flat names.
 
     Raises:
-        ConfigError: if two of them do not go together; see the sections for each on its own.
+        ConfigError: if two settings do not fit together. Each section checks its own values.
     """
 
-    method: Method = setting(Method.MEERKAT, "one of " + ", ".join(Method))
+    method: Method = setting(Method.MEERKAT, "training method: " + ", ".join(Method))
     rounds: int = setting(20, "number of rounds R")
-    local_steps: int = setting(10, "local steps T of a client in a round")
+    local_steps: int = setting(10, "number of local steps T of a client in a round")
     seed: int = setting(0, "root seed, in [0, 2**64)")
-    snapshot_every: int = setting(10, "rounds between snapshots for --resume; 0: none, it replays the ledger")
+    snapshot_every: int = setting(10, "number of rounds between snapshots, which make --resume faster; 0: none")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
@@ -76,44 +86,51 @@ class RunConfig(Checked):
 
     @property
     def task(self) -> Task:
-        """The task that the settings mean."""
+        """The task of the run."""
         return choose_task(self.data, self.clients, self.model.source)
 
     def private_terms(self) -> Privacy | None:
-        """The privacy of the clients' scalars; None if they are not private."""
+        """The privacy parameters of the clients' scalars; None if these are not private."""
         return self.privacy.build(self.step.batch_size)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting's value by its flat name."""
+        """The values of all settings by their flat names."""
         return {
-            name: getattr(getattr(self, each.section) if each.section else self, each.name)
-            for name, each in SETTINGS.items()
+            option: getattr(getattr(self, setting.section) if setting.section else self, setting.name)
+            for option, setting in SETTINGS.items()
         }
 
     def replace(self, **changes: Any) -> "RunConfig":
-        """The same settings but for some, given by their flat names.
+        """A copy of the settings with some changed. Presets are not applied again.
+
+        Args:
+            changes: new values by flat names.
 
         Raises:
-            ConfigError: as ``make_config``; nothing is taken from presets.
+            ConfigError: see ``make_config``.
         """
         return _from_flat(self.flat() | changes)
 
     def on_task(self, task: str) -> "RunConfig":
-        """The settings with another task; data of the user's own are the only task of theirs.
+        """A copy of the settings with another task. With the user's own data, only their task is possible.
+
+        Args:
+            task: name of the task.
 
         Raises:
-            ConfigError: if the task is unknown, does not fit the model, or is not the user's own data.
+            ConfigError: if the task is unknown or does not fit the model, or if the run uses the user's own data and
+                the task is another one.
         """
         if self.data.file is None:
             return self.replace(task=task)
         if task != self.task.name:
-            raise ConfigError(f"with --data the task is {self.task.name!r}, after the file; got {task!r}")
+            raise ConfigError(f"with --data the only task is {self.task.name!r}, the name of the file; got {task!r}")
         return self
 
     def digest(self) -> str:
-        """SHA-256 of the settings that a run's bits depend on; files count by their content, elsewhere."""
-        kept = {name: str(value) for name, value in self.flat().items() if name not in _PLACES}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the settings that a run's bits depend on. Other digests cover the contents of input files."""
+        values = {name: str(value) for name, value in self.flat().items() if name not in _NOT_IN_DIGEST}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def _check_method(self) -> None:
         recipe, selection = self.method.recipe, self.selection
@@ -122,8 +139,8 @@ class RunConfig(Checked):
         windows = max(selection.initial, selection.later)
         if recipe.stopping is not Stopping.NONE and selection.steps < windows:
             raise ConfigError(
-                f"vp_steps must be at least the {windows} steps of a window (vp_initial, vp_later), got "
-                f"{selection.steps}"
+                f"vp_steps must be at least the {windows} steps of a window (the larger of vp_initial and vp_later), "
+                f"got {selection.steps}"
             )
         for name, value, elements in (
             ("layer", self.mask.layer, Elements.LAYER),
@@ -135,19 +152,19 @@ class RunConfig(Checked):
             raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
 
     def _check_aggregation(self) -> None:
-        how, participants = self.aggregation.build(), self.clients.participants
+        aggregation, participants = self.aggregation.build(), self.clients.participants
         if self.method.recipe.sends_weights:
-            for name, value, plain in (
-                ("aggregation", how.rule, Rule.MEAN),
-                ("clip", how.clip, 0.0),
+            for name, value, default in (
+                ("aggregation", aggregation.rule, Rule.MEAN),
+                ("clip", aggregation.clip, 0.0),
                 ("attack", self.attack.kind, Attack.NONE),
             ):
-                if value != plain:
+                if value != default:
                     raise ConfigError(f"{name} is about scalars, and {self.method} sends weights; leave it out")
-        if how.rule is Rule.TRIMMED_MEAN and not how.cut(participants):
+        if aggregation.rule is Rule.TRIMMED_MEAN and not aggregation.cut(participants):
             raise ConfigError(
-                f"trimmed-mean with trim {how.trim:g} of {participants} clients a round cuts none "
-                f"(floor({how.trim:g} * {participants}) = 0); raise trim or the number of clients"
+                f"trimmed-mean with trim {aggregation.trim:g} of {participants} clients a round cuts none "
+                f"(floor({aggregation.trim:g} * {participants}) = 0); raise trim or the number of clients"
             )
         lr, max_scalar = self.step.lr, self.aggregation.max_scalar
         if lr * max_scalar > float(np.finfo(np.float32).max):
@@ -162,11 +179,11 @@ class RunConfig(Checked):
         if self.private_terms() is None:
             return
         if recipe.sends_weights:
-            raise ConfigError(f"{self.method} sends weights, which dp_noise does not make private; leave it out")
+            raise ConfigError(f"{self.method} sends weights, which dp_noise does not make private; leave dp_noise out")
         if recipe.elements is Elements.TASK:
             raise ConfigError(
                 f"{self.method} chooses its elements by gradients of the clients' examples, which dp_noise does not "
-                f"make private; take another method, or leave it out"
+                f"make private; use another method, or leave dp_noise out"
             )
 
 
@@ -184,36 +201,39 @@ _SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
 }
 
-# Every setting by its flat name, section by section.
+# All settings by their flat names, section by section.
 SETTINGS: dict[str, Setting] = {
-    each.option: each for section, kind in (("", RunConfig), *_SECTIONS.items()) for each in settings_of(section, kind)
+    setting.option: setting
+    for section, section_class in (("", RunConfig), *_SECTIONS.items())
+    for setting in settings_of(section, section_class)
 }
 
 
 def make_config(*layers: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run from some layers of flat names and values; a later layer goes before an earlier one.
+    """Builds the settings of a run.
 
     Args:
-        layers: strings are converted to paths and choices. Where none of them says anything, a preset of the method and
-            of the embedded model does, and then the defaults.
+        layers: values by flat names; a later layer overrides an earlier one. Strings are converted to paths and
+            choices. A setting in no layer gets its value from the preset of the method or of the embedded model, else
+            its default.
 
     Raises:
-        ConfigError: for a name that is no setting, or a value that does not fit.
+        ConfigError: if a name is no setting, a value does not fit, or two settings do not fit together.
     """
     given: dict[str, Any] = {}
     for layer in layers:
         given |= layer
     if {"data", "task"} <= given.keys():
-        raise ConfigError("give --task or --data, not both: data of your own are a task of their own")
+        raise ConfigError("give --task or --data, not both: your own data are a task by themselves")
     method = SETTINGS["method"].convert(given.get("method", Method.MEERKAT))
     return _from_flat(preset(method, given) | given)
 
 
 def convert(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by flat names as ``RunConfig`` has them.
+    """Converts values, by flat names, to the types of ``RunConfig``.
 
     Raises:
-        ConfigError: for a name that is no setting, or a value that does not fit.
+        ConfigError: if a name is no setting, or a value does not fit.
     """
     for name in given:
         if name not in SETTINGS:
@@ -222,11 +242,11 @@ def convert(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_flat(given: Mapping[str, Any]) -> RunConfig:
-    parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *_SECTIONS)}
-    for name, value in convert(given).items():
-        parts[SETTINGS[name].section][SETTINGS[name].name] = value
-    sections = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
-    return RunConfig(**parts[""], **sections)
+    values: dict[str, dict[str, Any]] = {section: {} for section in ("", *_SECTIONS)}
+    for option, value in convert(given).items():
+        values[SETTINGS[option].section][SETTINGS[option].name] = value
+    sections = {section: section_class(**values[section]) for section, section_class in _SECTIONS.items()}
+    return RunConfig(**values[""], **sections)
 
 
 __all__ = ["SETTINGS", "RunConfig", "convert", "make_config"]

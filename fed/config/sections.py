@@ -1,6 +1,6 @@
-"""The sections of a run's settings, each checked on its own; ``RunConfig`` checks what they have to do with each other.
+"""The sections of a run's settings. Each section checks its own values; ``RunConfig`` checks combinations of sections.
 
-The text beside a setting is what ``meerkat-engine run --help`` says of it.
+The text of a setting is its line in ``meerkat-engine run --help``.
 """
 
 import math
@@ -23,14 +23,17 @@ from .settings import Checked, setting
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
-    """``[model]``: the base model, and where and how it computes."""
+    """``[model]``: the base model, its dtype, and the device and code that compute it."""
 
     source: str = setting(
-        embedded.NAME, "Hugging Face id, directory or GGUF file", option="model", shown="the embedded model"
+        embedded.NAME,
+        "base model: Hugging Face id, directory or GGUF file",
+        option="model",
+        shown="the embedded model",
     )
-    dtype: str = setting("float32", "float32, bfloat16 or float16")
-    device: str = setting("cpu", "cpu or cuda")
-    backend: str = setting("auto", "auto, torch, numba or triton")
+    dtype: str = setting("float32", "dtype of the weights: float32, bfloat16 or float16")
+    device: str = setting("cpu", "device of the model: cpu or cuda")
+    backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
 
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
@@ -39,23 +42,25 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
-    """``[data]``: a task that is known, or data of your own."""
+    """``[data]``: a built-in task, or your own data."""
 
     task: str = setting(embedded.NAME, "task to fine-tune for", shown="the embedded task")
     directory: Path | None = setting(
-        None, "directory with TASK/{train,validation}.jsonl", option="data_dir", shown="the hub's copy"
+        None, "directory with TASK/{train,validation}.jsonl", option="data_dir", shown="download from the hub"
     )
     file: Path | None = setting(
-        None, "JSON Lines of your own, in place of a task; needs --template and --labels", option="data"
+        None, "JSON Lines file with your own examples, instead of --task; needs --template and --labels", option="data"
     )
-    validation: Path | None = setting(None, "JSON Lines to evaluate on", shown="a fifth of --data, held out")
-    template: str | None = setting(None, "the prompt for --data, its fields in braces: '{text} It was'")
-    labels: str | None = setting(None, "the label words for --data, one per class, separated by commas: terrible,great")
-    label_field: str = setting("label", "field of --data with the class (a number from 0) or the label word")
+    validation: Path | None = setting(
+        None, "JSON Lines file with the validation examples for --data", shown="a fifth of --data, held out"
+    )
+    template: str | None = setting(None, "prompt for --data, with field names in braces: '{text} It was'")
+    labels: str | None = setting(None, "label words for --data, one per class, separated by commas: terrible,great")
+    label_field: str = setting("label", "field of --data that holds the class (a number from 0) or the label word")
     cut: str | None = setting(
-        None, "field of --data that is cut where a prompt is too long", shown="the template's first"
+        None, "field of --data that is shortened if a prompt is too long", shown="the template's first field"
     )
-    max_length: int = setting(256, "tokens of prompt and answer, at most")
+    max_length: int = setting(256, "maximum number of tokens of prompt and answer")
 
     def __post_init__(self) -> None:
         self._require(self.max_length >= 1, "max_length", "at least 1")
@@ -63,14 +68,14 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientsConfig(Checked):
-    """``[clients]``: how many there are, how many take part in a round, and which examples each holds."""
+    """``[clients]``: number of clients, number of participants in a round, and partition of the examples."""
 
     count: int = setting(4, "number of clients K", option="clients")
-    per_round: int = setting(0, "clients sampled for a round; 0: all", option="clients_per_round")
+    per_round: int = setting(0, "number of clients sampled for each round; 0: all", option="clients_per_round")
     partition: Partition = setting(Partition.IID, "how examples are dealt to clients: " + ", ".join(Partition))
-    alpha: float = setting(0.5, "concentration of the dirichlet partition")
+    alpha: float = setting(0.5, "concentration of the dirichlet partition; smaller: clients differ more")
     field: str | None = setting(
-        None, "field that names the client of an example, for natural clients", option="client_field",
+        None, "natural partition: field of an example that names its client", option="client_field",
         shown="the task's",
     )  # fmt: skip
 
@@ -87,17 +92,17 @@ class ClientsConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Checked):
-    """``[step]``: a local step: its batch, its loss, its perturbations and its learning rate."""
+    """``[step]``: batch, loss, perturbations and learning rate of a local step."""
 
-    batch_size: int = setting(16, "examples of a step; with --dp-noise their expected number")
-    micro_batch_size: int = setting(0, "examples of one forward pass; 0: the whole batch")
+    batch_size: int = setting(16, "number of examples of a step; with --dp-noise: its expected value")
+    micro_batch_size: int = setting(0, "number of examples of one forward pass; 0: the full batch")
     objective: Objective = setting(
         Objective.CANDIDATES, "loss: candidates (cross-entropy over the label words), language-model (answer tokens)"
     )
     lr: float = setting(1e-4, "learning rate (eta) of the first step")
-    schedule: Schedule = setting(Schedule.CONSTANT, "how it falls over the run: " + ", ".join(Schedule))
-    queries: int = setting(1, "perturbations of a step [decomfl: 5]")
-    eps: float = setting(1e-3, "perturbation scale")
+    schedule: Schedule = setting(Schedule.CONSTANT, "learning rate over the run: " + ", ".join(Schedule))
+    queries: int = setting(1, "number of perturbations q of a step [decomfl: 5]")
+    eps: float = setting(1e-3, "scale of the perturbation")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "queries"):
@@ -109,18 +114,20 @@ class StepConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(Checked):
-    """``[mask]``: which elements are trained, and the text that they are chosen on."""
+    """``[mask]``: the elements that are trained, and the calibration text that ranks them."""
 
-    density: float = setting(1e-3, "share of the elements that are trained (u), in (0, 1]")
-    file: Path | None = setting(None, "mask file; skips calibration", option="mask")
+    density: float = setting(1e-3, "density u: share of the elements that are trained, in (0, 1]")
+    file: Path | None = setting(None, "mask file to use instead of choosing a mask", option="mask")
     calibration: Path | None = setting(
-        None, "JSON Lines with the field text", shown="DATA_DIR/c4_sample/train.jsonl, else the hub's C4"
+        None,
+        "JSON Lines file with calibration texts in the field text",
+        shown="DATA_DIR/c4_sample/train.jsonl, else C4 from the hub",
     )
-    texts: int = setting(64, "calibration texts", option="calibration_texts")
-    batch_size: int = setting(4, "texts of one gradient", option="calibration_batch_size")
-    length: int = setting(256, "tokens of a calibration text, at most", option="calibration_length")
+    texts: int = setting(64, "number of calibration texts", option="calibration_texts")
+    batch_size: int = setting(4, "number of calibration texts of one gradient", option="calibration_batch_size")
+    length: int = setting(256, "maximum number of tokens of a calibration text", option="calibration_length")
     layer: str = setting(
-        "", "layer-zo: dotted name of a module", shown="the transformer block with the largest gradient"
+        "", "layer-zo: dotted name of the module to train", shown="the transformer block with the largest gradient"
     )
 
     def __post_init__(self) -> None:
@@ -134,9 +141,12 @@ class LoraConfig(Checked):
     """``[lora]``: the adapters of ``lora-fedzo``."""
 
     rank: int = setting(8, "lora-fedzo: rank of the adapters", option="lora_rank")
-    alpha: int = setting(16, "lora-fedzo: scale times rank", option="lora_alpha")
+    alpha: int = setting(16, "lora-fedzo: alpha of the adapters, their scale times their rank", option="lora_alpha")
     targets: str = setting(
-        "", "lora-fedzo: modules, separated by commas", option="lora_targets", shown="the architecture's usual ones"
+        "",
+        "lora-fedzo: names of the modules that get adapters, separated by commas",
+        option="lora_targets",
+        shown="the usual ones of the architecture",
     )
 
     def __post_init__(self) -> None:
@@ -145,25 +155,32 @@ class LoraConfig(Checked):
 
     @property
     def modules(self) -> list[str]:
-        """The names in ``targets``."""
+        """The module names in ``targets``."""
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig(Checked):
-    """``[selection]``: virtual-path client selection, which finds clients to stop early."""
+    """``[selection]``: virtual-path client selection, which finds the clients to stop early."""
 
-    steps: int = setting(100, "meerkat-vp: steps T_cali of the path by which a client is judged", option="vp_steps")
-    initial: int = setting(20, "meerkat-vp: its first steps that are compared with its last", option="vp_initial")
-    later: int = setting(50, "meerkat-vp: its last steps", option="vp_later")
+    steps: int = setting(100, "meerkat-vp: number of steps T_cali of a client's virtual path", option="vp_steps")
+    initial: int = setting(
+        20, "meerkat-vp: number of first steps of the path, compared with the last ones", option="vp_initial"
+    )
+    later: int = setting(50, "meerkat-vp: number of last steps of the path", option="vp_later")
     rho_later: float | None = setting(
-        None, "meerkat-vp: threshold of rho_later", option="vp_rho_later", shown="from paths on held-out examples"
+        None,
+        "meerkat-vp: threshold of rho_later",
+        option="vp_rho_later",
+        shown="from null paths, on held-out examples",
     )
-    rho_quie: float | None = setting(None, "meerkat-vp: threshold of rho_quie", option="vp_rho_quie", shown="likewise")
+    rho_quie: float | None = setting(
+        None, "meerkat-vp: threshold of rho_quie", option="vp_rho_quie", shown="from null paths"
+    )
     sigma: float | None = setting(
-        None, "meerkat-vp: |GradIP| below which a step is quiet", option="vp_sigma", shown="likewise"
+        None, "meerkat-vp: |GradIP| below which a step is quiet", option="vp_sigma", shown="from null paths"
     )
-    null_paths: int = setting(4, "meerkat-vp: how many such paths", option="vp_null_paths")
+    null_paths: int = setting(4, "meerkat-vp: number of null paths", option="vp_null_paths")
 
     def __post_init__(self) -> None:
         for name in ("initial", "later"):
@@ -180,13 +197,13 @@ class SelectionConfig(Checked):
             raise ConfigError(f"{together} go together; only {only} given")
 
     def thresholds(self) -> Thresholds | None:
-        """The thresholds, where they are given."""
+        """The thresholds; None if they are not given."""
         if self.rho_later is None or self.rho_quie is None or self.sigma is None:
             return None
         return Thresholds(rho_later=self.rho_later, rho_quie=self.rho_quie, sigma=self.sigma)
 
     def windows(self, queries: int) -> Windows:
-        """The windows of a path, in scalars: one a step and query."""
+        """The windows of a path, counted in scalars: ``queries`` scalars a step."""
         return Windows(initial=self.initial * queries, later=self.later * queries)
 
 
@@ -195,14 +212,16 @@ _THRESHOLDS = ("rho_later", "rho_quie", "sigma")
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig(Checked):
-    """``[aggregation]``: from the clients' scalars to the round's, and which of them are rejected."""
+    """``[aggregation]``: the rule that combines the clients' scalars, and limits above which they are rejected."""
 
-    rule: Rule = setting(Rule.MEAN, "how the scalars of a step are combined: " + ", ".join(Rule), option="aggregation")
-    weighting: Weighting = setting(Weighting.EXAMPLES, "how clients count: examples, uniform")
-    trim: float = setting(0.2, "trimmed-mean: share cut from each end, in (0, 0.5)")
-    clip: float = setting(0.0, "size to which scalars are cut before they are aggregated; 0: none")
-    max_scalar: float = setting(1e8, "size above which a scalar is rejected")
-    max_examples: int = setting(0, "number of examples above which a client's claim is rejected; 0: any is believed")
+    rule: Rule = setting(
+        Rule.MEAN, "rule that combines the clients' scalars of a step: " + ", ".join(Rule), option="aggregation"
+    )
+    weighting: Weighting = setting(Weighting.EXAMPLES, "weight p_i of a client in the mean: examples, uniform")
+    trim: float = setting(0.2, "trimmed-mean: share of the clients cut from each end, in (0, 0.5)")
+    clip: float = setting(0.0, "clip scalars to this size before aggregation; 0: no clipping")
+    max_scalar: float = setting(1e8, "reject answers with a scalar above this size")
+    max_examples: int = setting(0, "reject answers that claim more examples than this; 0: no limit")
 
     def __post_init__(self) -> None:
         self.build()
@@ -210,21 +229,21 @@ class AggregationConfig(Checked):
         self._require(self.max_examples >= 0, "max_examples", "0 or more")
 
     def build(self) -> Aggregation:
-        """The rule with its numbers; raises ``ConfigError`` if one is out of range."""
+        """The aggregation rule with its parameters; raises ``ConfigError`` if one is out of range."""
         return Aggregation(rule=self.rule, weighting=self.weighting, trim=self.trim, clip=self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Checked):
-    """``[privacy]``: differentially private scalars; none without noise."""
+    """``[privacy]``: differentially private scalars; off if ``noise`` is 0."""
 
     noise: float = setting(
-        0.0, "differential privacy: noise multiplier (sigma) of the scalars; 0: none", option="dp_noise"
+        0.0, "differential privacy: noise multiplier sigma of the scalars; 0: off", option="dp_noise"
     )
     clip: float = setting(
-        0.02, "differential privacy: how much one example may change a difference of losses", option="dp_clip"
+        0.02, "differential privacy: bound C on the change of a loss difference by one example", option="dp_clip"
     )
-    delta: float = setting(1e-5, "differential privacy: delta", option="dp_delta")
+    delta: float = setting(1e-5, "differential privacy: delta, in (0, 1)", option="dp_delta")
 
     def __post_init__(self) -> None:
         self._require(0 <= self.noise < math.inf, "noise", "finite and not negative (0: no privacy)")
@@ -236,7 +255,7 @@ class PrivacyConfig(Checked):
                     )
 
     def build(self, batch_size: int) -> Privacy | None:
-        """The privacy of batches of that expected size; None without noise.
+        """The privacy parameters for batches of an expected size; None if there is no noise.
 
         Raises:
             ConfigError: if a number is out of range.
@@ -248,13 +267,13 @@ class PrivacyConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(Checked):
-    """``[attack]``: hostile clients, to measure with."""
+    """``[attack]``: simulated hostile clients, to measure aggregation rules with."""
 
     kind: Attack = setting(
-        Attack.NONE, "how hostile clients alter their scalars: none, sign-flip (times -1), scale (times 1e6)",
+        Attack.NONE, "simulate hostile clients that alter their scalars: none, sign-flip (times -1), scale (times 1e6)",
         option="attack",
     )  # fmt: skip
-    clients: int = setting(0, "number of hostile clients, the last ones", option="attackers")
+    clients: int = setting(0, "number of hostile clients; the last ones are hostile", option="attackers")
 
     def __post_init__(self) -> None:
         if (self.clients > 0) != (self.kind is not Attack.NONE):
@@ -263,10 +282,12 @@ class AttackConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Checked):
-    """``[evaluation]``: when, and on how many held-out examples."""
+    """``[evaluation]``: rounds between evaluations, and number of held-out examples."""
 
-    every: int = setting(0, "rounds between evaluations; 0: before and after only", option="eval_every")
-    examples: int = setting(0, "validation examples; 0: all", option="eval_examples")
+    every: int = setting(
+        0, "number of rounds between evaluations; 0: only before and after training", option="eval_every"
+    )
+    examples: int = setting(0, "number of validation examples; 0: all", option="eval_examples")
 
     def __post_init__(self) -> None:
         for name in ("every", "examples"):

@@ -1,7 +1,7 @@
 """``setting``: a field of a section that the command line, a TOML file and ``make_config`` can set.
 
-A setting has a place, its section and name there (``count`` in ``[clients]``), and a flat name, under which options
-(``--clients``), keyword arguments and messages know it.
+A setting has a place in a file, which is a section and a name in it (``count`` in ``[clients]``). It also has a flat
+name (``clients``), which options (``--clients``), keyword arguments and messages use.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ def setting(default: Any, help: str, *, option: str | None = None, shown: str | 
     """A dataclass field that is a setting.
 
     Args:
-        default: its value where nothing else is said.
+        default: value of the setting if nobody sets it.
         help: one line for ``--help``.
-        option: its flat name; None: the field's own.
-        shown: the default in words, for ``--help``; None: the default itself, nothing where it is empty.
+        option: flat name; None: the name of the field.
+        shown: the default in words, for ``--help``; None: the default itself, or nothing if that is None or "".
     """
     return dataclasses.field(default=default, metadata={"help": help, "option": option, "shown": shown})
 
@@ -30,13 +30,13 @@ class Setting:
     """One setting, as a section declares it.
 
     Args:
-        section: its section; empty for settings at the top.
-        name: its name there.
-        option: its flat name.
-        type: of its values.
+        section: name of the section; empty for settings at the top of a file.
+        name: name in the section.
+        option: flat name.
+        type: type of the values, optional types included.
         default: see ``setting``.
         help: see ``setting``.
-        shown: the default in words; empty where there is nothing to show.
+        shown: the default in words; empty if the help shows none.
     """
 
     section: str
@@ -49,58 +49,69 @@ class Setting:
 
     @property
     def place(self) -> str:
-        """Where it stands in a file: ``count in [clients]``."""
+        """The place in a file, in words: ``count in [clients]``."""
         return f"{self.name} in [{self.section}]" if self.section else f"{self.name} at the top"
 
     def convert(self, value: Any) -> Any:
-        """A value from a file or the command line as the dataclass has it.
+        """Converts a value from a file or the command line to the type of the setting.
 
         Raises:
-            ConfigError: if it does not fit.
+            ConfigError: if the value does not fit the type.
         """
         types = get_args(self.type) or (self.type,)
         if value is None and type(None) in types:
             return None
-        wanted = types[0]
-        if isinstance(value, bool) and wanted is not bool:
-            raise ConfigError(f"{self.option} must be {wanted.__name__}, got {value}")
-        if isinstance(value, wanted):
+        expected = types[0]
+        if isinstance(value, bool) and expected is not bool:
+            raise ConfigError(f"{self.option} must be {expected.__name__}, got {value}")
+        if isinstance(value, expected):
             return value
-        if wanted is Path and isinstance(value, str):
+        if expected is Path and isinstance(value, str):
             return Path(value)
-        if wanted is float and isinstance(value, int):
+        if expected is float and isinstance(value, int):
             return float(value)
-        if issubclass(wanted, StrEnum) and isinstance(value, str):
+        if issubclass(expected, StrEnum) and isinstance(value, str):
             try:
-                return wanted(value)
+                return expected(value)
             except ValueError:
-                raise ConfigError(f"unknown {self.option} {value!r}; known: {', '.join(wanted)}") from None
-        raise ConfigError(f"{self.option} must be {wanted.__name__}, got {value!r}")
+                raise ConfigError(f"unknown {self.option} {value!r}; known: {', '.join(expected)}") from None
+        raise ConfigError(f"{self.option} must be {expected.__name__}, got {value!r}")
 
 
-def settings_of(section: str, kind: type) -> list[Setting]:
-    """The settings that a dataclass declares, in order."""
-    hints = get_type_hints(kind)
-    found = []
-    for field in dataclasses.fields(kind):
-        if "help" in field.metadata:
-            known, shown = field.metadata, field.metadata["shown"]
-            if shown is None:
-                shown = "" if field.default in (None, "") else str(field.default)
-            option = known["option"] or field.name
-            found.append(Setting(section, field.name, option, hints[field.name], field.default, known["help"], shown))
-    return found
+def settings_of(section: str, section_class: type) -> list[Setting]:
+    """The settings that a section's dataclass declares, in order."""
+    types = get_type_hints(section_class)
+    settings = []
+    for field in dataclasses.fields(section_class):
+        if "help" not in field.metadata:  # a section of RunConfig, no setting
+            continue
+        shown = field.metadata["shown"]
+        if shown is None:
+            shown = "" if field.default in (None, "") else str(field.default)
+        settings.append(
+            Setting(
+                section=section,
+                name=field.name,
+                option=field.metadata["option"] or field.name,
+                type=types[field.name],
+                default=field.default,
+                help=field.metadata["help"],
+                shown=shown,
+            )
+        )
+    return settings
 
 
 class Checked:
-    """What sections have in common: checks that call a setting by its flat name."""
+    """Base class of the sections: checks whose messages use a setting's flat name."""
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
-        """Raises ``ConfigError`` naming the setting, its rule and its value unless something holds."""
+        """Raises ``ConfigError`` with the setting's flat name, rule and value if ``holds`` is false."""
         if not holds:
             raise ConfigError(f"{self._option(name)} must be {rule}, got {getattr(self, name)}")
 
     def _option(self, name: str) -> str:
+        """The flat name of one of the section's settings."""
         fields = {field.name: field for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return str(fields[name].metadata["option"] or name)
 

@@ -1,4 +1,4 @@
-"""Settings as TOML: sections in the file, flat names in the program."""
+"""Settings as TOML files: sections and names in the file, flat names in the program."""
 
 import tomllib
 from collections.abc import Mapping
@@ -11,15 +11,19 @@ import tomli_w
 from ...engine.errors import ConfigError
 from .run_config import SETTINGS, RunConfig
 
-_PLACES = {(each.section, each.name): option for option, each in SETTINGS.items()}
-_SECTION_NAMES = {each.section for each in SETTINGS.values()} - {""}
+# (section, name) -> flat name
+_FLAT_NAMES = {(setting.section, setting.name): option for option, setting in SETTINGS.items()}
+_SECTION_NAMES = {setting.section for setting in SETTINGS.values()} - {""}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a file, by their flat names.
+    """Reads the settings in a file.
+
+    Returns:
+        Values as in the file, by the flat names of the settings.
 
     Raises:
-        ConfigError: if it cannot be read, or one of them is no setting or stands in another place.
+        ConfigError: if the file cannot be read, or has an unknown setting or one in the wrong section.
     """
     try:
         text = path.read_bytes().decode()
@@ -29,65 +33,70 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The settings in some TOML, by their flat names.
+    """Reads the settings in a TOML text.
 
     Args:
         text: the TOML.
-        where: it is from, for messages.
+        where: name of the source, for messages.
+
+    Returns:
+        See ``read_toml``.
 
     Raises:
-        ConfigError: as ``read_toml``.
+        ConfigError: see ``read_toml``.
     """
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"cannot read the settings in {where}: {error}") from error
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and key in _SECTION_NAMES:
-            found |= {_option(key, name, where): inner for name, inner in value.items()}
+            settings |= {_flat_name(key, name, where): inner for name, inner in value.items()}
         else:
-            found[_option("", key, where)] = value
-    return found
+            settings[_flat_name("", key, where)] = value
+    return settings
 
 
-def _option(section: str, name: str, where: str) -> str:
-    """The flat name of the setting in some place of a file."""
-    if (section, name) in _PLACES:
-        return _PLACES[section, name]
-    here = f"[{section}] " if section else ""
-    if name in SETTINGS:
-        raise ConfigError(f"{where}: {here}{name} is now {SETTINGS[name].place}")
+def _flat_name(section: str, name: str, where: str) -> str:
+    """The flat name of a setting; raises ``ConfigError`` if the section has no setting of that name."""
+    if (section, name) in _FLAT_NAMES:
+        return _FLAT_NAMES[section, name]
+    prefix = f"[{section}] " if section else ""
+    if name in SETTINGS:  # a flat name, as files had them before they had sections
+        raise ConfigError(f"{where}: {prefix}{name} is now {SETTINGS[name].place}")
+    known = ", ".join(sorted(known_name for known_section, known_name in _FLAT_NAMES if known_section == section))
     if section:
-        known = ", ".join(sorted(each for part, each in _PLACES if part == section))
         raise ConfigError(f"{where}: [{section}] has no setting {name!r}; known: {known}")
-    top = ", ".join(sorted(each for part, each in _PLACES if not part))
     raise ConfigError(
-        f"{where}: unknown setting {name!r}; known at the top: {top}; sections: {', '.join(sorted(_SECTION_NAMES))}"
+        f"{where}: unknown setting {name!r}; known at the top: {known}; sections: {', '.join(sorted(_SECTION_NAMES))}"
     )
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
-    """Settings by flat names as TOML, section by section; unset ones are left out.
+    """Writes settings as TOML, section by section. Settings that are None are left out.
+
+    Args:
+        settings: values by flat names.
 
     Raises:
-        ConfigError: for a name that is no setting.
+        ConfigError: if a name is no setting.
     """
     if unknown := sorted(settings.keys() - SETTINGS.keys()):
         raise ConfigError(f"unknown setting {unknown[0]!r}")
     tables: dict[str, dict[str, Any]] = {}
-    for option, each in SETTINGS.items():
+    for option, setting in SETTINGS.items():
         value = settings.get(option)
         if value is not None:
-            plain = str(value) if isinstance(value, Path | StrEnum) else value
-            tables.setdefault(each.section, {})[each.name] = plain
+            toml_value = str(value) if isinstance(value, Path | StrEnum) else value
+            tables.setdefault(setting.section, {})[setting.name] = toml_value
     return tomli_w.dumps(tables.pop("", {}) | tables)
 
 
 def config_toml(config: RunConfig) -> str:
-    """All settings of a run as TOML, with a comment that says what its partition means."""
+    """All settings of a run as TOML, with a comment that describes the partition."""
     settings = config.flat()
-    if config.data.file is not None:  # which is a task of its own
+    if config.data.file is not None:  # the file is the task
         del settings["task"]
     return f"# partition: {config.clients.partition.describe(config.clients.alpha)}\n{to_toml(settings)}"
 

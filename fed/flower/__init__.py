@@ -1,5 +1,5 @@
-"""Federation over Flower (extra ``flower``): the run on the ServerApp's side, a resident worker on each node's.
+"""Federation over Flower (extra ``flower``): a ServerApp drives the run, and a worker on each node keeps the model.
 
-The modules that a ClientApp loads, ``client_app``, ``records`` and ``link``, load no torch: Flower starts a process for
-every message.
+Flower starts a process for every message. The modules that such a ClientApp process loads, ``node.app``,
+``node.worker_client``, ``records`` and ``strategy_records``, therefore load no torch.
 """

@@ -1,27 +1,27 @@
-"""How long Flower's programs wait before they look again."""
+"""Polling intervals that replace Flower's own."""
 
-# Seconds between looks, where this engine says so. Flower's own: three, for messages.
-LOOK = 0.1
+# Seconds between two polls, where this engine sets the interval. Flower polls for messages every three seconds.
+POLL_SECONDS = 0.1
 
 
-def shorten_backoff(most: float | None = None) -> bool:
-    """Has Flower, in this process, ask again soon for a part of a message that is not there yet, not after a second.
+def shorten_backoff(give_up_after: float | None = None) -> bool:
+    """Makes Flower, in this process, ask again after 0.05 s for a missing part of a message; its default is 1 s.
 
     Args:
-        most: seconds after which it gives such a part up; None leaves Flower's two hours.
+        give_up_after: seconds after which Flower gives up on such a part; None keeps Flower's default of two hours.
 
     Returns:
-        Whether this version of Flower lets itself be told.
+        Whether this version of Flower has the setting.
     """
     from flwr.supercore.inflatable import inflatable_utils
 
-    defaults = [getattr(each, "__kwdefaults__", None) or {} for each in vars(inflatable_utils).values()]
-    found = [each for each in defaults if "initial_backoff" in each]
-    for each in found:
-        each["initial_backoff"] = LOOK / 2
-        if most is not None:
-            each |= {"max_time": most, "backoff_cap": 1.0}
-    return bool(found)
+    keyword_defaults = [getattr(member, "__kwdefaults__", None) or {} for member in vars(inflatable_utils).values()]
+    backoff_defaults = [defaults for defaults in keyword_defaults if "initial_backoff" in defaults]
+    for defaults in backoff_defaults:
+        defaults["initial_backoff"] = POLL_SECONDS / 2
+        if give_up_after is not None:
+            defaults |= {"max_time": give_up_after, "backoff_cap": 1.0}
+    return bool(backoff_defaults)
 
 
-__all__ = ["LOOK", "shorten_backoff"]
+__all__ = ["POLL_SECONDS", "shorten_backoff"]

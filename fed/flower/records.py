@@ -1,4 +1,4 @@
-"""What ServerApp and ClientApp put into Flower's messages, and how it is read again."""
+"""Contents of the Flower messages between ServerApp and ClientApp: how they are written and read."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -7,25 +7,26 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-# Message types: who are you, this is the run; a request of the rounds; the run is over.
-INTRODUCTION = "query.meerkat"
+# Message types: the server describes the run and the node answers with its client id; a round's request; the end of
+# the run.
+REGISTRATION = "query.meerkat"
 ROUND = "train.meerkat"
-DISMISSAL = "query.meerkat_end"
-# Flower's code for a ClientApp that raised, which is what an error of ours is to it.
-_RAISED = 2
+RELEASE = "query.meerkat_end"
+# Flower's error code for a ClientApp that raised an exception; Flower sees this engine's errors as such.
+_CLIENT_APP_RAISED = 2
 _SETUP, _MASK, _ROUND, _NODE = "meerkat-setup", "meerkat-mask", "meerkat-round", "meerkat-node"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """What a node has to know of a run before its first round.
+    """Everything that a node needs to join a run.
 
     Args:
-        settings: TOML, less what is the server's own business.
+        settings: the run's settings as TOML, without those that concern the server alone.
         base: fingerprint of the base model.
-        mask_digest: of the mask.
-        mask: its file; empty if the node has it, or makes it itself.
-        seconds: how long a node may take over it.
+        mask_digest: digest of the mask.
+        mask: contents of the mask's file; empty if the node has the file or makes the mask itself.
+        seconds: time limit for a node to load the run.
     """
 
     settings: str
@@ -36,11 +37,11 @@ class RunDescription:
 
     @property
     def session(self) -> str:
-        """What tells this setup from others."""
+        """Identifier of the run: a SHA-256 over settings, base model and mask digest."""
         return sha256("\n".join((self.settings, self.base, self.mask_digest)).encode()).hexdigest()
 
-    def content(self) -> RecordDict:
-        """As records; the mask is an array, which Flower sends in pieces."""
+    def to_content(self) -> RecordDict:
+        """Returns the description as Flower records; the mask is an array, which Flower sends in parts."""
         plain: dict[str, Any] = {
             "settings": self.settings,
             "base": self.base,
@@ -51,8 +52,8 @@ class RunDescription:
         return RecordDict({_SETUP: ConfigRecord(plain), _MASK: ArrayRecord({"file": Array(array)})})
 
     @classmethod
-    def of(cls, content: RecordDict) -> "RunDescription | None":
-        """Out of a message or a node's state; None if there is none in it."""
+    def from_content(cls, content: RecordDict) -> "RunDescription | None":
+        """Reads the description in a message or in a node's state; None if there is none."""
         if _SETUP not in content.config_records or _MASK not in content.array_records:
             return None
         plain = content.config_records[_SETUP]
@@ -66,69 +67,69 @@ class RunDescription:
 
 
 def round_content(session: str, request: bytes, seconds: float, idle: float) -> RecordDict:
-    """A request to a client.
+    """Makes the content of a round's message to a node.
 
     Args:
-        session: of the setup it belongs to.
-        request: the message of ``fed.messages``.
-        seconds: how long the answer is waited for.
-        idle: after how many seconds without a message the node's worker may end.
+        session: session of the run; see ``RunDescription.session``.
+        request: encoded request; see ``fed.messages``.
+        seconds: how long the server waits for the answer.
+        idle: seconds without a message after which the node's worker may end.
     """
     record: dict[str, Any] = {"session": session, "request": request, "seconds": seconds, "idle": idle}
     return RecordDict({_ROUND: ConfigRecord(record)})
 
 
-def round_of(message: Message) -> dict[str, Any]:
-    """What ``round_content`` was given."""
+def read_round(message: Message) -> dict[str, Any]:
+    """Reads a round's message; the keys are the arguments of ``round_content``."""
     return dict(message.content.config_records[_ROUND])
 
 
 def answer_content(answer: bytes | None, seconds: float) -> RecordDict:
-    """The answer to a request; None if the node does not know the run, having been started anew.
+    """Makes the content of a node's answer to a round's message.
 
     Args:
-        answer: the message of ``fed.messages``, or None.
-        seconds: that the worker took.
+        answer: encoded answer (see ``fed.messages``); None if the node was restarted and no longer has the run.
+        seconds: time that the worker took.
     """
     return RecordDict(
         {_ROUND: ConfigRecord({"known": answer is not None, "answer": answer or b"", "seconds": seconds})}
     )
 
 
-def answer_of(message: Message) -> tuple[bytes | None, float]:
-    """What ``answer_content`` was given."""
+def read_answer(message: Message) -> tuple[bytes | None, float]:
+    """Reads a node's answer: the arguments of ``answer_content``."""
     record = message.content.config_records[_ROUND]
     answer = record["answer"]
     if not isinstance(answer, bytes):
-        raise TypeError(f"the answer is of type {type(answer).__name__}")
+        raise TypeError(f"the answer is of type {type(answer).__name__}, not bytes")
     return (answer if record["known"] else None), float(str(record["seconds"]))
 
 
 def node_content(client: int) -> RecordDict:
-    """A node says which client it is."""
+    """Makes the content of a node's answer to a registration: the id of its client."""
     return RecordDict({_NODE: ConfigRecord({"client": client})})
 
 
-def client_of(message: Message) -> int:
-    """What ``node_content`` was given."""
+def read_client(message: Message) -> int:
+    """Reads the client id in a node's answer to a registration."""
     return int(str(message.content.config_records[_NODE]["client"]))
 
 
-def failure(text: str, message: Message) -> Message:
-    """Tells the server that a message could not be dealt with."""
-    return Message(Error(code=_RAISED, reason=text), reply_to=message)
+def error_reply(text: str, message: Message) -> Message:
+    """Makes the reply that reports to the server why a message failed."""
+    return Message(Error(code=_CLIENT_APP_RAISED, reason=text), reply_to=message)
 
 
 __all__ = [
-    "DISMISSAL",
-    "INTRODUCTION",
+    "REGISTRATION",
+    "RELEASE",
     "ROUND",
     "RunDescription",
     "answer_content",
-    "answer_of",
-    "client_of",
-    "failure",
+    "error_reply",
     "node_content",
+    "read_answer",
+    "read_client",
+    "read_round",
     "round_content",
-    "round_of",
 ]

@@ -1,1 +1,1 @@
-"""The ledger: its lines, its file, snapshots beside it, and catching up from both."""
+"""The ledger: its lines, its file, snapshots, and catching up from both files."""

@@ -1,4 +1,4 @@
-"""How a client that was away, or never there, catches up with a federation from the files of its server's run."""
+"""Catching up with a federation from the server's files, for a client that missed rounds or joins late."""
 
 from pathlib import Path
 
@@ -9,36 +9,41 @@ from .snapshot import Snapshot
 
 
 def catch_up(replica: Replica, ledger: Path, snapshot: Path | None = None) -> bool:
-    """Brings a replica to the end of a ledger, by way of the snapshot where that is smaller than what it stands for.
+    """Brings a replica to the end of a ledger.
+
+    It applies the snapshot first if that is smaller than the ledger lines that it replaces.
 
     Args:
-        replica: at the beginning of some round; base model and mask are all it needs.
-        ledger: file of the run.
-        snapshot: file of the run, or None.
+        replica: the replica, at the beginning of any round of the ledger, with base model and mask of the run.
+        ledger: path of the run's ledger.
+        snapshot: path of the run's snapshot, or None.
 
     Returns:
-        Whether the snapshot was taken. The bits are the same either way.
+        Whether the snapshot was used. The resulting weights have the same bits either way.
 
     Raises:
-        LedgerError: if a file is damaged, the ledger is of other terms, or it ends before the replica's round.
+        LedgerError: if a file is damaged, the ledger has other terms than the replica, or the ledger ends before the
+            replica's round.
     """
-    found = read_ledger(ledger)
-    if found.header.terms != replica.terms:
-        raise LedgerError(f"{ledger} is the ledger of a federation with other terms than this replica's")
-    end = len(found.rounds) + 1
+    content = read_ledger(ledger)
+    if content.header.terms != replica.terms:
+        raise LedgerError(f"the ledger {ledger} belongs to a federation with other terms than this replica's")
+    end = len(content.rounds) + 1
     if end < replica.round:
-        raise LedgerError(f"{ledger} ends with round {end - 1}; the replica stands at round {replica.round} already")
-    taken = snapshot is not None and _load_snapshot(replica, found, snapshot)
-    rest = found.rounds[replica.round - 1 :]
+        raise LedgerError(
+            f"the ledger {ledger} ends with round {end - 1}, the replica is already at round {replica.round}"
+        )
+    used_snapshot = snapshot is not None and _load_snapshot(replica, content, snapshot)
+    rest = content.rounds[replica.round - 1 :]
     if rest and rest[-1].masters is not None:
         replica.load_masters(rest[-1].round + 1, rest[-1].masters)
     else:
         replica.apply_rounds([line.scalars for line in rest])
-    return taken
+    return used_snapshot
 
 
 def _load_snapshot(replica: Replica, ledger: Ledger, path: Path) -> bool:
-    """Takes the snapshot over, where it is ahead of the replica and the smaller way."""
+    """Loads the snapshot if it is ahead of the replica and smaller than the ledger lines; returns whether it did."""
     snapshot = Snapshot.load(path, ledger)
     if snapshot.round < replica.round or path.stat().st_size >= ledger.byte_length(replica.round, snapshot.round):
         return False

@@ -1,7 +1,8 @@
-"""The ledger: a header and one line a round, from which base and mask give the fine-tuned model back, bit for bit.
+"""The ledger file: a header and one line a round. With base model and mask, it reproduces the fine-tuned model exactly.
 
-JSON Lines; every line ends in a CRC-32 over itself and, through theirs, all lines before it. fp32 scalars are written
-as the shortest decimal that gives the same float64 back, so they survive exactly. ``docs/formats.md`` has the format.
+The format is JSON Lines. Every line ends in a CRC-32 that is continued from the CRC-32 of the line before, so it covers
+all lines up to this one. fp32 scalars are written as the shortest decimal that reads back as the same float64, so they
+are preserved exactly. ``docs/formats.md`` describes the format.
 """
 
 import hashlib
@@ -20,81 +21,90 @@ from ..scalars import ClientScalars
 from ..terms import CALIBRATION
 from .lines import FORMAT, LedgerHeader, RoundRecord, client_scalars_json, parse_header, parse_round
 
-_CRC = b',"crc32":"'
-_SEAL = re.compile(rb',"crc32":"[0-9a-f]{8}"}')
+_CRC_KEY = b',"crc32":"'
+_COMPLETE_END = re.compile(rb',"crc32":"[0-9a-f]{8}"}')
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A ledger that was read.
+    """The content of a ledger file.
 
     Args:
-        header: its first line.
-        lines: of its complete rounds, round 0 included where there is a calibration.
-        seals: the CRC-32 of the header and of each of them.
-        ends: where the header and each of them end in the file, in bytes.
+        header: the first line.
+        lines: the lines of the complete rounds, including round 0 if there is a calibration.
+        crcs: CRC-32 of the header and of each of ``lines``.
+        ends: position in the file, in bytes, at which the header and each of ``lines`` end.
         digest: SHA-256 of the file, in hexadecimal.
     """
 
     header: LedgerHeader
     lines: list[RoundRecord]
-    seals: list[int]
+    crcs: list[int]
     ends: list[int]
     digest: str
 
     @property
     def calibration(self) -> RoundRecord | None:
-        """Round 0, where there is one."""
+        """The line of round 0; None if there is no calibration."""
         return self.lines[0] if self.lines and self.lines[0].round == CALIBRATION else None
 
     @property
     def rounds(self) -> list[RoundRecord]:
-        """The rounds from 1 on."""
+        """The lines of the rounds from 1 on."""
         return self.lines[1:] if self.calibration is not None else self.lines
 
-    def seal_of(self, round: int) -> int | None:
-        """The CRC-32 of a round's line; None if it is not there."""
-        return next((seal for line, seal in zip(self.lines, self.seals[1:], strict=True) if line.round == round), None)
+    def crc_of(self, round: int) -> int | None:
+        """CRC-32 of a round's line; None if the ledger does not have the round."""
+        return next((crc for line, crc in zip(self.lines, self.crcs[1:], strict=True) if line.round == round), None)
 
     def byte_length(self, first: int, last: int) -> int:
-        """Length in the file of some rounds, both ends included."""
-        at = {line.round: number for number, line in enumerate(self.lines, 1)}
-        return self.ends[at[last]] - self.ends[at[first] - 1]
+        """Number of bytes in the file of the rounds from ``first`` to ``last``, inclusive."""
+        index = {line.round: number for number, line in enumerate(self.lines, 1)}
+        return self.ends[index[last]] - self.ends[index[first] - 1]
 
     def updates(self, last: int | None = None) -> Iterator[tuple[int, float, float]]:
-        """(seed, lr, g) of the updates in order, as ``replay`` takes them; ``lr`` is a query's share.
+        """Yields all updates in order as ``(seed, lr, g)``, in the format of ``replay``; see ``Terms.updates``.
 
         Args:
-            last: round to stop after; None is the ledger's last.
+            last: last round to yield; None: the ledger's last.
         """
         for line in self.rounds[:last]:
             yield from self.header.terms.updates(line.round, line.scalars)
 
 
 class LedgerWriter:
-    """Writes a ledger; a line is on disk before ``append`` returns. A context manager, which closes the file.
+    """Writes a ledger. A line is on disk (fsync) before ``append`` returns.
+
+    A context manager, which closes the file.
 
     Args:
-        path: of a file that does not exist yet; or, with ``after``, of the ledger that was read.
-        header: its first line.
-        after: what is in it already; a torn line after that is cut off.
+        path: path of the file. It must not exist; with ``after``, it is the path from which that ledger was read.
+        header: first line of a new file.
+        after: content of an existing file to continue. An incomplete last line in the file is removed.
+
+    Attributes:
+        crc: CRC-32 of the last line.
+
+    Raises:
+        FileExistsError: if the file exists and ``after`` is None.
+        RunError: if the header cannot be written.
     """
 
     def __init__(self, path: Path, header: LedgerHeader, after: Ledger | None = None) -> None:
         self._file: BinaryIO = open(path, "r+b" if after else "xb", buffering=0)  # noqa: SIM115
         if after is not None:
-            self.seal = after.seals[-1]
+            self.crc = after.crcs[-1]
             self._file.truncate(after.ends[-1])
             return
-        self.seal = 0
+        self.crc = 0
         self._write(header.fields())
         sync_directory(path.parent)
 
     def append(self, line: RoundRecord) -> None:
-        """Writes and fsyncs one round.
+        """Writes and fsyncs the line of one round.
 
         Raises:
-            RunError: if that fails; what was written of the round has been taken back.
+            RunError: if this fails; an incompletely written line is removed again.
         """
         self._write(line.fields())
 
@@ -105,21 +115,21 @@ class LedgerWriter:
         self._file.close()
 
     def _write(self, fields: dict[str, Any]) -> None:
-        data, seal = _sealed(fields, self.seal)
+        data, crc = _encode_line(fields, self.crc)
         try:
             append_fsync(self._file, data)
         except OSError as error:
             raise RunError(
-                f"cannot write {self._file.name}: {error.strerror}; the rounds in it are complete"
+                f"cannot write {self._file.name}: {error.strerror}; the rounds written before are complete"
             ) from error
-        self.seal = seal
+        self.crc = crc
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Reads a ledger. A torn last line is dropped with a warning.
+    """Reads a ledger. A torn last line (without its newline) is dropped with a warning.
 
     Raises:
-        LedgerError: for any other damage, naming the line.
+        LedgerError: if the file cannot be read, or is damaged in any other way; the error names the line.
     """
     try:
         data = path.read_bytes()
@@ -127,27 +137,27 @@ def read_ledger(path: Path) -> Ledger:
         raise LedgerError(f"cannot read the ledger {path}: {error.strerror}") from error
     *texts, rest = data.split(b"\n")
     if rest:
-        if _SEAL.search(rest, 0, len(rest) - 1):  # a write that was cut short ends with its seal at the latest
-            raise LedgerError(f"{path}, line {len(texts) + 1}: the line does not end where it should; it is damaged")
+        if _COMPLETE_END.search(rest, 0, len(rest) - 1):  # a write that was cut short has nothing after its CRC-32
+            raise LedgerError(f"{path}, line {len(texts) + 1}: the line continues after its checksum; it is damaged")
         warnings.warn(f"{path}: dropped the torn last line {len(texts) + 1} ({len(rest)} bytes)", stacklevel=2)
     if not texts:
-        raise LedgerError(f"{path} has no header")
-    fields, seal = _opened(texts[0], 0, path, 1)
-    header, lines, seals, ends = parse_header(fields, path), [], [seal], [len(texts[0]) + 1]
+        raise LedgerError(f"the ledger {path} has no header")
+    fields, crc = _decode_line(texts[0], 0, path, 1)
+    header, lines, crcs, ends = parse_header(fields, path), [], [crc], [len(texts[0]) + 1]
     first = CALIBRATION if header.terms.calibration_steps else 1
     for number, text in enumerate(texts[1:], 2):
-        fields, seal = _opened(text, seals[-1], path, number)
+        fields, crc = _decode_line(text, crcs[-1], path, number)
         lines.append(parse_round(fields, path, number, header, number - 2 + first))
-        seals.append(seal)
+        crcs.append(crc)
         ends.append(ends[-1] + len(text) + 1)
-    return Ledger(header, lines, seals, ends, hashlib.sha256(data).hexdigest())
+    return Ledger(header, lines, crcs, ends, hashlib.sha256(data).hexdigest())
 
 
-def _sealed(fields: dict[str, Any], before: int) -> tuple[bytes, int]:
-    """A line, and its CRC-32 continued from the line before it."""
+def _encode_line(fields: dict[str, Any], previous_crc: int) -> tuple[bytes, int]:
+    """Returns a line and its CRC-32, which is continued from the CRC-32 of the line before it."""
     body = b"{" + b",".join(b"%b:%b" % (_json(name), _json(value)) for name, value in fields.items())
-    seal = zlib.crc32(body, before)
-    return b'%b%b%08x"}\n' % (body, _CRC, seal), seal
+    crc = zlib.crc32(body, previous_crc)
+    return b'%b%b%08x"}\n' % (body, _CRC_KEY, crc), crc
 
 
 def _json(value: Any) -> bytes:
@@ -156,21 +166,22 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _opened(line: bytes, before: int, path: Path, number: int) -> tuple[dict[str, Any], int]:
-    body, found, crc = line.rpartition(_CRC)
-    seal = zlib.crc32(body, before)
-    if not found or crc != f'{seal:08x}"}}'.encode():
+def _decode_line(line: bytes, previous_crc: int, path: Path, number: int) -> tuple[dict[str, Any], int]:
+    """Returns a line's fields and CRC-32; raises ``LedgerError`` if it is damaged or does not follow the one before."""
+    body, key, written_crc = line.rpartition(_CRC_KEY)
+    crc = zlib.crc32(body, previous_crc)
+    if not key or written_crc != f'{crc:08x}"}}'.encode():
         raise LedgerError(
-            f"{path}, line {number}: the checksum does not match; this line is damaged or not the one that was "
-            f"written after the lines before it"
+            f"{path}, line {number}: the checksum does not match; the line is damaged, or was not written directly "
+            f"after the lines before it"
         )
     try:
         fields = json.loads(body + b"}")
     except (ValueError, RecursionError) as error:
-        raise LedgerError(f"{path}, line {number}: not JSON ({error})") from error
+        raise LedgerError(f"{path}, line {number}: the line is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise LedgerError(f"{path}, line {number}: not an object")
-    return fields, seal
+        raise LedgerError(f"{path}, line {number}: the line is not a JSON object")
+    return fields, crc
 
 
 __all__ = ["FORMAT", "Ledger", "LedgerHeader", "LedgerWriter", "RoundRecord", "read_ledger"]

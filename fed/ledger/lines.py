@@ -1,4 +1,4 @@
-"""The lines of a ledger: what a header and a round are, and how they stand in the file (see ``docs/formats.md``)."""
+"""The lines of a ledger, header and rounds, and their JSON fields (see ``docs/formats.md``)."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ..privacy import Privacy
 from ..scalars import ClientScalars
 from ..selection import Thresholds
 from ..terms import CALIBRATION, Schedule, Terms
-from .decimals import texts
+from .decimals import numbers_to_text
 
 FORMAT = "meerkat-ledger/3"
 
@@ -26,11 +26,11 @@ class LedgerHeader:
     """First line of a ledger.
 
     Args:
-        terms: of the federation.
+        terms: the federation's terms.
         base: fingerprint of the base model.
         method: name of the method.
-        clients: ``K``.
-        aggregation: how a round is made of the clients' answers.
+        clients: ``K``, number of clients.
+        aggregation: the aggregation rule and its settings.
     """
 
     terms: Terms
@@ -40,7 +40,7 @@ class LedgerHeader:
     aggregation: Aggregation
 
     def fields(self) -> dict[str, Any]:
-        """As they stand in the file."""
+        """Returns the line's JSON fields."""
         terms = self.terms
         return {
             "format": FORMAT,
@@ -66,23 +66,23 @@ class LedgerHeader:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoundRecord:
-    """One line: what a round did.
+    """Line of a round in a ledger.
 
     Args:
-        round: from 1; 0 is the calibration of virtual-path selection, which moves nothing.
-        lr: of each step, [T].
-        scalars: aggregated, fp32, one a step and query, [T * queries]; none in round 0 or with ``masters``.
-        clients: each client's own scalars, fp32, at most as many; NaN where a step was not taken.
-        examples: number of examples of the clients that told theirs for the first time.
-        loss: mean training loss of the clients, weighted by ``p_i``; None if none told it.
-        steps: local steps that the clients answered for, in all.
-        bytes_up: of all messages from clients.
-        bytes_down: of all messages to clients.
-        rejected: messages refused, by client and reason.
-        epsilon: what the client that is protected least has spent of its privacy so far; None without privacy.
-        stopped: ids of the clients that take one step a round from here on; told in round 0 only.
-        thresholds: by which they were found; told in round 0 only.
-        masters: float32 [k], where the clients train by backpropagation; else None.
+        round: number of the round, from 1; 0 is the calibration, which does not change the weights.
+        lr: learning rate of each step, [T].
+        scalars: aggregated scalars, fp32 values, [T q]; empty in round 0 and with ``masters``.
+        clients: each client's own scalars, fp32 values, at most T q (T_cali q in round 0); NaN for a skipped query.
+        examples: number of examples of each client that reported it for the first time.
+        loss: mean training loss of the clients, weighted by ``p_i``; None if no client reported one.
+        steps: total number of local steps in the accepted answers.
+        bytes_up: total size of the messages from clients, rejected ones included.
+        bytes_down: total size of the messages to clients.
+        rejected: number of rejected messages by client and reason.
+        epsilon: largest epsilon that a client has spent so far; None without privacy.
+        stopped: ids of the clients that take one step a round from now on; in round 0 only.
+        thresholds: the thresholds by which these clients were selected; in round 0 only.
+        masters: float32 [k], the masked weights after the round if clients train by backpropagation; else None.
     """
 
     round: int
@@ -104,7 +104,7 @@ class RoundRecord:
         return isinstance(other, RoundRecord) and self.fields() == other.fields()
 
     def fields(self) -> dict[str, Any]:
-        """As they stand in the file."""
+        """Returns the line's JSON fields."""
         fields: dict[str, Any] = {
             "round": self.round,
             "lr": self.lr,
@@ -128,7 +128,7 @@ class RoundRecord:
 
 
 def client_scalars_json(scalars: ClientScalars) -> bytes:
-    """A JSON object with the list of each client's scalars, null for a query that was skipped.
+    """Returns a JSON object with the list of each client's scalars; null for a skipped query.
 
     Raises:
         ValueError: if a scalar is infinite.
@@ -136,27 +136,33 @@ def client_scalars_json(scalars: ClientScalars) -> bytes:
     sent = np.arange(scalars.matrix.shape[1]) < scalars.counts[:, None]
     flat = scalars.matrix[sent]
     if np.isinf(flat).any():
-        raise ValueError("a client's scalar is infinite, which is not JSON compliant")
-    text, comma = texts(flat)
-    # Without a client's scalars there is no comma behind them.
-    ends = np.append(0, comma)[scalars.counts.cumsum()]
+        raise ValueError("a client's scalar is infinite, which JSON cannot represent")
+    text, ends_of_numbers = numbers_to_text(flat)
+    ends = np.append(0, ends_of_numbers)[scalars.counts.cumsum()]
     begins = np.append(0, ends)[:-1]
+    ends_without_comma = ends - (scalars.counts > 0)  # a client without scalars has no comma
     lists = (
         b'"%d":[%b]' % (client, text[begin:end])
-        for client, begin, end in zip(
-            scalars.ids.tolist(), begins.tolist(), (ends - (scalars.counts > 0)).tolist(), strict=True
-        )
+        for client, begin, end in zip(scalars.ids.tolist(), begins.tolist(), ends_without_comma.tolist(), strict=True)
     )
     return b"{%b}" % b",".join(lists)
 
 
 def parse_header(fields: dict[str, Any], path: Path) -> LedgerHeader:
-    """The header that stands in a file; raises ``LedgerError`` naming the line."""
+    """Makes a header from the JSON fields of line 1.
+
+    Args:
+        fields: the line's fields.
+        path: path of the file, for error messages.
+
+    Raises:
+        LedgerError: if the format is another or a field is missing or invalid; the error names file and line.
+    """
     if fields.get("format") != FORMAT:
-        raise LedgerError(f"{path}, line 1: format {fields.get('format')!r}; this version reads {FORMAT!r}")
+        raise LedgerError(f"{path}, line 1: format is {fields.get('format')!r}, this version reads {FORMAT!r}")
     if fields.get("stream_version") != stream.VERSION:
         raise LedgerError(
-            f"{path}, line 1: stream version {fields.get('stream_version')!r}; this version makes {stream.VERSION}"
+            f"{path}, line 1: stream version is {fields.get('stream_version')!r}, this version reads {stream.VERSION}"
         )
     try:
         terms = Terms(
@@ -181,11 +187,23 @@ def parse_header(fields: dict[str, Any], path: Path) -> LedgerHeader:
             aggregation=_aggregation(fields["aggregation"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise LedgerError(f"{path}, line 1: damaged header ({error!r})") from error
+        raise LedgerError(f"{path}, line 1: the header is damaged ({error!r})") from error
 
 
 def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerHeader, expected: int) -> RoundRecord:
-    """The round that stands in a line of a file; raises ``LedgerError`` naming the line."""
+    """Makes a round from the JSON fields of its line.
+
+    Args:
+        fields: the line's fields.
+        path: path of the file, for error messages.
+        number: number of the line in the file, for error messages.
+        header: the ledger's header.
+        expected: number of the round that belongs on this line.
+
+    Raises:
+        LedgerError: if a field is missing or invalid, or does not fit the header; the error names file and line.
+    """
+    where = f"{path}, line {number}"
     terms = header.terms
     steps = terms.steps(expected)
     try:
@@ -206,34 +224,37 @@ def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerH
             masters=_masters(fields["masters"]) if terms.sends_weights else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise LedgerError(f"{path}, line {number}: damaged round ({error!r})") from error
+        raise LedgerError(f"{where}: the round is damaged ({error!r})") from error
     if line.round != expected:
-        raise LedgerError(f"{path}, line {number}: holds round {line.round} where round {expected} belongs")
+        raise LedgerError(f"{where}: the line is of round {line.round}, round {expected} was expected")
     values = 0 if expected == CALIBRATION or line.masters is not None else terms.values
     if len(line.lr) != steps or len(line.scalars) != values:
-        raise LedgerError(f"{path}, line {number}: expected {steps} learning rates and {values} scalars")
+        raise LedgerError(
+            f"{where}: {len(line.lr)} learning rates and {len(line.scalars)} scalars, "
+            f"{steps} and {values} were expected"
+        )
     if line.masters is not None and len(line.masters) != terms.elements:
-        raise LedgerError(f"{path}, line {number}: {len(line.masters)} master values for {terms.elements} elements")
+        raise LedgerError(f"{where}: {len(line.masters)} master values, {terms.elements} were expected")
     if terms.schedule is not Schedule.CONSTANT and expected > terms.rounds:
-        raise LedgerError(f"{path}, line {number}: round {expected} of a schedule that ends with round {terms.rounds}")
+        raise LedgerError(f"{where}: the line is of round {expected}, the schedule ends with round {terms.rounds}")
     if line.lr != terms.learning_rates(expected):
-        raise LedgerError(f"{path}, line {number}: other learning rates than those of line 1")
+        raise LedgerError(f"{where}: the learning rates do not follow from the header in line 1")
     if line.masters is not None and not np.isfinite(line.masters).all():
-        raise LedgerError(f"{path}, line {number}: a master value is not finite")
-    sent = ClientScalars.of(line.clients).matrix
-    scalars = np.concatenate([line.scalars, sent[~np.isnan(sent)]])
+        raise LedgerError(f"{where}: a master value is not finite")
+    client_scalars = ClientScalars.of(line.clients).matrix
+    scalars = np.concatenate([line.scalars, client_scalars[~np.isnan(client_scalars)]])
     with np.errstate(over="ignore"):
         rounded = scalars.astype(np.float32)
     if not (np.isfinite(rounded) & (rounded == scalars)).all():
-        raise LedgerError(f"{path}, line {number}: a scalar is not a finite fp32 number")
+        raise LedgerError(f"{where}: a scalar is not a finite fp32 number")
     return line
 
 
-def _client_scalars(fields: dict[str, list[float | None]], most: int) -> ClientScalars:
-    # Checked before there is a table as wide as the longest row, which whoever made the line chose.
-    if any(len(own) > most for own in fields.values()):
-        raise ValueError(f"a client with more than {most} scalars")
-    return ClientScalars.of({int(i): own for i, own in fields.items()})
+def _client_scalars(fields: dict[str, list[float | None]], max_scalars: int) -> ClientScalars:
+    # Check first: ClientScalars allocates an array as wide as the longest row, and the file may come from an attacker.
+    if any(len(scalars) > max_scalars for scalars in fields.values()):
+        raise ValueError(f"a client has more than {max_scalars} scalars")
+    return ClientScalars.of({int(i): scalars for i, scalars in fields.items()})
 
 
 def _aggregation(fields: dict[str, Any]) -> Aggregation:

@@ -1,1 +1,1 @@
-"""What leaves a run: the HTML report, model cards, checkpoints."""
+"""Outputs made from run directories: the HTML report, model cards, checkpoints."""

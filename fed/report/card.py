@@ -1,4 +1,4 @@
-"""Model cards of what a run or a delta leads to: front matter for the Hugging Face hub, and what made the model."""
+"""Model cards for a run's model or an applied delta: front matter for the Hugging Face hub, and how it was made."""
 
 import shlex
 from collections.abc import Mapping
@@ -18,55 +18,62 @@ from ..run.replay import Replayed
 _TAGS = ["meerkat-engine", "zeroth-order-optimization"]
 
 
-def run_card(done: Replayed, name: str, weights: str) -> str:
-    """The card of a run's model.
+def run_card(replayed: Replayed, name: str, weights: str) -> str:
+    """The model card of a run's model.
 
     Args:
-        done: the run, at the end of some round.
-        name: of the model.
-        weights: fingerprint of what is saved, which merged adapters set apart from ``done.weights``.
+        replayed: the run, replayed to some round.
+        name: name of the model.
+        weights: fingerprint of the saved weights. With merged adapters it differs from ``replayed.weights``.
+
+    Returns:
+        The card as Markdown with front matter.
     """
-    task, header = done.config.task, done.ledger.header
-    before, after = _line(done, 0), _line(done, done.round)
+    config, header, mask = replayed.config, replayed.ledger.header, replayed.masked.mask
+    task = config.task
+    before, after = _metrics_line(replayed, 0), _metrics_line(replayed, replayed.round)
     rows = {
-        "base model": _code(done.config.model.source),
-        "method": f"{done.config.method}, {len(done.masked.mask):,} of {done.masked.mask.table.size:,} elements",
-        "task": f"{task.name}; {_data(done.config, task)}",
-        "clients": f"{header.clients}, {done.config.clients.partition.describe(done.config.clients.alpha)}",
-        "rounds": f"{done.round} of {len(done.ledger.rounds)} in the ledger",
-        "local steps": _steps(done),
-        "bytes sent": _bytes(done),
-        **_privacy(done),
+        "base model": _code(config.model.source),
+        "method": f"{config.method}, {len(mask):,} of {mask.table.size:,} elements",
+        "task": f"{task.name}; {_data(config, task)}",
+        "clients": f"{header.clients}, {config.clients.partition.describe(config.clients.alpha)}",
+        "rounds": f"{replayed.round} of {len(replayed.ledger.rounds)} in the ledger",
+        "local steps": _steps(replayed),
+        "bytes sent": _bytes(replayed),
+        **_privacy(replayed),
         "accuracy": _change(before, after, "accuracy"),
         "macro-F1": _change(before, after, "macro_f1"),
         "base fingerprint": _code(header.base),
         "mask digest": _code(header.terms.mask_digest),
-        "ledger SHA-256": _code(done.ledger.digest),
+        "ledger SHA-256": _code(replayed.ledger.digest),
         "weights fingerprint": _code(weights),
     }
-    again = f"meerkat-engine replay RUN{'' if done.last else f' --round {done.round}'} --output DIR"
+    again = f"meerkat-engine replay RUN{'' if replayed.is_last_round else f' --round {replayed.round}'} --output DIR"
     body = (
         f"# {name}\n\n"
-        "A fine-tuned language model, whose weights base, mask and ledger give again, bit for bit.\n\n"
+        "A fine-tuned language model. Base model, mask and ledger reproduce its weights bit for bit.\n\n"
         f"{_table(rows)}\n\n"
         f"To reproduce it with meerkat-engine {__version__} (the method: [arXiv 2506.03337](https://arxiv.org/abs/2506.03337)):\n\n"
-        f"```sh\n{run_command(done.config)} --output RUN\n{again}\n```\n"
+        f"```sh\n{run_command(config)} --output RUN\n{again}\n```\n"
     )
-    return _card(done.lm, name, body, _evaluated(task, after), [str(done.config.method), "federated-learning"])
+    return _card(replayed.lm, name, body, _eval_results(task, after), [str(config.method), "federated-learning"])
 
 
 def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
-    """The card of a base model with a delta put onto it.
+    """The model card of a base model with a delta applied to it.
 
     Args:
-        delta: what was put on.
-        lm: the model.
-        name: of the model.
-        base: what the base model was called.
+        delta: the delta.
+        lm: the model after the delta.
+        name: name of the model.
+        base: value of ``--model``, which names the base model.
+
+    Returns:
+        The card as Markdown with front matter.
     """
     rows = {
         "base model": _code(base),
-        "method": f"{_plain(delta.method) or 'not known'}, round {delta.round}, {len(delta.mask):,} of "
+        "method": f"{_plain(delta.method) or 'unknown'}, round {delta.round}, {len(delta.mask):,} of "
         f"{delta.mask.table.size:,} elements",
         "base fingerprint": _code(delta.base),
         "mask digest": _code(delta.mask.digest),
@@ -74,25 +81,27 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
     }
     again = shlex.join(["meerkat-engine", "apply", "DELTA", "--model", base, "--output", "DIR"])
     body = (
-        f"# {name}\n\nA base model with the masked weights of a fine-tuned one.\n\n{_table(rows)}\n\n"
+        f"# {name}\n\n"
+        "A base model to which a delta was applied: the masked weights of a fine-tuned model.\n\n"
+        f"{_table(rows)}\n\n"
         f"To reproduce it with meerkat-engine {__version__}:\n\n```sh\n{again}\n```\n"
     )
     return _card(lm, name, body, [], [])
 
 
 def run_command(config: RunConfig) -> str:
-    """The command of a run with these settings, without those that it would have anyway."""
-    plain = config.flat()
-    own = ("data", "template", "labels") if config.data.file is not None else ("task",)
-    named = {name: plain[name] for name in ("model", *own, "method")}
-    usual = make_config(named).flat()
-    given = [*named, *(name for name in plain if name not in named and plain[name] != usual[name])]
-    words = [word for name in given for word in ("--" + name.replace("_", "-"), str(plain[name]))]
+    """The command that starts a run with these settings. Settings that have their default value are left out."""
+    values = config.flat()
+    task_settings = ("data", "template", "labels") if config.data.file is not None else ("task",)
+    always = {name: values[name] for name in ("model", *task_settings, "method")}
+    defaults = make_config(always).flat()
+    options = [*always, *(name for name in values if name not in always and values[name] != defaults[name])]
+    words = [word for name in options for word in ("--" + name.replace("_", "-"), str(values[name]))]
     return shlex.join(["meerkat-engine", "run", *words])
 
 
 def _card(lm: LanguageModel, name: str, body: str, results: list[EvalResult], tags: list[str]) -> str:
-    # what was loaded and lies nowhere here came from the hub
+    # a source that is no local path is a name on the hub
     base = None if Path(lm.source).exists() else lm.source
     data = ModelCardData(
         base_model=base,
@@ -105,7 +114,8 @@ def _card(lm: LanguageModel, name: str, body: str, results: list[EvalResult], ta
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def _evaluated(task: Task, after: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(task: Task, after: Mapping[str, Any]) -> list[EvalResult]:
+    """The evaluations in a line of the metrics, for the front matter."""
     hub = task.hub
     return [
         EvalResult(
@@ -123,45 +133,47 @@ def _evaluated(task: Task, after: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _line(done: Replayed, round: int) -> dict[str, Any]:
-    return next((line for line in done.metrics if line.get("round") == round), {})
+def _metrics_line(replayed: Replayed, round: int) -> dict[str, Any]:
+    """The metrics of a round; empty if they are missing."""
+    return next((line for line in replayed.metrics if line.get("round") == round), {})
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
-    found = [f"{line[key]:.4f}" if is_number(line.get(key)) else "not evaluated" for line in (before, after)]
-    return f"{found[0]} before, {found[1]} after"
+    """A metric before and after training, in words."""
+    values = [f"{line[key]:.4f}" if is_number(line.get(key)) else "not evaluated" for line in (before, after)]
+    return f"{values[0]} before, {values[1]} after"
 
 
-def _privacy(done: Replayed) -> dict[str, str]:
-    terms, lines = done.ledger.header.terms, done.ledger.rounds[: done.round]
+def _privacy(replayed: Replayed) -> dict[str, str]:
+    terms, lines = replayed.ledger.header.terms, replayed.ledger.rounds[: replayed.round]
     if terms.privacy is None or not lines:
         return {}
     spent = f"epsilon {lines[-1].epsilon:.3g} at delta {terms.privacy.delta:g}"
     return {"privacy": f"{spent}, simulated: the noise follows from the seed"}
 
 
-def _steps(done: Replayed) -> str:
-    terms, rounds = done.ledger.header.terms, done.ledger.rounds[: done.round]
-    if terms.sends_weights:  # whose rounds do not say who took how many
+def _steps(replayed: Replayed) -> str:
+    terms, rounds = replayed.ledger.header.terms, replayed.ledger.rounds[: replayed.round]
+    if terms.sends_weights:  # then the ledger does not record each client's number of steps
         return f"at most {terms.local_steps} of each client a round"
-    taken = sum(len(scalars) // terms.queries for line in rounds for scalars in line.clients.values())
-    return f"{taken:,} in these rounds"
+    steps = sum(len(scalars) // terms.queries for line in rounds for scalars in line.clients.values())
+    return f"{steps:,} in these rounds"
 
 
-def _bytes(done: Replayed) -> str:
-    known = [line for line in done.metrics if is_number(line.get("bytes_up")) and is_number(line.get("bytes_down"))]
-    if len(known) != done.round + 1:  # round 0 has those of the calibration
-        return "not known"
-    up, down = (sum(line[key] for line in known) for key in ("bytes_up", "bytes_down"))
+def _bytes(replayed: Replayed) -> str:
+    lines = [line for line in replayed.metrics if is_number(line.get("bytes_up")) and is_number(line.get("bytes_down"))]
+    if len(lines) != replayed.round + 1:  # one a round, and round 0 with the bytes of the calibration
+        return "unknown"
+    up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
     return f"{up:,} by the clients, {down:,} to them"
 
 
 def _data(config: RunConfig, task: Task) -> str:
     if config.data.file is not None:
-        return f"data of the user's own, {_code(str(config.data.file))}"
+        return f"the user's own data, {_code(str(config.data.file))}"
     if config.data.directory is not None:
         return f"data from {_code(str(config.data.directory))}"
-    return f"data from the hub, {task.hub}" if task.hub else "data that the package makes"
+    return f"data from the hub, {task.hub}" if task.hub else "data generated by the package"
 
 
 def _table(rows: Mapping[str, str]) -> str:
@@ -169,7 +181,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from a file as one line that is neither markup nor the end of a cell."""
+    """Text from a file as one line without characters that are markup or end a table cell."""
     return " ".join("".join(" " if c in "`|<>[]" else c for c in text).split())
 
 

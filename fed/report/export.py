@@ -1,4 +1,4 @@
-"""What leaves a run: a checkpoint that needs nothing of this package, with a card that says what made it."""
+"""Saves a run's model, or an applied delta, as a Hugging Face checkpoint with a model card."""
 
 from pathlib import Path
 
@@ -13,38 +13,43 @@ from ..setup.model import load_base_model
 from .card import delta_card, run_card
 
 
-def save_run(done: Replayed, output: Path) -> None:
-    """Saves a replayed model, its adapters merged where it has some.
+def save_run(replayed: Replayed, output: Path) -> None:
+    """Saves a replayed model as a checkpoint. Adapters are merged into the model first.
 
     Args:
-        done: the model, which stays as it is but for its adapters.
-        output: directory to be made.
+        replayed: the replayed run. Its model changes only if it has adapters.
+        output: path of the checkpoint directory, which must not exist.
 
     Raises:
-        MeerkatError: if there is something already, or it cannot be written.
+        MeerkatError: if the path exists or cannot be written.
     """
-    if done.lm.adapters:
-        merge_lora(done.lm.model)
-    save_checkpoint(done.lm, output, run_card(done, output.name, fingerprint(done.lm.model)))
+    if replayed.lm.adapters:
+        merge_lora(replayed.lm.model)
+    save_checkpoint(replayed.lm, output, run_card(replayed, output.name, fingerprint(replayed.lm.model)))
 
 
 def apply_delta(path: Path, model: str, output: Path, *, trust_remote_code: bool = False) -> Delta:
-    """Puts a delta onto its base model and saves what that gives.
+    """Applies a delta to its base model and saves the result as a checkpoint.
 
     Args:
-        path: of the delta.
-        model: the base, as ``--model`` takes it.
-        output: directory to be made.
+        path: path of the delta file.
+        model: value of ``--model``, which names the base model.
+        output: path of the checkpoint directory, which must not exist.
         trust_remote_code: see ``models.load_model``.
 
+    Returns:
+        The delta.
+
     Raises:
-        DeltaError: if the file is damaged, or the model is not its base.
+        DeltaError: if the file is damaged, or the model is not the delta's base model.
         MeerkatError: if the model cannot be loaded, or the output cannot be written.
     """
     check_absent(output)
     delta = Delta.load(path)
     if delta.dtype not in DTYPES:
-        raise DeltaError(f"{delta.where} is of a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} are loaded")
+        raise DeltaError(
+            f"{delta.where} belongs to a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} can be loaded"
+        )
     lm = load_base_model(model, delta.dtype, trust_remote_code=trust_remote_code)
     delta.apply(lm.model)
     save_checkpoint(lm, output, delta_card(delta, lm, output.name, model))

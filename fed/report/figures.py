@@ -1,4 +1,4 @@
-"""The figures of a report: PNG within the page, drawn once for light and once for dark pages."""
+"""Draws the figures of a report as PNG data URIs, once for light and once for dark pages."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from .runs import MEASURES
 
 _COLORS = {"light": ("white", "#1b1f24"), "dark": ("#16191d", "#e4e7ea")}
-_WINDOW = 10  # steps of the moving mean
+_WINDOW = 10  # number of steps of the moving mean
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Picture:
     Args:
         light: data URI for light pages.
         dark: data URI for dark pages.
-        alt: what it shows, in words.
+        alt: text that describes the figure.
     """
 
     light: str
@@ -32,7 +32,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a panel, called by its name in the legend."""
+    """A line of a panel.
+
+    Args:
+        name: name in the legend.
+        x: x values.
+        y: y values, as many.
+    """
 
     name: str
     x: list[float]
@@ -40,13 +46,13 @@ class Curve:
 
 
 def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, bytes_on_log_x: bool = False) -> Picture:
-    """Panels, one below the other, of one line a run.
+    """Draws panels below each other, with one curve a run.
 
     Args:
-        panels: {label of the y axis: curves}; a name has the same colour in all of them.
-        x_label: of the x axis that the panels share.
-        alt: what it shows.
-        bytes_on_log_x: whether x is in bytes, on a logarithmic axis.
+        panels: {label of the y axis: curves}. Curves of the same name have the same colour in all panels.
+        x_label: label of the shared x axis.
+        alt: text that describes the figure.
+        bytes_on_log_x: whether x is in bytes and the axis logarithmic.
     """
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
 
@@ -84,13 +90,13 @@ def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, by
 
 
 def draw_histogram(clients: list[str], labels: list[str], counts: list[list[int]], alt: str) -> Picture:
-    """Examples of each client, stacked by label.
+    """Draws the number of examples of each client as a bar, stacked by label.
 
     Args:
-        clients: K names.
-        labels: C names.
-        counts: [K][C].
-        alt: what it shows.
+        clients: names of the K clients.
+        labels: names of the C labels.
+        counts: number of examples by client and label, [K][C].
+        alt: text that describes the figure.
     """
 
     def draw(figure: Any) -> None:
@@ -113,15 +119,15 @@ def draw_histogram(clients: list[str], labels: list[str], counts: list[list[int]
 
 
 def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str], x_label: str, alt: str) -> Picture:
-    """|GradIP|, gradient norm and cosine of each client along its path, as moving means.
+    """Draws |GradIP|, gradient norm and cosine of each client along its path, as moving means.
 
-    The cosine with its sign: its size is the same for all clients, who share the perturbations.
+    The cosine keeps its sign, because its absolute value is the same for all clients, which share the perturbations.
 
     Args:
-        paths: {client: {measure: values}}.
-        stopped: clients in another colour.
-        x_label: what a step is.
-        alt: what it shows.
+        paths: {client: {measure: one value a step}}.
+        stopped: clients that were stopped early; they get another colour.
+        x_label: label of the x axis.
+        alt: text that describes the figure.
     """
     titles = dict(zip(MEASURES, ("|GradIP|", "gradient norm", "cosine"), strict=True))
 
@@ -130,7 +136,7 @@ def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str]
 
         groups: dict[str, Any] = {}
         for axes, (measure, title) in zip(figure.subplots(len(titles), sharex=True), titles.items(), strict=True):
-            # the stopped ones last: on top
+            # stopped clients are drawn last, on top of the others
             for client in sorted(paths, key=lambda client: client in stopped):
                 values = np.array(paths[client][measure], dtype=float)
                 mean = _moving_mean(values if measure == "cosine" else np.abs(values))
@@ -138,8 +144,8 @@ def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str]
                 group, color = ("stopped clients", "C3") if client in stopped else ("clients not stopped", "C0")
                 (line,) = axes.plot(steps, mean, color=color, linewidth=1, alpha=1 if client in stopped else 0.6)
                 groups.setdefault(group, line)
-            some = any(value for path in paths.values() for value in path[measure])  # zeros alone have no logarithm
-            if some and measure != "cosine":
+            has_nonzero = any(value for path in paths.values() for value in path[measure])  # a log axis needs one
+            if has_nonzero and measure != "cosine":
                 axes.set_yscale("log", nonpositive="mask")
                 axes.yaxis.set_major_formatter(LogFormatter())
                 axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
@@ -153,17 +159,19 @@ def draw_paths(paths: Mapping[str, Mapping[str, list[float]]], stopped: set[str]
 
 
 def _moving_mean(values: Any) -> Any:
+    """Mean over windows of 10 values; of all values if there are fewer."""
     window = min(_WINDOW, len(values))
     return np.convolve(values, np.ones(window) / window, mode="valid") if window else values
 
 
 def _within_a_decade(panels: Mapping[str, list[Curve]]) -> bool:
+    """Whether the largest x is less than ten times the smallest."""
     x = [value for curves in panels.values() for curve in curves for value in curve.x]
     return min(x) < max(x) < 10 * min(x)
 
 
 def _legend(figure: Any, handles: list[Any], names: list[str]) -> None:
-    # a zero-width space first: matplotlib leaves out of a legend what starts with an underscore
+    # matplotlib leaves names that start with an underscore out of a legend; a zero-width space in front prevents that
     shown = ["\u200b" + _short(name, 60) for name in names]
     columns = 2 if max(map(len, shown), default=0) <= 30 else 1
     figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize="small")
@@ -186,7 +194,7 @@ def _png(size: tuple[float, float], draw: Callable[[Any], None], background: str
     settings["text.parse_math"] = False  # names from files may hold dollar signs
     file = io.BytesIO()
     with style.context(["default", settings]), warnings.catch_warnings():
-        # letters that the font lacks are drawn as boxes; the page has them as text
+        # characters missing in the font become boxes; the page has the names as text too
         warnings.filterwarnings("ignore", message="Glyph ")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

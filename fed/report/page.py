@@ -1,4 +1,4 @@
-"""``write_report``: run directories to one page that needs nothing beside itself."""
+"""``write_report``: writes one self-contained HTML page about one or several run directories."""
 
 import shlex
 from importlib.resources import files
@@ -14,10 +14,10 @@ from ...engine.extras import require_matplotlib
 from ..run.directory import CONFIG
 from ..run.jsonl import is_number
 from .figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
-from .runs import Run, path_of_clients, read_runs
+from .runs import Run, client_paths, read_runs
 from .tables import in_order, results, selection, settings, state
 
-_MOST_CLIENTS = 40  # in a figure: more bars cannot be told apart
+_MAX_CLIENTS = 40  # clients in a figure; more bars would be too thin
 
 _CURVES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "loss": "training loss"}
 
@@ -27,14 +27,15 @@ def write_report(paths: list[Path], output: Path | None = None) -> Path:
 
     Args:
         paths: run directories.
-        output: a new file; None is ``report.html`` in the directory of a single run, or here for several.
+        output: path of the new file; None: ``report.html``, in the run's directory if there is one run, else in the
+            current directory.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        ConfigError: if the file exists, has no directory, or matplotlib is missing.
-        RunError: if a directory holds no run, or a damaged one.
+        ConfigError: if the file exists, its directory does not, or matplotlib is missing.
+        RunError: if a directory holds no run, or a file in it is damaged.
     """
     require_matplotlib()
     runs = read_runs(paths)
@@ -42,7 +43,7 @@ def write_report(paths: list[Path], output: Path | None = None) -> Path:
     if output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
     if not output.parent.is_dir():
-        raise ConfigError(f"there is no directory {output.parent} to write {output.name} to; make it first")
+        raise ConfigError(f"there is no directory {output.parent} to write {output.name} to; create it first")
     write_atomic(output, _page(runs).encode())
     return output
 
@@ -81,16 +82,21 @@ def _page(runs: list[Run]) -> str:
 def _by_round(runs: list[Run]) -> Picture | None:
     panels = {}
     for key, label in _CURVES.items():
-        first = 1 if key == "loss" else 0  # nothing is trained in round 0
-        lines = {run.name: [r for r in run.rounds if is_number(r.get(key)) and r["round"] >= first] for run in runs}
+        first = 1 if key == "loss" else 0  # round 0 has no training loss
+        lines_by_run = {
+            run.name: [line for line in run.rounds if is_number(line.get(key)) and line["round"] >= first]
+            for run in runs
+        }
         panels[label] = [
-            Curve(name, [r["round"] for r in found], [r[key] for r in found]) for name, found in lines.items() if found
+            Curve(name, [line["round"] for line in lines], [line[key] for line in lines])
+            for name, lines in lines_by_run.items()
+            if lines
         ]
     panels = {label: curves for label, curves in panels.items() if curves}
     if not panels:
         return None
-    parts = (f"{label}: {_in_words(curves)}" for label, curves in panels.items())
-    return draw_curves(panels, "round", f"Line charts against the round, one line a run. {' '.join(parts)}")
+    descriptions = " ".join(f"{label}: {_in_words(curves)}" for label, curves in panels.items())
+    return draw_curves(panels, "round", f"Line charts against the round, one line a run. {descriptions}")
 
 
 def _by_bytes(runs: list[Run]) -> Picture | None:
@@ -99,7 +105,7 @@ def _by_bytes(runs: list[Run]) -> Picture | None:
         sent, x, y = 0.0, [], []
         for line in run.rounds:
             sent += line.get("bytes_up", 0) + line.get("bytes_down", 0)
-            if sent > 0 and is_number(line.get("accuracy")):  # nothing sent has no place on a log axis
+            if sent > 0 and is_number(line.get("accuracy")):  # 0 bytes cannot be on a log axis
                 x.append(sent)
                 y.append(line["accuracy"])
         if x:
@@ -111,19 +117,23 @@ def _by_bytes(runs: list[Run]) -> Picture | None:
 
 
 def _in_words(curves: list[Curve]) -> str:
+    """First and last point of each curve, in words."""
     return "; ".join(f"{c.name} from {c.y[0]:.4f} at {c.x[0]:g} to {c.y[-1]:.4f} at {c.x[-1]:g}" for c in curves) + "."
 
 
 def _histogram(run: Run) -> dict[str, Any] | None:
     counts = run.results.get("examples_by_client_and_label")
-    if not isinstance(counts, list) or not counts:  # the summary of a run of many clients leaves it out
+    if not isinstance(counts, list) or not counts:  # with many clients, the summary only has their number
         return None
     names, words = run.results.get("natural_clients"), run.results.get("labels")
     clients = [str(name) for name in names] if isinstance(names, list) else [str(i) for i in range(len(counts))]
     labels = [str(word) for word in words] if isinstance(words, list) else [f"label {i}" for i in range(len(counts[0]))]
-    shown, counts_shown = clients[:_MOST_CLIENTS], counts[:_MOST_CLIENTS]
-    alt = f"Stacked bar chart: examples of {len(shown)} clients by label ({', '.join(labels)}); the table below has it."
-    note = f"The first {_MOST_CLIENTS} of {len(counts)} clients." if len(counts) > _MOST_CLIENTS else ""
+    shown, counts_shown = clients[:_MAX_CLIENTS], counts[:_MAX_CLIENTS]
+    alt = (
+        f"Stacked bar chart: examples of {len(shown)} clients by label ({', '.join(labels)}). "
+        f"The table below has the numbers."
+    )
+    note = f"The first {_MAX_CLIENTS} of {len(counts)} clients." if len(counts) > _MAX_CLIENTS else ""
     return {
         "picture": draw_histogram(shown, labels, counts_shown, alt),
         "note": note,
@@ -133,15 +143,16 @@ def _histogram(run: Run) -> dict[str, Any] | None:
 
 
 def _paths(run: Run) -> Picture | None:
-    paths = path_of_clients(run)
+    paths = client_paths(run)
     if not paths:
         return None
     calibrated = any(line["round"] == 0 for line in run.gradip)
-    where = "of the calibration path" if calibrated else "of training, all rounds in turn"
+    where = "of the virtual path" if calibrated else "of training, over all rounds"
     stopped = ", ".join(sorted(run.stopped & paths.keys(), key=in_order)) or "none"
     alt = (
-        f"Three line charts, |GradIP|, gradient norm and cosine, of {len(paths)} clients against the local step "
-        f"{where}: moving means over 10 steps, two of them logarithmic. Stopped clients, in another colour: {stopped}."
+        f"Three line charts of |GradIP|, gradient norm and cosine of {len(paths)} clients against the local step "
+        f"{where}. Values are moving means over 10 steps; the axes of |GradIP| and norm are logarithmic. "
+        f"Stopped clients, in another colour: {stopped}."
     )
     return draw_paths(paths, run.stopped, f"local step {where}", alt)
 

@@ -1,4 +1,4 @@
-"""Run directories as a report reads them: also runs that did not finish."""
+"""Reads run directories for a report, including runs that did not finish."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ MEASURES = ("gradip", "norm", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is known of a run.
+    """Contents of a run directory.
 
     Args:
-        path: its directory, as given.
-        name: what the report calls it.
-        settings: of ``config.toml``.
-        rounds: of ``metrics.jsonl``, round 0 (before training) first.
-        summary: None if the run did not finish.
-        gradip: of ``gradip.jsonl``; empty where there is no such file.
+        path: path of the directory, as the user gave it.
+        name: name of the run in the report.
+        settings: values in ``config.toml``, by flat names.
+        rounds: lines of ``metrics.jsonl`` without the summary, round 0 (before training) first.
+        summary: the summary; None if the run did not finish.
+        gradip: lines of ``gradip.jsonl``; empty if there is no such file.
     """
 
     path: Path
@@ -35,8 +35,8 @@ class Run:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The summary; for a run that did not finish, as much of it as its rounds tell."""
-        return self.summary if self.summary is not None else _so_far(self.rounds)
+        """The summary; for a run that did not finish, the fields that follow from its rounds."""
+        return self.summary if self.summary is not None else _partial_summary(self.rounds)
 
     @property
     def stopped(self) -> set[str]:
@@ -45,21 +45,24 @@ class Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """The runs in some directories.
+    """Reads run directories.
+
+    Args:
+        paths: the directories. A run is called by the name of its directory, or by its path if the name is not unique.
 
     Raises:
-        RunError: if one is no run directory, or has a damaged file.
+        RunError: if a directory is not a run directory, or a file in it is damaged.
         ConfigError: if settings cannot be read.
     """
-    count = Counter(path.resolve().name for path in paths)
-    return [_read(path, path.resolve().name if count[path.resolve().name] == 1 else str(path)) for path in paths]
+    counts = Counter(path.resolve().name for path in paths)
+    return [_read(path, path.resolve().name if counts[path.resolve().name] == 1 else str(path)) for path in paths]
 
 
-def path_of_clients(run: Run) -> dict[str, dict[str, list[float]]]:
-    """Each client's measures, one value a local step.
+def client_paths(run: Run) -> dict[str, dict[str, list[float]]]:
+    """The measures of each client along its path, one value a scalar (local step and query).
 
     Returns:
-        {client: {measure: values}}: of round 0, the calibration path, where there is one; else of all rounds in turn.
+        {client: {measure: values}}, for the virtual path (round 0) if there is one, else for all rounds in order.
     """
     calibration = [line for line in run.gradip if line["round"] == 0]
     paths: dict[str, dict[str, list[float]]] = {}
@@ -73,10 +76,10 @@ def path_of_clients(run: Run) -> dict[str, dict[str, list[float]]]:
 
 def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
-        raise RunError(f"{path} is no run directory: there is no such directory")
+        raise RunError(f"{path} is not a run directory: there is no such directory")
     missing = [file for file in (CONFIG, METRICS) if not (path / file).is_file()]
     if missing:
-        raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}")
+        raise RunError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
     metrics = read_lines(path / METRICS)
     summary = metrics.pop()["summary"] if metrics and isinstance(metrics[-1].get("summary"), dict) else None
     _require(all(is_number(line.get("round")) for line in metrics), path / METRICS, "a line has no round")
@@ -86,6 +89,7 @@ def _read(path: Path, name: str) -> Run:
 
 
 def _is_gradip(line: dict[str, Any]) -> bool:
+    """Whether a line of ``gradip.jsonl`` has a round, and a list of numbers for each client and measure."""
     clients = line.get("clients")
     return (
         is_number(line.get("round"))
@@ -98,12 +102,13 @@ def _is_gradip(line: dict[str, Any]) -> bool:
     )
 
 
-def _require(holds: bool, path: Path, rule: str) -> None:
+def _require(holds: bool, path: Path, problem: str) -> None:
     if not holds:
-        raise RunError(f"cannot report {path}: {rule}; the file is damaged or of another version")
+        raise RunError(f"cannot read {path}: {problem}; the file is damaged or of another version")
 
 
-def _so_far(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def _partial_summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of the summary of an unfinished run; none if it was never evaluated."""
     evaluated = [line for line in rounds if is_number(line.get("accuracy"))]
     if not evaluated:
         return {}
@@ -118,4 +123,4 @@ def _so_far(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-__all__ = ["MEASURES", "Run", "path_of_clients", "read_runs"]
+__all__ = ["MEASURES", "Run", "client_paths", "read_runs"]

@@ -1,4 +1,4 @@
-"""The tables of a report, in words and numbers: what a page shows, before it is HTML."""
+"""Contents of a report's tables, as text."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from ..run.jsonl import is_number
 from .runs import Run
 
 Pair = tuple[str, str]
-Row = tuple[str, list[str]]  # a cell a run
+Row = tuple[str, list[str]]  # name, and one cell a run
 
 _NOTHING = "-"
 
-# the settings that a reader looks for first, and what the page calls them
-_SETTINGS = {
+# The main settings, and their names on the page.
+_MAIN_SETTINGS = {
     "model": "model",
     "task": "task",
     "data": "data",
@@ -30,18 +30,23 @@ _SETTINGS = {
 
 
 def settings(runs: list[Run]) -> tuple[list[Pair], list[Pair], list[Row]]:
-    """The main settings and the others that are equal in all runs; and those that differ, a value a run."""
-    names = dict.fromkeys([*_SETTINGS, *(name for run in runs for name in run.settings)])
-    names.pop("alpha", None)  # the partition says it where it counts
+    """The settings of some runs.
+
+    Returns:
+        Three lists: main settings that are the same in all runs, other settings that are the same in all runs, and
+        settings that differ, with one value a run.
+    """
+    names = dict.fromkeys([*_MAIN_SETTINGS, *(name for run in runs for name in run.settings)])
+    names.pop("alpha", None)  # part of the partition's description
     equal: list[Pair] = []
     other: list[Pair] = []
     differing: list[Row] = []
     for name in names:
         values = [_setting(run, name) for run in runs]
         if len(set(values)) > 1:
-            differing.append((_SETTINGS.get(name, name), values))
+            differing.append((_MAIN_SETTINGS.get(name, name), values))
         elif values[0] != _NOTHING:
-            (equal if name in _SETTINGS else other).append((_SETTINGS.get(name, name), values[0]))
+            (equal if name in _MAIN_SETTINGS else other).append((_MAIN_SETTINGS.get(name, name), values[0]))
     return equal, other, differing
 
 
@@ -49,73 +54,86 @@ def _setting(run: Run, name: str) -> str:
     value = run.settings.get(name)
     if name == "partition" and value in list(Partition):
         return Partition(value).describe(run.settings.get("alpha", ClientsConfig.alpha))
-    return _shown(value)
+    return _format(value)
 
 
 def state(runs: list[Run]) -> list[Row]:
-    """How far each run came; nothing if all finished."""
+    """A row with the state of each run; none if all runs finished."""
     if all(run.summary is not None for run in runs):
         return []
     return [("state", ["finished" if run.summary is not None else _progress(run) for run in runs])]
 
 
 def _progress(run: Run) -> str:
-    done = max((line["round"] for line in run.rounds), default=0)
-    return f"unfinished: {done} of {_shown(run.settings.get('rounds'))} rounds"
+    last_round = max((line["round"] for line in run.rounds), default=0)
+    return f"unfinished: {last_round} of {_format(run.settings.get('rounds'))} rounds"
 
 
 def results(runs: list[Run]) -> list[Row]:
-    """What came out; rows that no run has are left out."""
+    """The results of each run. Rows without a value in any run are left out."""
     cells: dict[str, Callable[[dict[str, Any]], str]] = {
-        "trained elements": lambda s: _several(s, "{} of {}", ",", "masked_elements", "elements"),
-        "accuracy, before → after": lambda s: _several(s, "{} → {}", ".4f", "accuracy_before", "accuracy_after"),
-        "macro-F1, before → after": lambda s: _several(s, "{} → {}", ".4f", "macro_f1_before", "macro_f1_after"),
-        "bytes up": lambda s: _shown(s.get("bytes_up"), ","),
-        "bytes down": lambda s: _shown(s.get("bytes_down"), ","),
-        "mask bytes, to each client once": lambda s: _shown(s.get("mask_bytes"), ","),
-        "local steps in all": lambda s: _shown(s.get("steps"), ","),
-        "seconds per step": lambda s: _shown(s.get("seconds_per_step"), ".3g"),
-        "forward share of a step": lambda s: _shown(s.get("forward_share_of_step"), ".1%"),
-        "truncated examples, training and held-out": lambda s: _several(
+        "trained elements": lambda s: _join(s, "{} of {}", ",", "masked_elements", "elements"),
+        "accuracy, before → after": lambda s: _join(s, "{} → {}", ".4f", "accuracy_before", "accuracy_after"),
+        "macro-F1, before → after": lambda s: _join(s, "{} → {}", ".4f", "macro_f1_before", "macro_f1_after"),
+        "bytes up": lambda s: _format(s.get("bytes_up"), ","),
+        "bytes down": lambda s: _format(s.get("bytes_down"), ","),
+        "bytes of the mask, sent to each client once": lambda s: _format(s.get("mask_bytes"), ","),
+        "local steps, total": lambda s: _format(s.get("steps"), ","),
+        "seconds per step": lambda s: _format(s.get("seconds_per_step"), ".3g"),
+        "share of forward passes in a step": lambda s: _format(s.get("forward_share_of_step"), ".1%"),
+        "truncated examples, training and held-out": lambda s: _join(
             s, "{} and {}", ",", "truncated_train", "truncated_validation"
         ),
         "stopped clients": lambda s: (
             _NOTHING if s.get("stopped") is None else ", ".join(map(str, s["stopped"])) or "none"
         ),
-        "precision, recall": lambda s: _several(s, "{}, {}", ".3f", "precision", "recall"),
-        "weights, digest": lambda s: _shown(s.get("weights"))[:12],
+        "precision, recall": lambda s: _join(s, "{}, {}", ".3f", "precision", "recall"),
+        "weights, fingerprint": lambda s: _format(s.get("weights"))[:12],
     }
     rows = [(name, [cell(run.results) for run in runs]) for name, cell in cells.items()]
     return [(name, values) for name, values in rows if set(values) != {_NOTHING}]
 
 
-def _several(results: dict[str, Any], pattern: str, spec: str, *names: str) -> str:
+def _join(results: dict[str, Any], pattern: str, spec: str, *names: str) -> str:
     if all(results.get(name) is None for name in names):
         return _NOTHING
-    return pattern.format(*(_shown(results.get(name), spec) for name in names))
+    return pattern.format(*(_format(results.get(name), spec) for name in names))
 
 
-def _shown(value: object, spec: str = "") -> str:
-    return _NOTHING if value is None else format(value, spec) if is_number(value) else str(value)
+def _format(value: object, spec: str = "") -> str:
+    """A value as text; ``spec`` is the format of numbers."""
+    if value is None:
+        return _NOTHING
+    return format(value, spec) if is_number(value) else str(value)
 
 
 def selection(run: Run) -> dict[str, Any] | None:
-    """The statistics by which virtual-path selection flagged clients: those above both thresholds."""
+    """The statistics of virtual-path client selection; None if the run has none.
+
+    Returns:
+        "rows": one a client, with both statistics, whether both are above their thresholds (flagged), and whether the
+        client holds a single label. "thresholds": {name: value}.
+    """
     statistics, thresholds = run.results.get("vp_statistics"), run.results.get("vp_thresholds")
     if not statistics or not thresholds:
         return None
-    single = run.results.get("single_label_clients")
+    single_label = run.results.get("single_label_clients")
     rows = []
     for client in sorted(statistics, key=in_order):
-        found = {name: statistics[client].get(name) for name in ("rho_later", "rho_quie")}
-        above = all(is_number(found[name]) and found[name] > thresholds.get(name, math.inf) for name in found)
-        alone = _NOTHING if single is None else "yes" if client in map(str, single) else "no"
-        rows.append((client, [*(_shown(value, ".4g") for value in found.values()), "yes" if above else "no", alone]))
-    return {"rows": rows, "thresholds": {name: _shown(value, ".4g") for name, value in thresholds.items()}}
+        values = {name: statistics[client].get(name) for name in ("rho_later", "rho_quie")}
+        flagged = all(is_number(value) and value > thresholds.get(name, math.inf) for name, value in values.items())
+        cells = [_format(value, ".4g") for value in values.values()]
+        cells.append("yes" if flagged else "no")
+        if single_label is None:
+            cells.append(_NOTHING)
+        else:
+            cells.append("yes" if client in map(str, single_label) else "no")
+        rows.append((client, cells))
+    return {"rows": rows, "thresholds": {name: _format(value, ".4g") for name, value in thresholds.items()}}
 
 
 def in_order(client: str) -> tuple[int, str]:
-    """A key that sorts ids of clients by number."""
+    """Sort key for client ids, which sorts them as numbers."""
     return (int(client) if client.isdecimal() else 0, client)
 
 

@@ -1,1 +1,1 @@
-"""A run and its directory: started, resumed, measured, replayed."""
+"""Runs: start, resume, metrics, replay, and the run directory."""

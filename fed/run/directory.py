@@ -1,4 +1,4 @@
-"""A run directory: what a run starts from, what it wrote, and the lock of the process that writes."""
+"""A run directory: its files, and the lock that lets one process write them."""
 
 import json
 import os
@@ -31,18 +31,18 @@ _PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, MASK, ORIGIN, SNAP
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a run began: what its bits depend on beside its settings.
+    """Inputs and software that a run started with, on which its bits depend. Stored in ``origin.json``.
 
     Args:
-        data: digest of the examples and of who has which.
-        settings: digest of those that the bits depend on.
-        version: of this package.
-        python: version.
-        torch: version.
-        transformers: version.
-        threads: of torch.
-        deterministic: whether torch was asked for deterministic algorithms, which the same bits need on a GPU.
-        device: by name.
+        data: digest of the examples and of their partition.
+        settings: digest of the settings that the bits depend on.
+        version: version of this package.
+        python: version of Python.
+        torch: version of torch.
+        transformers: version of transformers.
+        threads: number of torch's threads.
+        deterministic: whether torch uses deterministic algorithms; without them, bits on a GPU may differ.
+        device: name of the device.
     """
 
     data: str
@@ -56,8 +56,14 @@ class Origin:
     device: str
 
     @classmethod
-    def here(cls, *, data: str, settings: str, device: str) -> "Origin":
-        """This process."""
+    def of_this_process(cls, *, data: str, settings: str, device: str) -> "Origin":
+        """The origin of a run that starts in this process.
+
+        Args:
+            data: see ``Origin``.
+            settings: see ``Origin``.
+            device: value of the setting ``device``: "cpu" or "cuda".
+        """
         return cls(
             data=data,
             settings=settings,
@@ -70,24 +76,23 @@ class Origin:
             device=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         )
 
-    def differences(self, other: "Origin") -> list[str]:
-        """What is different here from there, data and settings aside: in words."""
-        there = {name: value for name, value in vars(other).items() if name not in ("data", "settings")}
+    def differences(self, earlier: "Origin") -> list[str]:
+        """Describes what differs from an earlier origin, except data and settings, one line a difference."""
         return [
-            f"{name} {value}, now {getattr(self, name)}"
-            for name, value in there.items()
-            if value != getattr(self, name)
+            f"{name} {earlier_value}, now {getattr(self, name)}"
+            for name, earlier_value in vars(earlier).items()
+            if name not in ("data", "settings") and earlier_value != getattr(self, name)
         ]
 
 
 class RunDirectory:
-    """A run directory and its lock: one process writes. A context manager, which gives the lock back.
+    """A run directory, locked so that only one process writes. A context manager, which releases the lock.
 
     Args:
-        path: of the directory; made if need be.
+        path: path of the directory, which is created if it does not exist.
 
     Raises:
-        RunError: if it cannot be made or written, or another process holds it.
+        RunError: if the directory cannot be created or written, or another process holds the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,9 +105,9 @@ class RunDirectory:
             raise RunError(f"another process is writing to {path}; nothing was changed") from error
         except OSError as error:
             raise RunError(f"cannot write to the run directory {path}: {error.strerror}") from error
-        for each in path.iterdir():
-            if _PARTIAL.fullmatch(each.name):  # of a process that was killed while it wrote
-                each.unlink()
+        for file in path.iterdir():
+            if _PARTIAL.fullmatch(file.name):  # left by a process that was killed while it wrote
+                file.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -110,34 +115,38 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def begin(self, config: RunConfig) -> None:
-        """Writes the settings down: from now on there is a run here, which can be resumed."""
+    def write_config(self, config: RunConfig) -> None:
+        """Writes ``config.toml``. From then on the directory holds a run, which can be resumed.
+
+        Raises:
+            RunError: if the directory is not empty.
+        """
         check_unused(self.path)
         write_atomic(self.path / CONFIG, config_toml(config).encode())
 
-    def keep(self, mask: SparseMask, origin: Origin) -> None:
-        """Writes down what is not there yet of what the run begins with."""
+    def write_mask_and_origin(self, mask: SparseMask, origin: Origin) -> None:
+        """Writes the mask file and ``origin.json``, unless they exist."""
         if not (self.path / MASK).exists():
             mask.save(self.path / MASK)
         if not (self.path / ORIGIN).exists():
             write_atomic(self.path / ORIGIN, (json.dumps(vars(origin), indent=1) + "\n").encode())
 
-    def new_ledger(self, header: LedgerHeader) -> LedgerWriter:
-        """Begins the ledger, after one that was killed before its header was whole."""
+    def create_ledger(self, header: LedgerHeader) -> LedgerWriter:
+        """Creates the ledger. Replaces one whose header is incomplete because the process was killed."""
         path = self.path / LEDGER
         path.unlink(missing_ok=True)
         return LedgerWriter(path, header)
 
     def has_ledger(self) -> bool:
-        """Whether the ledger has its header."""
+        """Whether there is a ledger with a complete header."""
         path = self.path / LEDGER
         if not path.exists():
             return False
         with open(path, "rb") as file:
             return file.readline().endswith(b"\n")
 
-    def cut(self, name: str, lines: int) -> None:
-        """Leaves only so many lines in a JSON Lines file."""
+    def truncate_lines(self, name: str, lines: int) -> None:
+        """Truncates a JSON Lines file after its first ``lines`` lines. Does nothing if there is no file."""
         path = self.path / name
         if not path.exists():
             return
@@ -146,11 +155,19 @@ class RunDirectory:
             os.truncate(path, size)
 
     def add_metrics(self, line: Line) -> None:
-        """Appends one object to the metrics; raises ``RunError`` if it cannot."""
+        """Appends a line to ``metrics.jsonl``; raises ``RunError`` if it cannot be written."""
         self._append(METRICS, line)
 
     def add_traces(self, round: int, traces: Mapping[int, Trace]) -> None:
-        """Appends what the server saw of the clients' paths, to six digits; raises ``RunError`` if it cannot."""
+        """Appends a line to ``gradip.jsonl``, with six digits a number.
+
+        Args:
+            round: number of the round.
+            traces: GradIP, gradient norm and cosine of each client's steps in the round.
+
+        Raises:
+            RunError: if the line cannot be written.
+        """
         clients = {
             str(i): {name: [float(f"{x:.6g}") for x in values] for name, values in vars(trace).items()}
             for i, trace in traces.items()
@@ -170,7 +187,7 @@ class RunDirectory:
 
 
 def read_origin(path: Path) -> Origin | None:
-    """Where the run in a directory began, if that has been written down; raises ``RunError`` if it cannot be read."""
+    """Reads ``origin.json`` in a run directory. Returns None if there is none; raises ``RunError`` if it is damaged."""
     file = path / ORIGIN
     if not file.exists():
         return None
@@ -181,21 +198,24 @@ def read_origin(path: Path) -> Origin | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a run has begun there."""
+    """Whether a directory holds a run, finished or not."""
     return (path / CONFIG).is_file()
 
 
 def check_unused(path: Path) -> None:
-    """Raises ``RunError`` if the path is taken; nothing is ever overwritten."""
+    """Raises ``RunError`` if a path cannot become a new run directory, because something is in its place."""
     if path.is_dir():
-        found = [each for each in path.iterdir() if each.name != _LOCK and not _PARTIAL.fullmatch(each.name)]
-        if found:
-            what = "a run" if is_run(path) else "files"
-            also = f", or go on with it by --resume {path}" if what == "a run" else ""
-            raise RunError(f"the output directory {path} already holds {what}; choose another{also}; "
-                           f"nothing was changed")  # fmt: skip
+        if any(file.name != _LOCK and not _PARTIAL.fullmatch(file.name) for file in path.iterdir()):
+            if is_run(path):
+                raise RunError(
+                    f"the output directory {path} already holds a run; choose another directory, or resume that run "
+                    f"with --resume {path}; nothing was changed"
+                )
+            raise RunError(
+                f"the output directory {path} already holds files; choose another directory; nothing was changed"
+            )
     elif path.exists():
-        raise RunError(f"the output directory {path} is a file; choose another, nothing was changed")
+        raise RunError(f"the output directory {path} is a file; choose another path; nothing was changed")
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""``execute`` and ``resume``: a run from its settings, or from what it left behind, to its last round."""
+"""``execute`` runs a federation from its settings; ``resume`` continues a run that was stopped, from its directory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -43,29 +43,30 @@ def execute(
 
     Args:
         config: the settings.
-        output: a directory that is empty or does not exist.
-        report: called after every round.
-        log: called with a line before each slow preparation, and about the data.
-        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
-        pool: where the clients are; None: in this process. The bits of clients in several processes are those of one
-            process with as many threads as each of these has.
+        output: path of the run directory, which must be empty or not exist.
+        report: called after each round, and once before training.
+        log: called with one line before each slow preparation, and with lines about the data.
+        trust_remote_code: see ``models.load_model``; not a setting, so that no settings file can switch it on.
+        pool: the clients; None: all in this process. A run over several processes has the bits of one process with as
+            many threads as each of them.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
 
     Raises:
-        MeerkatError: for any input that does not fit; what was complete on disk stays.
+        MeerkatError: if any input does not fit. Files that are complete stay.
     """
     check_unused(output)
     check_files(config)
-    it = _prepare(config, log, trust_remote_code, pool or LocalPool())
-    mask = it.mask(log)  # before there is a directory: until here, whatever fails leaves nothing
-    _check(it, mask, log)
-    if config.mask.file is not None:
-        it = dataclasses.replace(it, config=config.replace(density=mask.density))  # what was used
+    inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
+    mask = inputs.choose_mask(log)
+    _check_before_start(inputs, mask, log)
+    if config.mask.file is not None:  # record the density of the mask in use
+        inputs = dataclasses.replace(inputs, config=config.replace(density=mask.density))
+    # The directory is created only now: an error before this line leaves nothing behind.
     with RunDirectory(output) as directory:
-        directory.begin(it.config)
-        return _run(it, directory, mask, report, log)
+        directory.write_config(inputs.config)
+        return _run(inputs, directory, mask, report, log)
 
 
 def resume(
@@ -76,24 +77,25 @@ def resume(
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
 ) -> dict[str, Any]:
-    """Goes on with a run that was stopped, wherever it was; ends on the bits of one that was not.
+    """Resumes a run that was stopped at any point. It ends with the same bits as a run that was never stopped.
 
-    That holds on the same machine with the same number of threads; where these differ, it is said.
+    The same bits need the same machine and number of threads; the log warns if these differ.
 
     Args:
-        path: run directory.
-        report: called after every round that is new.
-        log: as for ``execute``.
-        trust_remote_code: as for ``execute``.
-        pool: as for ``execute``.
+        path: path of the run directory.
+        report: called after each round that was not finished before.
+        log: see ``execute``.
+        trust_remote_code: see ``execute``.
+        pool: see ``execute``.
 
     Returns:
-        The summary; that of a finished run, of which nothing is changed.
+        The summary. If the run is finished, this is its summary, and nothing is changed.
 
     Raises:
-        RunError: if there is no run, another process is at it, or a file is damaged.
-        LedgerError: if the ledger is damaged, or the base model, mask or settings are no longer those it began with.
-        MeerkatError: as ``execute``. Whatever is raised, the run stays as it was.
+        RunError: if there is no run, another process is writing to it, or a file is damaged.
+        LedgerError: if the ledger is damaged, or the base model, mask or settings are not those that the run started
+            with.
+        MeerkatError: see ``execute``. No error changes the run.
     """
     config = _config_of(path)
     finished = read_summary(path)
@@ -102,42 +104,60 @@ def resume(
         log("this run is finished; nothing to do")
         return finished
     with RunDirectory(path) as directory:
-        made = (path / MASK).exists()
-        if made:  # what it was made of is no longer needed
+        has_mask = (path / MASK).exists()
+        if has_mask:  # the files that it was chosen from are not needed again
             config = config.replace(mask=None, calibration=None)
         check_files(config)
-        it = _prepare(config, log, trust_remote_code, pool or LocalPool())
-        mask = SparseMask.load(path / MASK, it.lm.model) if made else it.mask(log)
-        _check(it, mask, log)
-        return _run(it, directory, mask, report, log)
+        inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
+        mask = SparseMask.load(path / MASK, inputs.lm.model) if has_mask else inputs.choose_mask(log)
+        _check_before_start(inputs, mask, log)
+        return _run(inputs, directory, mask, report, log)
 
 
 def check_same_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Raises ``ConfigError`` if a run began with others than these settings, ``RunError`` if there is none."""
+    """Checks that a run was started with some settings.
+
+    Args:
+        settings: values by flat names; other settings are not compared.
+        path: path of the run directory.
+
+    Raises:
+        ConfigError: if the run has another value of one of the settings.
+        RunError: if there is no run.
+    """
     config = _config_of(path)
-    known = config.flat()
+    run_settings = config.flat()
     for name, value in convert(settings).items():
-        if name == "density" and config.mask.file is not None:  # what is written down is the mask's
+        if name == "density" and config.mask.file is not None:  # config.toml has the density of the mask file
             continue
-        if value != known[name]:
+        if value != run_settings[name]:
             raise ConfigError(
-                f"the run in {path} has {name} {known[name]}, {value} was given; a run goes on with its own "
-                f"settings, nothing was changed"
+                f"the run in {path} has {name} {run_settings[name]}, {value} was given; a run keeps the settings that "
+                f"it started with, so leave {name} out; nothing was changed"
             )
 
 
 def _config_of(path: Path) -> RunConfig:
     if not is_run(path):
         raise RunError(
-            f"{path} holds no run to go on with (no {CONFIG}); `meerkat-engine run --output {path}`, or "
-            f"--resume with settings, begins one"
+            f"{path} holds no run to resume (no {CONFIG}); start one with `meerkat-engine run --output {path}`, or "
+            f"give settings together with --resume"
         )
     return make_config(read_toml(path / CONFIG))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What a run works with, but for the mask; no shares where the clients are elsewhere."""
+    """Inputs of a run, except the mask.
+
+    Args:
+        config: the settings.
+        lm: the base model and its tokenizer.
+        data: the task's examples.
+        shares: indices of each client's training examples; empty if the clients are on other machines.
+        base: fingerprint of the base model.
+        pool: the clients.
+    """
 
     config: RunConfig
     lm: LanguageModel
@@ -146,43 +166,45 @@ class _Inputs:
     base: str
     pool: ClientPool
 
-    def mask(self, log: Log) -> SparseMask:
+    def choose_mask(self, log: Log) -> SparseMask:
+        """The run's mask; see ``make_mask``."""
         log(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
         return make_mask(self.config, self.lm, self.data.train)
 
     @property
-    def digest(self) -> str:
-        """Of the examples and of who has which."""
+    def data_digest(self) -> str:
+        """SHA-256 of the examples and of their partition."""
         return self.data.digest(self.shares)
 
     @property
-    def labels(self) -> list[list[int]]:
-        """Examples by client and label."""
+    def label_counts(self) -> list[list[int]]:
+        """Number of training examples by client and label, [K][C]."""
         return histogram(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
 
     @property
-    def names(self) -> list[Any]:
-        """Of the clients, where they are natural."""
+    def client_names(self) -> list[Any]:
+        """Names of the natural clients in the data, in the order of their ids; empty for other partitions."""
         return sorted(set(self.data.groups or ()))
 
-    def dealt(self) -> dict[str, Any]:
-        """Which examples the clients were dealt, as the summary has it."""
-        config, many = self.config, f"{len(self.shares)} clients"
-        few = len(self.shares) <= 100
-        return {
-            "partition": config.clients.partition.describe(config.clients.alpha),
-            "examples_by_client_and_label": self.labels if few else many,
-            **({"natural_clients": self.names if few else many} if self.names else {}),
+    def partition_summary(self) -> dict[str, Any]:
+        """Fields of the summary about the partition; for more than 100 clients, only their number."""
+        clients = self.config.clients
+        short, number = len(self.shares) <= 100, f"{len(self.shares)} clients"
+        summary: dict[str, Any] = {
+            "partition": clients.partition.describe(clients.alpha),
+            "examples_by_client_and_label": self.label_counts if short else number,
         }
+        if self.client_names:
+            summary["natural_clients"] = self.client_names if short else number
+        return summary
 
 
-def _prepare(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool) -> _Inputs:
+def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool) -> _Inputs:
+    """Loads model and examples, deals these to the clients, and logs what was loaded."""
     for line in pool.prepare(config):
         log(line)
-    if config.model.backend != "auto":
-        resolve(
-            config.model.backend, check_device(config.model.device)
-        )  # an unfit one is told before anything slow begins
+    if config.model.backend != "auto":  # raises for a backend that does not fit, before slow work
+        resolve(config.model.backend, check_device(config.model.device))
     log(f"loading the model {config.model.source} and the task {config.task.name}")
     log(
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
@@ -191,92 +213,101 @@ def _prepare(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientP
     data = encode(config, lm.tokenizer)
     shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
-    it = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
-    pool.check(base, it.digest)
-    for i, row in enumerate(it.labels[:8]):
-        called = f" ({it.names[i]})" if it.names else ""
-        log(f"client {i}{called}: {sum(row)} examples, {row} by label")
+    inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
+    pool.check(base, inputs.data_digest)
+    for i, counts in enumerate(inputs.label_counts[:8]):
+        name = f" ({inputs.client_names[i]})" if inputs.client_names else ""
+        log(f"client {i}{name}: {sum(counts)} examples, {counts} by label")
     if len(shares) > 8:
         log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")
-    return it
+    return inputs
 
 
-def _check(it: _Inputs, mask: SparseMask, log: Log) -> None:
-    """Raises ``MeerkatError`` for what is known to fail later, before anything is written."""
-    check_selection(it.config, mask, it.data)
-    told = check_perturbation(it.config, it.lm.model, mask)
-    if told is not None:
-        log(told)
-    terms = make_terms(it.config, mask)
-    if terms.privacy is not None and it.shares:
-        steps = terms.calibration_steps + it.config.rounds * terms.local_steps
-        whole = largest_epsilon(terms.privacy, {(len(share), steps) for share in it.shares}, terms.queries)
+def _check_before_start(inputs: _Inputs, mask: SparseMask, log: Log) -> None:
+    """Finds errors that would stop the run later, before anything is written; raises ``MeerkatError``."""
+    check_selection(inputs.config, mask, inputs.data)
+    warning = check_perturbation(inputs.config, inputs.lm.model, mask)
+    if warning is not None:
+        log(warning)
+    terms = make_terms(inputs.config, mask)
+    if terms.privacy is not None and inputs.shares:
+        steps = terms.calibration_steps + inputs.config.rounds * terms.local_steps
+        final_epsilon = largest_epsilon(terms.privacy, {(len(share), steps) for share in inputs.shares}, terms.queries)
         log(
-            f"differential privacy: epsilon {whole:.3g} at delta {terms.privacy.delta:g} at most, after all "
+            f"differential privacy: epsilon {final_epsilon:.3g} at delta {terms.privacy.delta:g} at most, after all "
             f"rounds (simulated: the noise follows from the seed)"
         )
 
 
 def _check_finished(config: RunConfig, path: Path) -> None:
-    """Raises ``MeerkatError`` if a finished run is not whole any more."""
-    ledger, began = read_ledger(path / LEDGER), read_origin(path)
-    if began is None or began.settings != config.digest():
-        raise RunError(f"{path / CONFIG} is not what the run began with, or {ORIGIN} is lost; nothing was changed")
+    """Raises ``MeerkatError`` if a file of a finished run is missing, damaged or changed."""
+    ledger, origin = read_ledger(path / LEDGER), read_origin(path)
+    if origin is None:
+        raise RunError(f"{path / ORIGIN} is missing; nothing was changed")
+    if origin.settings != config.digest():
+        raise RunError(f"{path / CONFIG} has changed since the run started; nothing was changed")
     if SparseMask.load(path / MASK).digest != ledger.header.terms.mask_digest:
-        raise RunError(f"{path / MASK} is not the mask of the run; nothing was changed")
+        raise RunError(f"{path / MASK} is not the mask that the ledger names; nothing was changed")
 
 
-def _check_origin(directory: RunDirectory, here: Origin, log: Log) -> None:
-    """Raises ``RunError`` unless a run goes on with what it began with; says what else is different."""
-    began = read_origin(directory.path)
-    if began is None:
+def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
+    """Compares this process with the origin of the run, if it has one.
+
+    Raises:
+        RunError: if settings or examples have changed, or ``origin.json`` is lost. Other differences are logged.
+    """
+    origin = read_origin(directory.path)
+    if origin is None:
         if directory.has_ledger():
-            raise RunError(f"{directory.path} has a ledger and no {ORIGIN}: it is lost; nothing was changed")
+            raise RunError(f"{directory.path} has a ledger but no {ORIGIN}, so it was lost; nothing was changed")
         return
-    if began.settings != here.settings:
-        raise RunError(f"{directory.path / CONFIG} is not what the run began with; nothing was changed")
-    if began.data != here.data:
+    if origin.settings != current.settings:
+        raise RunError(f"{directory.path / CONFIG} has changed since the run started; nothing was changed")
+    if origin.data != current.data:
         raise RunError(
-            f"the examples, or who has which, are not those that the run in {directory.path} began with; "
-            f"nothing was changed"
+            f"the examples, or their partition among the clients, have changed since the run in {directory.path} "
+            f"started; nothing was changed"
         )
-    for difference in here.differences(began):
-        log(f"the run began with {difference}: its bits may not be those of a run that was never stopped")
+    for difference in current.differences(origin):
+        log(f"the run started with {difference}: its bits may differ from those of a run that was never stopped")
 
 
-def _run(it: _Inputs, directory: RunDirectory, mask: SparseMask, report: Report, log: Log) -> dict[str, Any]:
-    """Begins a run in its directory, or goes on with the one that is there, to its end."""
-    config = it.config
-    here = Origin.here(data=it.digest, settings=config.digest(), device=config.model.device)
+def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Report, log: Log) -> dict[str, Any]:
+    """Runs all rounds that are not in the directory yet, and writes and returns the summary."""
+    config = inputs.config
+    origin = Origin.of_this_process(data=inputs.data_digest, settings=config.digest(), device=config.model.device)
     header = LedgerHeader(
         terms=make_terms(config, mask),
-        base=it.base,
+        base=inputs.base,
         method=config.method,
         clients=config.clients.count,
         aggregation=config.aggregation.build(),
     )
-    _check_origin(directory, here, log)
-    recorded = read_saved_rounds(directory, header)
-    directory.keep(mask, here)
-    with reopen_ledger(directory, header, recorded) as ledger:
-        federation = Federation(config, it.lm.model, mask, it.data, it.shares, ledger, it.pool.micro_batch_map)
-        exchange = it.pool.connect(federation, directory.path / MASK)
-        metrics = Metrics(directory, recorded.metrics, len(it.data.validation))
-        Rounds(federation, exchange, directory, ledger, metrics, report, log).run(recorded)
-    summary = metrics.summary() | federation_summary(federation) | selection_summary(federation.selection, it.labels)
+    _check_origin(directory, origin, log)
+    saved = read_saved_rounds(directory, header)
+    directory.write_mask_and_origin(mask, origin)
+    with reopen_ledger(directory, header, saved) as ledger:
+        federation = Federation(
+            config, inputs.lm.model, mask, inputs.data, inputs.shares, ledger, inputs.pool.micro_batch_map
+        )
+        exchange = inputs.pool.connect(federation, directory.path / MASK)
+        metrics = Metrics(directory, saved.metrics, len(inputs.data.validation))
+        Rounds(federation, exchange, directory, ledger, metrics, report, log).run(saved)
+    summary = metrics.summary() | federation_summary(federation)
+    summary |= selection_summary(federation.selection, inputs.label_counts)
     summary |= {
-        "labels": [word.strip() for word in it.data.train.task.label_words],
-        **(it.dealt() if it.shares else {}),
-        "base": it.base,
+        "labels": [word.strip() for word in inputs.data.train.task.label_words],
+        **(inputs.partition_summary() if inputs.shares else {}),
+        "base": inputs.base,
         "mask": mask.digest,
         "mask_source": mask.source,
-        "weights": fingerprint(it.lm.model),
+        "weights": fingerprint(inputs.lm.model),
         "machine": {
-            "python": here.python,
-            "torch": here.torch,
-            "threads": here.threads,
+            "python": origin.python,
+            "torch": origin.torch,
+            "threads": origin.threads,
             "device": config.model.device,
-            "processes": it.pool.processes,
+            "processes": inputs.pool.processes,
         },
     }
     metrics.finish(summary)

@@ -1,6 +1,6 @@
-"""``Metrics``: a line a round in ``metrics.jsonl``, and what all lines come to.
+"""``Metrics``: one line a round in ``metrics.jsonl``, and the summary of all lines.
 
-Times aside, they say the same of a run that was stopped and went on as of one that was not.
+Except for times, a run that was stopped and resumed has the same lines as one that was never stopped.
 """
 
 import math
@@ -12,32 +12,35 @@ from ...engine.lm.evaluation import Evaluation
 from ..ledger.file import RoundRecord
 from ..scalars import ClientScalars
 from .directory import METRICS, RunDirectory
-from .jsonl import Line, finite, is_number, read_lines
+from .jsonl import Line, finite_or_none, is_number, read_lines
 
 _TIMES = ("seconds", "seconds_in_steps", "seconds_in_forwards")
 
 
 class Metrics:
-    """The lines of a run.
+    """The metrics of a run.
 
     Args:
-        directory: of the run.
-        lines: those it has already, round 0 first.
-        examples: evaluated on.
+        directory: the run directory.
+        lines: lines that the file already has, round 0 first.
+        examples: number of validation examples.
+
+    Attributes:
+        bytes: bytes sent so far in both directions.
     """
 
     def __init__(self, directory: RunDirectory, lines: list[Line], examples: int) -> None:
         self._directory, self._lines, self._examples = directory, lines, examples
-        self.bytes = int(self._sum("bytes_up") + self._sum("bytes_down"))  # sent so far, both ways
+        self.bytes = int(self._sum("bytes_up") + self._sum("bytes_down"))
 
-    def before(self) -> Evaluation | None:
-        """The evaluation before training, where it has been written."""
+    def initial_evaluation(self) -> Evaluation | None:
+        """The evaluation before training; None if it has not been written yet."""
         return self._evaluation(self._lines[0]) if self._lines else None
 
     def add(
         self,
-        done: RoundRecord | None,
-        evaluated: Evaluation | None,
+        record: RoundRecord | None,
+        evaluation: Evaluation | None,
         *,
         seconds: float,
         in_steps: float,
@@ -46,13 +49,16 @@ class Metrics:
         """Writes a line.
 
         Args:
-            done: the round; None is before training, where there is no calibration.
-            evaluated: the model after it, if it was.
-            seconds: since the line before.
-            in_steps: of these, in local steps; 0 for a round that another process took.
-            in_forwards: of these, in forward passes.
+            record: the round's line in the ledger; None for round 0 if there is no calibration.
+            evaluation: evaluation of the model after the round; None if it was not evaluated.
+            seconds: seconds since the line before.
+            in_steps: seconds of these that went into local steps; 0 for a round that an earlier process computed.
+            in_forwards: seconds of these that went into forward passes.
+
+        Returns:
+            The line.
         """
-        line = _of_evaluation(evaluated) | _of_round(done)
+        line = _evaluation_fields(evaluation) | _round_fields(record)
         line |= {
             "seconds": round(seconds, 3),
             "seconds_in_steps": round(in_steps, 6),
@@ -64,18 +70,20 @@ class Metrics:
         return line
 
     def summary(self) -> dict[str, Any]:
-        """What the lines come to."""
+        """The fields of the summary that follow from the lines."""
         evaluations = [self._evaluation(line) for line in self._lines if "accuracy" in line]
         before, last = evaluations[0], evaluations[-1]
         timed = [line for line in self._lines if line["seconds_in_steps"]]
-        in_steps = sum(line["seconds_in_steps"] for line in timed)
+        steps, in_steps, in_forwards = (
+            sum(line[name] for line in timed) for name in ("steps", "seconds_in_steps", "seconds_in_forwards")
+        )
         return {
             "accuracy_before": before.accuracy,
             "accuracy_after": last.accuracy,
             "macro_f1_before": before.macro_f1,
             "macro_f1_after": last.macro_f1,
-            "validation_loss_before": finite(before.loss),
-            "validation_loss_after": finite(last.loss),
+            "validation_loss_before": finite_or_none(before.loss),
+            "validation_loss_after": finite_or_none(last.loss),
             "validation_examples": before.examples,
             "steps": self._sum("steps"),
             "queries_skipped": sum(line.get("skipped", 0) for line in self._lines),
@@ -83,12 +91,12 @@ class Metrics:
             "bytes_down": self._sum("bytes_down"),
             **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),
             "seconds": round(self._sum("seconds"), 3),
-            "seconds_per_step": in_steps / sum(line["steps"] for line in timed) if timed else None,
-            "forward_share_of_step": sum(line["seconds_in_forwards"] for line in timed) / in_steps if timed else None,
+            "seconds_per_step": in_steps / steps if timed else None,
+            "forward_share_of_step": in_forwards / in_steps if timed else None,
         }
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the last line."""
+        """Writes the summary as the last line."""
         self._directory.add_metrics({"summary": summary})
 
     def _sum(self, name: str) -> Any:
@@ -103,52 +111,75 @@ class Metrics:
         )
 
 
-def check_metrics_line(line: Line, done: RoundRecord | None, where: str) -> None:
-    """Raises ``RunError`` unless a line of the metrics says of a round what the ledger does."""
-    for name, value in _of_round(done).items():
+def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> None:
+    """Checks that a line of the metrics agrees with the ledger.
+
+    Args:
+        line: the line of a round.
+        record: the round's line in the ledger; None for round 0 if there is no calibration.
+        where: file and line number, for messages.
+
+    Raises:
+        RunError: if a value differs from the ledger's, or an evaluation or a time is not a number.
+    """
+    for name, value in _round_fields(record).items():
         if name not in line or line[name] != value:
-            raise RunError(f"{where}: {name} is {line.get(name)!r}, by the ledger {value!r}; nothing was changed")
-    evaluated = [line.get(name) for name in ("accuracy", "macro_f1", "validation_loss")]
-    whole = all(map(is_number, evaluated[:2])) and (is_number(evaluated[2]) or evaluated[2] is None)
-    needed = done is None or done.round == 0
-    absent = evaluated == [None] * 3 and "accuracy" not in line and not needed
-    if not (whole or absent) or not all(is_number(line.get(name)) for name in _TIMES):
-        raise RunError(f"{where}: an evaluation or a time is no number; nothing was changed")
+            raise RunError(f"{where}: {name} is {line.get(name)!r}, in the ledger it is {value!r}; nothing was changed")
+    accuracy, macro_f1, loss = (line.get(name) for name in ("accuracy", "macro_f1", "validation_loss"))
+    evaluated = is_number(accuracy) and is_number(macro_f1) and (is_number(loss) or loss is None)
+    may_lack_evaluation = record is not None and record.round != 0
+    lacks_evaluation = "accuracy" not in line and macro_f1 is None and loss is None
+    if not evaluated and not (may_lack_evaluation and lacks_evaluation):
+        raise RunError(f"{where}: accuracy, macro_f1 or validation_loss is not a number; nothing was changed")
+    for name in _TIMES:
+        if not is_number(line.get(name)):
+            raise RunError(f"{where}: {name} is {line.get(name)!r}, not a number; nothing was changed")
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of the run in a directory; None if it is not finished."""
+    """Reads the summary in a run directory. Returns None if the run is not finished.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
     lines = read_lines(path / METRICS)
-    found: dict[str, Any] | None = lines[-1].get("summary") if lines else None
-    if found is not None and not (isinstance(found, dict) and "weights" in found and "accuracy_after" in found):
-        raise RunError(f"{path / METRICS}, line {len(lines)}: no summary of a run; the file is damaged")
-    return found
+    summary: dict[str, Any] | None = lines[-1].get("summary") if lines else None
+    if summary is None:
+        return None
+    if not isinstance(summary, dict) or not {"weights", "accuracy_after"} <= summary.keys():
+        raise RunError(
+            f"{path / METRICS}, line {len(lines)}: the summary lacks weights or accuracy_after; the file is damaged"
+        )
+    return summary
 
 
-def _of_evaluation(evaluated: Evaluation | None) -> Line:
-    if evaluated is None:
+def _evaluation_fields(evaluation: Evaluation | None) -> Line:
+    if evaluation is None:
         return {}
     return {
-        "loss": finite(evaluated.loss),
-        "validation_loss": finite(evaluated.loss),
-        "accuracy": evaluated.accuracy,
-        "macro_f1": evaluated.macro_f1,
+        "loss": finite_or_none(evaluation.loss),
+        "validation_loss": finite_or_none(evaluation.loss),
+        "accuracy": evaluation.accuracy,
+        "macro_f1": evaluation.macro_f1,
     }
 
 
-def _of_round(done: RoundRecord | None) -> Line:
-    """What the ledger has of a round; the training loss goes before that of an evaluation."""
-    if done is None:
+def _round_fields(record: RoundRecord | None) -> Line:
+    """The fields that follow from the ledger. After round 0, the training loss replaces that of an evaluation."""
+    if record is None:
         return {"round": 0, "steps": 0, "bytes_up": 0, "bytes_down": 0}
-    line: Line = {"round": done.round} | ({"loss": done.loss} if done.round else {})
-    line |= {"steps": done.steps, "bytes_up": done.bytes_up, "bytes_down": done.bytes_down}
-    skipped = ClientScalars.of(done.clients).skipped
-    return (
-        line
-        | ({"rejected": done.rejected} if done.rejected else {})
-        | ({"skipped": skipped} if skipped else {})
-        | ({"epsilon": done.epsilon} if done.epsilon is not None else {})
-    )
+    line: Line = {"round": record.round}
+    if record.round:
+        line["loss"] = record.loss
+    line |= {"steps": record.steps, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}
+    if record.rejected:
+        line["rejected"] = record.rejected
+    skipped = ClientScalars.of(record.clients).skipped
+    if skipped:
+        line["skipped"] = skipped
+    if record.epsilon is not None:
+        line["epsilon"] = record.epsilon
+    return line
 
 
 __all__ = ["Metrics", "check_metrics_line", "read_summary"]

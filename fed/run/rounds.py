@@ -1,4 +1,4 @@
-"""``Rounds``: the rounds of a run, from wherever it is to the last, each written down when it is over."""
+"""``Rounds``: runs the remaining rounds of a run, and writes each to the run directory when it ends."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,16 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run reports after each round (round 0: before training)."""
+    """Progress of a run after a round.
+
+    Args:
+        round: number of the round; 0 is before training.
+        rounds: total number of rounds.
+        loss: mean training loss of the round (round 0: validation loss); None if no client reported one.
+        accuracy: accuracy on the held-out examples; None if the model was not evaluated after the round.
+        bytes: bytes sent so far in both directions.
+        steps_per_second: mean speed of the local steps so far in this process.
+    """
 
     round: int
     rounds: int
@@ -34,7 +43,17 @@ Report = Callable[[Progress], None]
 
 
 class Rounds:
-    """The rounds of a run, each written down when it is over."""
+    """Runs the remaining rounds of a run, and writes each to the run directory when it ends.
+
+    Args:
+        federation: the run's server and clients, at the start of the run.
+        exchange: carries requests to the clients and their answers back.
+        directory: the run directory.
+        ledger: the open ledger.
+        metrics: the run's metrics.
+        report: called after each round.
+        log: called with lines for the user.
+    """
 
     def __init__(
         self,
@@ -49,78 +68,87 @@ class Rounds:
         self._federation, self._directory, self._ledger, self._metrics = federation, directory, ledger, metrics
         self._exchange, self._report, self._log = exchange, report, log
         self._config, self._timing = federation.config, federation.timing
-        self._begun, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
+        self._last_time, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
 
-    def run(self, recorded: SavedRounds) -> None:
-        """From wherever the run is to its last round."""
-        self._restore(recorded)
+    def run(self, saved: SavedRounds) -> None:
+        """Restores the saved rounds, then runs the others up to the last.
+
+        Args:
+            saved: the rounds in the run directory.
+        """
+        self._restore(saved)
         federation = self._federation
-        before = self._metrics.before()
-        if before is None:
-            before = self._evaluate()
+        initial = self._metrics.initial_evaluation()
+        if initial is None:
+            initial = self._evaluate()
             if not federation.server.replica.terms.calibration_steps:
-                self._write(None, before)
-        for line in recorded.pending:
-            self._close(federation.restore(line), before)
-        self._snapshot(recorded)
+                self._write(None, initial)
+        for record in saved.pending:
+            self._finish_round(federation.restore(record), initial)
+        self._save_snapshot_if_due(saved)
         if federation.server.round == CALIBRATION:
             self._log(f"a path of {self._config.selection.steps} steps of every client, to find the extreme ones")
-        for done in serve(federation.server, self._exchange, self._config.rounds):
-            self._close(done, before)
-            self._snapshot(recorded)
+        for result in serve(federation.server, self._exchange, self._config.rounds):
+            self._finish_round(result, initial)
+            self._save_snapshot_if_due(saved)
 
-    def _restore(self, recorded: SavedRounds) -> None:
-        """Brings server, clients and model to where everything has been written."""
-        snapshot = recorded.snapshot
-        for line in recorded.evaluated:
-            self._federation.restore(line, weights=snapshot is None or line.round > snapshot.round, traced=False)
-            if snapshot is not None and line.round == snapshot.round:
+    def _restore(self, saved: SavedRounds) -> None:
+        """Brings server, clients and model to the last round of which everything has been written."""
+        snapshot = saved.snapshot
+        for record in saved.complete:
+            self._federation.restore(record, weights=snapshot is None or record.round > snapshot.round, traced=False)
+            if snapshot is not None and record.round == snapshot.round:
                 self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
-        if recorded.evaluated:
-            self._log(f"going on after round {recorded.evaluated[-1].round}")
+        if saved.complete:
+            self._log(f"going on after round {saved.complete[-1].round}")
 
-    def _close(self, done: RoundResult, before: Evaluation) -> None:
-        """Evaluates after a round where that is due, and writes it down."""
-        number, every = done.line.round, self._config.evaluation.every
-        due = number == self._config.rounds or (every and number % every == 0)
-        if done.traces:
-            self._directory.add_traces(number, done.traces)
-        self._write(done.line, before if number == CALIBRATION else self._evaluate() if due else None)
+    def _finish_round(self, result: RoundResult, initial: Evaluation) -> None:
+        """Evaluates the model after a round if that is due, and writes GradIP and metrics of the round."""
+        number, every = result.line.round, self._config.evaluation.every
+        if result.traces:
+            self._directory.add_traces(number, result.traces)
+        evaluation = None
+        if number == CALIBRATION:  # which does not change the model
+            evaluation = initial
+        elif number == self._config.rounds or (every and number % every == 0):
+            evaluation = self._evaluate()
+        self._write(result.line, evaluation)
 
     def _evaluate(self) -> Evaluation:
         return evaluate(self._federation.model, self._federation.data.validation)
 
-    def _write(self, line: RoundRecord | None, evaluated: Evaluation | None) -> None:
+    def _write(self, record: RoundRecord | None, evaluation: Evaluation | None) -> None:
+        """Writes and reports the metrics of a round; see ``Metrics.add``."""
         timing, now = self._timing, time.perf_counter()
-        written = self._metrics.add(
-            line,
-            evaluated,
-            seconds=now - self._begun,
+        line = self._metrics.add(
+            record,
+            evaluation,
+            seconds=now - self._last_time,
             in_steps=timing.total - self._in_steps,
             in_forwards=timing.forward - self._in_forwards,
         )
-        self._begun, self._in_steps, self._in_forwards = now, timing.total, timing.forward
+        self._last_time, self._in_steps, self._in_forwards = now, timing.total, timing.forward
         self._report(
             Progress(
-                round=written["round"],
+                round=line["round"],
                 rounds=self._config.rounds,
-                loss=written["loss"],
-                accuracy=None if evaluated is None else evaluated.accuracy,
+                loss=line["loss"],
+                accuracy=None if evaluation is None else evaluation.accuracy,
                 bytes=self._metrics.bytes,
                 steps_per_second=timing.rate,
             )
         )
 
-    def _snapshot(self, recorded: SavedRounds) -> None:
-        """Takes a snapshot where one is due and not there yet."""
+    def _save_snapshot_if_due(self, saved: SavedRounds) -> None:
+        """Writes a snapshot of the last round if one is due and the file does not hold it already."""
         replica, every = self._federation.server.replica, self._config.snapshot_every
         round = replica.round - 1
-        there = recorded.snapshot is not None and recorded.snapshot.round == round
-        by_weights = replica.terms.sends_weights  # the ledger has these
-        if round and every and round % every == 0 and not there and not by_weights:
+        exists = saved.snapshot is not None and saved.snapshot.round == round
+        in_ledger = replica.terms.sends_weights  # then the ledger holds the masters
+        if round and every and round % every == 0 and not exists and not in_ledger:
             snapshot = Snapshot(
                 round=round,
-                seal=self._ledger.seal,
+                crc=self._ledger.crc,
                 mask=replica.terms.mask_digest,
                 masters=replica.optimizer.weights.masters(),
             )

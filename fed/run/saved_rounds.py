@@ -1,4 +1,4 @@
-"""What a run that was stopped left behind, checked before anything is written to it again."""
+"""Reads and checks the rounds in the directory of a run that was stopped, before anything more is written to it."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,13 +13,13 @@ from .metrics import check_metrics_line
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRounds:
-    """The rounds on disk; empty for a run that begins.
+    """The rounds in a run directory; empty for a new run.
 
     Args:
-        ledger: None where not even its header is whole.
-        metrics: their lines, round 0 first.
-        traced: lines of GradIP that belong to these.
-        snapshot: of one of these rounds, or None.
+        ledger: the ledger; None if there is none or its header is incomplete.
+        metrics: lines of ``metrics.jsonl``, round 0 first.
+        traced: number of lines of ``gradip.jsonl`` that belong to rounds in ``metrics``.
+        snapshot: the snapshot, if there is one and its round is in ``metrics``; else None.
     """
 
     ledger: Ledger | None = None
@@ -28,13 +28,13 @@ class SavedRounds:
     snapshot: Snapshot | None = None
 
     @property
-    def evaluated(self) -> list[RoundRecord]:
-        """Rounds of which everything has been written."""
+    def complete(self) -> list[RoundRecord]:
+        """Rounds of which everything has been written, ledger and metrics."""
         return [line for line in self._lines if line.round < len(self.metrics)]
 
     @property
     def pending(self) -> list[RoundRecord]:
-        """Rounds that are in the ledger, and not yet in the metrics."""
+        """Rounds that are in the ledger but not in the metrics yet."""
         return [line for line in self._lines if line.round >= len(self.metrics)]
 
     @property
@@ -43,81 +43,99 @@ class SavedRounds:
 
 
 def read_saved_rounds(directory: RunDirectory, header: LedgerHeader) -> SavedRounds:
-    """Reads what is in a run directory.
+    """Reads and checks the rounds in a run directory.
 
     Args:
-        directory: of the run.
-        header: that its ledger should have.
+        directory: the run directory.
+        header: the header that the ledger should have.
 
     Raises:
-        LedgerError: if the ledger is damaged or of another run, or the snapshot is.
-        RunError: if the metrics are damaged.
+        LedgerError: if ledger or snapshot is damaged or belongs to another run.
+        RunError: if ``metrics.jsonl`` or ``gradip.jsonl`` is damaged.
     """
     path = directory.path
-    metrics, traced = read_lines(path / METRICS), read_lines(path / GRADIP)
-    _check_rounds(metrics, traced, path)
+    metrics, gradip = read_lines(path / METRICS), read_lines(path / GRADIP)
+    _check_round_numbers(metrics, gradip, path)
     if not directory.has_ledger():
-        if metrics or traced or (path / SNAPSHOT).exists():
-            raise LedgerError(f"{path} has rounds and no {LEDGER}, which is lost; nothing was changed")
+        if metrics or gradip or (path / SNAPSHOT).exists():
+            raise LedgerError(f"{path} has rounds but no {LEDGER}, so it was lost; nothing was changed")
         return SavedRounds()
     ledger = read_ledger(path / LEDGER)
     _check_header(ledger.header, header, path / LEDGER)
-    # before training there is a line that the ledger has no counterpart of
-    rounds = ledger.lines if header.terms.calibration_steps else [None, *ledger.lines]
-    last = traced[-1]["round"] + 1 if traced else 0
-    if max(len(metrics), last) > len(rounds):
+    # The ledger's line of each line of the metrics. Without calibration, the line of round 0 has none.
+    records = ledger.lines if header.terms.calibration_steps else [None, *ledger.lines]
+    gradip_end = gradip[-1]["round"] + 1 if gradip else 0
+    if max(len(metrics), gradip_end) > len(records):
         raise LedgerError(
             f"{path / LEDGER} ends before {METRICS} or {GRADIP}, which are written after it: it has lost rounds; "
             f"nothing was changed"
         )
-    for number, (line, done) in enumerate(zip(metrics, rounds, strict=False), 1):
-        check_metrics_line(line, done, f"{path / METRICS}, line {number}")
+    for number, (line, record) in enumerate(zip(metrics, records, strict=False), 1):
+        check_metrics_line(line, record, f"{path / METRICS}, line {number}")
     snapshot = None
     if (path / SNAPSHOT).exists() and not header.terms.sends_weights:
         snapshot = Snapshot.load(path / SNAPSHOT, ledger)
     return SavedRounds(
         ledger=ledger,
         metrics=metrics,
-        traced=sum(line["round"] < len(metrics) for line in traced),
+        traced=sum(line["round"] < len(metrics) for line in gradip),
         snapshot=snapshot if snapshot is not None and snapshot.round < len(metrics) else None,
     )
 
 
-def reopen_ledger(directory: RunDirectory, header: LedgerHeader, recorded: SavedRounds) -> LedgerWriter:
-    """Opens the ledger behind its last whole line, and takes from the other files what will be written anew."""
-    if recorded.ledger is None:
-        return directory.new_ledger(header)
-    directory.cut(METRICS, len(recorded.metrics))
-    directory.cut(GRADIP, recorded.traced)
-    return LedgerWriter(directory.path / LEDGER, header, recorded.ledger)
+def reopen_ledger(directory: RunDirectory, header: LedgerHeader, saved: SavedRounds) -> LedgerWriter:
+    """Opens the ledger to append after its last complete line, or creates it.
+
+    Lines of ``metrics.jsonl`` and ``gradip.jsonl`` that will be written again are removed.
+
+    Args:
+        directory: the run directory.
+        header: the header of the ledger.
+        saved: the rounds in the directory.
+    """
+    if saved.ledger is None:
+        return directory.create_ledger(header)
+    directory.truncate_lines(METRICS, len(saved.metrics))
+    directory.truncate_lines(GRADIP, saved.traced)
+    return LedgerWriter(directory.path / LEDGER, header, saved.ledger)
 
 
-def _check_rounds(metrics: list[Line], traced: list[Line], path: Path) -> None:
+def _check_round_numbers(metrics: list[Line], gradip: list[Line], path: Path) -> None:
+    """Checks that rounds count from 0 in the metrics, and ascend in GradIP."""
     for number, line in enumerate(metrics):
         if line.get("round") != number:
             raise RunError(f"{path / METRICS}, line {number + 1}: expected round {number}; nothing was changed")
-    for number, line in enumerate(traced, 1):
-        before = traced[number - 2]["round"] if number > 1 else -1
-        if not isinstance(line.get("round"), int) or line["round"] <= before:
-            raise RunError(f"{path / GRADIP}, line {number}: no round after the line before; nothing was changed")
+    previous = -1
+    for number, line in enumerate(gradip, 1):
+        round = line.get("round")
+        if not isinstance(round, int) or round <= previous:
+            raise RunError(
+                f"{path / GRADIP}, line {number}: expected a round of {previous + 1} or later, found {round!r}; "
+                f"nothing was changed"
+            )
+        previous = round
 
 
-def _check_header(found: LedgerHeader, wanted: LedgerHeader, path: Path) -> None:
-    if found.base != wanted.base:
+def _check_header(header: LedgerHeader, expected: LedgerHeader, path: Path) -> None:
+    """Raises ``LedgerError`` if the header of the ledger at ``path`` is not the expected one."""
+    if header.base != expected.base:
         raise LedgerError(
-            f"{path}, line 1: the run began with a base model of fingerprint {found.base[:12]}; "
-            f"this one has {wanted.base[:12]}; nothing was changed"
+            f"{path}, line 1: the run started from a base model with fingerprint {header.base[:12]}; "
+            f"this model has {expected.base[:12]}; nothing was changed"
         )
-    if found.terms.mask_digest != wanted.terms.mask_digest:
+    if header.terms.mask_digest != expected.terms.mask_digest:
         raise LedgerError(
-            f"{path}, line 1: the run uses the mask {found.terms.mask_digest[:12]}; the one beside it is "
-            f"{wanted.terms.mask_digest[:12]}; nothing was changed"
+            f"{path}, line 1: the run uses the mask {header.terms.mask_digest[:12]}; the mask file in its directory is "
+            f"{expected.terms.mask_digest[:12]}; nothing was changed"
         )
-    for mine, theirs in ((found.terms, wanted.terms), (found, wanted)):
-        for each in fields(mine):
-            a, b = getattr(mine, each.name), getattr(theirs, each.name)
-            if a != b:
-                raise LedgerError(f"{path}, line 1: {each.name} is {a}; by config.toml it is {b}; nothing was changed")
+    for part, expected_part in ((header.terms, expected.terms), (header, expected)):
+        for field_ in fields(part):
+            value, expected_value = getattr(part, field_.name), getattr(expected_part, field_.name)
+            if value != expected_value:
+                raise LedgerError(
+                    f"{path}, line 1: {field_.name} is {value}; by config.toml it is {expected_value}; "
+                    f"nothing was changed"
+                )
 
 
 __all__ = ["SavedRounds", "read_saved_rounds", "reopen_ledger"]

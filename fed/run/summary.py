@@ -1,4 +1,4 @@
-"""What a run came to: the last line of ``metrics.jsonl``, but for what its rounds' lines add up to."""
+"""Fields of a run's summary that do not follow from its metrics: sizes, messages, attackers, client selection."""
 
 import dataclasses
 from typing import Any
@@ -7,19 +7,20 @@ from ...engine.parameters import floating_parameters
 from ..attack import attack_summary
 from ..selection import Selection, Statistics
 from ..setup.server_and_clients import Federation
-from .jsonl import finite
+from .jsonl import finite_or_none
 
 
 def federation_summary(federation: Federation) -> dict[str, Any]:
-    """How much was trained, what sending weights would have cost, who was refused, stopped early or hostile."""
+    """Summary of a federation: size of the training, cost of sending weights, rejected messages, attackers."""
     config, weights = federation.config, [p for _, p in floating_parameters(federation.model)]
     elements = federation.server.replica.terms.elements
-    answers = config.rounds * config.clients.participants  # the calibration would send no weights
+    # The calibration is not counted, because it would send no weights.
+    answers = config.rounds * config.clients.participants
     return {
         "truncated_train": federation.data.train.truncated,
         "truncated_validation": federation.data.validation.truncated,
         "bytes_each_way_if_weights_were_sent": sum(p.numel() * p.element_size() for p in weights) * answers,
-        # adapters, layers and whole models have names, which need no ids
+        # adapters, layers and complete models follow from their names; no ids are sent
         "mask_bytes": 8 * elements if config.method.recipe.elements.ranked else 0,
         "masked_elements": elements,
         "elements": sum(p.numel() for p in weights),
@@ -30,33 +31,36 @@ def federation_summary(federation: Federation) -> dict[str, Any]:
 
 
 def selection_summary(selection: Selection, labels: list[list[int]]) -> dict[str, Any]:
-    """Who was stopped early, why, and how well that found the clients that hold one label only.
+    """Summary of early stopping: stopped clients, statistics, and precision and recall for single-label clients.
 
     Args:
-        selection: of the run.
-        labels: examples by client and label; none where the clients are elsewhere.
+        selection: the run's client selection.
+        labels: number of examples by client and label, [K][C]; empty if the clients are on other machines.
+
+    Returns:
+        The fields; none if the method does not stop clients early.
     """
     if selection.thresholds is None:
         return {}
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "stopped": selection.stopped,
         "vp_thresholds": dataclasses.asdict(selection.thresholds),
-        "vp_statistics": {i: _statistics(each) for i, each in selection.statistics.items()},
+        "vp_statistics": {i: _statistics_fields(of_client) for i, of_client in selection.statistics.items()},
     }
     if not labels:
-        return found
-    single = {i for i, row in enumerate(labels) if sum(count > 0 for count in row) == 1}
-    right = len(single.intersection(selection.stopped))
-    return found | {
-        "single_label_clients": sorted(single),
-        "precision": right / len(selection.stopped) if selection.stopped else None,
-        "recall": right / len(single) if single else None,
+        return summary
+    single_label = {i for i, row in enumerate(labels) if sum(count > 0 for count in row) == 1}
+    true_positives = len(single_label.intersection(selection.stopped))
+    return summary | {
+        "single_label_clients": sorted(single_label),
+        "precision": true_positives / len(selection.stopped) if selection.stopped else None,
+        "recall": true_positives / len(single_label) if single_label else None,
     }
 
 
-def _statistics(found: Statistics) -> dict[str, float | None]:
-    """Of a path; one that went silent has no finite ratio."""
-    return {name: finite(value) for name, value in vars(found).items()}
+def _statistics_fields(statistics: Statistics) -> dict[str, float | None]:
+    """Statistics of a path. A ratio is None if it is infinite, because the later GradIP is 0."""
+    return {name: finite_or_none(value) for name, value in vars(statistics).items()}
 
 
 __all__ = ["federation_summary", "selection_summary"]

@@ -1,4 +1,4 @@
-"""What the command line shows of a run: a bar while it goes, then its summary."""
+"""``show_run``: shows the progress bar of a run, then its summary."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,13 @@ from tqdm import tqdm
 from .rounds import Log, Progress, Report
 
 
-def show(output: Path, go: Callable[[Report, Log], dict[str, Any]]) -> dict[str, Any]:
-    """Shows what a run reports while it goes, and its summary.
+def show_run(output: Path, start: Callable[[Report, Log], dict[str, Any]]) -> dict[str, Any]:
+    """Runs something like ``execute`` and shows its progress and its summary.
 
     Args:
-        output: its directory, as the user called it.
-        go: starts it, given the functions that it reports to: see ``execute``.
+        output: path of the run directory, as the user gave it.
+        start: performs the run and returns its summary. Its arguments are those of ``execute``: a function that is
+            called with the progress after each round, and one that is called with each line of the log.
 
     Returns:
         The summary.
@@ -26,12 +27,12 @@ def show(output: Path, go: Callable[[Report, Log], dict[str, Any]]) -> dict[str,
             bar.total, bar.n = progress.rounds, progress.round
             fields = {"loss": "unknown" if progress.loss is None else f"{progress.loss:.4f}"}
             if progress.accuracy is not None:
-                known["accuracy"] = f"{progress.accuracy:.4f}"
-            fields |= known | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
+                last_accuracy["accuracy"] = f"{progress.accuracy:.4f}"
+            fields |= last_accuracy | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
             bar.set_postfix(fields)
 
-        known: dict[str, str] = {}
-        summary = go(report, bar.write if not bar.disable else click.echo)
+        last_accuracy: dict[str, str] = {}  # stays in the bar until the next evaluation
+        summary = start(report, click.echo if bar.disable else bar.write)
     _print_summary(summary, output)
     return summary
 
@@ -60,10 +61,10 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
                    f"everything else {1 - share:.1%}")  # fmt: skip
     if "stopped" in s:
-        known = ""
+        comparison = ""
         if "single_label_clients" in s:
-            known = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
-        click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{known}")
+            comparison = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
+        click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{comparison}")
     if "attackers" in s:
         click.echo(f"hostile         {_ids(s['attackers'], 'none')} ({s['attack']})")
     if "epsilon" in s:
@@ -73,15 +74,17 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
 
 
 def _ids(clients: list[int], none: str) -> str:
+    """Ids in words; ``none`` if there are none."""
     return ", ".join(map(str, clients)) or none
 
 
 def _quality(s: dict[str, Any]) -> str:
-    found = [f"{name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None]
-    return "".join(f"; {each}" for each in found)
+    """Precision and recall in words, where they are defined."""
+    return "".join(f"; {name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None)
 
 
 def _amount(count: float) -> str:
+    """A number of bytes in words, with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -89,4 +92,4 @@ def _amount(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-__all__ = ["show"]
+__all__ = ["show_run"]

@@ -1,1 +1,1 @@
-"""From settings to what a run works with: model, examples, mask, server and clients."""
+"""Builds from the settings what a run works with: model, examples, mask, server and clients."""

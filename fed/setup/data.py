@@ -1,4 +1,4 @@
-"""From settings to examples: the run's task as tokens, and each client's share of it."""
+"""Builds the examples of a run from its settings: the task as tokens, and each client's share of it."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ class TaskData:
     """Training and validation examples of the run's task.
 
     Args:
-        train: to be dealt to clients.
-        validation: held out.
-        groups: what the data call the client of each training example, where clients are natural; else None.
+        train: training examples, which are dealt to the clients.
+        validation: held-out examples.
+        groups: name of the client of each training example, in the data; None unless the partition is natural.
     """
 
     train: EncodedTask
@@ -32,13 +32,17 @@ class TaskData:
     groups: list[Group] | None = None
 
     def digest(self, shares: Sequence[Tensor]) -> str:
-        """SHA-256 of all examples and of who has which, in hexadecimal."""
-        whole = hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
-        return hashlib.sha256((whole + json.dumps([share.tolist() for share in shares])).encode()).hexdigest()
+        """SHA-256 of all examples and of their partition, in hexadecimal.
+
+        Args:
+            shares: indices of each client's training examples.
+        """
+        examples = hashlib.sha256((self.train.digest + self.validation.digest).encode()).hexdigest()
+        return hashlib.sha256((examples + json.dumps([share.tolist() for share in shares])).encode()).hexdigest()
 
 
 def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
-    """The run's task, and its training and validation rows."""
+    """Reads the run's task, its training rows and its validation rows."""
     task = config.task
     train: Sequence[Row]
     validation: Sequence[Row]
@@ -53,7 +57,7 @@ def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
 
 
 def encode(config: RunConfig, tokenizer: object) -> TaskData:
-    """The run's examples as tokens."""
+    """Reads and tokenizes the run's examples."""
     task, train, validation = read_rows(config)
     groups = None
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
@@ -66,7 +70,7 @@ def encode(config: RunConfig, tokenizer: object) -> TaskData:
 
 
 def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:
-    """Of each client, the indices of the training examples that it is dealt: int64, ascending."""
+    """Deals the training examples to the clients. Returns each client's indices: int64, ascending."""
     return split(
         data.train.labels,
         config.clients.count,
@@ -79,7 +83,7 @@ def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:
 
 
 def check_files(config: RunConfig) -> None:
-    """Raises ``ConfigError`` for a file or directory that was named and is not there, before anything slow begins."""
+    """Raises ``ConfigError`` if the settings name a file or directory that does not exist. Call it before slow work."""
     settings = config.flat()
     for name in ("data_dir", "data", "validation", "mask", "calibration"):
         path = settings[name]

@@ -1,4 +1,4 @@
-"""From settings to the mask of a run, and what a mask holds of a task."""
+"""Builds the mask of a run from its settings, and measures which share of a task's gradient a mask covers."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from ..config.run_config import RunConfig
 from ..methods import Elements
 from .data import encode
 
-# How a mask that was chosen by each rule says so in its file.
+# First word of ``SparseMask.source`` for each rule that chooses elements.
 _SOURCES = {
     Elements.SENSITIVITY: "sensitivity",
     Elements.TASK: "task",
@@ -32,12 +32,12 @@ _SOURCES = {
 
 
 def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = None) -> SparseMask:
-    """The run's mask: read from its file, or chosen as the method says.
+    """The run's mask, read from its file or chosen by the rule of the method.
 
     Args:
         config: the settings.
-        lm: the model.
-        train: the task's examples, for the method that ranks elements by them.
+        lm: the base model and its tokenizer.
+        train: training examples of the task; needed if the method ranks elements by the task's gradients.
     """
     if config.mask.file is not None:
         return _from_file(config, lm.model)
@@ -57,44 +57,51 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = 
     batches, calibration = calibration_batches(config, lm)
     if elements is Elements.LAYER:
         return _layer_mask(config, model, batches)
-    return SparseMask.from_gradients(model, _shown(batches), config.mask.density, calibration=calibration)
+    return SparseMask.from_gradients(model, _with_progress_bar(batches), config.mask.density, calibration=calibration)
 
 
 def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
     assert config.mask.file is not None
     mask = SparseMask.load(config.mask.file, model)
-    known = next((each for each, source in _SOURCES.items() if mask.source.split(",")[0] == source), None)
-    if known not in (None, config.method.recipe.elements):
+    rule = next((elements for elements, source in _SOURCES.items() if mask.source.split(",")[0] == source), None)
+    if rule not in (None, config.method.recipe.elements):
         raise ConfigError(
-            f"the mask {config.mask.file} was chosen by {known}, and {config.method} trains elements chosen by "
+            f"the mask {config.mask.file} was chosen by {rule}, and {config.method} trains elements chosen by "
             f"{config.method.recipe.elements}; give the method of that name, or another mask"
         )
     return mask
 
 
 def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict[str, Tensor]], str]:
-    """Pre-training text in batches, and what it is in words."""
-    texts, where = _texts(config)
+    """The calibration text in token batches, and a description of it in words."""
+    texts, description = _calibration_texts(config)
     size, length = config.mask.batch_size, config.mask.length
     batches = list(token_batches(texts, lm.tokenizer, size, length))
-    return batches, f"{where}; batches of {size}, at most {length} tokens a text"
+    return batches, f"{description}; batches of {size}, at most {length} tokens a text"
 
 
 def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, part: int) -> list[Batch]:
-    """Examples of a task, for gradients of its loss: part 0 to choose a mask by, part 1 to judge masks by."""
+    """Batches of a task's examples, to take gradients of its loss.
+
+    Args:
+        config: the settings.
+        train: training examples of the task.
+        device: device of the batches.
+        part: 0 for the examples that a mask is chosen on, 1 for the disjoint ones that masks are measured on.
+    """
     count = max(1, min(config.mask.texts, len(train) // 2))
     order = stream.permutation(stream.derived_seed(config.seed, "task"), len(train))[part * count :][:count]
     answers = "all" if config.step.objective is Objective.CANDIDATES else "gold"
     size = config.mask.batch_size
-    return [train.batch(part.tolist(), answers=answers, device=device) for part in order.split(size)]
+    return [train.batch(indices.tolist(), answers=answers, device=device) for indices in order.split(size)]
 
 
 def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> list[MaskCoverage]:
-    """What some masks hold of the squared gradient of the run's task."""
+    """Measures which share of the squared gradient of the run's task each mask covers."""
     train = encode(config, lm.tokenizer).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
     return measure_coverage(
-        masks, lm.model, _shown(batches), lambda net, batch: task_loss(net, batch, config.step.objective)
+        masks, lm.model, _with_progress_bar(batches), lambda net, batch: task_loss(net, batch, config.step.objective)
     )
 
 
@@ -102,7 +109,7 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
     batches = _task_batches(config, train, next(model.parameters()).device, 0)
     mask = SparseMask.from_gradients(
         model,
-        _shown(batches),
+        _with_progress_bar(batches),
         config.mask.density,
         loss=lambda net, batch: task_loss(net, batch, config.step.objective),
         source="task",
@@ -112,7 +119,7 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
 
 
 def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Tensor]]) -> SparseMask:
-    layer = config.mask.layer or dominant_layer(model, _shown(batches))
+    layer = config.mask.layer or dominant_layer(model, _with_progress_bar(batches))
     names = parameters_of(model, layer)
     if not names:
         raise ConfigError(
@@ -121,12 +128,13 @@ def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Ten
     return SparseMask.of_parameters(model, names, f"layer {layer}").with_gradient(model, batches)
 
 
-def _shown(batches: Sequence[Any]) -> Iterable[Any]:
-    shown: Iterable[Any] = tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None)
-    return shown
+def _with_progress_bar(batches: Sequence[Any]) -> Iterable[Any]:
+    iterator: Iterable[Any] = tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None)
+    return iterator
 
 
-def _texts(config: RunConfig) -> tuple[list[str], str]:
+def _calibration_texts(config: RunConfig) -> tuple[list[str], str]:
+    """The calibration texts, and a description of their source in words."""
     if config.model.source == embedded.NAME and config.mask.calibration is None:
         return embedded.calibration_texts(config.mask.texts)
     return calibration_texts(config.mask.calibration, config.data.directory, config.mask.texts)

@@ -1,4 +1,4 @@
-"""From settings to the model of a run."""
+"""Loads the model of a run."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from ..methods import Elements
 
 
 def load_base_model(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
-    """A base model by the name that ``--model`` takes, the embedded one included."""
+    """Loads a base model. ``model`` is a value of ``--model``, which may also name the embedded model."""
     if model == embedded.NAME:
         return embedded.load(DTYPES[dtype], device)
     return load_model(model, DTYPES[dtype], device, trust_remote_code=trust_remote_code)
@@ -19,12 +19,12 @@ def load_base_model(model: str, dtype: str, device: str = "cpu", *, trust_remote
 def load_language_model(
     config: RunConfig, *, model: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """The run's model, with its adapters if the method trains these, and its tokenizer.
+    """Loads the run's model and its tokenizer, and adds adapters if the method trains them.
 
     Args:
         config: the settings.
-        model: where the model lies, if elsewhere than the settings say.
-        trust_remote_code: see ``models.load_model``; no setting, so that no file can ask for it.
+        model: where the base model is now; None: where the settings say.
+        trust_remote_code: see ``models.load_model``; not a setting, so that no settings file can switch it on.
     """
     base = config.model
     lm = load_base_model(model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code)

@@ -1,7 +1,8 @@
-"""``ClientPool``: where a run's clients are, and so who answers its requests.
+"""``ClientPool``: the interface between a run and its clients, wherever these are.
 
-``LocalPool``: in this process. ``torchrun.RankPool``: in all processes of a torchrun. ``RemotePool``: elsewhere, with
-examples of their own, behind an exchange of messages such as Flower's.
+Three classes implement it. ``LocalPool``: clients in this process. ``torchrun.RankPool``: clients in all processes of a
+torchrun. ``RemotePool``: clients on other machines with examples of their own, reached by an ``Exchange`` of messages
+such as Flower's.
 """
 
 from collections.abc import Iterator
@@ -17,82 +18,95 @@ from .server_and_clients import Federation
 
 
 class ClientPool(Protocol):
-    """Who answers a run's requests; a run goes through the methods in this order."""
+    """The clients that answer a run's requests. A run calls the methods in this order."""
 
     @property
     def simulated(self) -> bool:
-        """Whether the run deals the clients their examples; otherwise they have their own."""
+        """Whether the run deals examples to the clients; otherwise they have their own."""
 
     @property
     def processes(self) -> int:
-        """Number of processes that take steps."""
+        """Number of processes that compute steps."""
 
     @property
     def micro_batch_map(self) -> MicroBatchMap | None:
-        """Computes the micro-batches of a step where several processes share a client; else None."""
+        """Computes the micro-batches of a step if several processes share a client; else None."""
 
     def prepare(self, config: RunConfig) -> Iterator[str]:
-        """Before the model is loaded: has others load it too; yields lines for the log.
+        """Makes other processes load the model and the examples, before this process does.
+
+        Args:
+            config: the settings.
+
+        Yields:
+            Lines for the log.
 
         Raises:
             ConfigError: if the settings do not fit this kind of pool.
         """
 
     def check(self, base: str, examples: str) -> None:
-        """Compares the fingerprint of the base model and the digest of the examples with those of others.
+        """Checks that other processes have the same base model and examples.
+
+        Args:
+            base: fingerprint of the base model in this process.
+            examples: digest of the examples in this process.
 
         Raises:
             RunError: if they differ.
         """
 
     def connect(self, federation: Federation, mask: Path) -> Exchange:
-        """What carries the run's requests, from the round that the federation is at.
+        """The exchange that carries the run's requests, from the federation's current round on.
 
         Args:
             federation: the run's server and clients.
-            mask: file of the run's mask.
+            mask: path of the run's mask file.
         """
 
 
 class LocalPool:
-    """All clients are in this process, on one copy of the model."""
+    """A pool of clients in this process, which share one copy of the model."""
 
     simulated, processes, micro_batch_map = True, 1, None
 
     def prepare(self, config: RunConfig) -> Iterator[str]:
-        """Nothing: there is nobody else."""
+        """Does nothing, because there are no other processes."""
         yield from ()
 
     def check(self, base: str, examples: str) -> None:
-        """Nothing: there is nobody else."""
+        """Does nothing, because there are no other processes."""
 
     def connect(self, federation: Federation, mask: Path) -> Exchange:
-        """Asks the clients one after the other."""
+        """An exchange that calls the clients one after the other."""
         return local_exchange(federation.clients)
 
 
 @dataclass(frozen=True)
 class RemotePool:
-    """The clients are elsewhere and have examples of their own.
+    """A pool of clients on other machines, which have examples of their own.
 
     Args:
-        exchange: carries requests to them and their answers back.
+        exchange: carries requests to the clients and their answers back.
     """
 
     exchange: Exchange
     simulated, processes, micro_batch_map = False, 1, None
 
     def prepare(self, config: RunConfig) -> Iterator[str]:
-        """Raises ``ConfigError`` for simulated attackers."""
+        """Raises ``ConfigError`` if the settings ask for simulated attackers."""
         if config.attack.clients:
-            raise ConfigError("attackers are simulated clients; where clients are elsewhere, leave them out")
+            raise ConfigError(
+                "attackers are simulated clients, and the clients of this run are not simulated; "
+                "leave attack and attackers out"
+            )
         yield from ()
 
     def check(self, base: str, examples: str) -> None:
-        """Nothing: every client checks what it is told of the run."""
+        """Does nothing, because each client checks the base model and the mask itself."""
 
     def connect(self, federation: Federation, mask: Path) -> Exchange:
-        """The exchange, as it was given."""
+        """The exchange that the pool was made with."""
         return self.exchange
 
 

@@ -1,4 +1,4 @@
-"""``Federation``: server and clients of a run around one model, as the settings and the method's recipe say."""
+"""``Federation``: server and clients of a run on one model, built from the settings and the method's recipe."""
 
 from collections.abc import Mapping
 
@@ -25,12 +25,13 @@ from ..server import RoundResult, Server
 from ..terms import CALIBRATION, Terms
 from .data import TaskData
 
-# Share of the masked elements that may stand still without a word. In float32 it is 0 at usual scales.
-_WORTH_TELLING = 0.01
+# A run warns if the perturbation leaves more than this share of the masked elements unchanged. In float32 the share is
+# 0 at usual scales.
+_UNCHANGED_WARNING = 0.01
 
 
 def make_terms(config: RunConfig, mask: SparseMask) -> Terms:
-    """The terms that the settings come to."""
+    """The terms that follow from settings and mask."""
     recipe = config.method.recipe
     return Terms.of(
         mask,
@@ -48,48 +49,65 @@ def make_terms(config: RunConfig, mask: SparseMask) -> Terms:
 
 
 def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None:
-    """Raises ``MeerkatError`` if the method stops clients early and lacks what that needs, before anything begins."""
+    """Checks, before a run starts, that a method which stops clients early has what it needs.
+
+    Raises:
+        MaskError: if the mask has no gradient.
+        ConfigError: if there are too few held-out examples for null paths, and no thresholds are given.
+    """
     if config.method.recipe.stopping is Stopping.NONE:
         return
-    GradIP(mask, torch.device("cpu"), "torch")
+    GradIP(mask, torch.device("cpu"), "torch")  # raises MaskError if the mask has no gradient
     if config.selection.thresholds() is None and len(data.validation) < config.step.batch_size:
         raise ConfigError(
             f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
-            f"{config.step.batch_size}); give vp_rho_later, vp_rho_quie and vp_sigma"
+            f"{config.step.batch_size}); use more held-out examples, or give vp_rho_later, vp_rho_quie and vp_sigma"
         )
 
 
 def check_perturbation(config: RunConfig, model: nn.Module, mask: SparseMask) -> str | None:
-    """What is to be said of a perturbation that the weights' precision rounds away in part; None where it is little.
+    """Measures the share of masked elements that the perturbation leaves unchanged, as their dtype rounds it away.
+
+    Returns:
+        A warning for the log if the share is above 1%, else None.
 
     Raises:
-        ConfigError: if it moves none of the masked elements.
+        ConfigError: if the perturbation changes none of the masked elements.
     """
     if config.method.recipe.sends_weights:
         return None
     unchanged_fraction = MaskedWeights(model, mask, config.model.backend).unchanged_fraction(
         stream.step_seed(config.seed, 1, 0), config.step.eps
     )
-    what = f"{unchanged_fraction:.1%} of the masked elements do not move at eps {config.step.eps:g}"
+    finding = (
+        f"the perturbation leaves {unchanged_fraction:.1%} of the masked elements unchanged at eps {config.step.eps:g}"
+    )
     if unchanged_fraction == 1:
-        raise ConfigError(f"{what}: {config.model.dtype} rounds the perturbation away; raise eps, or take float32")
-    return f"{config.model.dtype}: {what}" if unchanged_fraction > _WORTH_TELLING else None
+        raise ConfigError(f"{finding}: {config.model.dtype} rounds it away; raise eps, or use dtype float32")
+    return f"{config.model.dtype}: {finding}" if unchanged_fraction > _UNCHANGED_WARNING else None
 
 
 class Federation:
-    """Server and clients of a run; all share one replica.
+    """Server and clients of a run. All share one replica.
 
     Args:
         config: the settings.
         model: the base model.
-        mask: of the model.
-        data: of the task.
-        shares: of each client, the indices of its training examples; none where the clients are elsewhere.
-        ledger: an open ledger, or None to keep none.
-        micro_batch_map: computes the micro-batches of a step, where several processes share a client; None: this one.
+        mask: a mask of the model.
+        data: the task's examples.
+        shares: indices of each client's training examples; empty if the clients are on other machines.
+        ledger: an open ledger, or None to write none.
+        micro_batch_map: computes the micro-batches of a step if several processes share a client; None: this process
+            computes all.
 
     Attributes:
-        clients: in the order of their ids.
+        config: the settings.
+        model: the model, at the server's round.
+        data: the task's examples.
+        timing: times of the steps so far.
+        selection: clients that are stopped early; empty before the calibration.
+        clients: the clients, in the order of their ids.
+        server: the server.
     """
 
     def __init__(
@@ -106,15 +124,14 @@ class Federation:
         self.timing, self.selection = Timing(), Selection()
         self._windows = config.selection.windows(config.step.queries)
         self._replica = Replica(model, mask, make_terms(config, mask), config.model.backend)
-        by_scalars = not self._replica.terms.sends_weights
+        terms = self._replica.terms
         self._gradip = None
-        if self._replica.terms.calibration_steps or (by_scalars and mask.gradient is not None):
+        if terms.calibration_steps or (not terms.sends_weights and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.model.backend)
-        privacy = self._replica.terms.privacy
-        honest = [
-            self._client(i, data.train, share, "data", privacy, micro_batch_map) for i, share in enumerate(shares)
+        honest_clients = [
+            self._client(i, data.train, share, "data", terms.privacy, micro_batch_map) for i, share in enumerate(shares)
         ]
-        self.clients = with_attackers(honest, config.attack.kind, config.attack.clients)
+        self.clients = with_attackers(honest_clients, config.attack.kind, config.attack.clients)
         self.server = Server(
             list(range(config.clients.count)),
             self._replica,
@@ -145,46 +162,52 @@ class Federation:
         return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
 
     def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
-        """Takes over the round that is under way from a ledger; see ``Server.restore``."""
+        """Applies the current round from its ledger line instead of asking the clients; see ``Server.restore``."""
         result = self.server.restore(line, weights=weights, traced=traced)
         if line.round == CALIBRATION and line.thresholds is not None:
-            self.selection = self._judged(result.traces, line.thresholds, line.stopped)
+            self.selection = self._selection_by(line.thresholds, result.traces, line.stopped)
         return result
 
     def _select(self, traces: Mapping[int, Trace]) -> Selection:
         config = self.config
         thresholds = config.selection.thresholds() or null_thresholds(self._null_paths(), self._windows)
-        self.selection = self._judged(traces, thresholds)
+        self.selection = self._selection_by(thresholds, traces)
         return self.selection
 
-    def _judged(
-        self, traces: Mapping[int, Trace], thresholds: Thresholds, stopped: list[int] | None = None
+    def _selection_by(
+        self, thresholds: Thresholds, traces: Mapping[int, Trace], stopped: list[int] | None = None
     ) -> Selection:
-        """Who is stopped early by these thresholds, where that is not known yet."""
-        windows = self._windows
-        statistics = {i: path_statistics(trace.gradip, windows, thresholds.sigma) for i, trace in traces.items()}
+        """The clients that are stopped early.
+
+        Args:
+            thresholds: thresholds of the statistics of a path.
+            traces: virtual path of each client.
+            stopped: ids from the ledger; None: choose them by the thresholds.
+        """
+        statistics = {i: path_statistics(trace.gradip, self._windows, thresholds.sigma) for i, trace in traces.items()}
         if stopped is None:
-            stopped = [i for i, each in statistics.items() if each.exceed(thresholds)]
+            stopped = [i for i, of_client in statistics.items() if of_client.exceed(thresholds)]
             if self.config.method.recipe.stopping is Stopping.RANDOM:
                 stopped = random_clients(sorted(traces), len(stopped), self.config.seed)
         return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)
 
     def _null_paths(self) -> list[list[float]]:
-        """GradIP of the paths of IID clients on examples of the server's own: the held-out ones."""
+        """GradIP along null paths: the paths that IID clients would have on the server's held-out examples."""
         assert self._gradip is not None
         held_out, terms = self.data.validation, self._replica.terms
-        everything = torch.arange(len(held_out))
+        all_indices = torch.arange(len(held_out))
         scalars = {}
         for i in range(self.config.selection.null_paths):
-            client = self._client(i, held_out, everything, "null")
-            found, _ = client.train(CALIBRATION, terms.calibration_steps)
-            if not np.isfinite(found["scalars"]).all():
-                step = int(np.flatnonzero(~np.isfinite(found["scalars"]))[0]) // terms.queries
+            client = self._client(i, held_out, all_indices, "null")
+            result, _ = client.train(CALIBRATION, terms.calibration_steps)
+            skipped = np.flatnonzero(~np.isfinite(result["scalars"]))
+            if len(skipped):
+                step = int(skipped[0]) // terms.queries
                 raise NonFiniteLossError(
                     f"null path {i}, on held-out examples: step {step} was not taken, since a loss or lr * g was not "
-                    f"finite; thresholds need all steps (try a smaller lr or eps)"
+                    f"finite; thresholds need all steps; try a smaller lr or eps"
                 )
-            scalars[i] = found["scalars"].tolist()
+            scalars[i] = result["scalars"].tolist()
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 

@@ -1,1 +1,1 @@
-"""A run over the processes that torchrun starts."""
+"""Runs over several processes, which torchrun starts."""

@@ -1,7 +1,7 @@
-"""``RankPool``: rank 0's side of a run over many processes; it serves, and deals each round's clients to all ranks.
+"""``RankPool``: rank 0's side of a run over several processes. Rank 0 has the server and distributes the requests.
 
-The other ranks have base model and examples like rank 0, and nothing else that lasts: no files, no server. Which rank
-has which client may change from round to round, because a request says all that a client has to know.
+The other ranks hold the base model, the mask and the examples, but no files and no server. Which rank computes which
+client may change from round to round, because a request contains all that a client needs to know.
 """
 
 import struct
@@ -17,18 +17,18 @@ from ..methods import Elements
 from ..setup.server_and_clients import Federation
 from .ranks import Ranks
 
-# What rank 0 asks of the others, and how they answer.
+# Kinds of messages from rank 0, and of answers.
 LOAD, BUILD, ANSWER, END = b"load", b"build", b"answer", b"end"
 DONE, FAILED = b"done", b"failed"
-# Steps, seconds in forwards and seconds in all of one round's answers.
+# Times of one rank's answers in a round: steps, seconds in forward passes, seconds in total.
 TIMING = struct.Struct("<qdd")
 
 
 class RankPool:
-    """The clients of a run are dealt to the processes of a torchrun; a ``ClientPool``.
+    """A ``ClientPool`` that distributes a run's clients over the processes of a torchrun.
 
     Args:
-        ranks: the processes.
+        ranks: the processes of the run.
     """
 
     simulated = True
@@ -39,34 +39,46 @@ class RankPool:
         self._ranks = ranks
 
     def prepare(self, config: RunConfig) -> Iterator[str]:
-        """Has the other ranks load what the run works with, while rank 0 does.
+        """Makes the other ranks load model and examples, while rank 0 does the same.
+
+        Args:
+            config: the settings.
+
+        Yields:
+            A line for the log.
 
         Raises:
-            ConfigError: if clients cannot be shared in this run.
+            ConfigError: if several ranks are to share a client, and the settings do not allow this.
         """
         ranks = self._ranks
         if ranks.per_client > 1:
             if config.method.recipe.sends_weights:
-                raise ConfigError(f"{config.method} has no losses to share; leave --ranks-per-client out")
+                raise ConfigError(
+                    f"{config.method} trains by backpropagation, and only forward passes can be shared between ranks; "
+                    f"leave --ranks-per-client out"
+                )
             if not config.step.micro_batch_size:
                 raise ConfigError(
-                    "--ranks-per-client deals a batch's micro-batches; give their size as --micro-batch-size, on which "
-                    "the last bits of a loss depend"
+                    "--ranks-per-client distributes a batch's micro-batches; give their size with --micro-batch-size "
+                    "(it has no default here, because the last bits of a loss depend on it)"
                 )
         ranks.send_to_all([LOAD, config_toml(config).encode()])
-        each = f"of which {ranks.per_client} share a client" if ranks.per_client > 1 else "each with a client"
-        yield f"{ranks.world} processes, {each} at a time"
+        sharing = f"of which {ranks.per_client} share a client" if ranks.per_client > 1 else "each with a client"
+        yield f"{ranks.world} processes, {sharing} at a time"
 
     def check(self, base: str, examples: str) -> None:
-        """Raises ``RunError`` unless all ranks have this base model and these examples."""
+        """Checks that all ranks have the same base model and examples; raises ``RunError`` if one has others."""
         for rank in self._ranks.others:
             answers = _answer_of(self._ranks, rank)
-            for what, mine, theirs in zip(("base model", "examples"), (base, examples), answers, strict=True):
-                if mine.encode() != theirs:
-                    raise RunError(f"rank {rank} has another {what} than rank 0 ({theirs.decode()[:12]}, {mine[:12]})")
+            for name, own, other in zip(("base model", "examples"), (base, examples), answers, strict=True):
+                if own.encode() != other:
+                    raise RunError(
+                        f"the {name} on rank {rank} ({other.decode()[:12]}) and rank 0 ({own[:12]}) differ; "
+                        f"give all processes the same files"
+                    )
 
     def connect(self, federation: Federation, mask: Path) -> "RankExchange":
-        """Has the other ranks build the clients."""
+        """Makes the other ranks create the clients, and returns the exchange."""
         dense = federation.config.method.recipe.elements is Elements.ALL
         digest = federation.server.replica.terms.mask_digest
         self._ranks.send_to_all([BUILD, digest.encode(), b"" if dense else mask.read_bytes()])
@@ -75,43 +87,54 @@ class RankPool:
         return RankExchange(self._ranks, federation)
 
     def end(self) -> None:
-        """Ends the other ranks."""
+        """Makes the other ranks return."""
         self._ranks.send_to_all([END])
 
 
 class RankExchange:
-    """Has a round's requests answered by all ranks; an ``Exchange``.
+    """An ``Exchange`` that distributes a round's requests over all ranks.
 
     Args:
-        ranks: the processes.
-        federation: of rank 0; its replica may be at any round.
+        ranks: the processes of the run.
+        federation: server and clients of rank 0. Its replica may be at any round.
     """
 
     def __init__(self, ranks: Ranks, federation: Federation) -> None:
         self._ranks, self._federation = ranks, federation
         self._clients = {client.id: client for client in federation.clients}
-        self._round_of_others = 1  # that the other ranks' replicas are at
+        self._round_of_others = 1  # round of the other ranks' replicas
         federation.timing.processes = ranks.teams
 
     def __call__(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Deals the requests; rank 0 answers its own share while the others answer theirs."""
-        ranks, asked, update = self._ranks, list(requests), self._update()
-        dealt = [asked[team :: ranks.teams] for team in range(ranks.teams)]
+        """Distributes the requests. Rank 0 answers its own share while the others answer theirs.
+
+        Args:
+            requests: client id and request.
+
+        Yields:
+            Client id and answer, of every request.
+        """
+        ranks, all_requests, update = self._ranks, list(requests), self._update()
+        by_team = [all_requests[team :: ranks.teams] for team in range(ranks.teams)]
         for rank in ranks.others:
-            parts = [part for i, request in dealt[rank // ranks.per_client] for part in (struct.pack("<I", i), request)]
+            team_requests = by_team[rank // ranks.per_client]
+            parts = [part for i, request in team_requests for part in (struct.pack("<I", i), request)]
             ranks.send(rank, [ANSWER, update, *parts])
-        for i, request in dealt[0]:
+        for i, request in by_team[0]:
             yield i, self._clients[i].handle(request)
         for rank in ranks.others:
             timing, *answers = _answer_of(ranks, rank)
             if ranks.is_speaker(rank):
                 self._federation.timing.add(*TIMING.unpack(timing))
-                yield from zip((i for i, _ in dealt[rank // ranks.per_client]), answers, strict=True)
+                yield from zip((i for i, _ in by_team[rank // ranks.per_client]), answers, strict=True)
 
     def _update(self) -> bytes:
-        """What the other ranks' replicas have missed, as a request to no client; empty during the calibration.
+        """The rounds that the other ranks' replicas have missed, as a request that no client answers.
 
-        Much where a run is resumed. It spares them the answers of clients that are behind.
+        It is large when a run is resumed. Without it, the clients on these ranks would answer that they are stale.
+
+        Returns:
+            The message; empty during the calibration.
         """
         server = self._federation.server
         if not server.round:
@@ -125,6 +148,7 @@ class RankExchange:
 
 
 def _answer_of(ranks: Ranks, rank: int) -> list[bytes]:
+    """Receives the parts of a rank's answer; raises ``RunError`` if the rank failed or was lost."""
     status, *parts = ranks.receive(rank)
     if status == FAILED:
         raise RunError(f"rank {rank}: {parts[0].decode()}")

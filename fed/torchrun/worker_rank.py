@@ -1,4 +1,4 @@
-"""``run_worker_rank``: the side of all ranks but 0 in a run over many processes."""
+"""``run_worker_rank``: the side of all ranks but 0 in a run over several processes."""
 
 import struct
 
@@ -17,7 +17,7 @@ from .ranks import Ranks
 
 
 class _Inputs:
-    """What a rank has loaded of a run: model, examples, and who has which."""
+    """Inputs of a run on this rank: model, examples and their partition."""
 
     def __init__(self, config: RunConfig, trust_remote_code: bool) -> None:
         self.config = config
@@ -26,18 +26,25 @@ class _Inputs:
         self.shares = client_shares(config, self.data)
 
     def digests(self) -> list[bytes]:
-        """What rank 0 compares with its own."""
+        """Fingerprint of the base model and digest of the examples, which rank 0 compares with its own."""
         return [fingerprint(self.lm.model).encode(), self.data.digest(self.shares).encode()]
 
 
 class _Clients:
-    """The clients of a run on this rank, all on one replica."""
+    """The clients of a run on this rank, which share one replica.
+
+    Args:
+        ranks: the processes of the run.
+        inputs: inputs of the run.
+        digest: digest of rank 0's mask.
+        file: contents of rank 0's mask file; empty: make the mask from the settings.
+    """
 
     def __init__(self, ranks: Ranks, inputs: _Inputs, digest: bytes, file: bytes) -> None:
         config, model = inputs.config, inputs.lm.model
         mask = SparseMask.from_bytes(file, model) if file else make_mask(config, inputs.lm)
         if mask.digest.encode() != digest:
-            raise RunError(f"the mask is {mask.digest[:12]}, on rank 0 it is {digest.decode()[:12]}")
+            raise RunError(f"the mask on this rank is {mask.digest[:12]}, on rank 0 it is {digest.decode()[:12]}")
         federation = Federation(
             config, model, mask, inputs.data, inputs.shares, None, micro_batch_map=ranks.micro_batch_map
         )
@@ -45,14 +52,14 @@ class _Clients:
         self._replica, self._timing = federation.server.replica, federation.timing
 
     def answer(self, update: bytes, *parts: bytes) -> list[bytes]:
-        """Answers the requests that this rank was dealt.
+        """Answers requests to clients.
 
         Args:
-            update: what the replica has missed; may be empty.
-            parts: client id and request, in turn.
+            update: the rounds that the replica has missed, as an encoded ``TrainRequest``; may be empty.
+            parts: packed client id and encoded request, alternating.
 
         Returns:
-            Packed timing, then an answer a request.
+            The packed times (see ``TIMING``), then one answer for each request.
         """
         if update:
             missed = TrainRequest.decode(update)
@@ -69,39 +76,44 @@ class _Clients:
         return [TIMING.pack(*spent), *answers]
 
     def _times(self) -> tuple[int, float, float]:
+        """The values of ``TIMING`` so far."""
         return self._timing.steps, self._timing.forward, self._timing.total
 
 
 def run_worker_rank(ranks: Ranks, *, trust_remote_code: bool) -> None:
-    """Does what rank 0 asks for, until it says that this is all.
+    """Answers the messages of rank 0 until one ends the run. Errors of this rank are sent to rank 0, which raises them.
+
+    Args:
+        ranks: the processes of the run.
+        trust_remote_code: see ``models.load_model``.
 
     Raises:
-        RunError: if rank 0 has ended; on rank 1 alone, for one such message will do.
-        SystemExit: likewise, on the others.
+        RunError: on rank 1, if rank 0 has ended.
+        SystemExit: on the other ranks, if rank 0 has ended, so that the user sees the error once.
     """
     inputs: _Inputs | None = None
     clients: _Clients | None = None
     while True:
         try:
-            what, *parts = ranks.receive(0)
+            kind, *parts = ranks.receive(0)
         except RunError as error:
             if ranks.rank > 1:
                 raise SystemExit(1) from error
-            raise RunError("rank 0 has ended; what it, or torchrun, said last is why") from error
-        if what == END:
+            raise RunError("rank 0 has ended; the reason is in its last output, or in that of torchrun") from error
+        if kind == END:
             return
         try:
-            if what == LOAD:
+            if kind == LOAD:
                 config = make_config(parse_toml(parts[0].decode(), "the settings from rank 0"))
                 inputs = _Inputs(config, trust_remote_code)
                 answer = inputs.digests()
-            elif what == BUILD:
+            elif kind == BUILD:
                 assert inputs is not None
                 clients, answer = _Clients(ranks, inputs, *parts), []
             else:
                 assert clients is not None
                 answer = clients.answer(*parts)
-        except (MeerkatError, OSError) as error:  # rank 0 reports it
+        except (MeerkatError, OSError) as error:  # rank 0 raises it
             ranks.send(0, [FAILED, str(error).encode()])
         else:
             ranks.send(0, [DONE, *answer])

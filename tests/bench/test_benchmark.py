@@ -1,4 +1,4 @@
-"""``meerkat-engine bench``: it times what it checked, refuses what is wrong, and counts what it says it counts."""
+"""Tests of ``meerkat-engine bench``: rows are checked before they are timed; bytes and normals are counted right."""
 
 import dataclasses
 import json
@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.bench import kernels, measure, report, rows, shapes, step, tables
-from meerkat_engine.bench import one_pass as lists
+from meerkat_engine.bench import kernels, measure, one_pass, report, rows, shapes, step, tables
 from meerkat_engine.bench.measure import Spread
 from meerkat_engine.cli import main
 from meerkat_engine.engine.lm import embedded
@@ -29,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def entry_of(name: str, model: nn.Module, density: float = 0.01) -> kernels.Entry:
-    made = [make() for make in kernels.entries(model, [density], density)]
-    return next(entry for entry in made if entry.name == name)
+    entries = [make_entry() for make_entry in kernels.entry_factories(model, [density], density)]
+    return next(entry for entry in entries if entry.name == name)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -45,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     return CliRunner().invoke(main, arguments), output
 
 
-def test_one_command_prints_and_writes_everything(finished: tuple[Result, Path]) -> None:
+def test_the_command_prints_and_writes_tables_json_and_figures(finished: tuple[Result, Path]) -> None:
     result, output = finished
     assert result.exit_code == 0, result.output
     record = json.loads((output / "result.json").read_text())
@@ -65,18 +64,18 @@ def test_one_command_prints_and_writes_everything(finished: tuple[Result, Path])
             spread = row["seconds"][operation]
             assert 0 < spread["p20"] <= spread["median"] <= spread["p80"]
     assert case["rows"][0]["ratio"]["perturb"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
-    (whole,) = record["steps"]
-    assert whole["rows"][0]["over_forwards"]["median"] > 1
-    assert sum(s["median"] for s in whole["rows"][0]["share"].values()) == pytest.approx(1, abs=0.1)
-    assert whole["optimizer"]["over_forwards"]["median"] > 1
-    assert whole["one_pass"]["replay"]["a pass a step"]["ratio"]["median"] > 1
-    assert whole["one_pass"]["inner"]["one pass, plain torch"]["seconds"]["median"] > 0
+    (step_case,) = record["steps"]
+    assert step_case["rows"][0]["over_forwards"]["median"] > 1
+    assert sum(s["median"] for s in step_case["rows"][0]["share"].values()) == pytest.approx(1, abs=0.1)
+    assert step_case["optimizer"]["over_forwards"]["median"] > 1
+    assert step_case["one_pass"]["replay"]["a pass a step"]["ratio"]["median"] > 1
+    assert step_case["one_pass"]["inner"]["one pass, plain torch"]["seconds"]["median"] > 0
     assert (output / "result.md").read_text() in result.output
     for name in ("density.png", "size.png", "step.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tables_and_figures_are_made_from_the_json(finished: tuple[Result, Path], tmp_path: Path) -> None:
+def test_render_makes_the_tables_and_figures_from_the_json(finished: tuple[Result, Path], tmp_path: Path) -> None:
     _, output = finished
     (tmp_path / "result.json").write_text((output / "result.json").read_text())
     again = CliRunner().invoke(main, ["bench", "--render", str(tmp_path / "result.json")])
@@ -85,12 +84,12 @@ def test_the_tables_and_figures_are_made_from_the_json(finished: tuple[Result, P
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in output.iterdir()}
 
 
-def test_nothing_is_overwritten(finished: tuple[Result, Path]) -> None:
+def test_an_existing_output_directory_is_not_overwritten(finished: tuple[Result, Path]) -> None:
     _, output = finished
     before = (output / "result.json").read_text()
     again = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(output)])
     assert again.exit_code == 1
-    assert "exists; give --output a new directory" in again.output
+    assert "exists; choose a new directory for --output" in again.output
     assert (output / "result.json").read_text() == before
 
 
@@ -99,22 +98,22 @@ def test_nothing_is_overwritten(finished: tuple[Result, Path]) -> None:
     [
         (["--density", "1"], "Invalid value for '--density'"),
         (["--device", "mps"], "Invalid value for '--device'"),
-        (["--render", "BROKEN"], "is no result of this command"),
-        (["--render", "OTHER"], "it lacks kernels, steps, machine or versions"),
+        (["--render", "BROKEN"], "is not a result of `meerkat-engine bench`"),
+        (["--render", "OTHER"], "kernels, steps, machine or versions are missing"),
     ],
     ids=str,
 )
-def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_input_is_rejected_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
     for name, text in (("BROKEN", "{"), ("OTHER", "[]")):
         (tmp_path / name).write_text(text)
-    arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    arguments = [str(tmp_path / argument) if argument.isupper() else argument for argument in arguments]
     done = CliRunner().invoke(main, ["bench", *arguments])
     assert done.exit_code in (1, 2)
     assert message in done.output
 
 
 def test_it_runs_without_triton_numba_and_matplotlib() -> None:
-    """Triton is there on Linux only, the others are extras."""
+    """Triton exists for Linux only; the others are extras."""
     script = (
         "import sys\n"
         "for name in ('triton', 'numba', 'matplotlib'): sys.modules[name] = None\n"
@@ -125,7 +124,9 @@ def test_it_runs_without_triton_numba_and_matplotlib() -> None:
     assert "meerkat, plain torch" in done.stdout
 
 
-def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_output_is_rejected_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = CliRunner().invoke(main, ["bench", "--model", "embedded", "--output", str(tmp_path / "out")])
     assert done.exit_code == 1
@@ -134,7 +135,7 @@ def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_computes_its_update_and_leaves_the_weights(name: str, model: nn.Module) -> None:
+def test_every_row_passes_its_check_and_the_weights_are_restored(name: str, model: nn.Module) -> None:
     before, addresses = flat_weights(model), [p.data_ptr() for p in model.parameters()]
     entry = entry_of(name, model)
     assert kernels.check(entry, model) > 0
@@ -143,7 +144,7 @@ def test_every_row_computes_its_update_and_leaves_the_weights(name: str, model: 
 
 
 class _Wrong(rows.Row):
-    """A row with one thing wrong."""
+    """A row with one fault."""
 
     def __init__(self, row: rows.Row, fault: str) -> None:
         self._row, self._fault = row, fault
@@ -163,17 +164,17 @@ class _Wrong(rows.Row):
         for z in self._row.noise(seed):
             yield z * 1.2 if self._fault == "noise" else z
 
-    def settle(self) -> None:
-        self._row.settle()
+    def end_step(self) -> None:
+        self._row.end_step()
 
 
-FAULTS = {"seed": "perturb is not", "scale": "perturb is not", "flip": "flip is not", "sign": "update is not",
+FAULTS = {"seed": "perturb leaves", "scale": "perturb leaves", "flip": "flip leaves", "sign": "update leaves",
           "noise": "is not standard normal"}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_that_computes_something_else_is_seen(name: str, fault: str) -> None:
+def test_the_check_finds_every_fault(name: str, fault: str) -> None:
     model = embedded.load().model
     before, entry = flat_weights(model), entry_of(name, model)
     wrong = dataclasses.replace(entry, row=_Wrong(entry.row, fault))
@@ -182,12 +183,12 @@ def test_a_row_that_computes_something_else_is_seen(name: str, fault: str) -> No
     assert same_bits(flat_weights(model), before)
 
 
-def test_a_row_that_fails_gets_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_row_whose_check_fails_gets_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong(model: nn.Module) -> rows.Row:
         return _Wrong(rows.MeZO(model), "sign")
 
     monkeypatch.setitem(rows.DENSE, "dense, MeZO's loop", wrong)
-    monkeypatch.setattr(lists.MaskedWeights, "replay_", lambda *_: None)
+    monkeypatch.setattr(one_pass.MaskedWeights, "replay_", lambda *_: None)
     arguments = ["bench", "--model", "embedded", "--repeats", "3", "--density", "0.01", "--output", str(tmp_path / "o")]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
@@ -195,16 +196,17 @@ def test_a_row_that_fails_gets_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_p
     for case in record["kernels"] + record["steps"]:
         (failed,) = [row for row in case["rows"] if row["row"] == "dense, MeZO's loop"]
         assert set(failed) == {"row", "density", "failed"}
-    assert 'no numbers: row "dense, MeZO\'s loop" at density 1: update is not its formula' in done.output
-    assert "Many steps in one pass: no numbers: replay: one pass and a pass a step end on other bits" in done.output
+    failure = 'row "dense, MeZO\'s loop" at density 1: update leaves weights that differ from its formula'
+    assert f"no numbers: {failure}" in done.output
+    assert "Many steps in one pass: no numbers: replay: one pass and a pass a step give different bits" in done.output
     assert "Error: embedded, float32: row" in done.output
 
 
 def test_ratios_are_taken_within_a_repetition(model: nn.Module) -> None:
     entry = entry_of("meerkat", model)
     base = {"perturb": [1.0, 2.0, 4.0], "flip": [1.0, 2.0, 4.0], "update": [2.0, 4.0, 8.0]}
-    mine = {"perturb": [3.0, 6.0, 12.0], "flip": [1.0, 2.0, 4.0], "update": [4.0, 8.0, 16.0]}
-    record: dict[str, Any] = kernels._record(entry, 0, mine, base)
+    seconds = {"perturb": [3.0, 6.0, 12.0], "flip": [1.0, 2.0, 4.0], "update": [4.0, 8.0, 16.0]}
+    record: dict[str, Any] = kernels._record(entry, 0, seconds, base)
     assert record["ratio"] == {
         "perturb": {"median": 3.0, "p20": 3.0, "p80": 3.0},
         "step": {"median": 2.0, "p20": 2.0, "p80": 2.0},
@@ -212,36 +214,36 @@ def test_ratios_are_taken_within_a_repetition(model: nn.Module) -> None:
     assert record["seconds"]["step"]["median"] == 16.0
 
 
-def test_bytes_that_must_move() -> None:
-    """64 bfloat16 weights in four 32-byte sectors, of which the mask touches two; one slot of padding."""
+def test_bytes_moved_count_sectors_offsets_and_masters() -> None:
+    """64 bfloat16 weights lie in four 32-byte sectors; the mask touches two of them. One slot is padding."""
     model = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
     mask = dataclasses.replace(SparseMask.random(model, 3 / 64, 0), ids=torch.tensor([0, 15, 40]))
     row = rows.Engine(model, mask)
-    offsets, masters, block = 4 * 4, 4 * 4, 32
-    assert row.moved["perturb"] == 2 * 2 * 32 + offsets + masters + block
-    assert row.moved["update"] == row.moved["perturb"] + masters
-    assert row.held == offsets + masters
-    assert rows.Indexing(model, mask).moved["perturb"] == 2 * 2 * 32 + 3 * 8
+    offsets, masters, block = 4 * 4, 4 * 4, 32  # bytes
+    assert row.bytes_moved["perturb"] == 2 * 2 * 32 + offsets + masters + block
+    assert row.bytes_moved["update"] == row.bytes_moved["perturb"] + masters
+    assert row.bytes_held == offsets + masters
+    assert rows.Indexing(model, mask).bytes_moved["perturb"] == 2 * 2 * 32 + 3 * 8
     dense = rows.DenseFused(model)
-    assert dense.moved["perturb"] == 64 * 2 + 64 * 4 + 32
-    assert rows.MeZO(model).moved == {"perturb": 256, "flip": 256, "update": 512}
-    assert rows.FlatNoise(model).moved["flip"] == 256 + 128
-    assert rows.MaskedDense(model, mask).moved["perturb"] == 256 + 64
+    assert dense.bytes_moved["perturb"] == 64 * 2 + 64 * 4 + 32
+    assert rows.MeZO(model).bytes_moved == {"perturb": 256, "flip": 256, "update": 512}
+    assert rows.FlatNoise(model).bytes_moved["flip"] == 256 + 128
+    assert rows.MaskedDense(model, mask).bytes_moved["perturb"] == 256 + 64
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_normals_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a row says it draws, against what it asks torch or the stream for."""
+def test_reported_normals_are_those_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the normals that a row requests from torch or from the stream."""
     row, drawn = entry_of(name, embedded.load().model).row, [0]
     if isinstance(row, rows._Additive):
-        draw = row._normal
+        draw_normals = row._draw_normals
 
-        def normal(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-            z = draw(shape, dtype)
+        def counted_draw(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+            z = draw_normals(shape, dtype)
             drawn[0] += z.numel()
             return z
 
-        monkeypatch.setattr(row, "_normal", normal)
+        monkeypatch.setattr(row, "_draw_normals", counted_draw)
     else:
         normals_of = reference.normals_of
 
@@ -253,11 +255,11 @@ def test_normals_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for operation in rows.OPERATIONS:
         before = drawn[0]
         getattr(row, operation)(5, 1e-3, *([1e-3] if operation == "update" else []))
-        assert drawn[0] - before == row.normals[operation], operation
+        assert drawn[0] - before == row.normals_drawn[operation], operation
     assert drawn[0] > 0
 
 
-def test_peak_memory_is_what_is_held_at_a_time() -> None:
+def test_peak_memory_is_the_largest_allocation_at_one_time() -> None:
     def action() -> None:
         for _ in range(5):
             torch.zeros(1 << 18)
@@ -265,11 +267,11 @@ def test_peak_memory_is_what_is_held_at_a_time() -> None:
     assert 4 << 18 <= measure.peak_bytes(action, CPU) < 2 * (4 << 18)
 
 
-def test_percentiles() -> None:
+def test_spread_has_the_median_and_the_percentiles() -> None:
     assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(median=3.5, p20=2.0, p80=5.0)
 
 
-def test_a_slow_row_leaves_after_three_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_row_is_timed_in_three_repetitions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedded.load().model
     monkeypatch.setattr(kernels, "_SLOW", 0.0)
     (seconds,) = kernels.time_rows([entry_of("meerkat", model).row], CPU, 5)
@@ -294,16 +296,17 @@ def test_shapes_have_the_published_number_of_elements(name: str, elements: int) 
     assert name in shapes.SHAPES
 
 
-def test_the_readme_shows_the_recorded_result() -> None:
+def test_the_documentation_shows_the_recorded_result() -> None:
     directory = ROOT / "bench" / "results" / "cpu-2-cores"
     recorded = (directory / "result.md").read_text()
     assert report.markdown(json.loads((directory / "result.json").read_text())) == recorded
-    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| meerkat")]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("| meerkat")]
     assert len(shown) > 5
     assert all(line in recorded for line in shown)
 
 
-def test_amounts_are_readable() -> None:
+def test_amounts_have_si_prefixes_and_densities_are_short() -> None:
     assert [tables.amount(x) for x in (0, 999, 1000, 134_515_008, 2.5e12)] == [
         "0 B", "999 B", "1 kB", "135 MB", "2.5 TB",
     ]  # fmt: skip
@@ -311,7 +314,7 @@ def test_amounts_are_readable() -> None:
     assert report._density(1.0) == "dense"
 
 
-def test_a_step_has_five_parts() -> None:
+def test_a_step_is_timed_by_part() -> None:
     net = embedded.load().model
-    found = step.split(net, 0.01, step.closure_of(net, 2, 8), 3)
-    assert all(set(row["seconds"]) == set(step.PARTS) for row in found)
+    records = step.measure_parts(net, 0.01, step.make_closure(net, 2, 8), 3)
+    assert all(set(record["seconds"]) == set(step.PARTS) for record in records)

@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels for three GPUs, with no GPU present."""
+"""Tests of the machine code of the kernels for three GPUs. They need no GPU."""
 
 import json
 import os
@@ -12,17 +12,20 @@ import pytest
 
 from meerkat_engine.bench.assembly import Assembly
 
-pytestmark = pytest.mark.slow  # compiles every kernel for three GPUs: to be run when one has changed
+pytestmark = pytest.mark.slow  # compiles every kernel for three GPUs: run it after a change to a kernel
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-TABLE = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
-LISTS = {"_normal_kernel", "_bits_kernel", "_inner_kernel", "_coefficients_kernel"}
+TABLE_KERNELS = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
+LIST_KERNELS = {"_normal_kernel", "_bits_kernel", "_inner_kernel", "_coefficients_kernel"}
 
 
-def compiled(*command: str, **environment: str) -> str:
-    """Output of a Python process of its own: this one has the interpreter switched on, which compiles nothing."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run_python(*command: str, **environment: str) -> str:
+    """Runs Python in a new process and returns its output.
+
+    In this process the Triton interpreter is on, which compiles nothing.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, *command], env=kept | environment, check=True, capture_output=True, text=True
+        [sys.executable, *command], env=inherited | environment, check=True, capture_output=True, text=True
     )
     return done.stdout
 
@@ -31,7 +34,7 @@ def compiled(*command: str, **environment: str) -> str:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("codegen")
     cache = str(path / "cache")
-    compiled("-m", "meerkat_engine.bench.codegen", "--output", str(path), TRITON_CACHE_DIR=cache)
+    run_python("-m", "meerkat_engine.bench.codegen", "--output", str(path), TRITON_CACHE_DIR=cache)
     return path
 
 
@@ -42,33 +45,33 @@ def reports(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["codegen.json", "codegen.md"])
-def test_the_recorded_table_is_what_the_compiler_makes(directory: Path, name: str) -> None:
-    recorded, made = (json.loads((d / "codegen.json").read_text()) for d in (RESULTS, directory))
-    if recorded["triton"] != made["triton"]:
-        pytest.skip(f"recorded with triton {recorded['triton']}, this is {made['triton']}")
+def test_the_recorded_table_matches_the_compilers_output(directory: Path, name: str) -> None:
+    recorded, new = (json.loads((d / "codegen.json").read_text()) for d in (RESULTS, directory))
+    if recorded["triton"] != new["triton"]:
+        pytest.skip(f"recorded with triton {recorded['triton']}, installed is {new['triton']}")
     if name == "codegen.json":
-        assert made["kernels"] == recorded["kernels"]
+        assert new["kernels"] == recorded["kernels"]
     else:
         assert (directory / name).read_text() == (RESULTS / name).read_text()
 
 
-def test_every_instruction_is_of_a_known_kind(reports: list[dict[str, Any]]) -> None:
+def test_every_instruction_has_a_kind(reports: list[dict[str, Any]]) -> None:
     assert [r for r in reports if r["mix"]["other"]] == []
     perturb = {(r["target"], r["dense"]): r["mix"] for r in reports if r["kernel"] == "_perturb_kernel"}
     for (target, dense), mix in perturb.items():
-        # four elements: a square root each where they are scattered; offsets, masters, and four weights
+        # Four elements per thread. Scattered ones take one square root each. Memory: offsets, masters, four weights.
         assert mix["special"] >= (2 if dense else 4), target
         assert mix["memory"] >= (3 if dense else 6), target
         assert mix["float64"] == 0
-        # four normals of one Philox block are far cheaper than one normal of each of four
+        # Four normals from one Philox block cost far less than one normal from each of four blocks.
         assert sum(mix.values()) < (100 if dense else 210) * 4, target
 
 
 def test_every_kernel_target_and_dtype_was_compiled(reports: list[dict[str, Any]]) -> None:
-    found = {(r["kernel"], r["dense"], r["target"], r["dtype"]) for r in reports}
+    reported = {(r["kernel"], r["dense"], r["target"], r["dtype"]) for r in reports}
     targets, dtypes = ("sm_80", "sm_90", "gfx942"), ("fp32", "bf16", "fp16")
-    variants = {(k, dense) for k in TABLE for dense in (False, True)} | {(k, False) for k in LISTS}
-    assert found == {(*variant, t, d) for variant in variants for t in targets for d in dtypes}
+    variants = {(k, dense) for k in TABLE_KERNELS for dense in (False, True)} | {(k, False) for k in LIST_KERNELS}
+    assert reported == {(*variant, t, d) for variant in variants for t in targets for d in dtypes}
 
 
 def test_no_spills_and_no_local_memory(reports: list[dict[str, Any]]) -> None:
@@ -87,26 +90,26 @@ def test_one_compilation_serves_every_seed_scale_and_count(reports: list[dict[st
             assert (r["arguments"]["seed_ptr"], r["arguments"]["scale_ptr"]) == ("*i64", "*fp32")
 
 
-def test_neighbours_are_loaded_and_stored_sixteen_bytes_at_a_time(reports: list[dict[str, Any]]) -> None:
-    """Masters and offsets: four elements a thread; the weights too where a tensor is dense and fp32."""
+def test_contiguous_values_are_accessed_sixteen_bytes_at_a_time(reports: list[dict[str, Any]]) -> None:
+    """Applies to masters and offsets, four elements per thread, and to the weights of dense fp32 tensors."""
     for r in reports:
-        if r["kernel"] in TABLE:
+        if r["kernel"] in TABLE_KERNELS:
             assert r["wide_loads"] == (1 if r["dense"] else 2), r
             stores = (r["kernel"] not in ("_perturb_kernel", "_restore_kernel")) + (r["dense"] and r["dtype"] == "fp32")
             assert r["wide_stores"] == stores, r
 
 
-def test_fusion_is_seen_when_it_is_there() -> None:
-    """The check above can fail: with fusion switched on, the same kernels do fuse."""
+def test_fusion_is_detected_when_it_is_enabled() -> None:
+    """Shows that the test above can fail: with fusion enabled, the same kernels have fused multiply-adds."""
     script = (
         "from meerkat_engine.triton_kernels.launch import LaunchConfig\n"
         "options = LaunchConfig.options\n"
         "LaunchConfig.options = lambda self: options(self) | {'enable_fp_fusion': True}\n"
         "from meerkat_engine.bench.codegen import examine\n"
-        "found = [r for t in ('sm_90', 'gfx942') for r in examine(t, 'fp32')]\n"
-        "print([r.fused for r in found if r.kernel == '_update_kernel' and not r.dense])\n"
+        "reports = [r for t in ('sm_90', 'gfx942') for r in examine(t, 'fp32')]\n"
+        "print([r.fused for r in reports if r.kernel == '_update_kernel' and not r.dense])\n"
     )
-    nvidia, amd = json.loads(compiled("-c", script))
+    nvidia, amd = json.loads(run_python("-c", script))
     assert nvidia > 50
     assert amd > 50
 

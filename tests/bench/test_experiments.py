@@ -1,4 +1,4 @@
-"""``meerkat-engine experiment``: each runs, says what it found, and does not run anything twice."""
+"""Tests of ``meerkat-engine experiment``: each experiment runs, reports its result, and repeats no finished run."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from meerkat_engine import SparseMask
 from meerkat_engine.bench.experiments import local_steps
 from meerkat_engine.bench.experiments.command import EXPERIMENTS
-from meerkat_engine.bench.experiments.grid import Finished
+from meerkat_engine.bench.experiments.grid import FinishedRun
 from meerkat_engine.bench.tables import over_seeds
 from meerkat_engine.cli import main
 from meerkat_engine.engine import stream
@@ -21,14 +21,14 @@ TINY = ("--rounds", "1", "--local-steps", "1", "--eval-examples", "40", "--calib
         "--eval-every", "1")  # fmt: skip
 
 
-def call(name: str, output: Path, *more: str) -> Result:
-    return CliRunner().invoke(main, ["experiment", name, *TINY, *more, "--output", str(output)])
+def run_experiment(name: str, output: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["experiment", name, *TINY, *options, "--output", str(output)])
 
 
 @pytest.fixture(scope="module")
 def sparsity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     output: Path = tmp_path_factory.mktemp("experiments") / "sparsity"
-    return output, call("sparsity", output, "--seeds", "2")
+    return output, run_experiment("sparsity", output, "--seeds", "2")
 
 
 EXPECTED = {
@@ -42,16 +42,16 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_each_ends_in_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
-    more = {"local-steps": ["--local-steps", "10"], "attacks": ["--clients", "5", "--attackers", "1"]}.get(name, [])
-    result = call(name, tmp_path / "e", "--seeds", "1", *more)
+def test_each_experiment_writes_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
+    options = {"local-steps": ["--local-steps", "10"], "attacks": ["--clients", "5", "--attackers", "1"]}.get(name, [])
+    result = run_experiment(name, tmp_path / "e", "--seeds", "1", *options)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "e" / "result.md").read_text()
     assert table.strip() in result.output
-    wanted = EXPECTED[name].split(" | ")
-    assert any(all(part.strip() in line for part in wanted) for line in table.splitlines()), table
+    cells = EXPECTED[name].split(" | ")
+    assert any(all(cell.strip() in line for cell in cells) for line in table.splitlines()), table
     widths = {line.count("|") for line in table.split("\n\n")[1].splitlines()}
-    assert len(widths) == 1  # no cell breaks the table
+    assert len(widths) == 1  # all lines have the same number of cells
     assert (tmp_path / "e" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -59,41 +59,41 @@ def test_all_experiments_are_tested() -> None:
     assert {*EXPECTED, "sparsity"} == set(EXPERIMENTS)
 
 
-def test_arms_and_seeds_are_run_directories(sparsity: tuple[Path, Result]) -> None:
+def test_every_arm_and_seed_has_a_run_directory(sparsity: tuple[Path, Result]) -> None:
     output, result = sparsity
     assert result.exit_code == 0, result.output
-    found = sorted(str(p.relative_to(output / "runs")) for p in output.glob("runs/*/*"))
-    assert len(found) == 2 * 4 * 2
-    assert "iid-u-0.001/seed-0" in found
-    assert "dirichlet-0.5-u-1e-05/seed-1" in found
+    directories = sorted(str(p.relative_to(output / "runs")) for p in output.glob("runs/*/*"))
+    assert len(directories) == 2 * 4 * 2
+    assert "iid-u-0.001/seed-0" in directories
+    assert "dirichlet-0.5-u-1e-05/seed-1" in directories
     assert re.search(r"iid, u = 0\.01 +\| 838 ", result.output)
-    assert len(list((output / "masks").iterdir())) == 4  # one a density, shared by partitions and seeds
+    assert len(list((output / "masks").iterdir())) == 4  # one per density, shared by partitions and seeds
 
 
-def test_finished_runs_are_not_run_again(sparsity: tuple[Path, Result]) -> None:
+def test_finished_runs_are_not_repeated(sparsity: tuple[Path, Result]) -> None:
     output, first = sparsity
-    lost = output / "runs" / "iid-u-0.001" / "seed-1"
-    kept = output / "runs" / "iid-u-0.001" / "seed-0" / "metrics.jsonl"
-    before = kept.stat().st_mtime_ns
-    shutil.move(lost, lost.with_name("seed-1.unfinished"))  # as if the experiment had been stopped there
-    again = call("sparsity", output, "--seeds", "2")
+    interrupted = output / "runs" / "iid-u-0.001" / "seed-1"
+    metrics = output / "runs" / "iid-u-0.001" / "seed-0" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    shutil.move(interrupted, interrupted.with_name("seed-1.unfinished"))  # as if the experiment was interrupted here
+    again = run_experiment("sparsity", output, "--seeds", "2")
     assert again.exit_code == 0, again.output
     assert [line for line in again.output.splitlines() if "seed" in line] == ["sparsity: iid, u = 0.001, seed 1"]
-    assert kept.stat().st_mtime_ns == before
-    assert sorted(p.name for p in lost.parent.iterdir()) == ["seed-0", "seed-1"]
+    assert metrics.stat().st_mtime_ns == before
+    assert sorted(p.name for p in interrupted.parent.iterdir()) == ["seed-0", "seed-1"]
     assert again.output.split("**")[-1].split("wrote")[0] == first.output.split("**")[-1].split("wrote")[0]
 
 
-def test_other_settings_and_other_files_are_refused(sparsity: tuple[Path, Result], tmp_path: Path) -> None:
+def test_a_directory_with_other_settings_or_files_is_rejected(sparsity: tuple[Path, Result], tmp_path: Path) -> None:
     output, _ = sparsity
-    result = call("sparsity", output, "--lr", "0.5")
+    result = run_experiment("sparsity", output, "--lr", "0.5")
     assert result.exit_code == 1
     assert "holds an experiment with other settings" in result.output
-    (tmp_path / "mine.txt").write_text("mine")
-    result = call("gradip", tmp_path)
+    (tmp_path / "notes.txt").write_text("notes")
+    result = run_experiment("gradip", tmp_path)
     assert result.exit_code == 1
-    assert "holds other files; choose another --output, nothing was changed" in result.output
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert "holds other files; choose another --output (nothing was changed)" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -103,33 +103,39 @@ def test_other_settings_and_other_files_are_refused(sparsity: tuple[Path, Result
         ("mask-source", ["--mask", "m"], "the experiment mask-source sets mask itself"),
         ("gradip", ["--method", "meerkat"], "the experiment gradip sets method itself"),
         ("selection", ["--method", "meerkat"], "the experiment selection sets method itself"),
-        ("local-steps", ["--method", "fedavg", "--local-steps", "10"], "fedavg has none"),
-        ("local-steps", [], "1 steps of a client .* a multiple of 300 can in all"),
+        (
+            "local-steps",
+            ["--method", "fedavg", "--local-steps", "10"],
+            "but fedavg sends weights; choose another method",
+        ),
+        ("local-steps", [], "local_steps is 1, which fewer than two of .* choose a multiple of 300 to use all of them"),
         ("sparsity", ["--tasks", "embedded,embedded-topic"], "takes one task, got embedded, embedded-topic"),
         ("selection", ["--tasks", "embedded,sst3"], "unknown task 'sst3'"),
         ("attacks", ["--attack", "scale"], "the experiment attacks sets attack itself"),
-        ("attacks", ["--clip", "0"], "the experiment attacks compares with clipped scalars; give a clip above 0"),
+        ("attacks", ["--clip", "0"], "the experiment attacks also runs with clipped scalars; set --clip above 0"),
         ("attacks", [], "trimmed-mean with trim 0.2 of 4 clients a round cuts none"),
-        ("concentration", ["--calibration-texts", "16"], "1 calibration batches make no 3 parts"),
+        ("concentration", ["--calibration-texts", "16"], r"has 1 batch\(es\), but 3 seeds need one each; increase"),
     ],
     ids=str,
 )
-def test_settings_that_would_void_it(name: str, arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = call(name, tmp_path / "e", *arguments)
+def test_settings_that_do_not_fit_the_experiment_are_rejected(
+    name: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = run_experiment(name, tmp_path / "e", *arguments)
     assert result.exit_code == 1
     assert re.search(message, result.output), result.output
     assert not (tmp_path / "e" / "runs").exists()
 
 
-def test_other_tasks_are_another_experiment(tmp_path: Path) -> None:
-    assert call("gradip", tmp_path / "e", "--seeds", "1").exit_code == 0
-    result = call("gradip", tmp_path / "e", "--seeds", "1", "--tasks", "embedded-topic")
+def test_a_directory_with_other_tasks_is_rejected(tmp_path: Path) -> None:
+    assert run_experiment("gradip", tmp_path / "e", "--seeds", "1").exit_code == 0
+    result = run_experiment("gradip", tmp_path / "e", "--seeds", "1", "--tasks", "embedded-topic")
     assert result.exit_code == 1
     assert "holds an experiment with other settings" in result.output
 
 
-def test_drift_is_the_distance_of_the_clients_ends_from_the_average(tmp_path: Path) -> None:
-    """With a schedule, several queries and a client that is stopped early; against paths in vectors."""
+def test_drift_is_the_distance_of_the_clients_weights_from_the_average(tmp_path: Path) -> None:
+    """Compares with explicit update vectors, with a schedule, several queries and clients that are stopped early."""
     settings = {
         "rounds": 2, "local_steps": 3, "queries": 2, "schedule": "linear", "eval_examples": 40, "calibration_texts": 32,
         "vp_steps": 4, "vp_initial": 2, "vp_later": 2, "method": "meerkat-vp", "clients": 4, "partition": "mixed",
@@ -143,22 +149,22 @@ def test_drift_is_the_distance_of_the_clients_ends_from_the_average(tmp_path: Pa
     for line in ledger.rounds:
         z = [stream.normal(seed, ids).double() for seed in ledger.header.terms.seeds(line.round)]
         rates = [lr / 2 for lr in line.lr for _ in range(2)]
-        average = sum(lr * g * each for lr, g, each in zip(rates, line.scalars, z, strict=True))
-        for own in line.clients.values():
-            end = sum(lr * g * each for lr, g, each in zip(rates, own, z, strict=False))
+        average = sum(lr * g * z_t for lr, g, z_t in zip(rates, line.scalars, z, strict=True))
+        for scalars in line.clients.values():
+            end = sum(lr * g * z_t for lr, g, z_t in zip(rates, scalars, z, strict=False))
             squares.append(float((end - average).square().sum()))
-    wanted = (sum(squares) / len(squares)) ** 0.5
-    assert local_steps._drift(Finished(tmp_path / "r")) == pytest.approx(wanted, rel=0.1)  # z are nearly orthogonal
+    expected = (sum(squares) / len(squares)) ** 0.5
+    assert local_steps._drift(FinishedRun(tmp_path / "r")) == pytest.approx(expected, rel=0.1)  # z: nearly orthogonal
 
 
-def test_detection_counts_over_seeds(tmp_path: Path) -> None:
-    result = call("selection", tmp_path / "e", "--seeds", "2", "--tasks", "embedded", "--vp-rho-later", "0",
+def test_detection_adds_up_the_clients_of_all_seeds(tmp_path: Path) -> None:
+    result = run_experiment("selection", tmp_path / "e", "--seeds", "2", "--tasks", "embedded", "--vp-rho-later", "0",
                   "--vp-rho-quie", "0", "--vp-sigma", "1e9")  # fmt: skip
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.output.splitlines() if "4 of 8" in line]
-    assert [cell.strip() for cell in line.split("|")][3:6] == ["8", "0.50", "1.00"]  # everybody is flagged
+    assert [cell.strip() for cell in line.split("|")][3:6] == ["8", "0.50", "1.00"]  # all clients are flagged
 
 
-def test_over_seeds() -> None:
+def test_over_seeds_shows_mean_and_standard_deviation() -> None:
     assert over_seeds([0.5]) == "0.500"
     assert over_seeds([0.4, 0.6]) == "0.500 ± 0.141"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also where the disk is full or the power goes."""
+"""Atomic writes, also on a full disk and in case of a power cut."""
 
 import errno
 import os
@@ -13,37 +13,37 @@ from meerkat_engine.engine.errors import RunError
 
 
 def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut leaves cannot be tried here; that both are asked for, in this order, can."""
-    done: list[str] = []
+    """A power cut cannot be tested here, but the calls that protect against it and their order can."""
+    calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
-    def noted_fsync(descriptor: int) -> None:
-        done.append("directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+    def recording_fsync(descriptor: int) -> None:
+        calls.append("directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
         fsync(descriptor)
 
-    def noted_replace(old: Path, new: Path) -> None:
-        done.append("rename")
+    def recording_replace(old: Path, new: Path) -> None:
+        calls.append("rename")
         replace(old, new)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
     write_atomic(tmp_path / "f", b"new")
-    assert done == ["file", "rename", "directory"]
+    assert calls == ["file", "rename", "directory"]
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_file_system_without_directory_sync(
+def test_a_directory_sync_may_be_unsupported_but_may_not_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
 ) -> None:
     fsync = os.fsync
 
-    def refusing(descriptor: int) -> None:
+    def failing_fsync(descriptor: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
             raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", refusing)
+    monkeypatch.setattr(os, "fsync", failing_fsync)
     if passes:
         write_atomic(tmp_path / "f", b"new")
     else:
@@ -53,7 +53,7 @@ def test_a_file_system_without_directory_sync(
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    """In a process of its own, whose files may not grow beyond 1,000 bytes."""
+    """Runs in a separate process whose files may not exceed 1,000 bytes."""
     (tmp_path / "f").write_bytes(b"old")
     script = (
         "import resource, signal, sys\n"
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     assert (tmp_path / "f").read_bytes() == b"old"
 
 
-def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+def test_unwritable_paths_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "directory").mkdir()
     for place, message in (("missing/f", "No such file"), ("file/f", "Not a directory"), ("directory", "directory")):
@@ -82,7 +82,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
 
 
-def test_what_is_appended_is_on_disk_or_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_append_is_synced_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "lines", []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
     with open(path, "ab", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Which backend runs where."""
+"""Selection of the backend by name and device."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from meerkat_engine.triton_kernels import reference
 
 
 def run_script(*lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, with some environment variables changed."""
+    """Runs a script in a separate process, with changed environment variables."""
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=os.environ | environment
     )
@@ -27,12 +27,12 @@ def test_auto_draws_with_numba_on_a_cpu() -> None:
     assert isinstance(resolve("triton", cpu), TritonBackend)
 
 
-def test_numba_is_for_cpus() -> None:
+def test_numba_rejects_gpu_tensors() -> None:
     with pytest.raises(ConfigError, match="works on CPU tensors, these are on cuda"):
         resolve("numba", torch.device("cuda"))
 
 
-def test_without_numba_auto_is_torch() -> None:
+def test_auto_uses_torch_if_numba_is_not_installed() -> None:
     done = run_script(
         "import sys",
         "sys.modules['numba'] = None",
@@ -45,16 +45,16 @@ def test_without_numba_auto_is_torch() -> None:
     assert "run pip install -c constraints.txt '.[cpu]', or use backend='torch'" in done.stderr
 
 
-def test_numba_without_a_directory_for_its_cache_says_so() -> None:
-    """As in a container with a read-only installation and no home."""
+def test_numba_without_a_cache_directory_suggests_a_fix() -> None:
+    """This happens in a container with a read-only installation and no home directory."""
     done = run_script(
         "from numba.core.caching import CacheImpl",
-        "CacheImpl._locator_classes = []",  # no directory of any kind can be written
+        "CacheImpl._locator_classes = []",  # no directory is writable
         "import torch",
         "from meerkat_engine import stream",
         "stream.normal(0, torch.arange(3))",
     )
-    assert "set NUMBA_CACHE_DIR to a directory that can be written, or use backend='torch'" in done.stderr
+    assert "set NUMBA_CACHE_DIR to a writable directory, or use backend='torch'" in done.stderr
 
 
 def test_triton_on_cpu_needs_the_interpreter() -> None:
@@ -69,13 +69,13 @@ def test_triton_on_cpu_needs_the_interpreter() -> None:
     assert "set TRITON_INTERPRET=1 before the first import of the kernels" in done.stderr
 
 
-def test_the_interpreter_refuses_gpu_addresses() -> None:
+def test_the_interpreter_rejects_gpu_tensors() -> None:
     with pytest.raises(ConfigError, match="unset TRITON_INTERPRET"):
         TritonBackend(torch.device("cuda"))
 
 
 def test_the_engine_imports_without_triton_and_without_transformers() -> None:
-    """Triton is there on Linux only; a CPU client elsewhere needs neither it nor, for its own models, transformers."""
+    """Triton exists only on Linux. CPU clients elsewhere do not need it, nor transformers for other kinds of models."""
     done = run_script(
         "import sys",
         "sys.modules['triton'] = sys.modules['transformers'] = None",

@@ -1,4 +1,4 @@
-"""Mask files against damage: every byte of a small one, random bytes of a larger one, and files made to deceive."""
+"""Damaged mask files: every byte of a small one, random bytes of a larger one, invalid content with valid checksums."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from meerkat_engine.engine.mask import _KIND
 from meerkat_engine.engine.parameters import ParameterTable
 
 from helpers.constants import FUZZ
-from helpers.damage import blanks, flips, header_of, other_byte
+from helpers.damage import flips, header_padding, header_size, with_damaged_byte
 from helpers.models import make_model
 from helpers.tensors import same_bits
 
@@ -41,8 +41,8 @@ def same_mask(a: SparseMask, b: SparseMask) -> bool:
     )
 
 
-def loads_equal_or_is_refused(path: Path, original: SparseMask) -> bool:
-    """Whether it was refused; any exception but a ``MaskError`` that names the file comes through."""
+def is_rejected(path: Path, original: SparseMask) -> bool:
+    """Whether loading raises ``MaskError`` with the path; a file that loads must equal the original."""
     try:
         loaded = SparseMask.load(path)
     except MaskError as error:
@@ -54,16 +54,16 @@ def loads_equal_or_is_refused(path: Path, original: SparseMask) -> bool:
     return True
 
 
-def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_changed_byte_is_rejected_or_has_no_effect(tmp_path: Path) -> None:
     mask, path = small_mask(), tmp_path / "m"
     mask.save(path)
     data = path.read_bytes()
-    refused = 0
+    rejected = 0
     values = [0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF]
     for damaged in flips(data, values):
         path.write_bytes(damaged)
-        refused += loads_equal_or_is_refused(path, mask)
-    assert refused >= (len(data) - blanks(data)) * len(values)
+        rejected += is_rejected(path, mask)
+    assert rejected >= (len(data) - header_padding(data)) * len(values)
 
 
 @pytest.fixture(scope="module")
@@ -76,33 +76,35 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseMask, bytes,
 
 @settings(max_examples=400 * FUZZ, deadline=None)
 @given(data=st.data())
-def test_random_damage_of_a_larger_mask(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
+def test_random_damage_of_a_larger_mask_is_rejected(
+    larger: tuple[SparseMask, bytes, Path], data: st.DataObject
+) -> None:
     mask, good, path = larger
-    damaged, position = other_byte(data, good)
+    damaged, position = with_damaged_byte(data, good)
     path.write_bytes(damaged)
-    assert loads_equal_or_is_refused(path, mask) or position < header_of(good)
+    assert is_rejected(path, mask) or position < header_size(good)
 
 
 @settings(max_examples=200 * FUZZ, deadline=None)
 @given(data=st.data())
-def test_truncated_or_longer_files(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
+def test_truncated_and_longer_files_are_rejected(larger: tuple[SparseMask, bytes, Path], data: st.DataObject) -> None:
     mask, good, path = larger
     length = data.draw(st.integers(0, len(good) - 1) | st.integers(0, 20))
     path.write_bytes(good[:length])
-    assert loads_equal_or_is_refused(path, mask)
+    assert is_rejected(path, mask)
     path.write_bytes(good + data.draw(st.binary(min_size=1, max_size=40)))
-    assert loads_equal_or_is_refused(path, mask)
+    assert is_rejected(path, mask)
 
 
 @settings(max_examples=100 * FUZZ, deadline=None)
 @given(content=st.binary(max_size=200))
-def test_files_of_anything(larger: tuple[SparseMask, bytes, Path], content: bytes) -> None:
+def test_files_with_random_content_are_rejected(larger: tuple[SparseMask, bytes, Path], content: bytes) -> None:
     larger[2].write_bytes(content)
-    assert loads_equal_or_is_refused(larger[2], larger[0])
+    assert is_rejected(larger[2], larger[0])
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_a_good_mask_comes_back(tmp_path: Path, with_gradient: bool) -> None:
+def test_save_and_load_return_the_same_mask(tmp_path: Path, with_gradient: bool) -> None:
     mask = small_mask()
     if not with_gradient:
         mask = SparseMask(ids=mask.ids, table=mask.table, density=0.375, source="test")
@@ -110,8 +112,8 @@ def test_a_good_mask_comes_back(tmp_path: Path, with_gradient: bool) -> None:
     assert same_mask(SparseMask.load(tmp_path / "m"), mask)
 
 
-def test_a_loaded_mask_is_its_own(tmp_path: Path) -> None:
-    """safetensors maps the file: what is written into it later must not reach a mask that was checked."""
+def test_a_loaded_mask_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    """safetensors maps the file: a later write to the file must not change a mask that was already checked."""
     mask = small_mask()
     mask.save(tmp_path / "m")
     loaded = SparseMask.load(tmp_path / "m")
@@ -121,7 +123,7 @@ def test_a_loaded_mask_is_its_own(tmp_path: Path) -> None:
     assert same_mask(loaded, mask)
 
 
-def parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key != "checksum"}
         return metadata, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -140,25 +142,25 @@ Change = Callable[[dict[str, str], dict[str, Tensor]], object]
         (lambda m, t: t.update(ids=t["gradient"].clone()), "'ids' is F32 instead of I64"),
         (lambda m, t: t.update(ids=t["ids"].flip(0)), "must be in|must ascend"),
         (lambda m, t: t.update(ids=t["ids"] + 1), "must be in"),
-        (lambda m, t: t.update(ids=torch.tensor([0, 3, 6])), "its digest is not that of its ids and table"),
+        (lambda m, t: t.update(ids=torch.tensor([0, 3, 6])), "its digest does not match its ids and table"),
         (lambda m, t: t.update(scores=t["scores"][:2]), r"scores must be float32 \[3\]"),
-        (lambda m, t: m.update(d="9"), "its d is not that"),
+        (lambda m, t: m.update(d="9"), "its d does not match"),
         (lambda m, t: m.update(density="nan"), "density must be in"),
         (lambda m, t: m.update(density="many"), "could not convert"),
-        (lambda m, t: m.update(table="[" * 100_000), "no list of"),
-        (lambda m, t: m.update(table="7"), "no list of"),
+        (lambda m, t: m.update(table="[" * 100_000), "not a list of"),
+        (lambda m, t: m.update(table="7"), "not a list of"),
         (lambda m, t: m.update(table='[["weight",[2,3],0],["bias",[2],2]]'), "'bias' begins at 2 instead of 6"),
-        (lambda m, t: m.update(table='[["weight",[2,-3],0]]'), "'weight' has no shape"),
-        (lambda m, t: m.update(table='[["w",[2,3],0],["w",[2],6]]'), "has a parameter twice"),
+        (lambda m, t: m.update(table='[["weight",[2,-3],0]]'), "'weight' has no valid shape"),
+        (lambda m, t: m.update(table='[["w",[2,3],0],["w",[2],6]]'), "lists a parameter twice"),
         (lambda m, t: m.update(table=f'[["w",[{2**62},4],0]]'), "element ids end at"),
-        (lambda m, t: m.update(table='[["w",[true,8],0]]'), "'w' has no shape"),
+        (lambda m, t: m.update(table='[["w",[true,8],0]]'), "'w' has no valid shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_files_made_to_deceive(tmp_path: Path, change: Change, message: str) -> None:
-    """With a checksum that fits: what a reader relies on is checked for itself."""
+def test_invalid_content_with_a_valid_checksum_is_rejected(tmp_path: Path, change: Change, message: str) -> None:
+    """The reader checks every property that it relies on, also if the checksum is valid."""
     small_mask().save(tmp_path / "good")
-    metadata, tensors = parts(tmp_path / "good")
+    metadata, tensors = read_parts(tmp_path / "good")
     change(metadata, tensors)
     metadata.pop("format")
     write_checksummed(tmp_path / "m", _KIND, tensors, metadata)
@@ -167,18 +169,18 @@ def test_files_made_to_deceive(tmp_path: Path, change: Change, message: str) -> 
     assert str(tmp_path / "m") in str(caught.value)
 
 
-def test_the_first_format_is_refused(tmp_path: Path) -> None:
+def test_format_version_1_is_rejected(tmp_path: Path) -> None:
     small_mask().save(tmp_path / "good")
-    metadata, tensors = parts(tmp_path / "good")
+    metadata, tensors = read_parts(tmp_path / "good")
     save_file(tensors, tmp_path / "old", metadata | {"format": "meerkat-mask/1"})
     with pytest.raises(
         MaskError,
-        match=r"not of format meerkat-mask/2, .* \(found format 'meerkat-mask/1'\); make it anew with `meerkat-",
+        match=r"not of format meerkat-mask/2, .* \(found format 'meerkat-mask/1'\); create a new one with `meerkat-",
     ):
         SparseMask.load(tmp_path / "old")
 
 
-def test_the_checksum_is_what_the_document_says(tmp_path: Path) -> None:
+def test_the_checksum_is_the_documented_one(tmp_path: Path) -> None:
     import hashlib
 
     small_mask().save(tmp_path / "m")
@@ -196,11 +198,11 @@ def test_the_checksum_is_what_the_document_says(tmp_path: Path) -> None:
     assert hashlib.sha256(text.encode("ascii") + b"\n" + body).hexdigest() == checksum
 
 
-def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
+def test_unwritable_strings_and_unreadable_paths_are_named(tmp_path: Path) -> None:
     mask = small_mask()
-    odd = SparseMask(ids=mask.ids, table=mask.table, density=0.375, source="a file \udcff")
-    with pytest.raises(MaskError, match=r"cannot write the mask .* no text that UTF-8 can hold"):
-        odd.save(tmp_path / "m")
+    unencodable = SparseMask(ids=mask.ids, table=mask.table, density=0.375, source="a file \udcff")
+    with pytest.raises(MaskError, match=r"cannot write the mask .* cannot be encoded as UTF-8"):
+        unencodable.save(tmp_path / "m")
     for path, message in ((tmp_path, "it is a directory"), (tmp_path / "m", "No such file")):
         with pytest.raises(MaskError, match=f"cannot read the mask '{path}': .*{message}"):
             SparseMask.load(path)

@@ -1,4 +1,4 @@
-"""Deltas: the bits they lead to, what they refuse, and damaged files."""
+"""Deltas: the resulting bits, rejected models, and damaged files."""
 
 import builtins
 import os
@@ -20,7 +20,7 @@ from meerkat_engine.engine.parameters import ParameterTable, fingerprint
 from meerkat_engine.engine.weights import MaskedWeights
 
 from helpers.constants import FUZZ
-from helpers.damage import blanks, flips, header_of, other_byte
+from helpers.damage import flips, header_padding, header_size, with_damaged_byte
 from helpers.models import make_model
 from helpers.tensors import same_bits
 
@@ -29,7 +29,7 @@ BATCH = torch.arange(60).view(3, 20) % 90 + 3
 
 
 def trained(dtype: torch.dtype, architecture: str = "llama", steps: int = 3) -> tuple[nn.Module, Delta]:
-    """A model after some steps, and its delta."""
+    """Trains a model for some steps; returns it and its delta."""
     model = make_model(architecture, dtype)
     base = fingerprint(model)
     opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.02, eps=1e-2, seed=3)
@@ -39,7 +39,7 @@ def trained(dtype: torch.dtype, architecture: str = "llama", steps: int = 3) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_delta_gives_the_bits_back(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_applying_a_delta_restores_the_bits(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, delta = trained(dtype, architecture)
     delta.save(tmp_path / "d")
     loaded = Delta.load(tmp_path / "d")
@@ -52,21 +52,21 @@ def test_a_delta_gives_the_bits_back(architecture: str, dtype: torch.dtype, tmp_
     assert all(same_bits(a, b) for a, b in zip(base.parameters(), model.parameters(), strict=True))
 
 
-def test_masters_are_kept_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
-    """Training goes on from them, not from their roundings."""
+def test_masters_keep_more_precision_than_the_dtype(tmp_path: Path) -> None:
+    """Training resumes from the fp32 masters, not from the rounded weights."""
     _, delta = trained(torch.bfloat16)
     delta.save(tmp_path / "d")
     masters = Delta.load(tmp_path / "d").masters
     assert (masters != masters.bfloat16().float()).sum() > len(masters) // 2
 
 
-def unchanged(model: nn.Module) -> Callable[[], bool]:
+def unchanged_check(model: nn.Module) -> Callable[[], bool]:
     before = [p.clone() for p in model.parameters()]
     return lambda: all(same_bits(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_models_it_does_not_fit_stay_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_models_are_rejected_and_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
     after, delta = trained(dtype)
     delta.save(tmp_path / "d")
     loaded = Delta.load(tmp_path / "d")
@@ -76,19 +76,19 @@ def test_models_it_does_not_fit_stay_as_they_are(dtype: torch.dtype, tmp_path: P
     for model, message in (
         (make_model("opt", dtype), "was made for another model: parameter"),
         (make_model("llama", dtype, vocabulary=97), r"'model\.embed_tokens\.weight' has shape \(97, 32\)"),
-        (make_model("llama", other), f"of dtype {delta.dtype} with fingerprint {delta.base[:12]}; this one has"),
-        (differing, "this one has"),
-        (after, f"this one has {delta.weights[:12]}"),
+        (make_model("llama", other), f"of dtype {delta.dtype} with fingerprint {delta.base[:12]}; this model has"),
+        (differing, "this model has fingerprint"),
+        (after, f"this model has fingerprint {delta.weights[:12]}"),
     ):
-        same = unchanged(model)
+        is_unchanged = unchanged_check(model)
         with pytest.raises(DeltaError, match=message) as caught:
             loaded.apply(model)
         assert str(tmp_path / "d") in str(caught.value)
-        assert same()
+        assert is_unchanged()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_another_end_than_it_says_is_taken_back(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_wrong_final_fingerprint_is_rolled_back(dtype: torch.dtype, tmp_path: Path) -> None:
     _, delta = trained(dtype)
     delta.save(tmp_path / "d")
     metadata, tensors = read_checksummed(tmp_path / "d", _KIND)
@@ -96,13 +96,13 @@ def test_another_end_than_it_says_is_taken_back(dtype: torch.dtype, tmp_path: Pa
     tensors["masters"][5] += 1
     write_checksummed(tmp_path / "wrong", _KIND, tensors, metadata)
     model = make_model("llama", dtype)
-    same = unchanged(model)
-    with pytest.raises(DeltaError, match=r"wrong' should lead to weights .*; nothing was changed"):
+    is_unchanged = unchanged_check(model)
+    with pytest.raises(DeltaError, match=r"wrong' should give weights .*; nothing was changed"):
         Delta.load(tmp_path / "wrong").apply(model)
-    assert same()
+    assert is_unchanged()
 
 
-def test_parameters_that_share_memory(tmp_path: Path) -> None:
+def test_parameters_that_share_memory_are_rejected(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -126,37 +126,37 @@ def small_delta() -> Delta:
     )  # fmt: skip
 
 
-def described(delta: Delta) -> tuple[object, ...]:
+def contents(delta: Delta) -> tuple[object, ...]:
     plain = (delta.base, delta.weights, delta.dtype, delta.method, delta.round, delta.mask.table)
     return (*plain, delta.mask.ids.tolist(), delta.masters.view(torch.int32).tolist())
 
 
-def loads_equal_or_is_refused(path: Path, original: Delta) -> bool:
-    """Whether it was refused; any exception but a ``DeltaError`` that names the file comes through."""
+def is_rejected(path: Path, original: Delta) -> bool:
+    """Whether loading raises ``DeltaError`` with the path; a file that loads must equal the original."""
     try:
         loaded = Delta.load(path)
     except DeltaError as error:
         message = str(error)
     else:
-        assert described(loaded) == described(original)
+        assert contents(loaded) == contents(original)
         return False
     assert str(path) in message
     return True
 
 
-def test_a_flip_of_any_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_changed_byte_is_rejected_or_has_no_effect(tmp_path: Path) -> None:
     delta, path = small_delta(), tmp_path / "d"
     delta.save(path)
     data = path.read_bytes()
     values = [0x01, 0x04, 0x20, 0x80, 0xFF]
-    refused = 0
+    rejected = 0
     for damaged in flips(data, values):
         path.write_bytes(damaged)
-        refused += loads_equal_or_is_refused(path, delta)
-    assert refused >= (len(data) - blanks(data)) * len(values)
+        rejected += is_rejected(path, delta)
+    assert rejected >= (len(data) - header_padding(data)) * len(values)
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        assert loads_equal_or_is_refused(path, delta)
+        assert is_rejected(path, delta)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,11 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Delta, bytes, Path
 
 @settings(max_examples=300 * FUZZ, deadline=None)
 @given(data=st.data())
-def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data: st.DataObject) -> None:
+def test_random_damage_of_a_larger_delta_is_rejected(larger: tuple[Delta, bytes, Path], data: st.DataObject) -> None:
     delta, good, path = larger
-    damaged, position = other_byte(data, good)
+    damaged, position = with_damaged_byte(data, good)
     path.write_bytes(damaged)
-    assert loads_equal_or_is_refused(path, delta) or position < header_of(good)
+    assert is_rejected(path, delta) or position < header_size(good)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,16 @@ def test_random_damage_of_a_larger_delta(larger: tuple[Delta, bytes, Path], data
     [
         ({"round": "-1"}, "the round must be 0 or more, got -1"),
         ({"round": "two"}, "invalid literal"),
-        ({"mask": "0" * 64}, "its mask is not that of its ids and table"),
-        ({"table_digest": "0" * 64}, "its table_digest is not that of its ids and table"),
+        ({"mask": "0" * 64}, "its mask does not match its ids and table"),
+        ({"table_digest": "0" * 64}, "its table_digest does not match its ids and table"),
         ({"table": "[]"}, "density must be in|must be in"),
         ({"extra": "1"}, "unknown 'extra' in its metadata"),
     ],
     ids=str,
 )
-def test_files_made_to_deceive(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_invalid_content_with_a_valid_checksum_is_rejected(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
     small_delta().save(tmp_path / "good")
     metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
     metadata.pop("format")
@@ -199,7 +201,7 @@ def test_files_made_to_deceive(tmp_path: Path, changes: dict[str, str], message:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_masters_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+def test_non_finite_masters_are_rejected(tmp_path: Path, value: float) -> None:
     small_delta().save(tmp_path / "good")
     metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
     metadata.pop("format")
@@ -212,7 +214,7 @@ def test_masters_that_are_no_numbers(tmp_path: Path, value: float) -> None:
 
 
 def test_paths_in_a_file_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every string in it names a file that exists, and a file of pipes that would hang whoever opened it."""
+    """Every string in the file is the path of a FIFO, which would block any process that opens it."""
     trap = tmp_path / "trap"
     os.mkfifo(trap)
     small_delta().save(tmp_path / "good")

@@ -17,7 +17,7 @@ from helpers.tensors import same_bits
 BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}
 
 
-def test_the_blocks_of_a_model(architecture: str) -> None:
+def test_decoder_layers_lists_the_blocks_in_order(architecture: str) -> None:
     model = make_model(architecture)
     layers = decoder_layers(model)
     assert layers == [f"{BLOCKS.get(architecture, 'model.layers')}.{i}" for i in range(2)]
@@ -26,7 +26,7 @@ def test_the_blocks_of_a_model(architecture: str) -> None:
     assert names == [f"{layers[1]}.{name}" for name, _ in model.get_submodule(layers[1]).named_parameters()]
 
 
-def test_ten_blocks_are_not_taken_for_the_first(llama: nn.Module) -> None:
+def test_block_10_is_not_part_of_block_1(llama: nn.Module) -> None:
     layers = llama.model.layers  # type: ignore[union-attr]
     while len(layers) < 11:
         layers.append(make_model(seed=len(layers)).model.layers[0])  # type: ignore[operator, union-attr, arg-type, index]
@@ -43,7 +43,7 @@ def test_other_modules_have_no_blocks(model: nn.Module) -> None:
         decoder_layers(model)
 
 
-def test_the_dominant_block(architecture: str) -> None:
+def test_the_dominant_block_has_the_largest_squared_gradient(architecture: str) -> None:
     model = make_model(architecture)
     squares, _ = gradient_moments(model)
     totals = {}
@@ -60,17 +60,17 @@ def test_the_dominant_block(architecture: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_dominant_block_moves_with_the_gradient(dtype: torch.dtype) -> None:
-    """Weights that scale down what a block passes on make its own gradient the largest, or the smallest."""
-    found = []
+    """Scaling a block's norm weights down or up makes its own gradient the largest or the smallest."""
+    dominant = []
     for factor in (1e-3, 1e3):
         model = make_model(dtype=dtype)
         model.model.layers[1].input_layernorm.weight.data *= factor  # type: ignore[union-attr, index]
         model.model.layers[1].post_attention_layernorm.weight.data *= factor  # type: ignore[union-attr, index]
-        found.append(dominant_layer(model, CALIBRATION_BATCHES))
-    assert len(set(found)) == 2
+        dominant.append(dominant_layer(model, CALIBRATION_BATCHES))
+    assert len(set(dominant)) == 2
 
 
-def test_a_mask_of_parameters(architecture: str) -> None:
+def test_a_mask_of_parameters_contains_all_their_elements(architecture: str) -> None:
     model = make_model(architecture)
     table = ParameterTable.of(model)
     names = [table.names[5], table.names[2]]
@@ -86,7 +86,7 @@ def test_a_mask_of_parameters(architecture: str) -> None:
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(names)
 
 
-def test_parameters_that_are_not_there_are_named(llama: nn.Module) -> None:
+def test_missing_parameters_are_named(llama: nn.Module) -> None:
     with pytest.raises(MaskError, match=r"no floating-point parameter 'lm_head\.weight'"):  # tied to the embedding
         SparseMask.of_parameters(llama, ["model.norm.weight", "lm_head.weight", "x"])
     with pytest.raises(MaskError, match="at least one parameter name"):
@@ -94,30 +94,30 @@ def test_parameters_that_are_not_there_are_named(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_attached_later_is_the_calibrations(architecture: str, dtype: torch.dtype) -> None:
+def test_an_attached_gradient_equals_the_calibration_gradient(architecture: str, dtype: torch.dtype) -> None:
     model = make_model(architecture, dtype)
     mask = SparseMask.from_gradients(model, CALIBRATION_BATCHES, density=0.02, calibration="three")
     bare = SparseMask(ids=mask.ids, table=mask.table, density=mask.density, source="other")
-    found = bare.with_gradient(model, CALIBRATION_BATCHES, calibration="three")
-    assert found.gradient is not None
+    attached = bare.with_gradient(model, CALIBRATION_BATCHES, calibration="three")
+    assert attached.gradient is not None
     assert mask.gradient is not None
-    assert same_bits(found.gradient, mask.gradient)
-    assert (found.digest, found.source, found.calibration) == (bare.digest, "other", "three")
+    assert same_bits(attached.gradient, mask.gradient)
+    assert (attached.digest, attached.source, attached.calibration) == (bare.digest, "other", "three")
     assert bare.gradient is None
 
 
-def test_a_gradient_is_attached_to_any_mask(llama: nn.Module) -> None:
+def test_a_gradient_can_be_attached_to_any_mask(llama: nn.Module) -> None:
     _, means = gradient_moments(llama)
     layer = parameters_of(llama, decoder_layers(llama)[0])
     for mask in (
         SparseMask.random(llama, 0.01, 3), SparseMask.magnitude(llama, 0.01), SparseMask.of_parameters(llama, layer)
     ):  # fmt: skip
-        found = mask.with_gradient(llama, CALIBRATION_BATCHES)
-        assert found.gradient is not None
-        torch.testing.assert_close(found.gradient, means[mask.ids], rtol=1e-3, atol=1e-7)
+        attached = mask.with_gradient(llama, CALIBRATION_BATCHES)
+        assert attached.gradient is not None
+        torch.testing.assert_close(attached.gradient, means[mask.ids], rtol=1e-3, atol=1e-7)
 
 
-def test_what_a_gradient_needs(llama: nn.Module) -> None:
+def test_with_gradient_rejects_unusable_models_and_losses(llama: nn.Module) -> None:
     mask = SparseMask.of_parameters(llama, ["model.norm.weight"])
     with pytest.raises(MaskError, match="no calibration batch"):
         mask.with_gradient(llama, [])
@@ -129,7 +129,7 @@ def test_what_a_gradient_needs(llama: nn.Module) -> None:
         mask.with_gradient(llama, [None], loss=lambda model, _: (model.model.norm.weight[0] * 0).sqrt())
 
 
-def test_memory_is_that_of_the_masked_elements() -> None:
+def test_with_gradient_holds_at_most_two_gradients() -> None:
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)])
     mask, x = SparseMask.random(model, 1e-3, 0), torch.ones(1, 512)
     weight = 512 * 512 * 4

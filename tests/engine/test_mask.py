@@ -18,7 +18,7 @@ from helpers.losses import CALIBRATION_BATCHES, gradient_moments
 from helpers.models import make_model
 
 
-def test_from_gradients_takes_the_largest_mean_squares(architecture: str) -> None:
+def test_from_gradients_selects_the_largest_mean_squares(architecture: str) -> None:
     model = make_model(architecture)
     squares, means = gradient_moments(model)
     mask = SparseMask.from_gradients(model, CALIBRATION_BATCHES, density=0.02)
@@ -32,7 +32,7 @@ def test_from_gradients_takes_the_largest_mean_squares(architecture: str) -> Non
     assert left_out.max() <= mask.scores.min() * 1.001
 
 
-def test_calibration_leaves_the_model_as_it_was(llama: nn.Module) -> None:
+def test_calibration_does_not_change_the_model(llama: nn.Module) -> None:
     parameter = next(llama.parameters())
     parameter.requires_grad_(True)
     parameter.grad = torch.ones_like(parameter)
@@ -68,7 +68,7 @@ def test_ties_go_to_the_lower_id(sizes: list[int], k: int) -> None:
     assert torch.equal(best, values[ids])
 
 
-def test_magnitude_takes_the_largest_weights(llama: nn.Module) -> None:
+def test_magnitude_selects_the_largest_weights(llama: nn.Module) -> None:
     everything = torch.cat([p.view(-1).abs() for p in llama.parameters()])
     mask = SparseMask.magnitude(llama, 0.01)
     assert set(mask.ids.tolist()) == set(torch.topk(everything, len(mask)).indices.tolist())
@@ -81,7 +81,7 @@ def test_tied_weights_count_once(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("density", [1e-4, 0.3, 0.5, 0.9, 1.0])
-def test_random_masks_have_the_size_asked_for_and_repeat(llama: nn.Module, density: float) -> None:
+def test_random_masks_have_the_requested_size_and_are_reproducible(llama: nn.Module, density: float) -> None:
     mask = SparseMask.random(llama, density, seed=5)
     assert len(mask) == max(1, round(density * mask.table.size))
     assert torch.equal(mask.ids, SparseMask.random(llama, density, seed=5).ids)
@@ -98,17 +98,17 @@ def test_random_masks_nest_and_are_uniform(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan")])
-def test_density_out_of_range(llama: nn.Module, density: float) -> None:
+def test_a_density_out_of_range_is_rejected(llama: nn.Module, density: float) -> None:
     with pytest.raises(MaskError, match=r"density must be in \(0, 1\], got"):
         SparseMask.random(llama, density, seed=0)
 
 
-def test_no_batches(llama: nn.Module) -> None:
+def test_calibration_without_batches_is_rejected(llama: nn.Module) -> None:
     with pytest.raises(MaskError, match="no calibration batch"):
         SparseMask.from_gradients(llama, [])
 
 
-def test_loss_that_is_not_finite(llama: nn.Module) -> None:
+def test_a_non_finite_calibration_loss_is_rejected(llama: nn.Module) -> None:
     llama.model.norm.weight.data[:] = float("nan")  # type: ignore[union-attr]
     with pytest.raises(MaskError, match="calibration batch 0 is nan"):
         SparseMask.from_gradients(llama, CALIBRATION_BATCHES)
@@ -135,17 +135,17 @@ def test_save_and_load_give_the_same_mask(llama: nn.Module, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
 
 
-def test_mask_of_another_model_says_what_differs(llama: nn.Module, tmp_path: Path) -> None:
+def test_a_mask_of_another_model_is_rejected_with_the_difference(llama: nn.Module, tmp_path: Path) -> None:
     mask, other = SparseMask.random(llama, 0.1, 0), make_model("qwen2")
     mask.save(tmp_path / "m")
-    what = r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"
-    with pytest.raises(MaskError, match=what):
+    message = r"another model: parameter 'model\.layers\.0\.self_attn\.q_proj\.bias' .* is new"
+    with pytest.raises(MaskError, match=message):
         SparseMask.load(tmp_path / "m", other)
-    with pytest.raises(MaskError, match=what):
+    with pytest.raises(MaskError, match=message):
         SparseMask.from_bytes(mask.to_bytes(), other)
 
 
-def test_damaged_masks_are_refused(llama: nn.Module, tmp_path: Path) -> None:
+def test_damaged_masks_are_rejected(llama: nn.Module, tmp_path: Path) -> None:
     mask = SparseMask.random(llama, 0.1, 0)
     mask.save(tmp_path / "m")
     data = bytearray((tmp_path / "m").read_bytes())
@@ -175,6 +175,6 @@ def test_damaged_masks_are_refused(llama: nn.Module, tmp_path: Path) -> None:
     ],
     ids=["repeated", "unsorted", "negative", "too large", "float", "empty"],
 )
-def test_ids_that_are_no_mask(llama: nn.Module, ids: torch.Tensor, message: str) -> None:
+def test_invalid_ids_are_rejected(llama: nn.Module, ids: torch.Tensor, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         SparseMask(ids=ids, table=ParameterTable.of(llama), density=0.1, source="test")

@@ -1,4 +1,4 @@
-"""Steps that are not taken, and the run that goes on: ``SparseZO(nonfinite="skip")`` and its replay."""
+"""Skipped queries in a run that continues: ``SparseZO(nonfinite="skip")`` and its replay."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from helpers.losses import BATCH
 from helpers.models import make_model
 from helpers.tensors import flat_weights, same_bits
 
-# numpy, which Triton's interpreter computes with, warns of what the kernels are made for
+# Triton's interpreter computes with numpy, which warns about the values that these tests use on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 NAN, INF = float("nan"), float("inf")
@@ -29,19 +29,21 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def skipping(model: nn.Module, **more: object) -> SparseZO:
+def skipping_optimizer(model: nn.Module, **more: object) -> SparseZO:
     mask = SparseMask.random(model, 0.05, 1)
     return SparseZO(model, mask, **{"lr": 0.1, "eps": 1e-2, "seed": 9, "nonfinite": "skip", **more})  # type: ignore[arg-type]
 
 
-def spoilt(model: nn.Module, bad: dict[int, float]) -> tuple[Callable[[], torch.Tensor], list[None]]:
-    """The model's loss, but at some calls a number of ours; and the calls so far."""
+def closure_with_bad_losses(
+    model: nn.Module, bad_losses: dict[int, float]
+) -> tuple[Callable[[], torch.Tensor], list[None]]:
+    """Makes a closure that returns the given losses at some calls, else the model's loss; and the list of its calls."""
     calls: list[None] = []
 
     def closure() -> torch.Tensor:
         calls.append(None)
         loss = language_model_loss(model, BATCH)
-        return torch.full_like(loss, bad[len(calls) - 1]) if len(calls) - 1 in bad else loss
+        return torch.full_like(loss, bad_losses[len(calls) - 1]) if len(calls) - 1 in bad_losses else loss
 
     return closure, calls
 
@@ -55,24 +57,24 @@ def test_a_run_with_skipped_steps_replays_to_the_same_bits(
     dtype: torch.dtype, estimator: str, q: int, backend: str
 ) -> None:
     model, base = make_model("llama", dtype), make_model("llama", dtype)
-    opt = skipping(model, backend=backend, estimator=estimator, queries=q)
-    # the last query of steps 0 and 2; of several queries, the others of a step are taken
-    each = 2 * q if estimator == "two-point" else q + 1
-    closure, calls = spoilt(model, {each - 1: NAN, 3 * each - 1: INF})
+    opt = skipping_optimizer(model, backend=backend, estimator=estimator, queries=q)
+    # the last query of steps 0 and 2 is skipped; a step's other queries are applied
+    calls_per_step = 2 * q if estimator == "two-point" else q + 1
+    closure, calls = closure_with_bad_losses(model, {calls_per_step - 1: NAN, 3 * calls_per_step - 1: INF})
     opt.step_many([closure] * 4)
-    assert len(calls) == 4 * each
+    assert len(calls) == 4 * calls_per_step
     assert opt.steps == 4
     g = opt.projected_gradients
-    missing = [i for i, each in enumerate(g) if math.isnan(each)]
-    assert missing == [q - 1, 3 * q - 1]
-    assert all(math.isfinite(each) and each for i, each in enumerate(g) if i not in missing)
+    skipped = [i for i, scalar in enumerate(g) if math.isnan(scalar)]
+    assert skipped == [q - 1, 3 * q - 1]
+    assert all(math.isfinite(scalar) and scalar for i, scalar in enumerate(g) if i not in skipped)
     seeds = [stream.step_seed(9, 0, t, j) for t in range(4) for j in range(q)]
-    log = [(seed, 0.1 / q, each) for seed, each in zip(seeds, g, strict=True)]
+    log = [(seed, 0.1 / q, scalar) for seed, scalar in zip(seeds, g, strict=True)]
     replay(base, opt.weights.mask, log, backend=backend)
     assert same_bits(flat_weights(base), flat_weights(model))
-    taken = make_model("llama", dtype)
-    replay(taken, opt.weights.mask, [each for i, each in enumerate(log) if i not in missing])
-    assert same_bits(flat_weights(taken), flat_weights(model))
+    without_skipped = make_model("llama", dtype)
+    replay(without_skipped, opt.weights.mask, [update for i, update in enumerate(log) if i not in skipped])
+    assert same_bits(flat_weights(without_skipped), flat_weights(model))
 
 
 @pytest.mark.parametrize(
@@ -89,10 +91,10 @@ def test_a_run_with_skipped_steps_replays_to_the_same_bits(
     ],
     ids=["nan", "nan at -eps", "inf", "inf - inf", "no fp32", "g overflows", "lr * g overflows", "lr is 0"],
 )
-def test_what_is_not_taken(backend: str, lr: float, losses: list[float]) -> None:
+def test_a_query_with_a_non_finite_value_is_skipped(backend: str, lr: float, losses: list[float]) -> None:
     model = make_model()
     before, queue = flat_weights(model), list(losses)
-    opt = skipping(model, lr=lr, backend=backend)
+    opt = skipping_optimizer(model, lr=lr, backend=backend)
     loss = opt.step(lambda: queue.pop(0))
     assert queue == []
     assert same_bits(flat_weights(model), before)
@@ -107,7 +109,7 @@ def test_what_is_not_taken(backend: str, lr: float, losses: list[float]) -> None
 
 
 def test_a_bad_loss_at_w_skips_all_queries_of_its_step(llama: nn.Module) -> None:
-    opt = skipping(llama, estimator="forward-difference", queries=3)
+    opt = skipping_optimizer(llama, estimator="forward-difference", queries=3)
     before, queue = flat_weights(llama), [INF, 0.1, 0.2, 0.3]
     assert opt.step(lambda: queue.pop(0)).item() == INF
     assert queue == []
@@ -116,29 +118,29 @@ def test_a_bad_loss_at_w_skips_all_queries_of_its_step(llama: nn.Module) -> None
     assert same_bits(flat_weights(llama), before)
 
 
-def test_a_query_is_taken_in_all_groups_or_in_none(backend: str) -> None:
+def test_a_query_is_applied_in_all_groups_or_in_none(backend: str) -> None:
     model = make_model()
     before, (first, *rest) = flat_weights(model), model.parameters()
-    opt = skipping(model, backend=backend, params=[{"params": [first], "lr": 1e10}, {"params": rest}])
-    queue = [1e30, 0.0]  # lr * g fits fp32 in the second group alone
+    opt = skipping_optimizer(model, backend=backend, params=[{"params": [first], "lr": 1e10}, {"params": rest}])
+    queue = [1e30, 0.0]  # lr * g fits fp32 only in the second group
     opt.step(lambda: queue.pop(0))
     assert [math.isnan(g) for g in opt.projected_gradients] == [True]
     assert same_bits(flat_weights(model), before)
 
 
-def test_steps_without_a_bad_loss_are_those_that_raise(backend: str) -> None:
+def test_finite_steps_are_the_same_with_skip_and_raise(backend: str) -> None:
     ends = []
     for nonfinite, many in itertools.product(("raise", "skip"), (True, False)):
         model = make_model("llama", torch.bfloat16)
-        opt = skipping(model, nonfinite=nonfinite, backend=backend)
-        closure, _ = spoilt(model, {})
+        opt = skipping_optimizer(model, nonfinite=nonfinite, backend=backend)
+        closure, _ = closure_with_bad_losses(model, {})
         losses = opt.step_many([closure] * 2) if many else [opt.step(closure) for _ in range(2)]
         ends.append((flat_weights(model), torch.stack(losses), torch.tensor(opt.projected_gradients)))
     for end in ends[1:]:
         assert all(same_bits(a, b) for a, b in zip(end, ends[0], strict=True))
 
 
-def test_replay_of_nothing_but_skipped_steps_moves_nothing(llama: nn.Module, backend: str) -> None:
+def test_replay_of_only_skipped_steps_changes_nothing(llama: nn.Module, backend: str) -> None:
     before = flat_weights(llama)
     replay(llama, SparseMask.random(llama, 0.05, 1), [(1, 0.1, NAN), (2, 0.1, NAN)], backend=backend)
     assert same_bits(flat_weights(llama), before)
@@ -148,6 +150,6 @@ def test_replay_of_nothing_but_skipped_steps_moves_nothing(llama: nn.Module, bac
     assert same_bits(flat_weights(llama), before)
 
 
-def test_an_unknown_choice_is_refused(llama: nn.Module) -> None:
+def test_an_unknown_nonfinite_choice_is_rejected(llama: nn.Module) -> None:
     with pytest.raises(ValueError, match="unknown choice nonfinite='ignore'; known: raise, skip"):
-        skipping(llama, nonfinite="ignore")
+        skipping_optimizer(llama, nonfinite="ignore")

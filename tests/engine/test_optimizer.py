@@ -1,4 +1,4 @@
-"""``SparseZO``: the arithmetic of a step, its place among torch optimizers, and what it refuses."""
+"""``SparseZO``: the arithmetic of a step, the interface of torch optimizers, and rejected arguments."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from meerkat_engine.engine.weights import MaskedWeights, round_fp32
 from helpers.constants import DTYPES
 from helpers.losses import BATCH
 from helpers.models import make_model
-from helpers.tensors import NothingIsReadBack, flat_weights, same_bits
+from helpers.tensors import ForbidHostReads, flat_weights, same_bits
 
 
 def closure_of(model: nn.Module) -> Callable[[], torch.Tensor]:
@@ -61,7 +61,7 @@ def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype, backend: s
         assert same_bits(live[~changed], untouched[~changed])
 
 
-def test_backends_take_the_same_path(architecture: str) -> None:
+def test_all_backends_give_the_same_bits(architecture: str) -> None:
     ends = []
     for backend in ("torch", "numba", "triton"):
         model = make_model(architecture, torch.bfloat16)
@@ -72,7 +72,7 @@ def test_backends_take_the_same_path(architecture: str) -> None:
     assert all(same_bits(ends[0], other) for other in ends[1:])
 
 
-def test_it_goes_downhill(llama: nn.Module) -> None:
+def test_the_loss_decreases(llama: nn.Module) -> None:
     opt = SparseZO(llama, SparseMask.from_gradients(llama, [BATCH], 0.05), lr=1e-2)
     losses = [opt.step(closure_of(llama)).item() for _ in range(60)]
     assert losses[-1] < losses[0] - 0.1
@@ -90,23 +90,27 @@ def test_the_projected_gradient_is_the_directional_derivative(llama: nn.Module) 
 
 
 def trained(model: nn.Module, closures: list[Callable[[], object]], *, many: bool, backend: str) -> SparseZO:
-    """An optimizer with two groups, after one step for each closure, the learning rate halved at each."""
+    """Makes an optimizer with two groups and takes one step per closure, halving the learning rate before each."""
     first, *rest = model.parameters()
     groups = [{"params": [first], "lr": 0.3}, {"params": rest}]
     opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.1, seed=4, backend=backend, params=groups)
 
-    def prepared() -> Iterator[Callable[[], object]]:
+    def closures_with_halved_lr() -> Iterator[Callable[[], object]]:
         for closure in closures:
             for group in opt.param_groups:
                 group["lr"] /= 2
             yield closure
 
-    opt.losses = opt.step_many(prepared()) if many else [opt.step(closure) for closure in prepared()]
+    opt.losses = (
+        opt.step_many(closures_with_halved_lr())
+        if many
+        else [opt.step(closure) for closure in closures_with_halved_lr()]
+    )
     return opt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_steps_in_one_call_have_the_bits_of_each_alone(dtype: torch.dtype, backend: str) -> None:
+def test_step_many_has_the_bits_of_single_steps(dtype: torch.dtype, backend: str) -> None:
     models = [make_model("llama", dtype) for _ in range(2)]
     a, b = (
         trained(model, [closure_of(model)] * 4, many=many, backend=backend)
@@ -119,7 +123,7 @@ def test_many_steps_in_one_call_have_the_bits_of_each_alone(dtype: torch.dtype, 
     assert same_bits(flat_weights(models[0]), flat_weights(models[1]))
 
 
-def test_steps_before_the_one_that_failed_stay_taken() -> None:
+def test_steps_before_a_failed_step_stay_applied() -> None:
     model, other = make_model(), make_model()
     opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.1)
     with pytest.raises(NonFiniteLossError, match=r"the loss at \+eps is nan"):
@@ -131,7 +135,7 @@ def test_steps_before_the_one_that_failed_stay_taken() -> None:
     assert same_bits(flat_weights(model), flat_weights(other))
 
 
-def test_a_step_that_overflows_is_not_taken(llama: nn.Module) -> None:
+def test_a_step_that_overflows_is_not_applied(llama: nn.Module) -> None:
     before, queue = flat_weights(llama), [3e38, -3e38]
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     with pytest.raises(NonFiniteLossError, match=r"step 0 was not taken: mean loss 0\.0, projected gradient inf"):
@@ -140,32 +144,32 @@ def test_a_step_that_overflows_is_not_taken(llama: nn.Module) -> None:
     assert (opt.steps, opt.projected_gradients) == (0, [])
 
 
-def test_on_a_gpu_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step does on a GPU, done here by the interpreter: the same bits, and nothing is read back."""
+def test_on_a_gpu_the_host_does_not_wait_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the steps as on a GPU, in the interpreter: the bits are the same and the host reads no value."""
     models = [make_model("llama", torch.bfloat16) for _ in range(2)]
     wanted = trained(models[0], [closure_of(models[0])] * 3, many=True, backend="triton")
-    set_up = SparseZO.__init__
+    original_init = SparseZO.__init__
 
-    def as_on_a_gpu(self: SparseZO, *arguments: object, **more: object) -> None:
-        set_up(self, *arguments, **more)  # type: ignore[arg-type]
+    def init_as_on_a_gpu(self: SparseZO, *arguments: object, **keywords: object) -> None:
+        original_init(self, *arguments, **keywords)  # type: ignore[arg-type]
         self._check_immediately = False
 
-    monkeypatch.setattr(SparseZO, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(SparseZO, "__init__", init_as_on_a_gpu)
     step_many, seeds = SparseZO.step_many, [stream.step_seed(4, 0, t) for t in range(3)]
 
-    def watched(self: SparseZO, closures: object) -> list[torch.Tensor]:
-        with NothingIsReadBack():
+    def step_many_without_host_reads(self: SparseZO, closures: object) -> list[torch.Tensor]:
+        with ForbidHostReads():
             return step_many(self, closures, seeds)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SparseZO, "step_many", watched)
+    monkeypatch.setattr(SparseZO, "step_many", step_many_without_host_reads)
     opt = trained(models[1], [closure_of(models[1])] * 3, many=True, backend="triton")
     assert same_bits(flat_weights(models[0]), flat_weights(models[1]))
     assert opt.projected_gradients == wanted.projected_gradients
-    with pytest.raises(AssertionError, match="read back"), NothingIsReadBack():
+    with pytest.raises(AssertionError, match="the host read a value"), ForbidHostReads():
         torch.ones(1).item()
 
 
-def test_on_a_gpu_a_loss_that_is_not_finite_is_told_when_the_scalars_are_read(backend: str) -> None:
+def test_on_a_gpu_a_non_finite_loss_is_reported_when_the_scalars_are_read(backend: str) -> None:
     model, other = make_model(), make_model()
     opt, clean = (SparseZO(m, SparseMask.random(m, 0.05, 1), lr=0.1, backend=backend) for m in (model, other))
     opt._check_immediately = False
@@ -188,23 +192,23 @@ def test_a_closure_may_return_the_same_tensor_twice(llama: nn.Module) -> None:
     assert opt.projected_gradients == [-1.0]
 
 
-def test_a_loss_of_many_numbers_is_refused(llama: nn.Module) -> None:
+def test_a_loss_of_several_numbers_is_rejected(llama: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"one loss, got a tensor of shape \[3\]"):
         SparseZO(llama, SparseMask.dense(llama), lr=0.1).step(lambda: torch.zeros(3))
 
 
 @pytest.mark.parametrize(("lr", "g"), [(0.1, float("nan")), (0.1, float("inf")), (1e10, 1e30)], ids=str)
-def test_an_update_that_fp32_cannot_hold_is_refused(llama: nn.Module, lr: float, g: float) -> None:
+def test_an_update_that_fp32_cannot_hold_is_rejected(llama: nn.Module, lr: float, g: float) -> None:
     before, mask = flat_weights(llama), SparseMask.dense(llama)
     with pytest.raises(ValueError, match="finite"):
         SparseZO(llama, mask, lr=lr).apply(1, g)
-    if g == g:  # a log's NaN is an update that was not taken
+    if g == g:  # NaN in a log marks a skipped query
         with pytest.raises(ValueError, match=r"finite|which fp32 cannot hold"):
             replay(llama, mask, [(1, lr, g)])
     assert same_bits(flat_weights(llama), before)
 
 
-def test_lr_zero_moves_nothing(llama: nn.Module) -> None:
+def test_lr_zero_changes_nothing(llama: nn.Module) -> None:
     before = flat_weights(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.0)
     for _ in range(3):
@@ -212,7 +216,7 @@ def test_lr_zero_moves_nothing(llama: nn.Module) -> None:
     assert same_bits(flat_weights(llama), before)
 
 
-def test_replay_lands_on_the_same_bits(architecture: str, backend: str) -> None:
+def test_replay_gives_the_same_bits(architecture: str, backend: str) -> None:
     model = make_model(architecture, torch.bfloat16)
     base = copy.deepcopy(model)
     mask = SparseMask.random(model, 0.05, 1)
@@ -229,7 +233,7 @@ def test_replay_lands_on_the_same_bits(architecture: str, backend: str) -> None:
     assert same_bits(flat_weights(base), flat_weights(model))
 
 
-def test_perturb_restore_apply(llama: nn.Module) -> None:
+def test_perturb_restore_and_apply_are_their_formulas(llama: nn.Module) -> None:
     before, mask = flat_weights(llama), SparseMask.random(llama, 0.1, 1)
     opt = SparseZO(llama, mask, lr=0.5)
     opt.perturb(77, 0.25)
@@ -242,7 +246,7 @@ def test_perturb_restore_apply(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_state_dict_in_the_middle_of_a_run(dtype: torch.dtype) -> None:
+def test_a_run_resumes_from_a_state_dict_with_the_same_bits(dtype: torch.dtype) -> None:
     def fresh() -> tuple[nn.Module, SparseZO, torch.optim.lr_scheduler.StepLR]:
         model = make_model(dtype=dtype)
         opt = SparseZO(model, SparseMask.random(model, 0.1, 1), lr=0.1, seed=3)
@@ -271,7 +275,7 @@ def test_state_dict_in_the_middle_of_a_run(dtype: torch.dtype) -> None:
     assert same_bits(second[1].weights.masters(), straight[1].weights.masters())
 
 
-def test_state_of_another_mask_is_refused(llama: nn.Module) -> None:
+def test_a_state_of_another_mask_is_rejected(llama: nn.Module) -> None:
     state = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1).state_dict()
     with pytest.raises(ValueError, match="the state's mask_digest"):
         SparseZO(llama, SparseMask.random(llama, 0.1, 2), lr=0.1).load_state_dict(state)
@@ -293,13 +297,13 @@ def test_groups_must_cover_the_mask(llama: nn.Module) -> None:
     mask = SparseMask.dense(llama)
     with pytest.raises(ValueError, match="has masked elements and is in no parameter group"):
         SparseZO(llama, mask, lr=0.1, params=[{"params": [llama.model.norm.weight]}])  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"holds a tensor .* that the model does not"):
+    with pytest.raises(ValueError, match=r"has a tensor .* that the model does not have"):
         SparseZO(llama, mask, lr=0.1, params=[{"params": [nn.Parameter(torch.zeros(3))]}])
     with pytest.raises(ValueError, match="groups are fixed"):
         SparseZO(llama, mask, lr=0.1).add_param_group({"params": []})
 
 
-def test_mixed_dtypes_in_one_model(llama: nn.Module, backend: str) -> None:
+def test_a_model_may_have_mixed_dtypes(llama: nn.Module, backend: str) -> None:
     llama.model.layers[0].mlp.to(torch.bfloat16)  # type: ignore[union-attr, index]
     mask = SparseMask.random(llama, 0.2, 1)
     masters = torch.cat([p.detach().float().view(-1) for p in llama.parameters()])[mask.ids]
@@ -309,12 +313,12 @@ def test_mixed_dtypes_in_one_model(llama: nn.Module, backend: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["cast", "move", "replace", "resize"])
-def test_a_changed_model_is_named(llama: nn.Module, change: str) -> None:
+def test_a_step_on_a_changed_model_names_the_parameter(llama: nn.Module, change: str) -> None:
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     if change == "cast":
         llama.to(torch.bfloat16)
         message = (
-            r"'model\.embed_tokens\.weight' was moved or cast: located as torch\.float32 on cpu, now torch\.bfloat16"
+            r"'model\.embed_tokens\.weight' was moved or cast: it was torch\.float32 on cpu, now it is torch\.bfloat16"
         )
     elif change == "move":
         weight = llama.model.layers[1].mlp.up_proj.weight  # type: ignore[union-attr, index]
@@ -347,7 +351,7 @@ def test_an_error_in_the_closure_leaves_the_weights_restored(llama: nn.Module, e
 
 
 @pytest.mark.parametrize("losses", [[float("nan"), 1.0], [1.0, float("inf")]], ids=str)
-def test_a_loss_that_is_not_finite_leaves_the_weights_restored(llama: nn.Module, losses: list[float]) -> None:
+def test_a_non_finite_loss_leaves_the_weights_restored(llama: nn.Module, losses: list[float]) -> None:
     before = flat_weights(llama)
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
     queue = list(losses)
@@ -367,22 +371,22 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_restored(llama: nn.Module,
     ],
     ids=str,
 )
-def test_arguments_out_of_range(llama: nn.Module, arguments: dict[str, float], message: str) -> None:
+def test_arguments_out_of_range_are_rejected(llama: nn.Module, arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseZO(llama, SparseMask.dense(llama), **arguments)  # type: ignore[arg-type]
 
 
-def test_mask_of_another_model(llama: nn.Module) -> None:
+def test_a_mask_of_another_model_is_rejected(llama: nn.Module) -> None:
     with pytest.raises(MaskError, match="another model"):
         SparseZO(llama, SparseMask.random(make_model("opt"), 0.1, 0), lr=0.1)
 
 
-def test_unknown_backend(llama: nn.Module) -> None:
+def test_an_unknown_backend_is_rejected(llama: nn.Module) -> None:
     with pytest.raises(ConfigError, match="unknown backend 'cuda'"):
         SparseZO(llama, SparseMask.dense(llama), lr=0.1, backend="cuda")
 
 
-def test_weights_that_are_not_contiguous_are_named() -> None:
+def test_non_contiguous_weights_are_named() -> None:
     model = nn.Linear(4, 3)
     model.weight = nn.Parameter(torch.randn(4, 3).T)
     with pytest.raises(ValueError, match="parameter 'weight' has masked elements and is not contiguous"):
@@ -390,7 +394,7 @@ def test_weights_that_are_not_contiguous_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "numba"])
-def test_temporaries_are_few_bytes_a_masked_element(name: str) -> None:
+def test_temporaries_take_few_bytes_per_masked_element(name: str) -> None:
     model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(4)])
     weights = MaskedWeights(model, SparseMask.random(model, 0.3, 0), name)
     seed, eps = weights.values.seed(1), weights.values.numbers([1e-3], torch.float32)
@@ -404,8 +408,8 @@ def test_temporaries_are_few_bytes_a_masked_element(name: str) -> None:
     assert 4 <= peak_bytes(step, torch.device("cpu")) / len(weights.mask) <= 40
 
 
-def test_no_temporary_of_the_size_of_the_model() -> None:
-    """Peak memory of a step beyond its forward, on a model of 8 million elements: a few bytes per masked element."""
+def test_no_temporary_is_as_large_as_the_model() -> None:
+    """A step on a model of 8 million elements allocates only a few bytes per masked element besides its forwards."""
     model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(8)])
     opt = SparseZO(model, SparseMask.random(model, 1e-3, 0), lr=0.1)
     opt.step(lambda: 0.0)
@@ -414,6 +418,6 @@ def test_no_temporary_of_the_size_of_the_model() -> None:
     allocations = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
     k = len(opt.weights.mask)
     assert allocations
-    assert max(allocations) <= 8 * (1 << 15)  # one 64-bit temporary of a chunk
+    assert max(allocations) <= 8 * (1 << 15)  # one 64-bit temporary of one chunk
     assert max(allocations) < 8 * 1024 * 1024 * 4 / 100
     assert k == 8389

@@ -1,4 +1,4 @@
-"""Private scalars: clipping and noise by hand, what one example can change, the noise itself, Poisson samples."""
+"""Private scalars: clipping and noise, the influence of one example, the noise distribution, Poisson samples."""
 
 import math
 from collections.abc import Callable
@@ -33,12 +33,12 @@ def estimator(request: pytest.FixtureRequest) -> str:
 
 
 def noise(seed: int, query: int) -> float:
-    """The sum of four of the stream's normals over 2, each of a Philox block that nothing else uses."""
+    """Sum of four of the stream's normals divided by 2, each from a separate Philox block."""
     return sum(stream.normal(seed, torch.tensor([16 * query + 4 * i])).item() for i in range(4)) / 2
 
 
 def difference(before: list[float], after: list[float], *, query: int = 0, clip: float = 2e-3) -> float:
-    """``d`` of a query, with ``TERMS``, example by example in Python's floats."""
+    """Computes a query's ``d`` with ``TERMS``, example by example in Python floats."""
     total = 0.0
     for a, b in zip(before, after, strict=True):
         total += 0.0 if math.isnan(a - b) else min(max(a - b, -clip), clip)
@@ -46,7 +46,7 @@ def difference(before: list[float], after: list[float], *, query: int = 0, clip:
 
 
 def released(before: list[float], after: list[float]) -> float:
-    """``d`` from a closure whose losses are these."""
+    """Returns the ``d`` that a closure with these losses releases."""
     queue = [torch.tensor(before), torch.tensor(after)]
     closure = PrivateClosure(lambda: queue.pop(0), estimator="two-point", **TERMS)  # type: ignore[arg-type]
     first, second = closure(), closure()
@@ -56,7 +56,7 @@ def released(before: list[float], after: list[float]) -> float:
 
 @pytest.mark.parametrize("q", [1, 3])
 def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
-    """From the losses of each example at each point, taken by hand; and the weights move by that alone."""
+    """Compares the scalars with a computation from each example's losses; the weights change only by these scalars."""
     model, other, data = make_model(), make_model(), encoded(LONG, rows=SEVEN_ROWS)
     (batch,) = in_parts(data, Objective.CANDIDATES, [7])
     mask, clip, calls = SparseMask.random(model, 0.05, 1), 0.02 if estimator == "two-point" else 0.01, []
@@ -82,7 +82,7 @@ def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
         clipped += sum(abs(a - b) > clip for a, b in zip(plus, less, strict=True))
         d = difference(plus, less, query=j, clip=clip)
         wanted.append(round_fp32(d / (2e-2 if estimator == "two-point" else 1e-2)))
-    assert 0 < clipped < 7 * q  # some are, some are not
+    assert 0 < clipped < 7 * q  # some differences are clipped, some are not
     assert opt.projected_gradients == pytest.approx(wanted, rel=1e-6)  # a sum in another order
     hand.restore()
     for j, g in enumerate(opt.projected_gradients):
@@ -102,13 +102,13 @@ def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
     ],
     ids=["no example", "nan", "inf", "inf - inf", "fp32's range", "numbers"],
 )
-def test_no_loss_is_unbounded(before: list[float], after: list[float], sum_in_clips: float) -> None:
+def test_any_loss_has_a_bounded_effect(before: list[float], after: list[float], sum_in_clips: float) -> None:
     d = released(before, after)
     assert d == pytest.approx(difference(before, after), rel=1e-6)
     assert d - difference([], []) == pytest.approx(sum_in_clips * 2e-3 / 5, abs=1e-7)
 
 
-def test_the_sum_is_in_float64() -> None:
+def test_the_sum_is_computed_in_float64() -> None:
     queue = [torch.tensor([1.0, 2**-30, 0.0]), torch.tensor([0.0, 0.0, 1.0])]
     fine = {**TERMS, "clip": 1.0, "noise_multiplier": 1e-9}
     closure = PrivateClosure(lambda: queue.pop(0), estimator="two-point", **fine)  # type: ignore[arg-type]
@@ -120,23 +120,23 @@ LOSSES = st.floats(width=32) | st.sampled_from([NAN, INF, -INF, 0.0])
 
 
 @given(st.lists(st.tuples(LOSSES, LOSSES), max_size=6), st.tuples(LOSSES, LOSSES), st.data())
-def test_an_example_moves_what_is_released_by_the_clip_over_the_batch_size(
+def test_an_example_changes_the_released_value_by_at_most_clip_over_batch_size(
     pairs: list[tuple[float, float]], extra: tuple[float, float], data: st.DataObject
 ) -> None:
-    """Added anywhere, or in the place of another: twice that."""
+    """The bound is one clip for an added example, and two clips for a replaced one."""
     at = data.draw(st.integers(0, len(pairs)))
 
-    def of(rows: list[tuple[float, float]]) -> float:
+    def released_from(rows: list[tuple[float, float]]) -> float:
         return released([a for a, _ in rows], [b for _, b in rows])
 
-    without, bound, rounding = of(pairs), 2e-3 / 5, 1e-9
+    without, bound, rounding = released_from(pairs), 2e-3 / 5, 1e-9
     assert math.isfinite(without)
-    assert abs(of([*pairs[:at], extra, *pairs[at:]]) - without) <= bound + rounding
+    assert abs(released_from([*pairs[:at], extra, *pairs[at:]]) - without) <= bound + rounding
     if at < len(pairs):
-        assert abs(of([*pairs[:at], extra, *pairs[at + 1 :]]) - without) <= 2 * bound + rounding
+        assert abs(released_from([*pairs[:at], extra, *pairs[at + 1 :]]) - without) <= 2 * bound + rounding
 
 
-def test_a_private_step_is_taken_whatever_the_losses(llama: nn.Module, estimator: str) -> None:
+def test_a_private_step_is_applied_for_any_losses(llama: nn.Module, estimator: str) -> None:
     opt = SparseZO(llama, SparseMask.random(llama, 0.05, 1), lr=0.1, estimator=estimator, nonfinite="skip")
     for bad in (NAN, INF, -INF):
         opt.step(PrivateClosure(lambda bad=bad: torch.full((4,), bad), estimator=estimator, **TERMS))  # type: ignore[misc, arg-type]
@@ -144,7 +144,7 @@ def test_a_private_step_is_taken_whatever_the_losses(llama: nn.Module, estimator
     assert opt.projected_gradients == pytest.approx([difference([], []) / eps] * 3, rel=1e-6)
 
 
-def test_the_noise_is_normal_with_the_variance_it_says() -> None:
+def test_the_noise_is_standard_normal() -> None:
     draws = [gaussian(seed, draw) for seed in range(100) for draw in range(100)]
     assert len(set(draws)) == len(draws)
     assert stats.kstest(draws, "norm").pvalue > 0.01
@@ -156,7 +156,7 @@ def test_the_noise_is_normal_with_the_variance_it_says() -> None:
     assert round_fp32(gaussian(7, 2)) != gaussian(7, 2)  # finer than fp32
 
 
-def test_what_is_released_has_the_noise_of_the_terms() -> None:
+def test_the_released_value_has_the_specified_noise() -> None:
     found = []
     for seed in range(2000):
         closure = PrivateClosure(lambda: torch.empty(0), estimator="two-point", **{**TERMS, "seed": seed})  # type: ignore[arg-type]
@@ -167,22 +167,22 @@ def test_what_is_released_has_the_noise_of_the_terms() -> None:
 
 
 @pytest.mark.parametrize("q", [1, 2])
-def test_noise_does_not_serve_twice(estimator: str, q: int) -> None:
-    """A closure is of one step; within it every query has noise of its own."""
+def test_noise_is_not_used_twice(estimator: str, q: int) -> None:
+    """A closure serves one step only, and every query of the step has different noise."""
     closure = PrivateClosure(lambda: torch.ones(3), estimator=estimator, queries=q, **TERMS)  # type: ignore[arg-type]
     values = [closure().item() for _ in range(2 * q if estimator == "two-point" else q + 1)]
     noises = [abs(value) for value in values if value]
     assert noises == pytest.approx([abs(difference([], [], query=j)) for j in range(q)], rel=1e-6)
-    with pytest.raises(ValueError, match="a private closure is of one step"):
+    with pytest.raises(ValueError, match="a private closure serves one step only"):
         closure()
 
 
-def test_losses_that_are_not_one_an_example_are_refused() -> None:
+def test_other_than_one_loss_per_example_is_rejected() -> None:
     def closure(*losses: torch.Tensor) -> Callable[[], torch.Tensor]:
         queue = list(losses)
         return PrivateClosure(lambda: queue.pop(0), estimator="two-point", **TERMS)  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match=r"one loss an example, the same number each time: got shape \[\]"):
+    with pytest.raises(ValueError, match=r"one loss per example, the same number in each call: got shape \[\]"):
         closure(torch.tensor(0.5))()
     uneven = closure(torch.ones(3), torch.ones(2))
     uneven()
@@ -204,7 +204,7 @@ def test_losses_that_are_not_one_an_example_are_refused() -> None:
     ],
     ids=str,
 )
-def test_terms_out_of_range(terms: dict[str, object], message: str) -> None:
+def test_terms_out_of_range_are_rejected(terms: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         PrivateClosure(lambda: torch.ones(3), **{"estimator": "two-point", **TERMS, **terms})  # type: ignore[arg-type]
     assert isinstance(caught.value, ConfigError) == ("private steps" in message)
@@ -212,7 +212,7 @@ def test_terms_out_of_range(terms: dict[str, object], message: str) -> None:
 
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("objective", list(Objective))
-def test_losses_by_example(architecture: str, objective: Objective, task: Task) -> None:
+def test_example_losses_match_a_computation_one_by_one(architecture: str, objective: Objective, task: Task) -> None:
     model, data = make_model(architecture), encoded(task, rows=SEVEN_ROWS)
     (whole,) = in_parts(data, objective, [7])
     found = example_losses(model, whole, objective)
@@ -234,7 +234,7 @@ def test_a_batch_without_examples_has_no_losses(llama: nn.Module) -> None:
     assert (found.dtype, found.shape) == (torch.float32, (0,))
 
 
-def test_a_poisson_sample_takes_each_number_independently() -> None:
+def test_a_poisson_sample_draws_each_number_independently() -> None:
     n, rounds = 50, 4000
     taken = torch.zeros(rounds, n)
     for seed in range(rounds):
@@ -249,17 +249,17 @@ def test_a_poisson_sample_takes_each_number_independently() -> None:
 
 
 def binomial_counts(sizes: torch.Tensor, n: int, p: float) -> tuple[list[float], list[float]]:
-    """Seen and expected numbers of samples of 6 to 14, and of fewer and more."""
+    """Observed and expected numbers of samples with at most 5, with 6 to 14, and with at least 15 elements."""
     low, high = 5, 15
-    seen = [float((sizes.clamp(low, high) == size).sum()) for size in range(low, high + 1)]
-    of = [stats.binom.cdf(low, n, p), *stats.binom.pmf(range(low + 1, high), n, p), stats.binom.sf(high - 1, n, p)]
-    return seen, [len(sizes) * share for share in of]
+    observed = [float((sizes.clamp(low, high) == size).sum()) for size in range(low, high + 1)]
+    shares = [stats.binom.cdf(low, n, p), *stats.binom.pmf(range(low + 1, high), n, p), stats.binom.sf(high - 1, n, p)]
+    return observed, [len(sizes) * share for share in shares]
 
 
-def test_poisson_samples_at_the_edges() -> None:
+def test_poisson_samples_at_the_limits_of_their_arguments() -> None:
     assert stream.poisson_sample(5, 7, 7).tolist() == list(range(7))
     assert stream.poisson_sample(5, 1, 1).tolist() == [0]
     assert any(stream.poisson_sample(seed, 9, 1).numel() == 0 for seed in range(10))
     for n, expected in ((7, 0), (7, 8), (0, 0)):
-        with pytest.raises(ValueError, match=rf"a sample of range\({n}\) has an expected size from 1 to {n}"):
+        with pytest.raises(ValueError, match=rf"a sample of range\({n}\) must have an expected size from 1 to {n}"):
             stream.poisson_sample(5, n, expected)

@@ -1,4 +1,4 @@
-"""Several queries a step, and the estimators: bits, replay, forwards, and losses that are not finite."""
+"""Several queries per step, and the estimators: bits, replay, number of forwards, and non-finite losses."""
 
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from meerkat_engine.engine.weights import MaskedWeights, round_fp32
 from helpers.constants import DTYPES
 from helpers.losses import BATCH
 from helpers.models import make_model
-from helpers.tensors import NothingIsReadBack, flat_weights, same_bits
+from helpers.tensors import ForbidHostReads, flat_weights, same_bits
 
 ESTIMATORS = ["two-point", "forward-difference"]
 FORWARDS = {"two-point": lambda q: 2 * q, "forward-difference": lambda q: q + 1}
@@ -27,9 +27,11 @@ def estimator(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def made(model: nn.Module, q: int, estimator: str, **more: object) -> SparseZO:
+def make_optimizer(model: nn.Module, q: int, estimator: str, **keywords: object) -> SparseZO:
     mask = SparseMask.random(model, 0.05, 1)
-    return SparseZO(model, mask, **{"lr": 0.07, "eps": 1e-2, "seed": 9, "queries": q, "estimator": estimator, **more})  # type: ignore[arg-type]
+    return SparseZO(
+        model, mask, **{"lr": 0.07, "eps": 1e-2, "seed": 9, "queries": q, "estimator": estimator, **keywords}
+    )  # type: ignore[arg-type]
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -37,9 +39,9 @@ def loss_of(model: nn.Module) -> torch.Tensor:
         return language_model_loss(model, BATCH)
 
 
-def by_hand(model: nn.Module, q: int, estimator: str, steps: int) -> tuple[list[float], list[float]]:
-    """Steps from perturb, restore and apply alone, after the formulas; scalars and losses."""
-    opt, scalars, losses = made(model, 1, "two-point", lr=0.07 / q), [], []
+def reference_steps(model: nn.Module, q: int, estimator: str, steps: int) -> tuple[list[float], list[float]]:
+    """Takes steps by their formulas, with perturb, restore and apply only; returns scalars and losses."""
+    opt, scalars, losses = make_optimizer(model, 1, "two-point", lr=0.07 / q), [], []
     for step in range(steps):
         seeds, found, seen = [stream.step_seed(9, 0, step, j) for j in range(q)], [], []
         at_w = loss_of(model).item()
@@ -63,14 +65,14 @@ def by_hand(model: nn.Module, q: int, estimator: str, steps: int) -> tuple[list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> None:
     model, other, base = (make_model("llama", dtype) for _ in range(3))
-    opt, calls = made(model, q, estimator), []
+    opt, calls = make_optimizer(model, q, estimator), []
 
     def closure() -> torch.Tensor:
         calls.append(None)
         return language_model_loss(model, BATCH)
 
     losses = opt.step_many([closure] * 3)
-    scalars, wanted = by_hand(other, q, estimator, 3)
+    scalars, wanted = reference_steps(other, q, estimator, 3)
     assert len(calls) == 3 * FORWARDS[estimator](q)
     assert opt.projected_gradients == scalars
     assert len(set(scalars)) == 3 * q
@@ -82,11 +84,11 @@ def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> No
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba", pytest.param("triton", marks=pytest.mark.slow)])
-def test_step_by_step_or_in_one_call_and_with_seeds_of_ones_own(backend: str, estimator: str) -> None:
+def test_bits_do_not_depend_on_step_many_or_given_seeds(backend: str, estimator: str) -> None:
     ends = []
     for many, given in itertools.product((True, False), repeat=2):
         model = make_model("llama", torch.bfloat16)
-        opt = made(model, 2, estimator, backend=backend)
+        opt = make_optimizer(model, 2, estimator, backend=backend)
         seeds = [stream.step_seed(9, 0, t, j) for t in range(2) for j in range(2)]
         closure: Callable[[], torch.Tensor] = lambda model=model: language_model_loss(model, BATCH)  # noqa: E731
         if many:
@@ -101,25 +103,27 @@ def test_step_by_step_or_in_one_call_and_with_seeds_of_ones_own(backend: str, es
 def test_the_difference_is_taken_in_float64(llama: nn.Module) -> None:
     plus, at_w, eps = 0.7637010216712952, 0.18783339858055115, 1e-3
     queue = [at_w, plus]
-    opt = made(llama, 1, "forward-difference", eps=eps)
+    opt = make_optimizer(llama, 1, "forward-difference", eps=eps)
     assert opt.step(lambda: queue.pop(0)).item() == round_fp32(at_w)
     assert opt.projected_gradients == [round_fp32((round_fp32(plus) - round_fp32(at_w)) / eps)]
 
 
-def test_what_is_launched(monkeypatch: pytest.MonkeyPatch, llama: nn.Module, estimator: str) -> None:
-    """Of one two-point query a step, two forwards and three small launches; the last update waits for the next step."""
+def test_updates_share_a_launch_with_the_next_perturbation(
+    monkeypatch: pytest.MonkeyPatch, llama: nn.Module, estimator: str
+) -> None:
+    """A step of one two-point query needs three small launches; its last update shares a launch with the next step."""
     calls: list[str] = []
     for name in ("perturb_", "update_", "update_perturb_", "restore_", "coefficients"):
         operation = getattr(MaskedWeights, name)
 
-        def noted(*args: object, _name: str = name, _do: Callable[..., object] = operation) -> object:
+        def recording(*args: object, _name: str = name, _do: Callable[..., object] = operation) -> object:
             calls.append(_name)
             return _do(*args)
 
-        monkeypatch.setattr(MaskedWeights, name, noted)
+        monkeypatch.setattr(MaskedWeights, name, recording)
     for q in (1, 2):
         calls.clear()
-        made(llama, q, estimator).step_many([lambda: 0.5] * 2)
+        make_optimizer(llama, q, estimator).step_many([lambda: 0.5] * 2)
         two, more = ["perturb_", "perturb_", "coefficients"], ["update_"] * (q - 1)
         if estimator == "two-point":
             query = ["perturb_", "coefficients"]
@@ -131,21 +135,21 @@ def test_what_is_launched(monkeypatch: pytest.MonkeyPatch, llama: nn.Module, est
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_a_loss_that_is_not_finite_takes_nothing_of_its_step(llama: nn.Module, estimator: str, at: int) -> None:
+def test_a_non_finite_loss_applies_no_query_of_its_step(llama: nn.Module, estimator: str, at: int) -> None:
     n = FORWARDS[estimator](3)
-    opt = made(llama, 3, estimator)
+    opt = make_optimizer(llama, 3, estimator)
     queue = [0.1 * i for i in range(n)] + [0.2 * i if i != at else float("nan") for i in range(n)]
     with pytest.raises(NonFiniteLossError, match=r"the loss at (w|[+-]eps) is nan"):
         opt.step_many([lambda: queue.pop(0)] * 2)
     assert (opt.steps, len(opt.projected_gradients)) == (1, 3)
     other = make_model()
     for j, g in enumerate(opt.projected_gradients):
-        made(other, 3, estimator).apply(stream.step_seed(9, 0, 0, j), g)
+        make_optimizer(other, 3, estimator).apply(stream.step_seed(9, 0, 0, j), g)
     assert same_bits(flat_weights(llama), flat_weights(other))
 
 
-def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
-    opt = made(llama, 2, "two-point", backend="triton")
+def test_on_a_gpu_only_the_query_with_a_non_finite_loss_is_not_applied(llama: nn.Module) -> None:
+    opt = make_optimizer(llama, 2, "two-point", backend="triton")
     opt._check_immediately = False
     nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
     queue = [one, 2 * one, nan, one, one, 3 * one, one, one]
@@ -160,22 +164,22 @@ def test_on_a_gpu_what_is_not_taken_is_the_query(llama: nn.Module) -> None:
     assert same_bits(flat_weights(llama), flat_weights(other))
 
 
-def test_on_a_gpu_no_query_waits_for_the_host(llama: nn.Module, estimator: str) -> None:
-    opt, other = made(llama, 3, estimator, backend="triton"), make_model()
+def test_on_a_gpu_the_host_does_not_wait_in_a_query(llama: nn.Module, estimator: str) -> None:
+    opt, other = make_optimizer(llama, 3, estimator, backend="triton"), make_model()
     opt._check_immediately = False
     closure, seeds = (
         (lambda: language_model_loss(llama, BATCH)),
         [stream.step_seed(9, 0, t, j) for t in (0, 1) for j in range(3)],
     )
-    with NothingIsReadBack():
+    with ForbidHostReads():
         opt.step_many([closure] * 2, seeds)
-    scalars, _ = by_hand(other, 3, estimator, 2)
+    scalars, _ = reference_steps(other, 3, estimator, 2)
     assert opt.projected_gradients == scalars
     assert same_bits(flat_weights(llama), flat_weights(other))
 
 
-def test_seeds_must_be_enough(llama: nn.Module) -> None:
-    opt = made(llama, 2, "two-point")
+def test_too_few_seeds_are_rejected(llama: nn.Module) -> None:
+    opt = make_optimizer(llama, 2, "two-point")
     with pytest.raises(ValueError, match="a step has 2 queries, each with its own seed"):
         opt.step(lambda: 0.0, seed=3)
     before = flat_weights(llama)
@@ -194,6 +198,6 @@ def test_seeds_must_be_enough(llama: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_settings_out_of_range(llama: nn.Module, arguments: dict[str, object], message: str) -> None:
+def test_settings_out_of_range_are_rejected(llama: nn.Module, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made(llama, **{"q": 1, "estimator": "two-point", **arguments})  # type: ignore[arg-type]
+        make_optimizer(llama, **{"q": 1, "estimator": "two-point", **arguments})  # type: ignore[arg-type]

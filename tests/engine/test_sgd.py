@@ -1,4 +1,4 @@
-"""Gradient descent on the masked elements, against autograd by hand and torch.optim.SGD."""
+"""SGD on the masked elements, compared with plain autograd and torch.optim.SGD."""
 
 from collections.abc import Callable
 
@@ -40,14 +40,15 @@ def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype) -> None:
     model, other = make_model(architecture, dtype), make_model(architecture, dtype)
     mask = SparseMask.random(model, 0.05, 1)
     before = flat_weights(model)
-    weights, by_hand = MaskedWeights(model, mask), MaskedWeights(other, mask)
-    weights.perturb_(weights.values.seed(1), weights.values.numbers([0.5], torch.float32))  # whatever stands there
+    weights, expected_weights = MaskedWeights(model, mask), MaskedWeights(other, mask)
+    # sgd_steps starts from the masters, whatever the live weights are
+    weights.perturb_(weights.values.seed(1), weights.values.numbers([0.5], torch.float32))
     losses = sgd_steps(model, weights, [closure_of(model)] * 3, RATES)
     for lr, loss in zip(RATES, losses, strict=True):
         wanted, gradient = gradient_of(other, mask)
         assert same_bits(loss, wanted)
-        by_hand.set_masters_(by_hand.masters() - gradient * torch.tensor(lr))
-    assert same_bits(weights.masters(), by_hand.masters())
+        expected_weights.set_masters_(expected_weights.masters() - gradient * torch.tensor(lr))
+    assert same_bits(weights.masters(), expected_weights.masters())
     assert same_bits(flat_weights(model), flat_weights(other))
     assert same_bits(flat_weights(model)[mask.ids], weights.masters().to(dtype))
     outside = torch.ones(before.numel(), dtype=torch.bool)
@@ -56,7 +57,7 @@ def test_a_step_is_its_formula(architecture: str, dtype: torch.dtype) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_it_is_torchs_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
+def test_steps_equal_torch_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
     other, mask = make_model(), SparseMask.random(llama, 0.05, 1)
     sgd_steps(llama, MaskedWeights(llama, mask), [closure_of(llama)] * 3, [0.5] * 3)
     ones = torch.zeros(flat_weights(other).numel())
@@ -68,11 +69,11 @@ def test_it_is_torchs_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
         for p, chosen in zip(other.parameters(), ones.split([p.numel() for p in other.parameters()]), strict=True):
             p.grad *= chosen.view(p.shape)  # type: ignore[operator]
         opt.step()
-    # torch fuses product and difference; its gradients after the first step are those of weights one rounding apart
+    # torch fuses product and difference, so after the first step its gradients are taken at weights one rounding apart
     torch.testing.assert_close(flat_weights(llama), flat_weights(other), rtol=1e-6, atol=1e-8)
 
 
-def test_the_model_is_left_as_it_was(llama: nn.Module) -> None:
+def test_requires_grad_and_grad_are_restored(llama: nn.Module) -> None:
     parameters = dict(llama.named_parameters())
     one, two = parameters["model.norm.weight"], parameters["model.layers.0.mlp.up_proj.weight"]
     for p in (one, two):
@@ -95,32 +96,32 @@ def test_the_model_is_left_as_it_was(llama: nn.Module) -> None:
     assert all(p.grad is None for p in parameters.values() if p is not one and p is not two)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "error"])
-def test_a_step_that_fails_is_not_taken(llama: nn.Module, what: str) -> None:
+@pytest.mark.parametrize("failure", ["loss", "gradient", "error"])
+def test_a_step_that_fails_is_not_applied(llama: nn.Module, failure: str) -> None:
     other, mask = make_model(), SparseMask.random(llama, 0.05, 1)
     sgd_steps(other, MaskedWeights(other, mask), [closure_of(other)], [0.1])
 
     def broken() -> torch.Tensor:
         loss = language_model_loss(llama, BATCH)
-        if what == "error":
+        if failure == "error":
             raise KeyError("x")
-        return loss * float("nan") if what == "loss" else (loss - loss.detach()).sqrt()  # its slope at 0 is infinite
+        return loss * float("nan") if failure == "loss" else (loss - loss.detach()).sqrt()  # its slope at 0 is infinite
 
     messages = {"loss": "the loss of step 1 is nan", "gradient": "the gradient of step 1 is not finite", "error": "x"}
     weights = MaskedWeights(llama, mask)
-    with pytest.raises(KeyError if what == "error" else NonFiniteLossError, match=messages[what]):
+    with pytest.raises(KeyError if failure == "error" else NonFiniteLossError, match=messages[failure]):
         sgd_steps(llama, weights, [closure_of(llama), broken], [0.1, 0.1])
     assert same_bits(flat_weights(llama), flat_weights(other))
     assert same_bits(weights.masters(), flat_weights(other)[mask.ids])
     assert not any(p.requires_grad for p in llama.parameters())
 
 
-def test_what_is_refused(llama: nn.Module) -> None:
+def test_invalid_arguments_are_rejected(llama: nn.Module) -> None:
     weights = MaskedWeights(llama, SparseMask.random(llama, 0.05, 1))
     for lr in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a learning rate must be finite and not negative"):
             sgd_steps(llama, weights, [closure_of(llama)], [lr])
-    with pytest.raises(ValueError, match="1 learning rates were given for more steps"):
+    with pytest.raises(ValueError, match="1 learning rates were given, but there are more steps"):
         sgd_steps(llama, weights, [closure_of(llama)] * 2, [0.1])
     for value in (0.5, torch.zeros(()), torch.zeros(3, requires_grad=True)):
         with pytest.raises(ValueError, match="the closure of step 0 must return one loss"):
@@ -132,7 +133,7 @@ def test_what_is_refused(llama: nn.Module) -> None:
         sgd_steps(llama, weights, [closure_of(llama)], [0.1])
 
 
-def test_memory_is_that_of_one_gradient() -> None:
+def test_steps_hold_at_most_two_gradients() -> None:
     model, x = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)]), torch.ones(1, 512)
     weights = MaskedWeights(model, SparseMask.random(model, 1e-3, 0))
     weight = 512 * 512 * 4
@@ -140,8 +141,8 @@ def test_memory_is_that_of_one_gradient() -> None:
     assert weight <= peak < 3.5 * weight
 
 
-def test_what_a_loss_does_not_use_stays(llama: nn.Module) -> None:
-    """A gradient of the step before is not taken twice."""
+def test_parameters_that_a_loss_does_not_use_stay_unchanged(llama: nn.Module) -> None:
+    """The gradient of the step before is not applied again."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     weights, x = MaskedWeights(model, SparseMask.dense(model)), torch.ones(1, 4)
     seen = []

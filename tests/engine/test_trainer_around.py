@@ -1,4 +1,4 @@
-"""``SparseZOTrainer`` among its surroundings: schedulers, callbacks, several processes, and what it refuses."""
+"""``SparseZOTrainer`` with schedulers, callbacks and several processes, and what it rejects."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.updates import read_updates
 
-from helpers.trainers import LR, Batch, Setting, by_items, plain_loop
+from helpers.trainers import LR, Batch, TrainerSetup, loss_share, plain_loop
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"])
 def test_schedulers_and_evaluation(tmp_path: Path, kind: str) -> None:
-    setting = Setting()
-    trainer = setting.trainer(
+    setup = TrainerSetup()
+    trainer = setup.trainer(
         tmp_path, lr_scheduler_type=kind, warmup_steps=2 if "warmup" in kind else 0, max_steps=4,
-        eval_strategy="steps", eval_steps=1, eval_dataset=setting.rows[:8],
+        eval_strategy="steps", eval_steps=1, eval_dataset=setup.rows[:8],
         lr_scheduler_kwargs={"patience": 0, "threshold": 10.0, "factor": 0.5} if "plateau" in kind else None,
     )  # fmt: skip
     trainer.train()
@@ -35,7 +35,7 @@ def test_schedulers_and_evaluation(tmp_path: Path, kind: str) -> None:
         "linear": [LR, LR * 3 / 4, LR / 2, LR / 4],
         "cosine": [LR, LR * 0.8535533905932737, LR / 2, LR * 0.14644660940672624],
         "constant_with_warmup": [0.0, LR / 2, LR, LR],
-        # no evaluation is ten times better than the one before: each halves the rate
+        # no evaluation improves tenfold on the one before, so each halves the rate
         "reduce_lr_on_plateau": [LR, LR / 2, LR / 4, LR / 8],
     }[kind]
     assert [lr for _, lr, _ in trainer.updates] == pytest.approx(expected)
@@ -44,60 +44,60 @@ def test_schedulers_and_evaluation(tmp_path: Path, kind: str) -> None:
     assert evaluated[-1] == trainer.evaluate()["eval_loss"]
 
 
-def test_callbacks_see_every_step_once(tmp_path: Path) -> None:
-    setting, seen = Setting(), []
+def test_callbacks_are_called_once_per_step(tmp_path: Path) -> None:
+    setup, events = TrainerSetup(), []
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(("begin", kwargs["optimizer"].optimizer.steps))
+            events.append(("begin", kwargs["optimizer"].optimizer.steps))
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(("step", kwargs["optimizer"].optimizer.steps))
+            events.append(("step", kwargs["optimizer"].optimizer.steps))
 
-    trainer = setting.trainer(tmp_path, callbacks=[Watch()], max_steps=2)
+    trainer = setup.trainer(tmp_path, callbacks=[Watch()], max_steps=2)
     trainer.train()
-    assert seen == [("begin", 0), ("step", 1), ("begin", 1), ("step", 2)]
+    assert events == [("begin", 0), ("step", 1), ("begin", 1), ("step", 2)]
 
 
-def test_dropout_is_off(tmp_path: Path) -> None:
+def test_dropout_probability_has_no_effect(tmp_path: Path) -> None:
     prints = set()
     for dropout in (0.0, 0.5):
-        setting = Setting()
-        for layer in setting.model.model.layers:  # type: ignore[union-attr]
+        setup = TrainerSetup()
+        for layer in setup.model.model.layers:  # type: ignore[union-attr]
             layer.self_attn.attention_dropout = dropout
-        setting.trainer(tmp_path, max_steps=2).train()
-        prints.add(fingerprint(setting.model))
+        setup.trainer(tmp_path, max_steps=2).train()
+        prints.add(fingerprint(setup.model))
     assert len(prints) == 1
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+def test_nonfinite_loss_raises_or_skips(tmp_path: Path) -> None:
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         calls.append(None)
         return outputs.logits.mean() * (float("nan") if len(calls) in (3, 4) else 1)
 
     calls: list[None] = []
-    setting = Setting()
+    setup = TrainerSetup()
     with pytest.raises(NonFiniteLossError):
-        setting.trainer(tmp_path, compute_loss_func=loss).train()
+        setup.trainer(tmp_path, compute_loss_func=loss).train()
     calls.clear()
-    setting = Setting()
-    trainer = setting.trainer(tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip"}, max_steps=3)
+    setup = TrainerSetup()
+    trainer = setup.trainer(tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip"}, max_steps=3)
     trainer.train()
     trainer.save_model(str(tmp_path))
-    taken = [g == g for _, _, g in read_updates(tmp_path / "updates.jsonl")]
-    assert taken == [True, False, True]
+    applied = [g == g for _, _, g in read_updates(tmp_path / "updates.jsonl")]
+    assert applied == [True, False, True]
 
 
-def test_a_query_that_is_skipped_has_its_place_among_the_updates(tmp_path: Path) -> None:
-    """Three queries a step, of two forwards each: the second of the first step and all of the second are bad."""
+def test_skipped_queries_are_recorded_in_the_updates(tmp_path: Path) -> None:
+    """Three queries per step, two forward passes each. Skipped: query 2 of step 1, and all queries of step 2."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         calls.append(None)
         return outputs.logits.mean() * (float("nan") if len(calls) in (4, 7, 10, 11) else 1)
 
     calls: list[None] = []
-    setting = Setting()
-    trainer = setting.trainer(
+    setup = TrainerSetup()
+    trainer = setup.trainer(
         tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip", "queries": 3}, max_steps=3,
         save_strategy="steps", save_steps=1,
     )  # fmt: skip
@@ -109,17 +109,17 @@ def test_a_query_that_is_skipped_has_its_place_among_the_updates(tmp_path: Path)
     logged = [line["projected_gradient"] for line in trainer.state.log_history if "loss" in line]
     assert [g == g for g in logged] == [False, False, True]
     base = embedded.load().model
-    replay(base, setting.mask, updates)
-    assert fingerprint(base) == fingerprint(setting.model)
-    # resumed between them
+    replay(base, setup.mask, updates)
+    assert fingerprint(base) == fingerprint(setup.model)
+    # Resumed after the step whose queries were all skipped.
     calls.extend([None] * 20)
-    resumed = Setting()
-    again = resumed.trainer(
+    resumed = TrainerSetup()
+    resumed_trainer = resumed.trainer(
         tmp_path, compute_loss_func=loss, zo={"nonfinite": "skip", "queries": 3}, max_steps=3,
     )  # fmt: skip
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert fingerprint(resumed.model) == fingerprint(setting.model)
-    assert [str(update) for update in again.updates] == [str(update) for update in updates]
+    resumed_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert fingerprint(resumed.model) == fingerprint(setup.model)
+    assert [str(update) for update in resumed_trainer.updates] == [str(update) for update in updates]
 
 
 @pytest.mark.parametrize(
@@ -144,44 +144,44 @@ def test_a_query_that_is_skipped_has_its_place_among_the_updates(tmp_path: Path)
         ),
     ],
 )
-def test_arguments_about_gradients_are_refused(tmp_path: Path, arguments: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"takes no {named} "):
-        Setting().trainer(tmp_path, **arguments)
+def test_unsupported_arguments_are_rejected(tmp_path: Path, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"does not support {named} "):
+        TrainerSetup().trainer(tmp_path, **arguments)
 
 
-def test_no_clipping_is_no_reason_to_refuse(tmp_path: Path) -> None:
-    Setting().trainer(tmp_path, max_grad_norm=0).train()
+def test_disabled_gradient_clipping_is_accepted(tmp_path: Path) -> None:
+    TrainerSetup().trainer(tmp_path, max_grad_norm=0).train()
 
 
-def test_another_optimizer_is_refused(tmp_path: Path) -> None:
-    setting = Setting()
-    with pytest.raises(ConfigError, match="makes its optimizer itself"):
-        setting.trainer(tmp_path, optimizers=(torch.optim.SGD(setting.model.parameters(), lr=1.0), None))
+def test_another_optimizer_is_rejected(tmp_path: Path) -> None:
+    setup = TrainerSetup()
+    with pytest.raises(ConfigError, match="creates its optimizer itself"):
+        setup.trainer(tmp_path, optimizers=(torch.optim.SGD(setup.model.parameters(), lr=1.0), None))
 
 
-def test_weights_that_a_launcher_takes_apart_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = transformers.Trainer.create_accelerator_and_postprocess
+def test_fsdp_of_a_launcher_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
 
-    def with_fsdp(trainer: transformers.Trainer) -> None:  # accelerate's own takes several GPUs
-        made(trainer)
+    def with_fsdp(trainer: transformers.Trainer) -> None:  # real FSDP needs several GPUs
+        create_accelerator(trainer)
         trainer.is_fsdp_enabled = True
 
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_fsdp)
-    with pytest.raises(ConfigError, match="no DeepSpeed, no FSDP"):
-        Setting().trainer(tmp_path)
+    with pytest.raises(ConfigError, match="does not support DeepSpeed or FSDP"):
+        TrainerSetup().trainer(tmp_path)
 
 
-def test_importing_the_engine_imports_no_trainer() -> None:
+def test_importing_the_package_does_not_import_trainer() -> None:
     script = (
         "import sys, meerkat_engine; sys.exit('accelerate' in sys.modules or 'transformers.trainer' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_without_accelerate_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_accelerate_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meerkat_engine.engine.trainer.is_accelerate_available", lambda *_: False)
     with pytest.raises(ConfigError, match=r"needs the package accelerate; in a clone .* '\.\[trainer\]'"):
-        Setting().trainer(tmp_path)
+        TrainerSetup().trainer(tmp_path)
 
 
 _WORKER = """
@@ -192,29 +192,29 @@ from meerkat_engine import replay, stream
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.parameters import fingerprint
-from helpers.trainers import Setting
-out, found = Path(sys.argv[1]), []
+from helpers.trainers import TrainerSetup
+out, results = Path(sys.argv[1]), []
 for start in (None, str(out / "checkpoint-2")):
-    setting = Setting()
-    trainer = setting.trainer(out, gradient_accumulation_steps=2, max_steps=4, save_strategy="steps", save_steps=2)
+    setup = TrainerSetup()
+    trainer = setup.trainer(out, gradient_accumulation_steps=2, max_steps=4, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint=start)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    batches = [batch["input_ids"].tolist() for batch in setting.batches]
-    found.append([fingerprint(setting.model), trainer.updates, losses, batches])
-setting = Setting()
-setting.model.lm_head.weight.data += trainer.args.process_index
+    batches = [batch["input_ids"].tolist() for batch in setup.batches]
+    results.append([fingerprint(setup.model), trainer.updates, losses, batches])
+setup = TrainerSetup()
+setup.model.lm_head.weight.data += trainer.args.process_index
 try:
-    setting.trainer(out).train()
+    setup.trainer(out).train()
 except ConfigError as error:
-    found.append(str(error))
-(out / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
-torch.distributed.destroy_process_group()  # Trainer does not, and gloo's threads then abort one process in a few
+    results.append(str(error))
+(out / f"{trainer.args.process_index}.json").write_text(json.dumps(results))
+torch.distributed.destroy_process_group()  # not done by Trainer; without it gloo's threads sometimes abort the process
 """
 
 
 @pytest.mark.slow
-def test_two_processes_take_one_step_on_the_mean_of_their_losses(tmp_path: Path) -> None:
-    """Resumed too; and processes whose models differ are told."""
+def test_two_processes_step_on_the_mean_of_their_losses(tmp_path: Path) -> None:
+    """Also when resumed. Processes with different models raise."""
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -224,23 +224,25 @@ def test_two_processes_take_one_step_on_the_mean_of_their_losses(tmp_path: Path)
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    weights, updates, losses, first = found[0][0]
-    assert [each[:2] for of in found for each in of[:2]] == [[weights, updates]] * 4
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    weights, updates, losses, batches_of_rank_0 = results[0][0]
+    assert [training[:2] for of_rank in results for training in of_rank[:2]] == [[weights, updates]] * 4
     assert len(updates) == 4
-    other = found[1][0][3]
-    assert first != other
-    setting = Setting()
-    by_ids = {tuple(row["input_ids"]): row for row in setting.rows}
+    batches_of_rank_1 = results[1][0][3]
+    assert batches_of_rank_0 != batches_of_rank_1
+    setup = TrainerSetup()
+    rows_by_ids = {tuple(row["input_ids"]): row for row in setup.rows}
 
     def batch(ids: list[list[int]]) -> Batch:
-        pad = setting.tokenizer.pad_token_id
-        return setting.collate([by_ids[tuple(i for i in row if i != pad)] for row in ids])
+        pad = setup.tokenizer.pad_token_id
+        return setup.collate([rows_by_ids[tuple(i for i in row if i != pad)] for row in ids])
 
-    # of each step the parts of the one process, then those of the other
-    parts = [[batch(ids) for ids in (*first[at : at + 2], *other[at : at + 2])] for at in range(0, 8, 2)]
-    model, expected, _ = plain_loop(setting, parts, [LR * (1 - step / 4) for step in range(4)], by_items)
+    # Parts of each step: those of rank 0, then those of rank 1.
+    parts = [
+        [batch(ids) for ids in (*batches_of_rank_0[i : i + 2], *batches_of_rank_1[i : i + 2])] for i in range(0, 8, 2)
+    ]
+    model, expected, _ = plain_loop(setup, parts, [LR * (1 - step / 4) for step in range(4)], loss_share)
     assert losses == expected
     assert weights == fingerprint(model)
-    for of in found:
-        assert "different models or masks" in of[2]
+    for of_rank in results:
+        assert "different models or masks" in of_rank[2]

@@ -1,4 +1,4 @@
-"""Which elements a perturbation leaves where they are; and that perturbing and restoring leaves all of them there."""
+"""The share of elements that a perturbation does not change; perturb and restore leave every bit in place."""
 
 import time
 
@@ -20,20 +20,20 @@ from helpers.tensors import flat_weights, same_bits
 EPS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
 
 
-def by_hand(model: nn.Module, seed: int, eps: float, ids: torch.Tensor) -> float:
-    """One element after the other, as the float that a weight of its dtype holds; no mask, no table, no window."""
+def reference_fraction(model: nn.Module, seed: int, eps: float, ids: torch.Tensor) -> float:
+    """Counts element by element, with the values that the dtype can hold; without mask, table and windows."""
     weights = [value for p in model.parameters() for value in p.detach().view(-1)]
-    z, unchanged_fraction = stream.normal(seed, ids), 0
+    z, unchanged = stream.normal(seed, ids), 0
     for element, normal in zip(ids.tolist(), z, strict=True):
         weight, step = weights[element], normal * torch.tensor(eps)
         moved = [(weight.float() + sign * step).to(weight.dtype) for sign in (1, -1)]
-        unchanged_fraction += all(each.item().hex() == weight.item().hex() for each in moved)
-    return unchanged_fraction / len(ids)
+        unchanged += all(value.item().hex() == weight.item().hex() for value in moved)
+    return unchanged / len(ids)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
-def test_it_is_the_share_counted_element_by_element(
+def test_the_share_equals_a_count_element_by_element(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str
 ) -> None:
     monkeypatch.setattr(reference, "_WINDOW", 96)  # several windows, and tensors that lie across two
@@ -41,7 +41,7 @@ def test_it_is_the_share_counted_element_by_element(
     mask = SparseMask.random(model, 0.04, 1)
     weights = MaskedWeights(model, mask, backend)
     shares = [weights.unchanged_fraction(7, eps) for eps in EPS]
-    assert shares == [by_hand(model, 7, eps, mask.ids) for eps in EPS]
+    assert shares == [reference_fraction(model, 7, eps, mask.ids) for eps in EPS]
     assert shares == sorted(shares, reverse=True)
     assert (shares[0] > 0.8) == (dtype != torch.float32)
     assert shares[-1] < 0.1
@@ -52,17 +52,19 @@ def test_it_is_the_share_counted_element_by_element(
     [
         (1.0, torch.bfloat16, 2**-8, None),  # a step down is half a step up, and z has both signs
         (1.0, torch.float16, 1e-9, 1.0),
-        (0.0, torch.float16, 1e-9, 0.0),  # towards -0, which is another bit
+        (0.0, torch.float16, 1e-9, 0.0),  # to -0, which has other bits
     ],
     ids=["a power of two", "all still", "zero"],
 )
-def test_weights_where_it_matters(weight: float, dtype: torch.dtype, eps: float, share: float | None) -> None:
+def test_the_share_is_right_for_extreme_weights(
+    weight: float, dtype: torch.dtype, eps: float, share: float | None
+) -> None:
     model = nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 7)).to(dtype)
     for p in model.parameters():
         p.data.fill_(weight)
     mask = SparseMask.random(model, 0.8, 1)
     found = MaskedWeights(model, mask, "torch").unchanged_fraction(7, eps)
-    assert found == by_hand(model, 7, eps, mask.ids)
+    assert found == reference_fraction(model, 7, eps, mask.ids)
     if share is None:
         z = stream.normal(7, mask.ids) * 2**-8
         one_way = [((1 + sign * z).to(dtype) == 1).double().mean().item() for sign in (1, -1)]
@@ -71,15 +73,15 @@ def test_weights_where_it_matters(weight: float, dtype: torch.dtype, eps: float,
         assert found == share
 
 
-def test_the_slots_that_pad_a_tensor_are_no_elements() -> None:
+def test_padding_slots_are_not_counted() -> None:
     model = nn.Linear(7, 5, bias=False).to(torch.float16)
     opt = SparseZO(model, SparseMask.random(model, 0.6, 1), lr=1.0, eps=1e-9)
-    opt.apply(3, 1.0)  # which moves those slots' masters away from 0, too
+    opt.apply(3, 1.0)  # also moves the masters of the padding slots away from 0
     assert opt.weights.tables()[0].slots > len(opt.weights.mask)
     assert opt.unchanged_fraction() == 1.0
 
 
-def test_in_bfloat16_a_usual_eps_leaves_many_weights_where_they_are() -> None:
+def test_in_bfloat16_a_usual_eps_leaves_many_weights_unchanged() -> None:
     lm = embedded.load(torch.bfloat16)
     opt = SparseZO(lm.model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
     wide = SparseZO(embedded.load().model, SparseMask.magnitude(lm.model, 0.01), lr=0.1, eps=1e-3)
@@ -87,17 +89,17 @@ def test_in_bfloat16_a_usual_eps_leaves_many_weights_where_they_are() -> None:
     assert wide.unchanged_fraction() < 0.01
 
 
-def test_groups_dtypes_and_whole_parameters_in_one_model(llama: nn.Module) -> None:
-    """Tables with and without offsets, of two dtypes and two groups: each counts by its elements."""
+def test_the_share_covers_all_groups_dtypes_and_tables(llama: nn.Module) -> None:
+    """Tables with and without offsets, several dtypes and two groups: the share weights each by its elements."""
     llama.model.layers[0].mlp.to(torch.bfloat16)  # type: ignore[union-attr, index]
     llama.model.norm.to(torch.float16)  # type: ignore[union-attr]
     first, *rest = llama.parameters()
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1, eps=1e-4, params=[{"params": [first]}, {"params": rest}])
     assert len(opt.weights.tables()) >= 4
-    assert opt.unchanged_fraction(5) == by_hand(llama, 5, 1e-4, opt.weights.mask.ids)
+    assert opt.unchanged_fraction(5) == reference_fraction(llama, 5, 1e-4, opt.weights.mask.ids)
 
 
-def test_nothing_is_disturbed(llama: nn.Module) -> None:
+def test_measuring_the_share_changes_nothing(llama: nn.Module) -> None:
     llama.to(torch.bfloat16)
     opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1, eps=1e-2, seed=3)
     at_w = opt.unchanged_fraction()
@@ -113,7 +115,7 @@ def test_nothing_is_disturbed(llama: nn.Module) -> None:
     assert opt.unchanged_fraction() == opt.unchanged_fraction(stream.step_seed(3, 0, 4))
 
 
-def test_what_is_out_of_range_is_refused(llama: nn.Module) -> None:
+def test_arguments_out_of_range_are_rejected(llama: nn.Module) -> None:
     opt = SparseZO(llama, SparseMask.random(llama, 0.1, 1), lr=0.1)
     with pytest.raises(ValueError, match="seed must be in"):
         opt.unchanged_fraction(-1)
@@ -122,25 +124,25 @@ def test_what_is_out_of_range_is_refused(llama: nn.Module) -> None:
         opt.unchanged_fraction()
 
 
-def test_memory_follows_the_mask() -> None:
+def test_memory_is_proportional_to_the_mask() -> None:
     model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(4)])
     weights = MaskedWeights(model, SparseMask.random(model, 0.1, 0), "torch")
     assert 4 <= peak_bytes(lambda: weights.unchanged_fraction(1, 1e-3), torch.device("cpu")) / len(weights.mask) <= 60
 
 
-def cycles(dtype: torch.dtype, n: int, backend: str) -> None:
-    """``n`` times to +eps, to -eps and back, each time with another seed; every bit is compared at the end."""
+def run_cycles(dtype: torch.dtype, n: int, backend: str) -> None:
+    """Perturbs to +eps and -eps and restores, ``n`` times with different seeds; compares every bit at the end."""
     lm = embedded.load(dtype)
     opt = SparseZO(lm.model, SparseMask.random(lm.model, 0.01, 1), lr=0.1, eps=1e-3, backend=backend)
     before, masters = flat_weights(lm.model), opt.weights.masters()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for step in range(n):
         opt.perturb(stream.step_seed(1, 0, step), 1e-3)
         opt.perturb(stream.step_seed(1, 0, step), -1e-3)
         if step == n - 1:
             assert not same_bits(flat_weights(lm.model), before)
         opt.restore()
-    print(f"{n:,} cycles in {dtype}: {time.perf_counter() - begun:.1f} s")
+    print(f"{n:,} cycles in {dtype}: {time.perf_counter() - start:.1f} s")
     assert same_bits(flat_weights(lm.model), before)
     assert same_bits(opt.weights.masters(), masters)
 
@@ -148,11 +150,11 @@ def cycles(dtype: torch.dtype, n: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_200_perturb_and_restore_cycles_leave_every_bit_in_place(dtype: torch.dtype, backend: str) -> None:
-    cycles(dtype, 200, backend)
+    run_cycles(dtype, 200, backend)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_100_000_perturb_and_restore_cycles_leave_every_bit_in_place(dtype: torch.dtype) -> None:
-    cycles(dtype, 100_000, "auto")
+    run_cycles(dtype, 100_000, "auto")

@@ -1,4 +1,4 @@
-"""``examples/lightning_module.py``: the bits of a plain loop over the same batches, whole and resumed."""
+"""``examples/lightning_module.py`` gives the bits of a plain loop over the same batches, also when resumed."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.objective import Objective, task_loss
 from meerkat_engine.engine.parameters import fingerprint
 
-from helpers.examples import fingerprints, run
+from helpers.examples import fingerprints, run_example
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def plain_loop(epochs: int) -> str:
-    """The fingerprint that the example is to come to, on one thread."""
+    """Trains on one thread and returns the fingerprint that the example is expected to end with."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     lm, (texts, _) = embedded.load(), embedded.calibration_texts(256)
@@ -43,11 +43,13 @@ def plain_loop(epochs: int) -> str:
     return fingerprint(lm.model)
 
 
-def test_it_has_the_bits_of_a_plain_loop_whole_and_resumed(tmp_path: Path) -> None:
-    whole = run("lightning_module.py", "--epochs", 2, "--output", tmp_path / "whole")
-    assert fingerprints(whole) == [plain_loop(2)] * 2
-    assert "'accuracy': " in whole
-    first = tmp_path / "whole" / "epoch=0.ckpt"
-    resumed = run("lightning_module.py", "--epochs", 2, "--output", tmp_path / "resumed", "--resume", first)
-    assert resumed.splitlines()[-3:] == whole.splitlines()[-3:]
+def test_example_gives_the_bits_of_a_plain_loop_also_when_resumed(tmp_path: Path) -> None:
+    uninterrupted = run_example("lightning_module.py", "--epochs", 2, "--output", tmp_path / "uninterrupted")
+    assert fingerprints(uninterrupted) == [plain_loop(2)] * 2
+    assert "'accuracy': " in uninterrupted
+    checkpoint = tmp_path / "uninterrupted" / "epoch=0.ckpt"
+    resumed = run_example(
+        "lightning_module.py", "--epochs", 2, "--output", tmp_path / "resumed", "--resume", checkpoint
+    )
+    assert resumed.splitlines()[-3:] == uninterrupted.splitlines()[-3:]
     assert not (tmp_path / "resumed" / "epoch=0.ckpt").exists()

@@ -1,4 +1,4 @@
-"""``examples/plain_loop.py``: what it leaves is the model that it trained."""
+"""``examples/plain_loop.py`` saves files that replay to the model it trained."""
 
 import math
 from pathlib import Path
@@ -11,12 +11,12 @@ from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.updates import read_updates
 
-from helpers.examples import fingerprints, run
+from helpers.examples import fingerprints, run_example
 
 
 @pytest.mark.slow
-def test_the_files_that_it_leaves_are_the_model_that_it_trained(tmp_path: Path) -> None:
-    printed = run("plain_loop.py", "--steps", 60, "--output", tmp_path)
+def test_saved_files_replay_to_the_trained_model(tmp_path: Path) -> None:
+    printed = run_example("plain_loop.py", "--steps", 60, "--output", tmp_path)
     assert "step 50: loss" in printed
     assert "step 60: loss" in printed
     trained, replayed = fingerprints(printed)

@@ -1,4 +1,4 @@
-"""``examples/trainer.py``: stopped after a checkpoint and resumed, it ends on the same model."""
+"""``examples/trainer.py`` ends with the same model if it is resumed from a checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -9,18 +9,18 @@ from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.updates import read_updates
 
-from helpers.examples import fingerprints, run
+from helpers.examples import fingerprints, run_example
 
 
 @pytest.mark.slow
-def test_it_ends_on_the_same_model_when_resumed(tmp_path: Path) -> None:
-    whole = run("trainer.py", "--steps", 100, "--output", tmp_path)
-    best, replayed = fingerprints(whole)
+def test_resumed_example_ends_with_the_same_model(tmp_path: Path) -> None:
+    uninterrupted = run_example("trainer.py", "--steps", 100, "--output", tmp_path)
+    best, replayed = fingerprints(uninterrupted)
     assert best == replayed != fingerprint(embedded.load().model)
-    assert "eval_accuracy" in whole
+    assert "eval_accuracy" in uninterrupted
     updates = read_updates(tmp_path / "checkpoint-100" / "updates.jsonl")
     shutil.rmtree(tmp_path / "checkpoint-100")
-    resumed = run("trainer.py", "--steps", 100, "--output", tmp_path, "--resume")
-    assert resumed.splitlines()[-2:] == whole.splitlines()[-2:]
+    resumed = run_example("trainer.py", "--steps", 100, "--output", tmp_path, "--resume")
+    assert resumed.splitlines()[-2:] == uninterrupted.splitlines()[-2:]
     assert read_updates(tmp_path / "checkpoint-100" / "updates.jsonl") == updates
     assert len(updates) == 100

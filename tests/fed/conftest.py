@@ -1,4 +1,4 @@
-"""A small federation: embedded model and task, some clients."""
+"""Fixtures: the embedded model, its task, and a factory of small federations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,10 +24,10 @@ def federation(task_data: EncodedTask) -> Iterator[Callable[..., Federation]]:
     with ExitStack() as stack:
 
         def make(**settings: Any) -> Federation:
-            made = Federation(task_data, **settings)
-            if made.writer is not None:
-                stack.enter_context(made.writer)
-            return made
+            new = Federation(task_data, **settings)
+            if new.writer is not None:
+                stack.enter_context(new.writer)
+            return new
 
         yield make
 

@@ -1,4 +1,4 @@
-"""What is made of the clients' scalars, against other implementations of the same rules; never of their order."""
+"""Aggregation rules: equal to other implementations of the same rules, and independent of the order of clients."""
 
 import math
 import random
@@ -22,84 +22,91 @@ FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
 EACH_RULE = pytest.mark.parametrize("rule", list(Rule))
 
 
-def of_one_step(scalars: Sequence[float], how: Aggregation) -> float:
-    """The aggregate of one step, of clients that count the same."""
+def aggregate_one_query(scalars: Sequence[float], aggregation: Aggregation) -> float:
+    """The aggregate of one query, with equal weights."""
     weights = client_weights(dict.fromkeys(range(len(scalars)), 1), Weighting.UNIFORM)
-    (found,) = aggregate({i: [g] for i, g in enumerate(scalars)}, weights, 1, how)
-    return found
+    (result,) = aggregate({i: [g] for i, g in enumerate(scalars)}, weights, 1, aggregation)
+    return result
 
 
-def test_clients_count_equally_or_by_their_examples() -> None:
+def test_weights_are_uniform_or_by_examples() -> None:
     assert client_weights({3: 30, 1: 10}, Weighting.EXAMPLES) == {1: 0.25, 3: 0.75}
     assert client_weights({3: 30, 1: 10}, Weighting.UNIFORM) == {1: 0.5, 3: 0.5}
 
 
-def test_a_step_that_a_client_did_not_take_is_0_in_the_mean_and_is_not_there_in_the_others() -> None:
+def test_a_skipped_scalar_is_0_in_the_mean_and_left_out_by_the_other_rules() -> None:
     scalars = {1: [4.0, NAN, NAN], 3: [8.0, 2.0], 5: [3.0, 6.0]}
     weights = {1: 0.25, 3: 0.5, 5: 0.25}
     assert aggregate(scalars, weights, 4, MEAN) == [5.75, 2.5, 0.0, 0.0]
     assert aggregate(scalars, weights, 4, MEDIAN) == [4.0, 4.0, 0.0, 0.0]
-    assert aggregate(scalars, weights, 4, TRIMMED) == [5.0, 4.0, 0.0, 0.0]  # three make a whole cut of 0.9, none
+    assert aggregate(scalars, weights, 4, TRIMMED) == [
+        5.0,
+        4.0,
+        0.0,
+        0.0,
+    ]  # of three scalars, floor(0.9) = 0 are trimmed
 
 
-def test_the_mean_is_summed_in_client_order_whatever_order_it_is_given_in() -> None:
+def test_the_mean_is_summed_in_the_order_of_client_ids() -> None:
     scalars = {0: [1e16], 1: [1.0], 2: [-1e16], 3: [3.0]}  # in float64, 1e16 + 1 is 1e16
     weights = dict.fromkeys(scalars, 1.0)
     for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
         assert aggregate({i: scalars[i] for i in order}, weights, 1, MEAN) == [3.0]
 
 
-@pytest.mark.parametrize("how", [MEDIAN, TRIMMED], ids=lambda how: how.rule)
-def test_claimed_numbers_of_examples_do_not_count(how: Aggregation) -> None:
+@pytest.mark.parametrize("aggregation", [MEDIAN, TRIMMED], ids=lambda aggregation: aggregation.rule)
+def test_median_and_trimmed_mean_ignore_the_numbers_of_examples(aggregation: Aggregation) -> None:
     scalars = {0: [1.0], 1: [2.0], 2: [4.0], 3: [1e8]}
-    modest, greedy = (client_weights({0: 9, 1: 9, 2: 9, 3: n}, Weighting.EXAMPLES) for n in (9, 2**32 - 1))
+    honest, greedy = (client_weights({0: 9, 1: 9, 2: 9, 3: n}, Weighting.EXAMPLES) for n in (9, 2**32 - 1))
     assert greedy[3] > 0.999999
-    assert aggregate(scalars, modest, 1, how) == aggregate(scalars, greedy, 1, how) == [3.0]
+    assert aggregate(scalars, honest, 1, aggregation) == aggregate(scalars, greedy, 1, aggregation) == [3.0]
 
 
 @given(st.lists(FLOAT, min_size=1, max_size=12))
-def test_the_median_is_numpys(scalars: list[float]) -> None:
-    assert of_one_step(scalars, MEDIAN) == round_fp32(float(np.median(np.array(scalars, dtype=np.float64))))
+def test_the_median_equals_that_of_numpy(scalars: list[float]) -> None:
+    assert aggregate_one_query(scalars, MEDIAN) == round_fp32(float(np.median(np.array(scalars, dtype=np.float64))))
 
 
 @given(
     st.lists(st.integers(-(2**20), 2**20).map(float), min_size=1, max_size=12), st.sampled_from([0.1, 0.2, 0.25, 0.45])
 )
-def test_the_trimmed_mean_is_scipys(scalars: list[float], trim: float) -> None:
-    """On integers, which add up exactly in any order."""
-    found = of_one_step(scalars, Aggregation(rule=Rule.TRIMMED_MEAN, trim=trim))
-    assert found == pytest.approx(stats.trim_mean(scalars, trim), rel=1e-6)
+def test_the_trimmed_mean_equals_that_of_scipy(scalars: list[float], trim: float) -> None:
+    """With integers, whose sums are exact in any order."""
+    result = aggregate_one_query(scalars, Aggregation(rule=Rule.TRIMMED_MEAN, trim=trim))
+    assert result == pytest.approx(stats.trim_mean(scalars, trim), rel=1e-6)
 
 
-def test_what_a_trimmed_mean_cuts_is_of_the_decimal_that_was_given() -> None:
+def test_the_number_of_trimmed_scalars_is_exact_in_decimals() -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
     assert Aggregation(trim=0.29).cut(100) == 29
     assert [Aggregation(trim=0.2).cut(n) for n in (4, 5, 9, 10)] == [0, 1, 1, 2]
 
 
-def test_a_trimmed_mean_rounds_once() -> None:
+def test_the_trimmed_mean_is_rounded_once() -> None:
     kept = [1e16, 1.0, -1e16]  # in float64, -1e16 + 1 is -1e16
-    assert of_one_step([-3e38, *kept, 3e38], Aggregation(rule=Rule.TRIMMED_MEAN, trim=0.2)) == round_fp32(1 / 3)
+    assert aggregate_one_query([-3e38, *kept, 3e38], Aggregation(rule=Rule.TRIMMED_MEAN, trim=0.2)) == round_fp32(1 / 3)
 
 
 @EACH_RULE
 @given(data=st.data())
-def test_the_order_of_arrival_changes_no_bit(rule: Rule, data: st.DataObject) -> None:
+def test_the_order_of_clients_does_not_change_any_bit(rule: Rule, data: st.DataObject) -> None:
     values = st.lists(FLOAT | st.sampled_from([0.0, -0.0, NAN]), min_size=3, max_size=3)
     scalars = data.draw(st.dictionaries(st.integers(0, 20), values, min_size=1, max_size=8))
     order = data.draw(st.permutations(sorted(scalars)))
-    how = Aggregation(rule=rule, trim=0.3, clip=data.draw(st.sampled_from([0.0, 1.5])))
+    aggregation = Aggregation(rule=rule, trim=0.3, clip=data.draw(st.sampled_from([0.0, 1.5])))
     weights = client_weights({i: i + 1 for i in scalars}, Weighting.EXAMPLES)
-    first, other = (aggregate({i: scalars[i] for i in ids}, weights, 3, how) for ids in (sorted(scalars), order))
-    assert np.array(first).tobytes() == np.array(other).tobytes()
+    first, second = (
+        aggregate({i: scalars[i] for i in ids}, weights, 3, aggregation) for ids in (sorted(scalars), order)
+    )
+    assert np.array(first).tobytes() == np.array(second).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("rule", "wanted"), [(Rule.MEAN, 0.125), (Rule.MEDIAN, 0.25), (Rule.TRIMMED_MEAN, 0.25)], ids=str
+    ("rule", "expected"), [(Rule.MEAN, 0.125), (Rule.MEDIAN, 0.25), (Rule.TRIMMED_MEAN, 0.25)], ids=str
 )
-def test_scalars_are_cut_before_any_rule(rule: Rule, wanted: float) -> None:
-    """To -0.5, 0.0, 0.5, 0.5."""
-    assert of_one_step([-7.0, 0.0, 1e30, 2.0], Aggregation(rule=rule, trim=0.3, clip=0.5)) == wanted
+def test_scalars_are_clipped_before_any_rule(rule: Rule, expected: float) -> None:
+    """The clipped scalars are -0.5, 0.0, 0.5 and 0.5."""
+    assert aggregate_one_query([-7.0, 0.0, 1e30, 2.0], Aggregation(rule=rule, trim=0.3, clip=0.5)) == expected
 
 
 @given(
@@ -107,14 +114,14 @@ def test_scalars_are_cut_before_any_rule(rule: Rule, wanted: float) -> None:
     hostile=st.lists(FLOAT, min_size=2, max_size=2),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_two_hostile_clients_cannot_leave_the_honest_ones_range(
+def test_two_hostile_clients_cannot_move_the_result_out_of_the_honest_range(
     honest: list[float], hostile: list[float], shuffle: random.Random
 ) -> None:
-    everybody = honest + hostile
-    shuffle.shuffle(everybody)
-    for how in (MEDIAN, TRIMMED):
-        assert TRIMMED.cut(len(everybody)) >= 2
-        assert min(honest) <= of_one_step(everybody, how) <= max(honest)
+    scalars = honest + hostile
+    shuffle.shuffle(scalars)
+    for aggregation in (MEDIAN, TRIMMED):
+        assert TRIMMED.cut(len(scalars)) >= 2
+        assert min(honest) <= aggregate_one_query(scalars, aggregation) <= max(honest)
 
 
 FEDAVG = {"method": "fedavg"}
@@ -147,12 +154,12 @@ FEDAVG = {"method": "fedavg"}
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(settings)
 
 
-def test_settings_that_just_fit() -> None:
+def test_settings_at_the_edge_of_their_range_are_valid() -> None:
     make_config({"aggregation": "trimmed-mean", "clients": 5})
     make_config(FEDAVG | {"max_scalar": 1.0, "trim": 0.1})
     make_config({"attack": "sign-flip", "attackers": 3, "clients": 4})

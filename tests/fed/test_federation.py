@@ -1,4 +1,4 @@
-"""Rounds from the first request to the last bit: shared and separate replicas, replay, late clients, refusals."""
+"""Complete rounds of a federation: shared and separate replicas, replay, stale clients, rejected messages."""
 
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -46,8 +46,8 @@ def test_replaying_the_ledger_gives_the_same_bits(
     assert fingerprint(fed.base.model) == fed.weights
 
 
-def test_aggregation_is_its_formula(federation: Make, tmp_path: Path) -> None:
-    """w_{r+1} = w_r - lr * sum_t (sum_i p_i g_i^t) z_t, written out with vectors."""
+def test_a_round_is_the_formula_of_the_paper(federation: Make, tmp_path: Path) -> None:
+    """w_{r+1} = w_r - lr * sum_t (sum_i p_i g_i^t) z_t, computed with vectors."""
     fed = federation(steps=2, stopped=[2], ledger=tmp_path / "l")
     before = fed.replica.optimizer.weights.masters()
     fed.round()
@@ -63,17 +63,17 @@ def test_aggregation_is_its_formula(federation: Make, tmp_path: Path) -> None:
     assert same_bits(fed.replica.optimizer.weights.masters(), expected)
 
 
-def test_local_steps_are_the_mean_of_the_clients_paths(federation: Make) -> None:
-    """The aggregate of scalars is the average of the clients' end points, up to rounding."""
+def test_the_new_weights_are_the_mean_of_the_clients_end_points(federation: Make) -> None:
+    """Averaging scalars is the same as averaging the weights after local steps, up to rounding."""
     fed = federation(steps=3, weighting=Weighting.UNIFORM)
     start, ends = fed.replica.optimizer.weights.masters(), []
     for client in fed.clients:
-        own = fed.fresh_replica(torch.float32)
-        reply = TrainReply.decode(replace(client, replica=own).handle(fed.server.request(client.id)))
+        replica = fed.fresh_replica(torch.float32)
+        reply = TrainReply.decode(replace(client, replica=replica).handle(fed.server.request(client.id)))
         for t, g in enumerate(reply.scalars.tolist()):
-            own.set_lr(1e-2)
-            own.optimizer.apply(stream.step_seed(11, 1, t), g)
-        ends.append(own.optimizer.weights.masters())
+            replica.set_lr(1e-2)
+            replica.optimizer.apply(stream.step_seed(11, 1, t), g)
+        ends.append(replica.optimizer.weights.masters())
         fed.server.receive(reply.encode())
     fed.server.finish_round()
     average = torch.stack(ends).double().mean(0)
@@ -82,7 +82,7 @@ def test_local_steps_are_the_mean_of_the_clients_paths(federation: Make) -> None
     assert difference < 1e-4 * moved
 
 
-def test_one_shared_model_gives_the_bits_of_one_model_each(federation: Make) -> None:
+def test_clients_with_one_shared_model_or_with_their_own_give_the_same_bits(federation: Make) -> None:
     together, apart = federation(shared=True), federation(shared=False)
     for members in ([0, 1, 2], [0, 2], [2], [0, 1, 2]):  # client 1 misses two rounds, client 0 one
         assert together.round(members) == apart.round(members)
@@ -91,14 +91,14 @@ def test_one_shared_model_gives_the_bits_of_one_model_each(federation: Make) -> 
     assert fingerprint(apart.clients[1].replica.model) == apart.weights
 
 
-def test_clients_leave_no_trace_on_the_shared_model(federation: Make) -> None:
+def test_local_steps_restore_the_shared_model(federation: Make) -> None:
     fed = federation(steps=3)
     before = fed.weights
     fed.clients[0].handle(fed.server.request(0))
     assert fed.weights == before
 
 
-def test_late_clients_get_masters_when_those_are_smaller(federation: Make) -> None:
+def test_a_client_that_missed_rounds_gets_masters_if_those_are_smaller(federation: Make) -> None:
     fed = federation(shared=False, steps=4, density=1e-4)  # 8 elements: masters are smaller after 3 missed rounds
     for _ in range(4):
         fed.round([0, 2])
@@ -109,7 +109,7 @@ def test_late_clients_get_masters_when_those_are_smaller(federation: Make) -> No
     assert fingerprint(fed.clients[1].replica.model) == fed.weights
 
 
-def test_payload_is_four_bytes_a_scalar_each_way(federation: Make) -> None:
+def test_messages_have_four_bytes_a_scalar(federation: Make) -> None:
     fed = federation(steps=5)
     fed.round()
     request = fed.server.request(0)
@@ -118,7 +118,7 @@ def test_payload_is_four_bytes_a_scalar_each_way(federation: Make) -> None:
     assert HEADER_BYTES <= 64
 
 
-def test_order_of_replies_does_not_matter(federation: Make) -> None:
+def test_the_order_of_replies_does_not_matter(federation: Make) -> None:
     a, b = federation(), federation()
     a.round([0, 1, 2])
     b.round([2, 0, 1])
@@ -141,25 +141,29 @@ def reply(
 
 def test_a_round_without_answers_stays_open(federation: Make) -> None:
     fed = federation()
-    with pytest.raises(RoundFailedError, match="round 1: no client gave a usable answer"):
+    with pytest.raises(RoundFailedError, match="round 1: no client sent a usable answer"):
         fed.server.finish_round()
     fed.round()
 
 
-def test_requests_a_client_cannot_follow(federation: Make) -> None:
+def test_a_client_rejects_requests_that_do_not_fit(federation: Make) -> None:
     fed = federation(shared=False)
     fed.round()
     fed.round()
-    late = fed.clients[0]
+    target = fed.clients[0]
     good = TrainRequest.decode(fed.server.request(0))
     for client, request, message in (
-        (late, replace(good, client=1), "is for client 1, this is client 0"),
-        (late, replace(good, local_steps=3), "3 local steps were asked for, the terms allow 1 to 2"),
-        (late, replace(good, scalars=good.scalars[:1]), "no whole number of rounds"),
-        (late, replace(good, round=9), "stands at round 3 with it"),
-        (late, replace(good, scalars=np.tile(good.scalars, 2)), "for round 3; this client stands at round 4 with it"),
-        (late, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
-        (late, replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)), "3 master values for a mask of"),
+        (target, replace(good, client=1), "is for client 1, this is client 0"),
+        (target, replace(good, local_steps=3), "for 3 local steps, the federation's terms allow 1 to 2"),
+        (target, replace(good, scalars=good.scalars[:1]), r"1 scalars, a multiple of 2 \(one round\) was expected"),
+        (target, replace(good, round=9), "stands at round 3 after applying its scalars"),
+        (target, replace(good, scalars=np.tile(good.scalars, 2)), "for round 3; this client stands at round 4 after"),
+        (target, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
+        (
+            target,
+            replace(good, scalars=None, masters=np.zeros(3, dtype=np.float32)),
+            "got 3 master values, 838 were expected",
+        ),
     ):
         before = fingerprint(client.replica.model), client.replica.round
         with pytest.raises(MessageError, match=message):
@@ -168,20 +172,20 @@ def test_requests_a_client_cannot_follow(federation: Make) -> None:
 
 
 @pytest.mark.parametrize("gradient", [Gradient.TWO_POINT, Gradient.BACKPROPAGATION])
-def test_a_client_that_was_started_anew_goes_on_as_if_it_never_stopped(federation: Make, gradient: Gradient) -> None:
-    """It has base model, mask and examples, and remembers nothing; the server sends it what it missed."""
+def test_a_restarted_client_continues_as_if_it_had_never_stopped(federation: Make, gradient: Gradient) -> None:
+    """A restarted client has base model, mask and examples only. The server sends the rounds that it missed."""
     undisturbed = federation(shared=False, gradient=gradient)
-    for line in simulate(undisturbed.server, undisturbed.clients, 4):
-        assert not line.line.rejected
+    for result in simulate(undisturbed.server, undisturbed.clients, 4):
+        assert not result.line.rejected
     fed = federation(shared=False, gradient=gradient)
-    for done in simulate(fed.server, fed.clients, 2):
-        assert not done.line.rejected
+    for result in simulate(fed.server, fed.clients, 2):
+        assert not result.line.rejected
     old = fed.clients[1]
     assert old.data.seen == 2 * 2 * 8
     data = ClientData(old.data.task, old.data.indices, 8, stream.derived_seed(11, "data", 1))
     fed.clients[1] = replace(old, replica=fed.fresh_replica(torch.float32), data=data)
     third, fourth = simulate(fed.server, fed.clients, 4)
-    by_scalars = gradient is Gradient.TWO_POINT  # masters need nothing before them
+    by_scalars = gradient is Gradient.TWO_POINT  # masters can be applied at any round
     assert third.line.rejected == ({"client 1: stands at an earlier round": 1} if by_scalars else {})
     assert not fourth.line.rejected
     assert set(third.line.clients) == ({0, 1, 2} if by_scalars else set())
@@ -189,7 +193,7 @@ def test_a_client_that_was_started_anew_goes_on_as_if_it_never_stopped(federatio
     assert fingerprint(fed.clients[1].replica.model) == fingerprint(undisturbed.clients[1].replica.model)
 
 
-def test_who_says_it_is_behind_for_ever_is_asked_twice_a_round(federation: Make) -> None:
+def test_a_client_that_always_reports_to_be_stale_is_asked_twice_a_round(federation: Make) -> None:
     fed = federation(shared=False)
     fed.round()
     asked = []
@@ -199,10 +203,10 @@ def test_who_says_it_is_behind_for_ever_is_asked_twice_a_round(federation: Make)
             asked.append(i)
             yield i, Stale(client=1, round=2, at_round=1).encode() if i == 1 else fed.clients[i].handle(request)
 
-    (done,) = serve(fed.server, exchange, 2)
+    (result,) = serve(fed.server, exchange, 2)
     assert asked == [0, 1, 2, 1]
-    assert done.line.rejected == {"client 1: stands at an earlier round": 2}
-    assert sorted(done.line.clients) == [0, 2]
+    assert result.line.rejected == {"client 1: stands at an earlier round": 2}
+    assert sorted(result.line.clients) == [0, 2]
 
 
 def test_the_same_request_gets_the_same_answer(federation: Make) -> None:
@@ -213,7 +217,7 @@ def test_the_same_request_gets_the_same_answer(federation: Make) -> None:
     assert fed.clients[0].handle(request) == fed.clients[0].handle(request)
 
 
-def test_a_client_takes_no_more_rounds_than_were_agreed_on(federation: Make) -> None:
+def test_a_client_rejects_rounds_after_the_last_one_of_the_terms(federation: Make) -> None:
     fed = federation(rounds=2)
     fed.round()
     fed.round()
@@ -221,24 +225,24 @@ def test_a_client_takes_no_more_rounds_than_were_agreed_on(federation: Make) -> 
         fed.clients[0].handle(fed.server.request(0))
 
 
-def test_sampled_clients_take_part_and_the_others_are_refused(federation: Make) -> None:
+def test_only_sampled_clients_take_part(federation: Make) -> None:
     fed = federation(clients=5, per_round=2, shared=False)
     assert fed.server.participants() == federation(clients=5, per_round=2).server.participants()
     seen = set()
     for round in range(1, 7):
         members = fed.server.participants()
         assert len(members) == len(set(members)) == 2
-        stranger = next(i for i in range(5) if i not in members)
-        with pytest.raises(MessageError, match=f"client {stranger} does not take part in round {round}"):
-            fed.server.receive(reply(client=stranger, round=round))
+        outsider = next(i for i in range(5) if i not in members)
+        with pytest.raises(MessageError, match=f"client {outsider} does not take part in round {round}"):
+            fed.server.receive(reply(client=outsider, round=round))
         fed.round(members)
         seen.update(members)
     assert seen == set(range(5))
-    fed.clients[0].handle(fed.server.request(0))  # whoever was left out catches up when asked again
+    fed.clients[0].handle(fed.server.request(0))  # clients that were not sampled catch up at their next request
     assert fingerprint(fed.clients[0].replica.model) == fed.weights
 
 
-def test_the_weights_of_a_round_are_those_of_its_participants(federation: Make) -> None:
+def test_only_participants_have_a_weight_in_the_mean(federation: Make) -> None:
     fed = federation(clients=4, per_round=2, weighting=Weighting.UNIFORM)
     first, second = fed.server.participants()
     fed.server.receive(reply(client=first, scalars=(1.0, 2.0)))
@@ -261,39 +265,39 @@ def test_schedules_queries_and_estimators_replay_to_the_same_bits(
     rates = [lr for line in ledger.rounds for lr in line.lr]
     assert (rates[-1] < rates[0] / 2) == (schedule is not Schedule.CONSTANT)
     if gradient is Gradient.BACKPROPAGATION:
-        late = fed.fresh_replica(torch.float32)
-        late.load_masters(4, ledger.rounds[-1].masters)
-        assert fingerprint(late.model) == fed.weights
+        replica = fed.fresh_replica(torch.float32)
+        replica.load_masters(4, ledger.rounds[-1].masters)
+        assert fingerprint(replica.model) == fed.weights
     else:
         assert [len(g) for g in ledger.rounds[0].clients.values()] == [6, 3, 6]
         replay(fed.base.model, fed.mask, ledger.updates())
         assert fingerprint(fed.base.model) == fed.weights
 
 
-def test_replies_of_the_wrong_kind_are_refused(federation: Make) -> None:
+def test_a_reply_of_the_wrong_kind_is_rejected(federation: Make) -> None:
     masters = np.zeros(3, dtype=np.float32)
     wrong = TrainReply(client=0, round=1, local_steps=2, masters=masters, examples=5, loss=0.5).encode()
-    with pytest.raises(MessageError, match="client 0 sent no scalars, which two-point steps are made of"):
+    with pytest.raises(MessageError, match=r"client 0 sent no scalars, 2 were expected \(gradient: two-point\)"):
         federation().server.receive(wrong)
-    averaging = federation(gradient=Gradient.BACKPROPAGATION).server
-    with pytest.raises(MessageError, match="client 0 sent no master values, which backpropagation steps are made of"):
-        averaging.receive(reply())
-    with pytest.raises(MessageError, match="client 0 sent 3 master values instead of 838"):
-        averaging.receive(wrong)
+    fedavg = federation(gradient=Gradient.BACKPROPAGATION).server
+    with pytest.raises(MessageError, match="client 0 sent no master values, 838 were expected"):
+        fedavg.receive(reply())
+    with pytest.raises(MessageError, match="client 0 sent 3 master values, 838 were expected"):
+        fedavg.receive(wrong)
 
 
-def test_micro_batches_give_the_scalars_of_the_whole_batch(federation: Make) -> None:
-    whole, parts = federation(), federation()
-    for client in parts.clients:
+def test_micro_batches_give_the_scalars_of_the_full_batch(federation: Make) -> None:
+    full, micro = federation(), federation()
+    for client in micro.clients:
         client.data.micro_batch_size = 3
-    for fed in (whole, parts):
+    for fed in (full, micro):
         fed.round()
-    scalars = [list(fed.server._history) for fed in (whole, parts)]
+    scalars = [list(fed.server._history) for fed in (full, micro)]
     # losses agree to float32 rounding, 1e-7, and the difference quotient divides that by 2 eps
     assert scalars[0] == pytest.approx(scalars[1], abs=1e-3)
 
 
-def test_every_example_comes_up_once_an_epoch(task_data: EncodedTask) -> None:
+def test_every_example_is_used_once_an_epoch(task_data: EncodedTask) -> None:
     data = ClientData(task_data, torch.arange(50, 60), 4, seed=1)
     drawn = [i for _ in range(10) for i in data.next_indices()]
     for epoch in range(4):
@@ -301,7 +305,7 @@ def test_every_example_comes_up_once_an_epoch(task_data: EncodedTask) -> None:
     assert drawn[:10] != drawn[10:20]
 
 
-def test_clients_without_enough_data(task_data: EncodedTask) -> None:
+def test_a_client_needs_at_least_a_batch_of_examples(task_data: EncodedTask) -> None:
     with pytest.raises(DataError, match="the client has no examples"):
         ClientData(task_data, torch.arange(0), 4, seed=1)
     with pytest.raises(DataError, match="the batch size is 4, the client has 3 examples"):
@@ -311,11 +315,11 @@ def test_clients_without_enough_data(task_data: EncodedTask) -> None:
 def test_a_replica_checks_the_mask_of_the_terms(federation: Make) -> None:
     fed = federation()
     terms: Terms = replace(fed.terms, mask_digest="0" * 64)
-    with pytest.raises(MaskError, match="the federation uses the mask 000000000000"):
+    with pytest.raises(MaskError, match="the federation uses 000000000000"):
         Replica(embedded.load().model, fed.mask, terms)
 
 
-def test_hundreds_of_clients_cost_the_memory_of_one(task_data: EncodedTask) -> None:
+def test_hundreds_of_simulated_clients_share_one_model(task_data: EncodedTask) -> None:
     from helpers.federation import Federation
 
     def peak(clients: int) -> int:

@@ -1,4 +1,4 @@
-"""Broken and hostile clients before a real server: what is refused changes nothing, what is let through is survived."""
+"""Broken and hostile clients: rejected messages change nothing, robust rules limit the effect of accepted ones."""
 
 import json
 import tracemalloc
@@ -27,28 +27,30 @@ INF, NAN = float("inf"), float("nan")
 
 
 def answer(fed: Any, client: int) -> TrainReply:
-    """What a client honestly answers in this round."""
+    """An honest client's reply in the current round."""
     return TrainReply.decode(fed.clients[client].handle(fed.server.request(client)))
 
 
 def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
-    """All that a refused message may not change."""
+    """All state that a rejected message must not change."""
     server = fed.server
-    books = (server.round, server.participants(), dict(server.claimed), dict(server._at), dict(server._sent))
-    return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), books
+    of_clients = (dict(server.claimed), dict(server._client_round), dict(server._answers))
+    of_round = (server.round, server.participants())
+    return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), of_clients, of_round
 
 
 def finish(fed: Any, clients: tuple[int, ...]) -> Any:
+    """Receives honest replies of some clients and finishes the round; returns its ledger line."""
     for client in clients:
         fed.server.receive(answer(fed, client).encode(), sender=client)
     return fed.server.finish_round().line
 
 
 def with_raw_nan(reply: TrainReply) -> bytes:
-    """NaN where a value belongs, under a right checksum: encode() itself makes a position of it."""
-    from helpers.messages import changed
+    """A message with NaN as value 1 and a correct checksum (``encode`` would write a skipped query instead)."""
+    from helpers.messages import with_bytes
 
-    return changed(reply.encode(), HEADER_BYTES + 4, b"\0\0\xc0\x7f")
+    return with_bytes(reply.encode(), HEADER_BYTES + 4, b"\0\0\xc0\x7f")
 
 
 MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Rejection, str]] = {
@@ -60,7 +62,7 @@ MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Rejection, str]] = {
     "far too many values": (
         lambda r: replace(r, scalars=fp32_array(*[0.1] * 1000)).encode(),
         Rejection.MALFORMED,
-        "claims 1000 values where at most 4",
+        "claims 1000 values, at most 4 were expected",
     ),
     "nan": (with_raw_nan, Rejection.NOT_FINITE, "value 1 is not finite"),
     "inf": (
@@ -73,47 +75,63 @@ MESSAGES: dict[str, tuple[Callable[[TrainReply], bytes], Rejection, str]] = {
     "too large": (
         lambda r: replace(r, scalars=fp32_array(NAN, -1.01e8)).encode(),
         Rejection.TOO_LARGE,
-        r"client 0 sent a scalar of size 1.01e\+08",
+        r"client 0 sent a scalar of absolute value 1.01e\+08",
     ),
-    "one step": (lambda r: replace(r, local_steps=1).encode(), Rejection.COUNT, "client 0 took 1 steps instead of 2"),
+    "one step": (
+        lambda r: replace(r, local_steps=1).encode(),
+        Rejection.COUNT,
+        "client 0 sent a reply for 1 local steps, 2 were requested",
+    ),
     "one scalar": (
         lambda r: replace(r, scalars=fp32_array(0.5)).encode(),
         Rejection.COUNT,
-        "client 0 sent 1 scalars instead of 2",
+        "client 0 sent 1 scalars, 2 were expected",
     ),
     "three scalars": (
         lambda r: replace(r, scalars=fp32_array(1, 2, 3)).encode(),
         Rejection.COUNT,
-        "client 0 sent 3 scalars",
+        "client 0 sent 3 scalars, 2 were expected",
     ),
     "weights": (lambda r: replace(r, masters=fp32_array(1, 2)).encode(), Rejection.COUNT, "client 0 sent no scalars"),
-    "unknown client": (lambda r: replace(r, client=9).encode(), Rejection.UNKNOWN, "client 9 is unknown"),
+    "unknown client": (
+        lambda r: replace(r, client=9).encode(),
+        Rejection.UNKNOWN,
+        "client 9 is not part of this federation",
+    ),
     "old round": (
         lambda r: replace(r, round=1).encode(),
         Rejection.ROUND,
-        "client 0 answers round 1; round 2 is under way",
+        "client 0 sent an answer for round 1 in round 2",
     ),
-    "calibration": (lambda r: replace(r, round=0).encode(), Rejection.ROUND, "client 0 answers round 0; round 2"),
-    "future round": (lambda r: replace(r, round=3).encode(), Rejection.ROUND, "client 0 answers round 3; round 2"),
+    "calibration": (
+        lambda r: replace(r, round=0).encode(),
+        Rejection.ROUND,
+        "client 0 sent an answer for round 0 in round 2",
+    ),
+    "future round": (
+        lambda r: replace(r, round=3).encode(),
+        Rejection.ROUND,
+        "client 0 sent an answer for round 3 in round 2",
+    ),
     "second answer": (
         lambda r: replace(r, client=1).encode(),
         Rejection.REPEATED,
-        "client 1 has answered round 2 already",
+        "client 1 has already answered round 2",
     ),
-    "no examples": (lambda r: replace(r, examples=0).encode(), Rejection.EXAMPLES, "client 0 has no examples"),
-    "all examples of the world": (
+    "no examples": (lambda r: replace(r, examples=0).encode(), Rejection.EXAMPLES, "client 0 reported 0 examples"),
+    "far too many examples": (
         lambda r: replace(r, examples=2**32 - 1).encode(),
         Rejection.EXAMPLES,
-        "client 0 claims 4294967295 examples after",
+        r"client 0 reported 4294967295 examples, \d+ in an earlier round",
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "rejection", "reason"), MESSAGES.values(), ids=list(MESSAGES))
-def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
+def test_a_rejected_message_changes_nothing_and_the_round_continues_without_it(
     federation: Make, tmp_path: Path, make: Callable[[TrainReply], bytes], rejection: Rejection, reason: str
 ) -> None:
-    """In round 2, after one in which all answered; against a federation in which the offender never answers."""
+    """Sends the message in round 2, and compares with a federation in which client 0 does not answer that round."""
     path, other = tmp_path / "a", tmp_path / "b"
     fed, without = federation(ledger=path), federation(ledger=other)
     for each in (fed, without):
@@ -135,11 +153,11 @@ def test_what_is_refused_changes_nothing_and_the_round_goes_on_without(
     assert clean.rejected == {}
     assert fed.weights == without.weights
     assert read_ledger(path).rounds == [read_ledger(other).rounds[0], result]
-    finish(fed, (0, 1, 2))  # and whoever offended is served again
+    finish(fed, (0, 1, 2))  # the client can take part again
     assert fed.server.rejected_this_round() == {}
 
 
-def test_the_weights_of_the_rest_are_made_anew(federation: Make) -> None:
+def test_the_weights_of_the_mean_are_those_of_the_accepted_clients(federation: Make) -> None:
     fed = federation()
     one, two = (replace(answer(fed, i), scalars=fp32_array(*g)) for i, g in ((1, (0.5, 0.5)), (2, (1.0, 2.0))))
     with pytest.raises(MessageError):
@@ -153,21 +171,21 @@ def test_a_replayed_message_changes_nothing(federation: Make, tmp_path: Path) ->
     fed = federation(ledger=tmp_path / "l")
     first = answer(fed, 0).encode()
     fed.server.receive(first)
-    with pytest.raises(RejectedError, match="client 0 has answered round 1 already"):
+    with pytest.raises(RejectedError, match="client 0 has already answered round 1"):
         fed.server.receive(first)
     finish(fed, (1, 2))
     before = state(fed, tmp_path / "l")
-    with pytest.raises(RejectedError, match="client 0 answers round 1; round 2 is under way"):
+    with pytest.raises(RejectedError, match="client 0 sent an answer for round 1 in round 2"):
         fed.server.receive(first)
     assert state(fed, tmp_path / "l") == before
     assert fed.server.rejected == {"client 0: a second answer": 1, "client 0: another round": 1}
 
 
-def test_a_client_does_not_speak_for_another(federation: Make, tmp_path: Path) -> None:
+def test_a_client_cannot_answer_in_the_name_of_another(federation: Make, tmp_path: Path) -> None:
     fed = federation(ledger=tmp_path / "l")
     message, before = answer(fed, 1).encode(), state(fed, tmp_path / "l")
     for sender in (0, 9):
-        with pytest.raises(RejectedError, match=f"client {sender} speaks for client 1"):
+        with pytest.raises(RejectedError, match=f"client {sender} sent a message in the name of client 1"):
             fed.server.receive(message, sender=sender)
     assert state(fed, tmp_path / "l") == before
     assert fed.server.rejected_this_round() == {
@@ -176,8 +194,8 @@ def test_a_client_does_not_speak_for_another(federation: Make, tmp_path: Path) -
     fed.server.receive(message, sender=1)
 
 
-def test_an_authenticated_sender_answers_for_what_it_sends(federation: Make) -> None:
-    """Whom the message claims to be from counts only where nobody knows better."""
+def test_a_malformed_message_is_counted_for_the_authenticated_sender(federation: Make) -> None:
+    """Without an authenticated sender, the message is counted as unknown."""
     server = federation().server
     for sender in (2, None):
         with pytest.raises(MessageError):
@@ -186,7 +204,7 @@ def test_an_authenticated_sender_answers_for_what_it_sends(federation: Make) -> 
 
 
 def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> None:
-    """With ever new ids, rounds, values and lengths: as many keys as there are clients and kinds, at most."""
+    """New ids, rounds, values and lengths add no keys: their number is bounded by clients times reasons."""
     fed = federation()
     honest = answer(fed, 0)
 
@@ -214,57 +232,59 @@ def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> No
     assert grown < 20_000
 
 
-def test_who_was_not_sampled_is_refused(federation: Make, tmp_path: Path) -> None:
+def test_a_client_that_was_not_sampled_is_rejected(federation: Make, tmp_path: Path) -> None:
     fed = federation(clients=4, per_round=2, ledger=tmp_path / "l")
     members = fed.server.participants()
-    stranger = next(i for i in range(4) if i not in members)
-    message, before = answer(fed, stranger).encode(), state(fed, tmp_path / "l")
-    with pytest.raises(RejectedError, match=f"client {stranger} does not take part in round 1"):
-        fed.server.receive(message, sender=stranger)
+    outsider = next(i for i in range(4) if i not in members)
+    message, before = answer(fed, outsider).encode(), state(fed, tmp_path / "l")
+    with pytest.raises(RejectedError, match=f"client {outsider} does not take part in round 1"):
+        fed.server.receive(message, sender=outsider)
     assert state(fed, tmp_path / "l") == before
-    assert fed.server.rejected_this_round() == {f"client {stranger}: not sampled": 1}
+    assert fed.server.rejected_this_round() == {f"client {outsider}: not sampled": 1}
 
 
-def test_the_largest_scalar_that_passes(federation: Make) -> None:
+def test_scalars_up_to_max_scalar_are_accepted(federation: Make) -> None:
     server = federation(max_scalar=10.0).server
-    fit = TrainReply(client=0, round=1, local_steps=2, examples=5, loss=0.5, scalars=fp32_array(-10.0, NAN))
-    with pytest.raises(MessageError, match=r"client 0 sent a scalar of size 10\.0001, above 10"):
-        server.receive(replace(fit, scalars=fp32_array(-10.0001, NAN)).encode())
-    server.receive(fit.encode())
+    largest = TrainReply(client=0, round=1, local_steps=2, examples=5, loss=0.5, scalars=fp32_array(-10.0, NAN))
+    with pytest.raises(MessageError, match=r"client 0 sent a scalar of absolute value 10\.0001, at most 10 is"):
+        server.receive(replace(largest, scalars=fp32_array(-10.0001, NAN)).encode())
+    server.receive(largest.encode())
 
 
-def test_claims_of_examples_are_bounded_and_binding(federation: Make) -> None:
+def test_reported_examples_are_bounded_and_binding(federation: Make) -> None:
     fed = federation(max_examples=100)
     honest = replace(answer(fed, 0), examples=100)
-    with pytest.raises(RejectedError, match="client 0 claims 101 examples, above the 100 allowed"):
+    with pytest.raises(RejectedError, match="client 0 reported 101 examples, at most 100 are allowed"):
         fed.server.receive(replace(honest, examples=101).encode())
-    assert fed.server.claimed == {}  # what is refused binds nobody
+    assert fed.server.claimed == {}  # a rejected claim is not binding
     fed.server.receive(honest.encode())
     fed.server.finish_round()
-    with pytest.raises(RejectedError, match="client 0 claims 99 examples after 100 before"):
+    with pytest.raises(RejectedError, match="client 0 reported 99 examples, 100 in an earlier round"):
         fed.server.receive(replace(honest, round=2, examples=99).encode())
     fed.server.receive(replace(honest, round=2).encode())
     assert fed.server.claimed == {0: 100}
 
 
 @pytest.mark.parametrize(
-    ("settings", "wanted"),
+    ("settings", "expected"),
     [
-        ({}, 99.0),  # and nobody can tell: this is what weighting by examples believes
+        ({}, 99.0),  # weighting by examples trusts the claim
         ({"weighting": Weighting.UNIFORM}, 34.0),
         ({"rule": Rule.MEDIAN}, 2.0),
     ],
     ids=["mean by examples", "uniform mean", "median"],
 )
-def test_a_claim_to_own_the_mean(federation: Make, settings: dict[str, Any], wanted: float) -> None:
+def test_a_client_that_claims_many_examples_determines_the_mean_by_examples_only(
+    federation: Make, settings: dict[str, Any], expected: float
+) -> None:
     server = federation(steps=1, **settings).server
     for client, g, examples in ((0, 1.0, 5), (1, 2.0, 5), (2, 99.0, 2**32 - 1)):
         reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32_array(g))
         server.receive(reply.encode())
-    assert server.finish_round().line.scalars == [pytest.approx(wanted, rel=1e-6)]
+    assert server.finish_round().line.scalars == [pytest.approx(expected, rel=1e-6)]
 
 
-def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make) -> None:
+def test_skipped_queries_and_missing_losses_do_not_count(federation: Make) -> None:
     fed = federation(weighting=Weighting.UNIFORM)
     p = 1 / 3
     for client, scalars, loss in ((0, (1.0, NAN), 0.25), (1, (NAN, NAN), None), (2, (2.0, 8.0), 0.75)):
@@ -275,8 +295,8 @@ def test_steps_that_were_not_taken_and_losses_that_are_not_told(federation: Make
     assert result.loss == 0.5
     before = fed.weights
     for client in range(3):
-        nothing = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32_array(NAN, NAN))
-        fed.server.receive(nothing.encode())
+        skipped = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32_array(NAN, NAN))
+        fed.server.receive(skipped.encode())
     result = fed.server.finish_round().line
     assert (result.scalars, result.loss) == ([0.0, 0.0], None)
     assert fed.weights == before
@@ -295,11 +315,13 @@ def test_the_order_of_arrival_changes_no_weight(federation: Make, rule: Rule) ->
     assert a.weights == b.weights
 
 
-def test_a_round_of_refusals_stays_open_and_says_why(federation: Make) -> None:
+def test_a_round_with_only_rejected_messages_stays_open_and_reports_them(federation: Make) -> None:
     fed = federation()
     with pytest.raises(MessageError):
         fed.server.receive(b"", sender=2)
-    with pytest.raises(RoundFailedError, match=r"round 1: no client .* \({'client 2: malformed': 1}\)"):
+    with pytest.raises(
+        RoundFailedError, match=r"round 1: no client .* \(rejected messages: {'client 2: malformed': 1}\)"
+    ):
         fed.server.finish_round()
     assert finish(fed, (0, 1, 2)).rejected == {"client 2: malformed": 1}
 
@@ -318,21 +340,21 @@ def test_a_hostile_client_alters_its_scalars_and_nothing_else(federation: Make, 
     assert replace(altered, scalars=honest.scalars).encode() == honest.encode()
 
 
-def test_a_hostile_client_that_is_refused_leaves_the_bits_of_a_run_without_it(federation: Make) -> None:
-    """In a simulation, where the mean alone would have followed it anywhere."""
+def test_a_rejected_hostile_client_leaves_the_bits_of_a_run_without_it(federation: Make) -> None:
+    """In a simulation with the mean, which the hostile client would have determined."""
     fed, without = federation(max_scalar=1e3), federation()
     rounds = list(simulate(fed.server, with_attackers(fed.clients, Attack.SCALE, 1), 2))
     for _ in range(2):
         finish(without, (0, 1))
-    assert [each.line.rejected for each in rounds] == [{"client 2: a scalar too large": 1}] * 2
+    assert [result.line.rejected for result in rounds] == [{"client 2: a scalar too large": 1}] * 2
     assert fed.weights == without.weights
 
 
-def test_a_simulation_knows_who_speaks(federation: Make) -> None:
+def test_a_simulation_authenticates_senders(federation: Make) -> None:
     fed = federation()
 
     class Thief(HostileClient):
-        """Answers first, and as client 2."""
+        """Sends its answer in the name of client 2."""
 
         def handle(self, message: bytes) -> bytes:
             return replace(TrainReply.decode(self.honest.handle(message)), client=2).encode()
@@ -342,7 +364,7 @@ def test_a_simulation_knows_who_speaks(federation: Make) -> None:
     assert sorted(fed.server.claimed) == [1, 2]
 
 
-# 12 rounds are enough for this task; what they cost is what keeps this test under a minute on one core.
+# 12 rounds are enough for this task, and keep the test below a minute on one core.
 TWO_OF_TEN = {"clients": 10, "partition": "iid", "rounds": 12, "batch_size": 8, "eval_every": 0, "eval_examples": 200}
 RULES: dict[str, dict[str, Any]] = {
     "mean": {}, "median": {"aggregation": "median"}, "trimmed-mean": {"aggregation": "trimmed-mean"},
@@ -355,20 +377,20 @@ def accuracy(output: Path, **settings: Any) -> float:
 
 
 @pytest.mark.slow
-def test_with_a_fifth_hostile_median_and_trimmed_mean_hold_and_the_mean_does_not(tmp_path: Path) -> None:
+def test_with_a_fifth_hostile_median_and_trimmed_mean_learn_and_the_mean_does_not(tmp_path: Path) -> None:
     clean = accuracy(tmp_path / "clean")
     mask = {"mask": tmp_path / "clean" / "mask.safetensors"}
     assert clean > 0.97
     for attack in ("scale", "sign-flip"):
         for name, rule in RULES.items():
-            found = accuracy(tmp_path / f"{name}-{attack}", attack=attack, attackers=2, **mask, **rule)
+            attacked = accuracy(tmp_path / f"{name}-{attack}", attack=attack, attackers=2, **mask, **rule)
             if name != "mean":
-                assert found > clean - 0.02, (name, attack)
+                assert attacked > clean - 0.02, (name, attack)
             elif attack == "scale":
-                assert found < 0.6, (name, attack)
+                assert attacked < 0.6, (name, attack)
 
 
-def test_the_command_line_says_who_was_hostile(tmp_path: Path) -> None:
+def test_the_command_line_prints_the_hostile_clients(tmp_path: Path) -> None:
     settings = ["--rounds", "1", "--local-steps", "1", "--calibration-texts", "16", "--eval-examples", "40"]
     attack = ["--attack", "scale", "--attackers", "2", "--aggregation", "median", "--max-scalar", "1e3"]
     result = call("run", *settings, *attack, "--output", tmp_path / "r")

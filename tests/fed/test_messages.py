@@ -1,4 +1,4 @@
-"""The wire format: golden bytes, round trips, and anything else refused."""
+"""The message format: golden bytes, round trips, and rejection of all other bytes."""
 
 import struct
 import tracemalloc
@@ -14,7 +14,7 @@ from meerkat_engine.fed.messages import HEADER_BYTES, Stale, TrainReply, TrainRe
 from meerkat_engine.fed.rejection import RejectedError, Rejection
 
 from helpers.constants import FUZZ
-from helpers.messages import changed, sealed
+from helpers.messages import with_bytes, with_checksum
 from helpers.tensors import fp32_array
 
 UINT = st.integers(0, 2**32 - 1)
@@ -66,20 +66,20 @@ def test_golden_bytes(message: TrainRequest | TrainReply, golden: str) -> None:
     steps=UINT,
     before=UINT,
     values=st.lists(FLOAT, max_size=20),
-    whole=st.booleans(),
+    by_masters=st.booleans(),
 )
-def test_requests_survive_the_round_trip(
-    client: int, round: int, steps: int, before: int, values: list[float], whole: bool
+def test_a_request_decodes_to_the_same_values(
+    client: int, round: int, steps: int, before: int, values: list[float], by_masters: bool
 ) -> None:
-    named = {"masters" if whole else "scalars": fp32_array(*values)}
-    sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, steps_before=before, **named)
+    payload = {"masters" if by_masters else "scalars": fp32_array(*values)}
+    sent = TrainRequest(client=client, round=round, local_steps=steps, first_round=1, steps_before=before, **payload)
     got = TrainRequest.decode(sent.encode())
     assert (got.client, got.round, got.local_steps, got.first_round) == (client, round, steps, 1)
     assert got.steps_before == before
-    found, other = (got.masters, got.scalars) if whole else (got.scalars, got.masters)
+    received, other = (got.masters, got.scalars) if by_masters else (got.scalars, got.masters)
     assert other is None
-    assert found is not None
-    assert found.tobytes() == fp32_array(*values).tobytes()
+    assert received is not None
+    assert received.tobytes() == fp32_array(*values).tobytes()
 
 
 @given(
@@ -90,7 +90,7 @@ def test_requests_survive_the_round_trip(
     loss=st.none() | FLOAT,
     values=st.lists(FLOAT | st.just(NAN), max_size=20),
 )
-def test_replies_survive_the_round_trip_with_what_was_not_taken(
+def test_a_reply_decodes_to_the_same_values_and_skipped_queries(
     client: int, round: int, steps: int, examples: int, loss: float | None, values: list[float]
 ) -> None:
     sent = TrainReply(
@@ -107,23 +107,23 @@ def test_replies_survive_the_round_trip_with_what_was_not_taken(
     assert (np.signbit(got.scalars) == np.signbit(fp32_array(*values)))[~np.isnan(got.scalars)].all()
 
 
-def refused_or_itself(data: bytes) -> bool:
-    """Whether any kind of message takes the bytes; if so, it encodes to the very same."""
-    taken = False
+def is_valid_message(data: bytes) -> bool:
+    """Whether the bytes are a valid reply or request. Checks that a valid message encodes to the same bytes."""
+    valid = False
     for kind in (TrainReply, TrainRequest):
         try:
             got = kind.decode(data)
         except MessageError:
             continue
         assert got.encode() == data
-        taken = True
-    return taken
+        valid = True
+    return valid
 
 
 @settings(max_examples=100 * FUZZ, deadline=None)
 @given(data=st.binary(max_size=100))
-def test_any_bytes_are_refused_by_name(data: bytes) -> None:
-    assert not refused_or_itself(data)
+def test_random_bytes_are_rejected_with_a_message_error(data: bytes) -> None:
+    assert not is_valid_message(data)
 
 
 @settings(max_examples=1000 * FUZZ, deadline=None)
@@ -138,7 +138,7 @@ def test_any_bytes_are_refused_by_name(data: bytes) -> None:
     loss=st.just(bytes(4)) | FLOAT.map(lambda x: struct.pack("<f", x)) | st.binary(min_size=4, max_size=4),
     words=st.lists(st.integers(0, 3) | UINT, max_size=6),
 )
-def test_headers_that_nobody_wrote(
+def test_random_headers_are_rejected_or_encode_to_the_same_bytes(
     kind: int,
     flags: int,
     zero: int,
@@ -149,25 +149,25 @@ def test_headers_that_nobody_wrote(
     loss: bytes,
     words: list[int],
 ) -> None:
-    """Checksums are set right, so that what lies behind them is reached."""
+    """The checksums are correct, so that the checks after the checksum are reached."""
     count = len(words) if count is None else count
     header = struct.pack("<4sBBBB6I", b"MKT1", kind, 2, flags, zero, client, *fields, count, examples)
-    refused_or_itself(sealed(header + loss + bytes(4) + struct.pack(f"<{len(words)}I", *words)))
+    is_valid_message(with_checksum(header + loss + bytes(4) + struct.pack(f"<{len(words)}I", *words)))
 
 
 @EACH
-def test_every_damaged_byte_is_noticed(message: TrainRequest | TrainReply) -> None:
+def test_every_damaged_byte_is_an_error(message: TrainRequest | TrainReply) -> None:
     data = message.encode()
-    for at in range(len(data)):
+    for position in range(len(data)):
         for flip in range(1, 256):
             damaged = bytearray(data)
-            damaged[at] ^= flip
+            damaged[position] ^= flip
             with pytest.raises(MessageError):
                 type(message).decode(bytes(damaged))
 
 
 @EACH
-def test_what_is_too_short_or_too_long_is_noticed(message: TrainRequest | TrainReply) -> None:
+def test_a_message_of_another_length_is_an_error(message: TrainRequest | TrainReply) -> None:
     data = message.encode()
     for length in range(len(data)):
         with pytest.raises(MessageError):
@@ -178,7 +178,7 @@ def test_what_is_too_short_or_too_long_is_noticed(message: TrainRequest | TrainR
 
 
 @EACH
-def test_one_kind_is_not_the_other(message: TrainRequest | TrainReply) -> None:
+def test_a_request_is_not_a_reply_and_a_reply_is_not_a_request(message: TrainRequest | TrainReply) -> None:
     got, expected = ("reply", "request") if isinstance(message, TrainReply) else ("request", "reply")
     other = TrainRequest if isinstance(message, TrainReply) else TrainReply
     with pytest.raises(MessageError, match=f"expected a {expected}, got a {got}"):
@@ -186,16 +186,16 @@ def test_one_kind_is_not_the_other(message: TrainRequest | TrainReply) -> None:
 
 
 def reply(*values: float, words: tuple[int, ...] = (), skipped: int = 0) -> bytes:
-    """A reply made by hand: values, then words that are said to be positions."""
+    """A reply from values and words; ``skipped`` is the claimed number of positions of skipped queries."""
     header = struct.pack(
         "<4sBBBB6IfI", b"MKT1", 3, 3, 1, 0, 1, 2, 3, skipped, len(values) + len(words), 5, 0.5, 0
     )  # fmt: skip
-    return sealed(header + struct.pack(f"<{len(values)}f", *values) + struct.pack(f"<{len(words)}I", *words))
+    return with_checksum(header + struct.pack(f"<{len(values)}f", *values) + struct.pack(f"<{len(words)}I", *words))
 
 
 REQUEST = ONE_OF_EACH["request with scalars"][0].encode
 MASTERS = ONE_OF_EACH["reply with masters"][0].encode
-UNTOLD = ONE_OF_EACH["reply without a loss"][0].encode
+WITHOUT_LOSS = ONE_OF_EACH["reply without a loss"][0].encode
 
 
 @pytest.mark.parametrize(
@@ -203,27 +203,30 @@ UNTOLD = ONE_OF_EACH["reply without a loss"][0].encode
     [
         (reply(1.0, NAN), r"value 1 is not finite \(nan\)"),
         (reply(float("-inf"), 1.0), r"value 0 is not finite \(-inf\)"),
-        (changed(MASTERS(), 40, b"\0\0\xc0\x7f"), r"value 0 is not finite \(nan\)"),
-        (changed(reply(1.0), 32, b"\0\0\xc0\x7f"), "the loss is nan"),
-        (changed(reply(1.0), 32, b"\0\0\x80\x7f"), "the loss is inf"),
-        (changed(UNTOLD(), 32, b"\0\0\0\x3f"), "the loss is 0.5 in a message that tells none"),
-        (changed(UNTOLD(), 32, b"\0\0\0\x80"), "the loss is -0.0 in a message that tells none"),
-        (changed(reply(1.0), 6, b"\3"), r"reserved bits are set \(flags 0x03, then 0x00\)"),
-        (changed(reply(1.0), 7, b"\1"), r"reserved bits are set \(flags 0x01, then 0x01\)"),
-        (changed(reply(1.0), 4, b"\6"), "unknown kind of message 6"),
-        (changed(reply(1.0), 5, b"\2"), "version 2; expected b'MKT1', version 3"),
-        (reply(skipped=1, words=(0,)), "1 of 1 values are said to be positions of the others"),
-        (reply(0.0, 1.0, skipped=2**32 - 1), "4294967295 of 2 values are said to be positions"),
-        (reply(0.0, 1.0, skipped=1, words=(2,)), "must ascend, without repetition, below 2"),
-        (reply(0.0, 0.0, skipped=2, words=(1, 0)), "must ascend, without repetition, below 2"),
-        (reply(0.0, 0.0, skipped=2, words=(1, 1)), "must ascend, without repetition, below 2"),
-        (reply(0.0, 1.0, skipped=1, words=(1,)), "a query that was not taken has a scalar other than 0"),
-        (reply(-0.0, 1.0, skipped=1, words=(0,)), "a query that was not taken has a scalar other than 0"),
-        (changed(MASTERS(), 20, b"\1\0\0\0"), "1 queries were not taken, and backpropagation has none"),
+        (with_bytes(MASTERS(), 40, b"\0\0\xc0\x7f"), r"value 0 is not finite \(nan\)"),
+        (with_bytes(reply(1.0), 32, b"\0\0\xc0\x7f"), "the loss is nan"),
+        (with_bytes(reply(1.0), 32, b"\0\0\x80\x7f"), "the loss is inf"),
+        (with_bytes(WITHOUT_LOSS(), 32, b"\0\0\0\x3f"), "the loss is 0.5 in a message without a loss"),
+        (with_bytes(WITHOUT_LOSS(), 32, b"\0\0\0\x80"), "the loss is -0.0 in a message without a loss"),
+        (with_bytes(reply(1.0), 6, b"\3"), r"reserved bits are set \(flags 0x03, reserved byte 0x00\)"),
+        (with_bytes(reply(1.0), 7, b"\1"), r"reserved bits are set \(flags 0x01, reserved byte 0x01\)"),
+        (with_bytes(reply(1.0), 4, b"\6"), "unknown kind of message: 6"),
+        (with_bytes(reply(1.0), 5, b"\2"), "version 2; b'MKT1', version 3 was expected"),
+        (reply(skipped=1, words=(0,)), "has 1 values and claims that 1 are positions of others"),
+        (reply(0.0, 1.0, skipped=2**32 - 1), "has 2 values and claims that 4294967295 are positions"),
+        (reply(0.0, 1.0, skipped=1, words=(2,)), "must be ascending, unique and below 2"),
+        (reply(0.0, 0.0, skipped=2, words=(1, 0)), "must be ascending, unique and below 2"),
+        (reply(0.0, 0.0, skipped=2, words=(1, 1)), "must be ascending, unique and below 2"),
+        (reply(0.0, 1.0, skipped=1, words=(1,)), "a skipped query has a scalar other than 0"),
+        (reply(-0.0, 1.0, skipped=1, words=(0,)), "a skipped query has a scalar other than 0"),
+        (
+            with_bytes(MASTERS(), 20, b"\1\0\0\0"),
+            "a reply with master values has no queries, this one reports 1 skipped",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
+def test_an_invalid_reply_is_rejected_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(MessageError, match=reason):
         TrainReply.decode(data)
 
@@ -231,15 +234,15 @@ def test_replies_that_cannot_be(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (changed(REQUEST(), 20, b"\4\0\0\0"), "a request for round 3 cannot bring the scalars from round 4 on"),
-        (changed(REQUEST(), 20, b"\0\0\0\0"), "a request for round 3 cannot bring the scalars from round 0 on"),
-        (changed(REQUEST(), 6, b"\1"), "a request has no loss"),
+        (with_bytes(REQUEST(), 20, b"\4\0\0\0"), "the request for round 3 has scalars from round 4 on"),
+        (with_bytes(REQUEST(), 20, b"\0\0\0\0"), "the request for round 3 has scalars from round 0 on"),
+        (with_bytes(REQUEST(), 6, b"\1"), "the request has a loss, only a reply may have one"),
         (Stale(client=1, round=3, at_round=2).encode(), "expected a request, got a reply"),
-        (changed(REQUEST(), 44, b"\0\0\xc0\x7f"), "value 1 is not finite"),
+        (with_bytes(REQUEST(), 44, b"\0\0\xc0\x7f"), "value 1 is not finite"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_requests_that_cannot_be(data: bytes, reason: str) -> None:
+def test_an_invalid_request_is_rejected_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(MessageError, match=reason):
         TrainRequest.decode(data)
 
@@ -247,46 +250,56 @@ def test_requests_that_cannot_be(data: bytes, reason: str) -> None:
 STALE = Stale(client=7, round=3, at_round=2)
 
 
-def test_a_client_that_is_behind_says_where_it_stands() -> None:
+def test_a_stale_client_reports_its_round() -> None:
     golden = (
         "4d4b5431" "05030000" "07000000" "03000000" "00000000" "02000000" "00000000" "00000000" "00000000" "0272a9cf"
     )  # fmt: skip
     assert STALE.encode().hex() == golden
     assert decode_answer(bytes.fromhex(golden)) == STALE
-    with pytest.raises(RejectedError, match="client 7 stands at round 2") as refused:
+    with pytest.raises(RejectedError, match="client 7 is at round 2, the request was for round 3") as caught:
         TrainReply.decode(bytes.fromhex(golden))
-    assert refused.value.rejection is Rejection.STALE
+    assert caught.value.rejection is Rejection.STALE
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (changed(STALE.encode(), 16, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (changed(STALE.encode(), 28, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (changed(STALE.encode(), 6, b"\1"), "has no steps, examples, loss or values to tell of"),
-        (sealed(STALE.encode()[:24] + b"\1\0\0\0" + bytes(16)), "has no steps, examples, loss or values to tell of"),
-        (changed(STALE.encode(), 20, b"\0"), "asked for round 3 cannot be behind at round 0"),
-        (changed(STALE.encode(), 20, b"\3"), "asked for round 3 cannot be behind at round 3"),
+        (
+            with_bytes(STALE.encode(), 16, b"\1"),
+            "stale client has steps, examples, a loss or values; it must have none",
+        ),
+        (
+            with_bytes(STALE.encode(), 28, b"\1"),
+            "stale client has steps, examples, a loss or values; it must have none",
+        ),
+        (with_bytes(STALE.encode(), 6, b"\1"), "stale client has steps, examples, a loss or values; it must have none"),
+        (
+            with_checksum(STALE.encode()[:24] + b"\1\0\0\0" + bytes(16)),
+            "stale client has steps, examples, a loss or values; it must have none",
+        ),
+        (with_bytes(STALE.encode(), 20, b"\0"), "stale in round 3 cannot be at round 0"),
+        (with_bytes(STALE.encode(), 20, b"\3"), "stale in round 3 cannot be at round 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_behind_that_cannot_be(data: bytes, reason: str) -> None:
+def test_an_invalid_stale_message_is_rejected_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(MessageError, match=reason):
         decode_answer(data)
 
 
 @BOTH
-def test_more_values_than_expected_are_refused_before_they_are_looked_at(
+def test_too_many_values_are_rejected_before_they_are_read(
     kind: type[TrainRequest] | type[TrainReply],
 ) -> None:
     data = bytearray(REQUEST() if kind is TrainRequest else reply(1.0, 2.0))
     kind.decode(bytes(data), max_values=2)
-    data[-1] ^= 1  # a checksum, if it were taken, would be said not to match
-    with pytest.raises(MessageError, match="the message claims 2 values where at most 1 belong"):
+    data[-1] ^= 1  # with this, the checksum would not match, if it were computed
+    with pytest.raises(MessageError, match="the message claims 2 values, at most 1 were expected"):
         kind.decode(bytes(data), max_values=1)
 
 
-def peak(decode: Callable[[bytes], object], data: bytes) -> int:
+def peak_memory(decode: Callable[[bytes], object], data: bytes) -> int:
+    """Peak memory, in bytes, of the rejection of a message."""
     tracemalloc.start()
     try:
         with pytest.raises(MessageError):
@@ -297,12 +310,12 @@ def peak(decode: Callable[[bytes], object], data: bytes) -> int:
 
 
 @BOTH
-def test_claims_cost_no_memory(kind: type[TrainRequest] | type[TrainReply]) -> None:
+def test_a_claimed_number_of_values_allocates_no_memory(kind: type[TrainRequest] | type[TrainReply]) -> None:
     start = REQUEST() if kind is TrainRequest else reply()
     many = struct.pack("<I", 2**28)
-    assert peak(kind.decode, changed(start, 24, many)) < 50_000
-    assert peak(kind.decode, changed(start, 24, many) + bytes(1000)) < 50_000
+    assert peak_memory(kind.decode, with_bytes(start, 24, many)) < 50_000
+    assert peak_memory(kind.decode, with_bytes(start, 24, many) + bytes(1000)) < 50_000
     values = bytes(4 * 10**6)
-    full = changed(start[:HEADER_BYTES] + values, 24, struct.pack("<I", 10**6))
-    wrong = changed(full, HEADER_BYTES, b"\0\0\xc0\x7f")
-    assert peak(kind.decode, wrong) < len(wrong)
+    full = with_bytes(start[:HEADER_BYTES] + values, 24, struct.pack("<I", 10**6))
+    wrong = with_bytes(full, HEADER_BYTES, b"\0\0\xc0\x7f")
+    assert peak_memory(kind.decode, wrong) < len(wrong)

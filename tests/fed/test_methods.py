@@ -1,4 +1,4 @@
-"""Every method on every task: a tiny model, made-up rows, a few rounds; what they come to is printed at the end."""
+"""Every method on every task, with a tiny model, invented examples and a few rounds. The results are printed."""
 
 import json
 from collections.abc import Callable
@@ -36,10 +36,12 @@ SMALL = {
 
 
 def folders(task: Task) -> list[str]:
+    """Names of the task's data folders."""
     return [f"{task.name}_{domain}" for domain in task.domains] or [task.name]
 
 
 def row(task: Task, number: int) -> dict[str, Any]:
+    """An invented example of the task."""
     label: int | bool = number % len(task.label_words)
     words = {field: f"{field} {number} of some words" for field in task.fields}
     return words | {task.label: bool(label) if task.name == "boolq" else label}
@@ -47,7 +49,7 @@ def row(task: Task, number: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in a directory, rows for every task, calibration text."""
+    """A directory with a model, examples of every task, and calibration text."""
     root: Path = tmp_path_factory.mktemp("world")
     tokenizer = make_byte_tokenizer()
     model = make_model(vocabulary=len(tokenizer), positions=256)
@@ -93,7 +95,7 @@ def test_every_method_on_every_task(
     record_property(COMBINATION, [str(method), task, f"{change:+.0e}", summary["masked_elements"]])
 
 
-def test_methods_differ_in_their_recipe() -> None:
+def test_the_recipes_of_two_methods_differ() -> None:
     recipes = [method.recipe for method in Method]
     assert len(set(recipes)) == len(recipes)
     assert {recipe.elements for recipe in recipes} == set(Elements)
@@ -102,13 +104,13 @@ def test_methods_differ_in_their_recipe() -> None:
 
 
 @pytest.mark.parametrize("method", [Method.FULL_FEDZO, Method.DECOMFL])
-def test_dense_methods_train_everything(method: Method, run: Callable[..., dict[str, Any]]) -> None:
+def test_dense_methods_train_all_elements(method: Method, run: Callable[..., dict[str, Any]]) -> None:
     summary = run(method)
     assert summary["masked_elements"] == summary["elements"]
     assert summary["mask_bytes"] == 0
 
 
-def test_decomfl_sends_a_scalar_a_query(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_decomfl_sends_one_scalar_per_query(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     summary = run("decomfl")
     assert summary["bytes_up"] == 2 * 2 * (40 + 4 * 2 * 5)
     ledger = read_ledger(tmp_path / "r" / "ledger.jsonl")
@@ -117,9 +119,7 @@ def test_decomfl_sends_a_scalar_a_query(run: Callable[..., dict[str, Any]], tmp_
     assert [len(line.scalars) for line in ledger.rounds] == [10, 10]
 
 
-def test_layer_zo_trains_the_named_layer_or_the_one_with_the_largest_gradient(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_layer_zo_trains_the_given_layer(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     summary = run("layer-zo", layer="model.layers.0.mlp")
     mask = SparseMask.load(tmp_path / "r" / "mask.safetensors")
     assert {name for name, *_ in mask.ranges()} == {
@@ -128,12 +128,12 @@ def test_layer_zo_trains_the_named_layer_or_the_one_with_the_largest_gradient(
     assert summary["mask_source"] == "layer model.layers.0.mlp"
 
 
-def test_an_unknown_layer_is_named(run: Callable[..., dict[str, Any]]) -> None:
+def test_an_unknown_layer_is_an_error(run: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match=r"layer 'h\.9' has no parameters .* its blocks are model\.layers\.0, model"):
         run("layer-zo", layer="h.9")
 
 
-def test_lora_on_a_model_without_the_named_modules(run: Callable[..., dict[str, Any]]) -> None:
+def test_lora_on_a_model_without_the_target_modules_is_an_error(run: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="'query_key_value'"):
         run("lora-fedzo", lora_targets="query_key_value")
 
@@ -161,28 +161,28 @@ def test_fedavg_averages_weights(run: Callable[..., dict[str, Any]], tmp_path: P
     assert not (tmp_path / "r" / "gradip.jsonl").exists()
 
 
-def test_fedavg_is_the_upper_bound(tmp_path: Path) -> None:
-    """On the embedded model and task it learns in 10 steps what zeroth-order steps take hundreds for."""
+def test_fedavg_learns_in_few_steps(tmp_path: Path) -> None:
+    """On the embedded task, 10 steps suffice; zeroth-order training takes hundreds."""
     settings = {"method": "fedavg", "rounds": 5, "local_steps": 2, "partition": "iid", "eval_examples": 100}
     summary = execute(make_config(settings), tmp_path / "r", lambda _: None, lambda _: None)
     assert summary["accuracy_after"] > 0.9 > 0.6 > summary["accuracy_before"]
 
 
-def test_a_fedavg_round_is_the_mean_of_the_clients_sgd(federation: Callable[..., Any]) -> None:
+def test_a_fedavg_round_is_the_mean_of_the_clients_weights(federation: Callable[..., Any]) -> None:
     from meerkat_engine.fed.messages import TrainReply
 
     fed = federation(gradient=Gradient.BACKPROPAGATION, steps=2, lr=0.1)
     replies = [TrainReply.decode(client.handle(fed.server.request(client.id))) for client in fed.clients]
-    for each in replies:
-        fed.server.receive(each.encode())
+    for reply in replies:
+        fed.server.receive(reply.encode())
     fed.server.finish_round()
-    sizes = np.array([each.examples for each in replies], dtype=np.float64)
-    mean = sum(n * each.masters.astype(np.float64) for n, each in zip(sizes, replies, strict=True)) / sizes.sum()
+    sizes = np.array([reply.examples for reply in replies], dtype=np.float64)
+    mean = sum(n * reply.masters.astype(np.float64) for n, reply in zip(sizes, replies, strict=True)) / sizes.sum()
     np.testing.assert_allclose(fed.replica.optimizer.weights.masters().numpy(), mean, rtol=1e-6)
     assert fed.server.round == 2
 
 
-def test_a_mask_file_is_for_methods_that_rank_elements(world: Path) -> None:
+def test_a_mask_file_needs_a_method_with_ranked_elements(world: Path) -> None:
     given = SMALL | {"model": str(world / "model"), "task": "sst2", "mask": "m.safetensors"}
     for method in Method:
         if method.recipe.elements.ranked:
@@ -192,12 +192,14 @@ def test_a_mask_file_is_for_methods_that_rank_elements(world: Path) -> None:
                 make_config(given, {"method": method})
 
 
-def test_early_stopping_needs_the_gradient(run: Callable[..., dict[str, Any]], world: Path, tmp_path: Path) -> None:
+def test_early_stopping_needs_a_mask_with_a_gradient(
+    run: Callable[..., dict[str, Any]], world: Path, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     replace(SparseMask.random(model, 0.01, 1), source="mine").save(tmp_path / "mask")
     with pytest.raises(MaskError, match=r"GradIP needs the gradient on pre-training text .* \(mine\)"):
         run("meerkat-vp", mask=str(tmp_path / "mask"))
-    assert not (tmp_path / "r").exists()  # the same output can be given again
+    assert not (tmp_path / "r").exists()  # so the same output directory can be used again
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_early_stopping_needs_the_gradient(run: Callable[..., dict[str, Any]], w
         ("fedavg", "random, seed 2"),
     ],
 )
-def test_a_mask_file_chosen_by_another_rule(
+def test_a_mask_file_made_by_another_rule_is_an_error(
     method: str, source: str, run: Callable[..., dict[str, Any]], world: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -219,7 +221,7 @@ def test_a_mask_file_chosen_by_another_rule(
 
 
 def test_a_task_mask_has_no_gradient_for_gradip(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """GradIP is about the gradient on pre-training text."""
+    """GradIP needs the gradient on pre-training text."""
     run("task-mask")
     assert SparseMask.load(tmp_path / "r" / "mask.safetensors").gradient is None
     assert not (tmp_path / "r" / "gradip.jsonl").exists()
@@ -235,12 +237,14 @@ def test_a_task_mask_has_no_gradient_for_gradip(run: Callable[..., dict[str, Any
     ],
     ids=str,
 )
-def test_settings_that_have_no_meaning(settings: dict[str, Any], message: str) -> None:
+def test_settings_without_effect_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(settings)
 
 
-def test_the_run_directory_says_which_defaults_a_method_has(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_the_run_directory_records_the_defaults_of_the_method(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     run("decomfl")
     assert read_toml(tmp_path / "r" / "config.toml")["queries"] == 5
     assert make_config({"method": "decomfl", "queries": 2}).step.queries == 2

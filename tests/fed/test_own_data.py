@@ -1,4 +1,4 @@
-"""Runs on data of the user's own, and with clients that the data name, through the command line."""
+"""Runs on the user's own data, and with natural clients, through the command line."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def films(write_jsonl: Callable[[str, list[str]], Path]) -> Path:
-    """Label words as labels; a field that names two sites of different size."""
+    """A file of 40 examples. Labels are label words; the field ``site`` names two sites of different size."""
     rows = [
         {"text": f"a {'good' if i % 2 else 'bad'} film" + " all" * (i % 5),
          "label": "great" if i % 2 else "terrible", "site": "north" if i % 3 else "south"}
@@ -40,7 +40,7 @@ def films(write_jsonl: Callable[[str, list[str]], Path]) -> Path:
 
 @pytest.fixture
 def own(model: Path, films: Path) -> list[str | Path]:
-    """Arguments of a run on these films."""
+    """Arguments of a run on ``films``."""
     return ["run", "--model", model, "--data", films, "--template", OWN["template"], "--labels", OWN["labels"], *SHORT]
 
 
@@ -63,7 +63,7 @@ def test_a_run_on_own_data(own: list[str | Path], films: Path, tmp_path: Path) -
     assert masked.exit_code == 0, masked.output
 
 
-def test_validation_data_of_its_own(own: list[str | Path], films: Path, tmp_path: Path) -> None:
+def test_a_validation_file_is_used(own: list[str | Path], films: Path, tmp_path: Path) -> None:
     result = call(*own, "--validation", films, "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     assert "(40 held-out examples)" in result.output
@@ -76,12 +76,12 @@ def test_prompts_that_were_cut_are_counted(own: list[str | Path], tmp_path: Path
     assert result.exit_code == 0, result.output
     summary = summary_of(tmp_path / "r")
     cut = [summary["truncated_train"], summary["truncated_validation"]]
-    assert sum(cut) == 16  # 3 + 2 + 1 tokens and "all" three or four times, for 16 of 40
+    assert sum(cut) == 16  # 16 of the 40 prompts have 3 + 2 + 1 tokens and "all" three or four times, more than 8
     assert min(cut) > 0
     assert f"cut to fit      {cut[0]} training examples, {cut[1]} held-out examples (--max-length)\n" in result.output
 
 
-def test_clients_that_the_data_name(own: list[str | Path], tmp_path: Path) -> None:
+def test_natural_clients_are_those_of_the_client_field(own: list[str | Path], tmp_path: Path) -> None:
     natural = [*own, "--partition", "natural", "--client-field", "site"]
     result = call(*natural, "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
@@ -93,7 +93,7 @@ def test_clients_that_the_data_name(own: list[str | Path], tmp_path: Path) -> No
     assert sum(counts[0]) > sum(counts[1])
     for arguments, message in [
         (["--clients", "3"], "the data name 2 natural clients, and clients is 3; set --clients 2"),
-        (["--batch-size", "20"], "client 1 (south) holds"),
+        (["--batch-size", "20"], "client 1 (south) has 12 examples, fewer than the 20 of a batch"),
         (["--client-field", "ward"], "films, train, example 1: natural clients need the field 'ward'; found ['label'"),
     ]:
         result = call(*natural, *arguments, "--output", tmp_path / "s")
@@ -102,7 +102,7 @@ def test_clients_that_the_data_name(own: list[str | Path], tmp_path: Path) -> No
     assert not (tmp_path / "s").exists()
 
 
-def test_vaders_domains_are_its_clients(
+def test_the_natural_clients_of_vader_are_its_domains(
     model: Path, tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path]
 ) -> None:
     for domain in ("amazon", "movie", "nyt", "tweets"):
@@ -130,25 +130,28 @@ def test_vaders_domains_are_its_clients(
         ({"template": "{text It was"}, "fields stand in braces"),
         ({"cut": "title"}, "cut 'title' is not a field of the template"),
         ({"client_field": "site"}, "client_field is for natural clients; add --partition natural"),
-        ({"partition": "natural"}, "the task 'films' has no natural clients of its own; give --client-field"),
+        ({"partition": "natural"}, "the task 'films' defines no natural clients; give --client-field"),
         *(
-            ({"data": None, "template": None, "labels": None, "task": "sst2", name: "x"}, f"{name} describes data of")
+            (
+                {"data": None, "template": None, "labels": None, "task": "sst2", name: "x"},
+                f"{name} is only for your own data",
+            )
             for name in ("validation", "template", "labels", "label_field", "cut")
         ),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_go_together(settings: dict[str, str | None], message: str) -> None:
+def test_settings_that_do_not_fit_together_are_rejected(settings: dict[str, str | None], message: str) -> None:
     given = {"model": "m", "data": "films.jsonl", **OWN, **settings}
     with pytest.raises(ConfigError, match=message):
         make_config({name: value for name, value in given.items() if value is not None})
 
 
-def test_a_task_beside_own_data_is_refused_in_python_too() -> None:
+def test_run_config_rejects_a_task_together_with_own_data() -> None:
     with pytest.raises(ConfigError, match="give --task or --data, not both"):
         RunConfig(model=ModelConfig(source="m"), data=DataConfig(task="sst2", file=Path("films.jsonl"), **OWN))
 
 
 def test_the_embedded_task_has_no_natural_clients() -> None:
-    with pytest.raises(ConfigError, match="the task 'embedded' has no natural clients of its own"):
+    with pytest.raises(ConfigError, match="the task 'embedded' defines no natural clients"):
         make_config({"partition": "natural"})

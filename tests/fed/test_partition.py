@@ -1,4 +1,4 @@
-"""Dealing examples to clients."""
+"""Partitions of examples among clients."""
 
 import hashlib
 
@@ -12,9 +12,9 @@ from meerkat_engine.fed.partition import Partition, client_names, histogram, spl
 LABELS = torch.arange(600) % 3
 
 
-@pytest.mark.parametrize("partition", [each for each in Partition if each is not Partition.NATURAL])
+@pytest.mark.parametrize("partition", [rule for rule in Partition if rule is not Partition.NATURAL])
 @pytest.mark.parametrize("clients", [3, 7])
-def test_every_example_goes_to_one_client(partition: Partition, clients: int) -> None:
+def test_every_example_belongs_to_one_client(partition: Partition, clients: int) -> None:
     shares = split(LABELS, clients, partition, 5, alpha=1.0)
     assert len(shares) == clients
     assert torch.cat(shares).sort().values.tolist() == list(range(600))
@@ -38,7 +38,7 @@ def test_single_label_clients_hold_one_label() -> None:
 
 
 def test_dirichlet_is_drawn_per_class_over_clients() -> None:
-    """Class shares have the Dirichlet's mean 1/K and variance; small alpha concentrates, large evens out."""
+    """The clients' shares of a class have the mean 1/K and the variance of the Dirichlet distribution."""
     draws = []
     for seed in range(200):
         counts = np.array(histogram(LABELS, split(LABELS, 4, Partition.DIRICHLET, seed, alpha=0.5), 3))
@@ -51,7 +51,7 @@ def test_dirichlet_is_drawn_per_class_over_clients() -> None:
     assert np.abs(even - 50).max() <= 3
 
 
-def test_partitions_that_cannot_be_made() -> None:
+def test_a_partition_that_leaves_a_client_without_enough_examples_is_an_error() -> None:
     with pytest.raises(DataError, match="600 examples cannot give 40 clients 16 each"):
         split(LABELS, 40, Partition.IID, 0, at_least=16)
     with pytest.raises(DataError, match=r"client \d+ of 30 gets \d+ examples under dirichlet\(0.01\), .* a batch"):
@@ -60,20 +60,20 @@ def test_partitions_that_cannot_be_made() -> None:
         split(LABELS, 2, Partition.SINGLE_LABEL, 0)
 
 
-def test_the_bits_of_each_partition_stay() -> None:
-    """Ledgers and summaries of earlier runs name partitions by their settings alone."""
-    known = {
+def test_the_partitions_are_the_same_as_in_earlier_versions() -> None:
+    """Files of earlier runs record the settings of a partition, not the partition."""
+    digests = {
         Partition.IID: "869dce7a07d26761",
         Partition.DIRICHLET: "307abc7e62ab3e56",
         Partition.SINGLE_LABEL: "e68e38a074a2c048",
     }
-    for partition, digest in known.items():
+    for partition, digest in digests.items():
         shares = split(LABELS, 4, partition, 5, alpha=0.5)
         text = "|".join(",".join(map(str, share.tolist())) for share in shares)
         assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
-def test_natural_clients_hold_what_the_data_call_theirs() -> None:
+def test_natural_clients_get_the_examples_with_their_name() -> None:
     groups = [("b", "c", "a")[i // 2 % 3] for i in range(600)]
     shares = split(LABELS, 3, Partition.NATURAL, 5, groups=groups)
     for name, share in zip("abc", shares, strict=True):
@@ -83,28 +83,26 @@ def test_natural_clients_hold_what_the_data_call_theirs() -> None:
 
 
 @pytest.mark.parametrize("clients", [2, 4, 700])
-def test_natural_clients_are_as_many_as_the_data_name(clients: int) -> None:
+def test_the_number_of_natural_clients_must_be_that_of_the_data(clients: int) -> None:
     with pytest.raises(DataError, match=f"name 3 natural clients, and clients is {clients}; set --clients 3"):
         split(LABELS, clients, Partition.NATURAL, 0, groups=["a", "b", "c"] * 200)
 
 
-def test_a_natural_client_with_less_than_a_batch_is_named() -> None:
+def test_a_natural_client_with_less_than_a_batch_is_an_error() -> None:
     groups = ["few"] * 7 + ["many"] * 593
-    with pytest.raises(
-        DataError, match=r"client 0 \(few\) holds 7 examples, fewer than the 8 of a batch; use a smaller"
-    ):
+    with pytest.raises(DataError, match=r"client 0 \(few\) has 7 examples, fewer than the 8 of a batch; use a smaller"):
         split(LABELS, 2, Partition.NATURAL, 0, at_least=8, groups=groups)
     assert [len(share) for share in split(LABELS, 2, Partition.NATURAL, 0, at_least=7, groups=groups)] == [7, 593]
 
 
-def test_groups_are_text_or_whole_numbers() -> None:
+def test_names_of_natural_clients_are_text_or_integers() -> None:
     assert client_names([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
     assert client_names([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
     for rows, message in [
         ([{"site": "a"}, {"ward": "b"}], r"t, example 2: natural clients need the field 'site'; found \['ward'\]"),
-        ([{"site": None}], "t, example 1: field 'site' names a client, .*; got None"),
-        ([{"site": "a"}, {"site": 1}], "t, example 2: field 'site' .*; got 1"),
-        ([{"site": 1}, {"site": True}], "example 2: field 'site' .*; got True"),
+        ([{"site": None}], "t, example 1: the field 'site' must name a client by text .*; got None"),
+        ([{"site": "a"}, {"site": 1}], "t, example 2: the field 'site' .*; got 1"),
+        ([{"site": 1}, {"site": True}], "example 2: the field 'site' .*; got True"),
     ]:
         with pytest.raises(DataError, match=message):
             client_names(rows, "site", "t")
@@ -118,7 +116,10 @@ def test_mixed_clients_are_iid_or_of_one_label(classes: int, clients: int) -> No
     counts = torch.tensor(histogram(labels, shares, classes))
     single = (counts > 0).sum(1) == 1
     assert single.tolist() == [False] * (clients - clients // 2) + [True] * (clients // 2)
-    of_class, alone = 600 // classes, clients // 2
-    taken = of_class * alone // clients  # of each class that somebody holds alone; the rest is left to the iid clients
-    assert counts[~single].sum(0).tolist() == [of_class - taken * (label < alone) for label in range(classes)]
+    class_size, single_label_clients = 600 // classes, clients // 2
+    # Examples dealt to single-label clients, of each class that one of them has; the IID clients get the rest.
+    dealt = class_size * single_label_clients // clients
+    assert counts[~single].sum(0).tolist() == [
+        class_size - dealt * (label < single_label_clients) for label in range(classes)
+    ]
     assert (counts[~single] > 0).all()

@@ -1,4 +1,4 @@
-"""Private runs from the settings to the summary: what is told, what is spent, and what does not go together."""
+"""Private runs, from settings to summary: reported values, epsilon, and settings that exclude each other."""
 
 from pathlib import Path
 
@@ -25,23 +25,25 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return output, result
 
 
-def test_what_is_spent_is_in_ledger_metrics_and_summary(private: tuple[Path, Result]) -> None:
+def test_epsilon_is_in_ledger_metrics_and_summary(private: tuple[Path, Result]) -> None:
     output, result = private
     ledger, lines = read_ledger(output / LEDGER), metrics_of(output)
     terms = Privacy(clip=0.05, noise_multiplier=1.5, delta=1e-4, batch_size=16)
     assert ledger.header.terms.privacy == terms
     fewest = min(ledger.rounds[0].examples.values())
-    wanted = [epsilon(terms, fewest, 3 * round) for round in (1, 2, 3, 4)]
-    assert [line.epsilon for line in ledger.rounds] == wanted
-    assert [line["epsilon"] for line in lines[1:-1]] == wanted
-    assert wanted == sorted(wanted)
+    expected = [epsilon(terms, fewest, 3 * round) for round in (1, 2, 3, 4)]
+    assert [line.epsilon for line in ledger.rounds] == expected
+    assert [line["epsilon"] for line in lines[1:-1]] == expected
+    assert expected == sorted(expected)
     summary = lines[-1]["summary"]
-    assert (summary["epsilon"], summary["delta"]) == (wanted[-1], 1e-4)
-    assert f"differential privacy: epsilon {wanted[-1]:.3g} at delta 0.0001 at most, after all rounds" in result.output
-    assert f"privacy         epsilon {wanted[-1]:.3g} at delta 0.0001" in result.output
+    assert (summary["epsilon"], summary["delta"]) == (expected[-1], 1e-4)
+    assert (
+        f"differential privacy: epsilon {expected[-1]:.3g} at delta 0.0001 at most, after all rounds" in result.output
+    )
+    assert f"privacy         epsilon {expected[-1]:.3g} at delta 0.0001" in result.output
 
 
-def test_no_loss_is_told(private: tuple[Path, Result]) -> None:
+def test_a_private_run_records_no_training_loss(private: tuple[Path, Result]) -> None:
     output, _ = private
     assert [line.loss for line in read_ledger(output / LEDGER).rounds] == [None] * 4
     assert [line["loss"] for line in metrics_of(output)[1:-1]] == [None] * 4
@@ -54,7 +56,7 @@ def test_a_private_run_replays_and_has_a_report(private: tuple[Path, Result], tm
     assert result.exit_code == 0, result.output
 
 
-def test_the_calibration_is_paid_for(tmp_path: Path) -> None:
+def test_epsilon_includes_the_calibration_steps(tmp_path: Path) -> None:
     result = call("run", *SMALL, *PRIVATE, "--rounds", "1", "--method", "meerkat-vp", "--partition", "mixed",
                   "--vp-steps", "12", "--vp-initial", "4", "--vp-later", "6", "--output", tmp_path / "r")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -68,26 +70,26 @@ def test_the_calibration_is_paid_for(tmp_path: Path) -> None:
     assert ledger.rounds[0].epsilon == max(epsilon(terms, claimed[i], steps[i]) for i in claimed)
 
 
-def test_the_least_protected_client_counts() -> None:
+def test_largest_epsilon_is_that_of_the_least_protected_client() -> None:
     terms = Privacy(clip=1, noise_multiplier=1, delta=1e-5, batch_size=8)
     clients = [(100, 5), (100, 9), (50, 3), (400, 40), (50, 9)]
     assert largest_epsilon(terms, clients) == max(epsilon(terms, n, steps) for n, steps in clients)
     assert largest_epsilon(terms, []) == 0
 
 
-def test_a_clip_without_noise_is_no_privacy(tmp_path: Path) -> None:
+def test_a_clip_without_noise_is_an_error(tmp_path: Path) -> None:
     result = call("run", *SMALL, "--dp-clip", "0.5", "--output", tmp_path / "r")
     assert result.exit_code == 1
     assert "dp_clip protects nobody without noise; give dp_noise too, or leave it out" in result.output
 
 
-def test_the_card_says_what_was_spent(private: tuple[Path, Result], tmp_path: Path) -> None:
+def test_the_model_card_reports_epsilon(private: tuple[Path, Result], tmp_path: Path) -> None:
     output, _ = private
     assert call("replay", output, "--output", tmp_path / "model", "--round", "2").exit_code == 0
-    spent = read_ledger(output / LEDGER).rounds[1].epsilon
-    assert f"epsilon {spent:.3g} at delta 0.0001, simulated" in (tmp_path / "model" / "README.md").read_text()
-    modes = {each.stat().st_mode for each in (tmp_path / "model").iterdir()}
-    assert len(modes) == 1  # whoever may read the card may read the weights
+    expected = read_ledger(output / LEDGER).rounds[1].epsilon
+    assert f"epsilon {expected:.3g} at delta 0.0001, simulated" in (tmp_path / "model" / "README.md").read_text()
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # card and weights have the same permissions
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_the_card_says_what_was_spent(private: tuple[Path, Result], tmp_path: Pa
         (("--dp-noise", "-1"), "dp_noise must be finite and not negative (0: no privacy), got -1.0"),
     ],
 )
-def test_what_does_not_go_together_is_told(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_settings_that_exclude_privacy_are_errors(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     result = call("run", *SMALL, *PRIVATE, *options, "--output", tmp_path / "r")
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")

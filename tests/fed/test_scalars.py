@@ -1,4 +1,4 @@
-"""Clients' scalars as arrays against plain Python definitions: equal to the bit, and to the byte in a ledger."""
+"""Array code for scalars against plain Python definitions: the same bits, and the same bytes in a ledger."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meerkat_engine.engine.weights import round_fp32
-from meerkat_engine.fed.aggregation import Aggregation, Rule, aggregate, in_order
-from meerkat_engine.fed.ledger.decimals import texts
+from meerkat_engine.fed.aggregation import Aggregation, Rule, aggregate, sum_in_order
+from meerkat_engine.fed.ledger.decimals import numbers_to_text
 from meerkat_engine.fed.ledger.lines import client_scalars_json
 from meerkat_engine.fed.scalars import ClientScalars
 
@@ -20,7 +20,7 @@ FLOAT = st.floats(width=32, allow_infinity=False)
 ROWS = st.dictionaries(st.integers(0, 2**32 - 1), st.lists(FLOAT, max_size=6), max_size=12)
 
 
-def plain_texts(values: Sequence[float]) -> bytes:
+def plain_text(values: Sequence[float]) -> bytes:
     return b"".join(b"null," if math.isnan(x) else f"{x!r},".encode() for x in values)
 
 
@@ -29,77 +29,79 @@ def plain_json(scalars: dict[int, list[float]]) -> bytes:
     return json.dumps(kept, separators=(",", ":"), allow_nan=False).encode()
 
 
-def plain_aggregate(scalars: dict[int, list[float]], weights: dict[int, float], count: int, how: Aggregation) -> bytes:
-    found = []
+def plain_aggregate(
+    scalars: dict[int, list[float]], weights: dict[int, float], count: int, aggregation: Aggregation
+) -> bytes:
+    result = []
     for t in range(count):
-        taken = [(i, scalars[i][t]) for i in sorted(scalars) if t < len(scalars[i]) and not math.isnan(scalars[i][t])]
-        own = sorted(g for _, g in taken)
-        if how.rule is Rule.MEAN:
+        present = [(i, scalars[i][t]) for i in sorted(scalars) if t < len(scalars[i]) and not math.isnan(scalars[i][t])]
+        ordered = sorted(g for _, g in present)
+        if aggregation.rule is Rule.MEAN:
             value = 0.0
-            for i, g in taken:
+            for i, g in present:
                 value += weights[i] * g
-        elif not own:
+        elif not ordered:
             value = 0.0
-        elif how.rule is Rule.MEDIAN:
-            value = statistics.median(own)
+        elif aggregation.rule is Rule.MEDIAN:
+            value = statistics.median(ordered)
         else:
-            cut = how.cut(len(own))
-            value = math.fsum(own[cut : len(own) - cut]) / (len(own) - 2 * cut)
-        found.append(round_fp32(value))
-    return np.array(found).tobytes()
+            cut = aggregation.cut(len(ordered))
+            value = math.fsum(ordered[cut : len(ordered) - cut]) / (len(ordered) - 2 * cut)
+        result.append(round_fp32(value))
+    return np.array(result).tobytes()
 
 
 def around_every_power() -> np.ndarray:
-    """The fp32 numbers at and beside every power of two and of ten, those with few bits, and the least and greatest."""
+    """fp32 numbers at and next to all powers of two and ten, numbers with few bits, the smallest and the largest."""
     powers = [2.0**n for n in range(-149, 128)] + [10.0**n for n in range(-44, 39)]
-    at = np.array(powers, dtype=np.float32)
-    few = np.arange(1, 20_000, dtype=np.float32)
-    known = np.concatenate([at, few, few / 64, few / np.float32(1000)])
-    beside = [np.nextafter(known, np.float32(way)) for way in (0, np.inf)]
-    own = np.concatenate([known, *beside, np.array([0, np.nan], dtype=np.float32)])
-    return np.concatenate([own, -own]).astype(np.float64)
+    exact = np.array(powers, dtype=np.float32)
+    integers = np.arange(1, 20_000, dtype=np.float32)
+    numbers = np.concatenate([exact, integers, integers / 64, integers / np.float32(1000)])
+    neighbours = [np.nextafter(numbers, np.float32(direction)) for direction in (0, np.inf)]
+    positive = np.concatenate([numbers, *neighbours, np.array([0, np.nan], dtype=np.float32)])
+    return np.concatenate([positive, -positive]).astype(np.float64)
 
 
-def check_texts(values: np.ndarray) -> None:
-    text, ends = texts(values)
-    assert text == plain_texts(values.tolist())
+def check_text(values: np.ndarray) -> None:
+    text, ends = numbers_to_text(values)
+    assert text == plain_text(values.tolist())
     assert ends.tolist() == [i + 1 for i, c in enumerate(text) if c == ord(",")]
 
 
-def test_decimals_of_numbers_at_the_edges() -> None:
+def test_text_of_numbers_around_powers_of_two_and_ten() -> None:
     with np.errstate(all="ignore"):
-        check_texts(around_every_power())
+        check_text(around_every_power())
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_decimals_of_any_fp32_numbers(seed: int) -> None:
+def test_text_of_random_fp32_numbers(seed: int) -> None:
     random = np.random.default_rng(seed)
     any_bits = random.integers(0, 2**32, 50_000, dtype=np.uint32).view(np.float32)
     usual = (random.standard_normal(100_000) * 10.0 ** random.integers(-5, 6, 100_000)).astype(np.float32)
     with np.errstate(invalid="ignore"):
         values = np.concatenate([any_bits[np.isfinite(any_bits)], usual]).astype(np.float64)
-    check_texts(values)
+    check_text(values)
 
 
-def test_decimals_of_float64_numbers_that_are_no_fp32() -> None:
-    check_texts(np.array([0.1, 1 / 3, -1e300, 5e-324, 123456.789, 1e16, 1e22, np.nan, -0.0]))
-    check_texts(np.empty(0))
+def test_text_of_float64_numbers_that_are_not_fp32_numbers() -> None:
+    check_text(np.array([0.1, 1 / 3, -1e300, 5e-324, 123456.789, 1e16, 1e22, np.nan, -0.0]))
+    check_text(np.empty(0))
 
 
 @given(ROWS)
 @example({})
 @example({0: [], 7: []})
 @example({3: [math.nan, -0.0], 1: [], 2: [2.0**-149]})
-def test_a_ledger_has_the_json_that_python_writes(scalars: dict[int, list[float]]) -> None:
+def test_the_json_of_client_scalars_is_that_of_the_json_module(scalars: dict[int, list[float]]) -> None:
     own = ClientScalars.of(scalars)
     assert client_scalars_json(own) == plain_json(scalars)
-    assert {i: plain_texts(row) for i, row in own.items()} == {i: plain_texts(scalars[i]) for i in sorted(scalars)}
+    assert {i: plain_text(row) for i, row in own.items()} == {i: plain_text(scalars[i]) for i in sorted(scalars)}
     assert own.skipped == sum(math.isnan(g) for row in scalars.values() for g in row)
     sent = {i: np.array(row, dtype=np.float32).tobytes() for i, row in scalars.items()}
     assert ClientScalars.of_bytes(sent) == own
 
 
-def test_what_json_does_not_have_is_not_written() -> None:
+def test_infinite_scalars_are_an_error() -> None:
     with pytest.raises(ValueError, match="infinite"):
         client_scalars_json(ClientScalars.of({1: [1.0, math.inf]}))
 
@@ -107,29 +109,30 @@ def test_what_json_does_not_have_is_not_written() -> None:
 @pytest.mark.parametrize("rule", list(Rule))
 @given(ROWS.filter(bool), st.lists(st.floats(0, 1), min_size=12, max_size=12))
 @example({0: [-0.0], 1: [-0.0]}, [0.5] * 12)
-def test_the_aggregate_is_that_of_the_plain_loop(
+def test_the_aggregate_equals_that_of_a_plain_loop(
     rule: Rule, scalars: dict[int, list[float]], shares: list[float]
 ) -> None:
-    how, weights = Aggregation(rule=rule, trim=0.3), dict(zip(sorted(scalars), shares, strict=False))
+    aggregation, weights = Aggregation(rule=rule, trim=0.3), dict(zip(sorted(scalars), shares, strict=False))
     for order in (sorted(scalars), sorted(scalars, reverse=True)):
-        found = aggregate({i: scalars[i] for i in order}, weights, 6, how)
-        assert np.array(found).tobytes() == plain_aggregate(scalars, weights, 6, how)
+        result = aggregate({i: scalars[i] for i in order}, weights, 6, aggregation)
+        assert np.array(result).tobytes() == plain_aggregate(scalars, weights, 6, aggregation)
 
 
 @pytest.mark.parametrize("rule", list(Rule))
 @pytest.mark.parametrize("clients", [1, 8, 9, 127, 129, 10_001])
-def test_the_aggregate_of_many_clients(rule: Rule, clients: int) -> None:
-    """Where NumPy's own sum, which adds in pairs, has other bits."""
+def test_the_aggregate_of_many_clients_equals_that_of_a_plain_loop(rule: Rule, clients: int) -> None:
+    """With many clients, NumPy's sum, which adds in pairs, would have other bits."""
     random = np.random.default_rng(clients)
     table = (random.standard_normal((clients, 3)) * 10.0 ** random.integers(-6, 7, (clients, 3))).astype(np.float32)
     table[random.random(table.shape) < 0.1] = np.nan
     scalars = dict(enumerate(table.astype(np.float64).tolist()))
     weights = dict(enumerate(random.random(clients).tolist()))
-    how = Aggregation(rule=rule, trim=0.3)
-    assert np.array(aggregate(scalars, weights, 3, how)).tobytes() == plain_aggregate(scalars, weights, 3, how)
+    aggregation = Aggregation(rule=rule, trim=0.3)
+    result = aggregate(scalars, weights, 3, aggregation)
+    assert np.array(result).tobytes() == plain_aggregate(scalars, weights, 3, aggregation)
 
 
-def test_a_sum_in_order_is_that_of_the_loop_before_any_rounding() -> None:
+def test_sum_in_order_equals_that_of_a_loop() -> None:
     terms = np.random.default_rng(1).standard_normal((5001, 2))
-    assert in_order(terms).tolist() == [sum(column) for column in terms.T.tolist()]
-    assert in_order(terms).tolist() != terms.T.copy().sum(axis=1).tolist()
+    assert sum_in_order(terms).tolist() == [sum(column) for column in terms.T.tolist()]
+    assert sum_in_order(terms).tolist() != terms.T.copy().sum(axis=1).tolist()

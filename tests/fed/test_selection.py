@@ -1,4 +1,4 @@
-"""Virtual-path selection: the statistics, the thresholds, and who is stopped in whole runs."""
+"""Virtual-path client selection: statistics, thresholds, and the clients that complete runs stop early."""
 
 import json
 import math
@@ -27,43 +27,45 @@ WINDOWS = Windows(initial=2, later=4)
 
 
 def test_statistics_of_a_path() -> None:
-    found = path_statistics([4.0, -2.0, 9.0, 0.5, -0.5, 2.0, -1.0], WINDOWS, sigma=0.75)
-    assert found == Statistics(rho_later=3.0, rho_quie=0.5)
+    result = path_statistics([4.0, -2.0, 9.0, 0.5, -0.5, 2.0, -1.0], WINDOWS, sigma=0.75)
+    assert result == Statistics(rho_later=3.0, rho_quie=0.5)
 
 
-def test_a_path_that_falls_silent_exceeds_any_ratio() -> None:
+def test_a_path_that_falls_to_0_has_an_infinite_ratio() -> None:
     assert path_statistics([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], WINDOWS, sigma=0.1) == Statistics(
         rho_later=math.inf, rho_quie=1.0
     )
 
 
 @pytest.mark.parametrize(("later", "quiet", "flagged"), [(3.1, 0.6, True), (3.0, 0.6, False), (3.1, 0.5, False)])
-def test_both_thresholds_have_to_be_exceeded(later: float, quiet: float, flagged: bool) -> None:
+def test_a_client_is_flagged_if_both_thresholds_are_exceeded(later: float, quiet: float, flagged: bool) -> None:
     thresholds = Thresholds(rho_later=3.0, rho_quie=0.5, sigma=1.0)
     assert Statistics(rho_later=later, rho_quie=quiet).exceed(thresholds) is flagged
 
 
-def test_windows_longer_than_the_path() -> None:
-    with pytest.raises(ValueError, match="a path of 3 steps has no 2 initial and 4 later ones"):
+def test_windows_longer_than_the_path_are_an_error() -> None:
+    with pytest.raises(ValueError, match="the path has 3 values, too few for windows of 2 and 4"):
         path_statistics([1.0, 2.0, 3.0], WINDOWS, sigma=1.0)
 
 
-def test_thresholds_from_null_paths_lie_beyond_all_of_them() -> None:
+def test_thresholds_are_above_the_statistics_of_all_null_paths() -> None:
     paths = [[4.0 + i, 4.0 - i, 1.0, 2.0, 1.0 + i / 4, 2.0] for i in range(4)]
-    found = null_thresholds(paths, WINDOWS)
+    thresholds = null_thresholds(paths, WINDOWS)
     for path in paths:
-        own = path_statistics(path, WINDOWS, found.sigma)
-        assert own.rho_later < found.rho_later < 3 * own.rho_later
-        assert not own.exceed(found)
-    silent = [4.0, 4.0, 0.1, 0.1, 0.1, 0.1]
-    assert path_statistics(silent, WINDOWS, found.sigma).exceed(found)
-    with pytest.raises(ValueError, match="needs at least 3 paths, got 2"):
+        statistics = path_statistics(path, WINDOWS, thresholds.sigma)
+        assert statistics.rho_later < thresholds.rho_later < 3 * statistics.rho_later
+        assert not statistics.exceed(thresholds)
+    vanishing = [4.0, 4.0, 0.1, 0.1, 0.1, 0.1]
+    assert path_statistics(vanishing, WINDOWS, thresholds.sigma).exceed(thresholds)
+    with pytest.raises(ValueError, match="need at least 3 null paths, got 2"):
         null_thresholds(paths[:2], WINDOWS)
-    with pytest.raises(ConfigError, match="null path 1 has no GradIP but 0 in its first 2 or last 4 steps; raise eps"):
+    with pytest.raises(
+        ConfigError, match="GradIP of null path 1 is 0 in all of its first 2 or last 4 values; increase eps"
+    ):
         null_thresholds([paths[0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], paths[1]], WINDOWS)
 
 
-def test_random_clients_depend_on_the_seed_alone() -> None:
+def test_random_clients_depend_on_the_seed_only() -> None:
     clients = list(range(50))
     assert random_clients(clients, 7, 1) == random_clients(clients, 7, 1) != random_clients(clients, 7, 2)
     assert len(set(random_clients(clients, 7, 1))) == 7
@@ -84,30 +86,30 @@ def run(output: Path, **settings: Any) -> dict[str, Any]:
 def stopped(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, Any], list[tuple[ClientData, list[int]]]]:
-    """A run with two single-label clients, and every batch that was taken, with whose it was."""
+    """A run with two single-label clients: its directory, its summary, and every batch with the data it is from."""
     output: Path = tmp_path_factory.mktemp("vp") / "r"
-    taken: list[tuple[ClientData, list[int]]] = []
-    before = ClientData.next_indices
+    batches: list[tuple[ClientData, list[int]]] = []
+    original = ClientData.next_indices
 
-    def noted(self: ClientData) -> list[int]:
-        taken.append((self, before(self)))
-        return taken[-1][1]
+    def recording(self: ClientData) -> list[int]:
+        batches.append((self, original(self)))
+        return batches[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClientData, "next_indices", noted)
+        patch.setattr(ClientData, "next_indices", recording)
         summary = run(output, method="meerkat-vp", vp_steps=100, vp_initial=20, vp_later=50, rounds=14)
-    return output, summary, taken
+    return output, summary, batches
 
 
 Stopped = tuple[Path, dict[str, Any], list[tuple[ClientData, list[int]]]]
 
 
-def test_single_label_clients_are_found(stopped: Stopped) -> None:
+def test_single_label_clients_are_stopped_early(stopped: Stopped) -> None:
     _, summary, _ = stopped
     assert summary["stopped"] == summary["single_label_clients"] == [2, 3]
     assert summary["precision"] == summary["recall"] == 1.0
     thresholds = Thresholds(**summary["vp_thresholds"])
-    flagged = [int(i) for i, found in summary["vp_statistics"].items() if Statistics(**found).exceed(thresholds)]
+    flagged = [int(i) for i, values in summary["vp_statistics"].items() if Statistics(**values).exceed(thresholds)]
     assert flagged == [2, 3]
 
 
@@ -119,7 +121,7 @@ def test_stopped_clients_take_one_step_a_round(stopped: Stopped) -> None:
     assert summary["steps"] == 4 * 100 + 14 * (4 + 4 + 1 + 1)
 
 
-def test_the_calibration_moves_nothing_and_is_in_the_ledger(stopped: Stopped) -> None:
+def test_the_calibration_is_in_the_ledger_and_does_not_change_the_weights(stopped: Stopped) -> None:
     output, summary, _ = stopped
     ledger = read_ledger(output / "ledger.jsonl")
     assert ledger.calibration is not None
@@ -130,25 +132,25 @@ def test_the_calibration_moves_nothing_and_is_in_the_ledger(stopped: Stopped) ->
     assert replay_run(output).weights == summary["weights"]
 
 
-def test_the_data_pointer_of_a_stopped_client_runs_on(stopped: Stopped) -> None:
-    """Every example of its own still comes up, and none a second time before all have."""
-    _, summary, taken = stopped
+def test_a_stopped_client_still_uses_all_its_examples(stopped: Stopped) -> None:
+    """Every example is used, and none is repeated before all of them have been used."""
+    _, summary, batches = stopped
     for client in summary["stopped"]:
         label = [count > 0 for count in summary["examples_by_client_and_label"][client]].index(True)
         own = [
             (data, batch)
-            for data, batch in taken
+            for data, batch in batches
             if len(data) == sum(summary["examples_by_client_and_label"][client])
             and set(data.task.labels[data.indices].tolist()) == {label}
         ]
         assert len({id(data) for data, _ in own}) == 1
         assert len(own) == 100 + 14  # the calibration, then one batch a round
         order = [example for _, batch in own for example in batch]
-        everything = sorted(own[0][0].indices.tolist())
-        for start in range(0, len(order) - len(everything) + 1, len(everything)):
-            assert sorted(order[start : start + len(everything)]) == everything
-        after = [example for _, batch in own[-14:] for example in batch]
-        assert set(after) == set(everything)  # also within the rounds of one step
+        examples = sorted(own[0][0].indices.tolist())
+        for start in range(0, len(order) - len(examples) + 1, len(examples)):
+            assert sorted(order[start : start + len(examples)]) == examples
+        used_after_calibration = [example for _, batch in own[-14:] for example in batch]
+        assert set(used_after_calibration) == set(examples)  # in the rounds with one step each
 
 
 def test_gradip_is_written_for_the_calibration_and_every_round(stopped: Stopped) -> None:
@@ -159,12 +161,12 @@ def test_gradip_is_written_for_the_calibration_and_every_round(stopped: Stopped)
     assert [len(lines[1]["clients"][i]["norm"]) for i in "0123"] == [4, 4, 1, 1]
 
 
-def test_the_ablation_stops_as_many_clients_at_random(stopped: Stopped, tmp_path: Path) -> None:
+def test_random_stop_stops_the_same_number_of_clients_at_random(stopped: Stopped, tmp_path: Path) -> None:
     summary = run(tmp_path / "r", method="random-stop", seed=1, clients=6)
     flagged = [
         int(i)
-        for i, found in summary["vp_statistics"].items()
-        if Statistics(**found).exceed(Thresholds(**summary["vp_thresholds"]))
+        for i, values in summary["vp_statistics"].items()
+        if Statistics(**values).exceed(Thresholds(**summary["vp_thresholds"]))
     ]
     assert len(summary["stopped"]) == len(flagged) > 0
     assert summary["stopped"] == random_clients(list(range(6)), len(flagged), 1)
@@ -173,7 +175,7 @@ def test_the_ablation_stops_as_many_clients_at_random(stopped: Stopped, tmp_path
 def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from meerkat_engine.fed.setup import server_and_clients as federation
 
-    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("no null path was to be run"))
+    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
     given = {"vp_rho_later": 0.0, "vp_rho_quie": 0.0, "vp_sigma": 1e9}
     summary = run(tmp_path / "r", method="meerkat-vp", rounds=1, **given)
     assert summary["stopped"] == [0, 1, 2, 3]
@@ -195,17 +197,17 @@ def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(SETTINGS | {"method": "meerkat-vp"} | settings)
 
 
-def test_too_few_held_out_examples_for_a_null_path(tmp_path: Path) -> None:
+def test_too_few_held_out_examples_for_a_null_path_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8 held-out examples are too few for the null distribution"):
         run(tmp_path / "r", method="meerkat-vp", eval_examples=8)
     assert not (tmp_path / "r").exists()
 
 
 def test_a_federation_with_a_calibration_needs_a_rule(federation: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="needs GradIP and a rule that selects clients by it"):
+    with pytest.raises(ValueError, match="needs both gradip and select"):
         federation(calibration_steps=5)

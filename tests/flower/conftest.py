@@ -1,4 +1,4 @@
-"""One SuperLink with three authenticated SuperNodes, for all tests of a module."""
+"""A SuperLink with three authenticated SuperNodes, shared by the tests of a module."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 from helpers.deployment import Deployment, deployment
 
-with warnings.catch_warnings():  # imported here once, without what Flower says about its own dependencies
+with warnings.catch_warnings():  # imports Flower once without its warnings about its own dependencies
     warnings.simplefilter("ignore")
     import flwr.clientapp
     import flwr.serverapp  # noqa: F401
@@ -18,18 +18,18 @@ with warnings.catch_warnings():  # imported here once, without what Flower says 
 @pytest.fixture(scope="module")
 def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("flower", numbered=True)
-    with deployment(directory) as found:
-        found.three_nodes()
-        yield found
+    with deployment(directory) as running:
+        running.three_nodes()
+        yield running
 
 
 @pytest.fixture
 def run_directory(tmp_path: Path) -> Path:
-    return tmp_path / "there"
+    return tmp_path / "flower"
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
+def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

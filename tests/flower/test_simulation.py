@@ -1,4 +1,4 @@
-"""The example in Flower's simulation, by `flwr run`: ray actors, of which each serves many nodes."""
+"""The example app in Flower's simulation, by `flwr run`: each of Ray's actors serves many nodes."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ SETTINGS = {"clients": 3, "rounds": 4, "local_steps": 2, "eval_every": 1, "parti
 
 @pytest.fixture(scope="module")
 def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A SuperLink that simulates."""
+    """A SuperLink that simulates its nodes."""
     directory = tmp_path_factory.mktemp("simulation")
     home = directory / "flwr"
     home.mkdir()
@@ -44,44 +44,44 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
-    found = Deployment(directory, port, environment)
+    running = Deployment(directory, port, environment)
     try:
-        found.start(
+        running.start(
             "superlink", "flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", port,
             "--disable-runtime-dependency-installation",
         )  # fmt: skip
         wait_until(lambda: listens(port), 60, "the SuperLink listens")
-        yield found
+        yield running
     finally:
-        for name in list(found.processes):
-            with suppress(ProcessLookupError):  # it has ended by itself
-                found.kill(name)
+        for name in list(running.processes):
+            with suppress(ProcessLookupError):  # it has already ended
+                running.kill(name)
         end_all(directory)
 
 
-def simulated(up: Deployment, name: str, app: Path, output: Path, actors: int) -> str:
+def run_app(up: Deployment, name: str, app: Path, output: Path, actors: int) -> str:
     federation = f"num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus={actors}"
     up.run(name, app, ("--federation-config", federation), output=output, deadline=300, wait=300, **SETTINGS)
     return up.finish(name, 500)
 
 
-def test_the_bits_of_one_process(simulation: Deployment, tmp_path: Path) -> None:
-    told = simulated(simulation, "first", APP, tmp_path / "there", actors=2)
-    here = execute(make_config(SETTINGS), tmp_path / "here", lambda progress: None, lambda line: None)
-    assert summary_of(tmp_path / "there")["weights"] == here["weights"], told
+def test_simulation_has_the_bits_of_one_process(simulation: Deployment, tmp_path: Path) -> None:
+    output = run_app(simulation, "first", APP, tmp_path / "flower", actors=2)
+    reference = execute(make_config(SETTINGS), tmp_path / "reference", lambda progress: None, lambda line: None)
+    assert summary_of(tmp_path / "flower")["weights"] == reference["weights"], output
     for name in ("ledger.jsonl", "gradip.jsonl"):
-        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
-    print("\n".join(line for line in told.splitlines() if "answers in" in line))
+        assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+    print("\n".join(line for line in output.splitlines() if "answers in" in line))
 
 
-def test_a_strategy_of_flowers(simulation: Deployment, tmp_path: Path) -> None:
+def test_flowers_strategy_saves_the_servers_model(simulation: Deployment, tmp_path: Path) -> None:
     app = shutil.copytree(APP, tmp_path / "app")
     project = (app / "pyproject.toml").read_text()
     (app / "pyproject.toml").write_text(
         project.replace("meerkat_flower.server_app:app", "meerkat_flower.stock_server_app:app")
     )
-    told = simulated(simulation, "stock", app, tmp_path / "model", actors=1)
-    assert (tmp_path / "model").is_dir(), told
-    assert told.count("Received 3 results and 0 failures") == SETTINGS["rounds"]
-    assert f"weights {fingerprint(load_model(str(tmp_path / 'model')).model)}" in told
-    print("\n".join(line for line in told.splitlines() if "MetricRecord" in line or "finished in" in line))
+    output = run_app(simulation, "stock", app, tmp_path / "model", actors=1)
+    assert (tmp_path / "model").is_dir(), output
+    assert output.count("Received 3 results and 0 failures") == SETTINGS["rounds"]
+    assert f"weights {fingerprint(load_model(str(tmp_path / 'model')).model)}" in output
+    print("\n".join(line for line in output.splitlines() if "MetricRecord" in line or "finished in" in line))

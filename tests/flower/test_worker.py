@@ -1,4 +1,4 @@
-"""The resident worker: real processes, reached as a ClientApp reaches them."""
+"""The worker as a real process, reached as a ClientApp reaches it."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ ROUND = {"do": "round", "session": "none", "client": 0}
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A short path: the address of a socket has at most a hundred bytes."""
+    """A runtime directory with a short path: a socket's address has at most a hundred bytes."""
     with tempfile.TemporaryDirectory(prefix="mk") as directory:
         monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
         yield Path(directory)
@@ -31,19 +31,20 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def parent(runtime: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Whom a worker belongs to."""
+    """The process that a worker ends with."""
     process = subprocess.Popen(["sleep", "600"])
     yield process
     process.kill()
     process.wait()
-    wait_until(lambda: not workers(runtime), 10, "workers ended with whom they belong to")
+    wait_until(lambda: not workers(runtime), 10, "the workers ended with their parent")
 
 
-def left(runtime: Path) -> list[Path]:
+def sockets_and_keys(runtime: Path) -> list[Path]:
+    """The files that a worker leaves behind if it is killed."""
     return [path for path in runtime_directory().iterdir() if path.suffix in (".sock", ".key")]
 
 
-def test_it_stays_until_it_is_told_to_end(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+def test_worker_stays_until_it_is_ended(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     header, payload = worker.ask(ROUND, b"", 60)
     assert header["known"] is False
@@ -51,17 +52,15 @@ def test_it_stays_until_it_is_told_to_end(runtime: Path, parent: subprocess.Pope
     (process,) = workers(runtime)
     WorkerClient("one", parent.pid).ask(ROUND, b"", 60)
     assert workers(runtime) == [process]
-    for path in left(runtime):
+    for path in sockets_and_keys(runtime):
         assert path.stat().st_mode & 0o077 == 0
     worker.end()
-    wait_until(lambda: not workers(runtime), 10, "it ended")
-    assert left(runtime) == []
-    worker.end()  # of none, nothing
+    wait_until(lambda: not workers(runtime), 10, "the worker ended")
+    assert sockets_and_keys(runtime) == []
+    worker.end()  # does nothing: no worker is running
 
 
-def test_one_that_was_killed_is_started_anew_and_ends_with_whom_it_belongs_to(
-    runtime: Path, parent: subprocess.Popen[bytes]
-) -> None:
+def test_killed_worker_is_restarted_and_ends_with_its_parent(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND, b"", 60)
     (process,) = workers(runtime)
@@ -70,11 +69,11 @@ def test_one_that_was_killed_is_started_anew_and_ends_with_whom_it_belongs_to(
     (other,) = workers(runtime)
     assert other != process
     parent.kill()
-    wait_until(lambda: not workers(runtime), 10, "it ended too")
-    assert left(runtime) == []
+    wait_until(lambda: not workers(runtime), 10, "the worker ended with its parent")
+    assert sockets_and_keys(runtime) == []
 
 
-def test_who_has_not_the_key_is_turned_away(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+def test_connection_without_the_key_is_rejected(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND, b"", 60)
     (socket,) = runtime_directory().glob("*.sock")
@@ -84,7 +83,7 @@ def test_who_has_not_the_key_is_turned_away(runtime: Path, parent: subprocess.Po
     assert len(workers(runtime)) == 1
 
 
-def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
+def test_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     assert "error" in worker.ask({"do": "something else"}, b"", 60)[0]
     assert "error" in worker.ask({"do": "setup", "session": "s"}, b"", 60)[0]
@@ -92,12 +91,10 @@ def test_an_error_is_an_answer_and_the_worker_stays(runtime: Path, parent: subpr
     assert len(workers(runtime)) == 1
 
 
-def test_one_that_does_not_answer_is_waited_for_as_long_as_was_said(
-    runtime: Path, parent: subprocess.Popen[bytes]
-) -> None:
+def test_unanswered_message_is_an_error_after_its_time_limit(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     with pytest.raises(WorkerError, match=r"did not answer within 0\.01 s"):
-        worker.ask(ROUND, b"", 0.01)  # it loads torch first
+        worker.ask(ROUND, b"", 0.01)  # the worker loads torch first
     worker.ask(ROUND, b"", 60)
     (process,) = workers(runtime)
     os.kill(process, signal.SIGSTOP)
@@ -108,26 +105,24 @@ def test_one_that_does_not_answer_is_waited_for_as_long_as_was_said(
     assert workers(runtime) == [process]
 
 
-def test_it_ends_when_nothing_is_asked_for_as_long_as_the_last_message_said(
-    runtime: Path, parent: subprocess.Popen[bytes]
-) -> None:
+def test_worker_ends_after_the_idle_time_of_its_last_message(runtime: Path, parent: subprocess.Popen[bytes]) -> None:
     worker = WorkerClient("one", parent.pid)
     worker.ask(ROUND | {"idle": 60}, b"", 60)
     time.sleep(2)
     worker.ask(ROUND | {"idle": 0.5}, b"", 60)
-    wait_until(lambda: not workers(runtime), 10, "it ended by itself")
-    assert left(runtime) == []
+    wait_until(lambda: not workers(runtime), 10, "the idle worker ended")
+    assert sockets_and_keys(runtime) == []
 
 
-def test_a_directory_that_others_may_enter_is_refused(runtime: Path, tmp_path: Path) -> None:
+def test_directory_that_others_may_enter_is_rejected(runtime: Path, tmp_path: Path) -> None:
     path = runtime_directory()
     path.chmod(0o755)
     with pytest.raises(WorkerError, match="nobody else may enter"):
         runtime_directory()
     path.chmod(0o700)
-    if os.getuid() == 0:  # who else may give a directory away
+    if os.getuid() == 0:  # only root may change the owner
         os.chown(path, 12345, -1)
-        with pytest.raises(WorkerError, match="must be a directory that is yours"):
+        with pytest.raises(WorkerError, match="must be a directory that you own"):
             runtime_directory()
     path.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
@@ -136,7 +131,7 @@ def test_a_directory_that_others_may_enter_is_refused(runtime: Path, tmp_path: P
         runtime_directory()
 
 
-def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_path_for_a_socket_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
@@ -144,7 +139,7 @@ def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.Monkey
         WorkerClient("one", os.getpid())
 
 
-def test_a_client_app_loads_no_torch() -> None:
+def test_client_app_loads_no_torch() -> None:
     code = "import sys, meerkat_engine.fed.flower.node.app; print('torch' in sys.modules, 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False False\n", done.stderr

@@ -1,4 +1,4 @@
-"""The command line as tests call it, and what its runs leave."""
+"""Calls of the command line, and the metrics that its runs write."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ def call(*arguments: object) -> Result:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; of a finished one, the summary is the last."""
+    """The lines of a run's metrics. The last line of a finished run has the summary."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def summary_of(run: Path) -> dict[str, Any]:
-    """What a finished run came to."""
-    found: dict[str, Any] = metrics_of(run)[-1]["summary"]
-    return found
+    """The summary of a finished run."""
+    summary: dict[str, Any] = metrics_of(run)[-1]["summary"]
+    return summary

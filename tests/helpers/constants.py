@@ -1,4 +1,4 @@
-"""Numbers and names that several tests use."""
+"""Constants shared by several tests."""
 
 import os
 
@@ -6,7 +6,8 @@ import torch
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# How many times as long the fuzz tests take: `make fuzz`.
+# Factor by which `make fuzz` increases the number of examples of the fuzz tests.
 FUZZ = int(os.environ.get("MEERKAT_FUZZ", "1"))
-# Property of a test's report: method, task, change of the held-out loss, elements; a table when the tests are over.
+# Name of a report property of a test: (method, task, change of the held-out loss, elements). conftest.py prints a table
+# of them at the end of the test session.
 COMBINATION = "combination"

@@ -1,4 +1,4 @@
-"""Flower's own programs on loopback, with TLS and keys made here: a SuperLink, SuperNodes, and `flwr run`."""
+"""Runs Flower's own programs on loopback, with TLS and fresh keys: a SuperLink, SuperNodes, and `flwr run`."""
 
 import importlib.metadata
 import json
@@ -26,25 +26,26 @@ APP = Path(__file__).parents[2] / "examples" / "flower"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Returns ports that no process listens on."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
     return ports
 
 
-def wait_until(holds: Callable[[], Any], seconds: float, what: str) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
+def wait_until(condition: Callable[[], Any], seconds: float, description: str) -> None:
+    """Waits until a condition is true; fails the test after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {description}"
         time.sleep(0.1)
 
 
 def programs(directory: Path) -> Path:
-    """Flower's programs for this interpreter, wherever Flower is installed."""
+    """Makes a directory with Flower's programs for this interpreter, wherever Flower is installed."""
     directory.mkdir()
     for entry in importlib.metadata.distribution("flwr").entry_points:
         if entry.group == "console_scripts":
@@ -58,14 +59,14 @@ def programs(directory: Path) -> Path:
 
 
 def _certificate(subject: str, issuer: str, key: Any, signing: Any, *, authority: bool) -> bytes:
-    def named(name: str) -> x509.Name:
+    def common_name(name: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
-        .subject_name(named(subject))
-        .issuer_name(named(issuer))
+        .subject_name(common_name(subject))
+        .issuer_name(common_name(issuer))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
@@ -88,7 +89,7 @@ def _certificate(subject: str, issuer: str, key: Any, signing: Any, *, authority
 
 
 def make_certificates(directory: Path) -> None:
-    """ca.pem, server.pem and server.key."""
+    """Writes ca.pem, server.pem and server.key."""
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     (directory / "ca.pem").write_bytes(_certificate("test CA", "test CA", authority, authority, authority=True))
     (directory / "server.pem").write_bytes(_certificate("localhost", "test CA", server, authority, authority=False))
@@ -100,7 +101,7 @@ def make_certificates(directory: Path) -> None:
 
 
 def make_keys(directory: Path, name: str) -> Path:
-    """A SuperNode's private key; the public one lies beside it, as NAME.pub."""
+    """Writes a SuperNode's key pair, NAME and NAME.pub; returns the private key's path."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = directory / name
     private.write_bytes(
@@ -114,16 +115,24 @@ def make_keys(directory: Path, name: str) -> Path:
 
 @dataclass
 class Deployment:
-    """A SuperLink that is up, and what belongs to it."""
+    """A SuperLink and the processes that belong to it.
+
+    Attributes:
+        directory: holds keys, certificates and logs.
+        port: the SuperLink's port.
+        environment: environment variables of all processes.
+        options: further options of the SuperLink.
+        processes: name -> running process.
+    """
 
     directory: Path
     port: int
     environment: dict[str, str]
-    options: list[str] = field(default_factory=list)  # of the SuperLink
+    options: list[str] = field(default_factory=list)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
-        """A process in a group of its own, whose output goes to NAME.log."""
+        """Starts a process in a new session; its output goes to NAME.log."""
         with open(self.directory / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
                 [str(part) for part in command],
@@ -137,17 +146,18 @@ class Deployment:
         return self.processes[name]
 
     def log(self, name: str) -> str:
+        """Returns the output of a process so far."""
         path = self.directory / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the process and all it started, but for the worker, which has to see to itself."""
+        """Sends SIGKILL to a process and its children, except the worker, which must end by itself."""
         process = self.processes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def superlink(self) -> None:
-        """Starts the SuperLink, and waits until it listens."""
+        """Starts the SuperLink and waits until it listens."""
         self.start(
             "superlink", "flower-superlink", "--ssl-certfile", self.directory / "server.pem",
             "--ssl-keyfile", self.directory / "server.key", "--ssl-ca-certfile", self.directory / "ca.pem",
@@ -156,6 +166,7 @@ class Deployment:
         wait_until(lambda: listens(self.port), 60, "the SuperLink listens")
 
     def register(self, key: Path) -> None:
+        """Registers the public half of a SuperNode's key."""
         done = subprocess.run(
             ["flwr", "supernode", "register", str(key.with_suffix(".pub")), "here"],
             env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=60,
@@ -163,17 +174,27 @@ class Deployment:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def three_nodes(self) -> None:
-        """Nodes that are the clients 0 to 2, each with a key of its own; waits until the SuperLink has let them in."""
+        """Starts the nodes of clients 0 to 2, each with its own key; waits until the SuperLink has admitted them."""
         for i in range(3):
             self.register(key := make_keys(self.directory, f"key{i}"))
             self.node(f"node{i}", key, f"client-id={i}")
-        wait_until(lambda: all("SuperNode ID" in self.log(f"node{i}") for i in range(3)), 60, "three nodes are there")
+        wait_until(lambda: all("SuperNode ID" in self.log(f"node{i}") for i in range(3)), 60, "three nodes are online")
 
     def node(
-        self, name: str, key: Path | None, config: str, *, certificate: bool = True, stock: bool = False
+        self, name: str, key: Path | None, config: str, *, certificate: bool = True, flowers_own: bool = False
     ) -> subprocess.Popen[bytes]:
-        """A SuperNode: the engine's, or Flower's own."""
-        program = ["flower-supernode"] if stock else [sys.executable, "-m", "meerkat_engine.fed.flower.node.supernode"]
+        """Starts a SuperNode, the engine's or Flower's own.
+
+        Args:
+            name: name of the process.
+            key: private key, or None for a node without one.
+            config: value of ``--node-config``.
+            certificate: whether the node gets the CA's certificate.
+            flowers_own: whether to start ``flower-supernode`` instead of the engine's SuperNode.
+        """
+        program = (
+            ["flower-supernode"] if flowers_own else [sys.executable, "-m", "meerkat_engine.fed.flower.node.supernode"]
+        )
         trusted = ["--root-certificates", self.directory / "ca.pem"] if certificate else []
         authenticated = ["--auth-supernode-private-key", key] if key is not None else []
         return self.start(
@@ -184,14 +205,14 @@ class Deployment:
     def run(
         self, name: str, app: Path = APP, options: tuple[str, ...] = (), **settings: object
     ) -> subprocess.Popen[bytes]:
-        """`flwr run` of an app, which ends when the run is over."""
+        """Starts `flwr run` on an app; the process ends with the run."""
         toml = {key.replace("_", "-"): value if isinstance(value, int | float) else str(value)
                 for key, value in settings.items()}  # fmt: skip
-        given = " ".join(f"{key}={json.dumps(value)}" for key, value in toml.items())
-        return self.start(name, "flwr", "run", app, "here", "--stream", "--run-config", given, *options)
+        run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in toml.items())
+        return self.start(name, "flwr", "run", app, "here", "--stream", "--run-config", run_config, *options)
 
     def finish(self, name: str, seconds: float) -> str:
-        """Waits for a process; returns its output."""
+        """Waits for a process to end and returns its output."""
         try:
             self.processes[name].wait(seconds)
         except subprocess.TimeoutExpired:
@@ -201,7 +222,7 @@ class Deployment:
 
 @contextmanager
 def deployment(directory: Path, *, authenticated: bool = True, database: bool = False) -> Iterator[Deployment]:
-    """A SuperLink with TLS, its state in memory or in a file; everything that was started is killed in the end."""
+    """Runs a SuperLink with TLS, its state in memory or in a file; kills everything that was started at the end."""
     home = directory / "flwr"
     home.mkdir()
     runtime = directory / "rt"
@@ -223,14 +244,14 @@ def deployment(directory: Path, *, authenticated: bool = True, database: bool = 
     }
     options = ["--enable-supernode-auth"] if authenticated else []
     options += ["--database", str(directory / "state.db")] if database else []
-    found = Deployment(directory, port, environment, options)
+    running = Deployment(directory, port, environment, options)
     try:
-        found.superlink()
-        yield found
+        running.superlink()
+        yield running
     finally:
-        for name in list(found.processes):
+        for name in list(running.processes):
             with suppress(ProcessLookupError):
-                found.kill(name)
+                running.kill(name)
         try:
             wait_until(lambda: not workers(runtime), 30, "every worker ended with its SuperNode")
         finally:
@@ -239,7 +260,7 @@ def deployment(directory: Path, *, authenticated: bool = True, database: bool = 
 
 
 def end_all(directory: Path) -> None:
-    """Ends what Flower's programs started in sessions of their own, such as a ServerApp whose SuperLink has gone."""
+    """Kills processes that Flower's programs started in new sessions, such as a ServerApp without a SuperLink."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
@@ -248,13 +269,14 @@ def end_all(directory: Path) -> None:
 
 
 def listens(port: int) -> bool:
+    """Whether a process listens on a port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def workers(runtime: Path) -> list[int]:
-    """Process ids of the workers whose socket is in a runtime directory."""
-    found = []
+    """Process ids of the workers whose sockets are in a runtime directory."""
+    ids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
@@ -263,5 +285,5 @@ def workers(runtime: Path) -> list[int]:
         if b"meerkat_engine.fed.flower.node.worker" in words and any(
             word.startswith(str(runtime).encode()) for word in words
         ):
-            found.append(int(process.name))
-    return found
+            ids.append(int(process.name))
+    return ids

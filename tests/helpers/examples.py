@@ -1,4 +1,4 @@
-"""Examples run as users run them."""
+"""Runs the scripts in ``examples`` as users do."""
 
 import os
 import re
@@ -9,19 +9,19 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *arguments: object) -> str:
-    """What an example prints, in a process of its own with one thread; it must succeed."""
-    done = subprocess.run(
+def run_example(script: str, *arguments: object) -> str:
+    """Runs an example in a new process with one thread, asserts that it succeeds, and returns its standard output."""
+    finished = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return finished.stdout
 
 
 def fingerprints(printed: str) -> list[str]:
-    """Those in what an example printed, in their order."""
+    """Returns all fingerprints (64 hexadecimal digits) in the output of an example, in order."""
     return re.findall(r"\b[0-9a-f]{64}\b", printed)

@@ -1,4 +1,4 @@
-"""A small federation: embedded model and task, some clients."""
+"""A small federation with the embedded model and task."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from meerkat_engine.fed.partition import Partition, split
 
 
 class Federation:
-    """Server and clients, on one replica or on one each."""
+    """Server and clients, with one shared replica or with a replica each."""
 
     def __init__(
         self,
@@ -78,14 +78,16 @@ class Federation:
         ]
 
     def fresh_replica(self, dtype: torch.dtype) -> Replica:
+        """A new replica of the base model, at round 1."""
         return Replica(embedded.load(dtype).model, self.mask, self.terms)
 
     def round(self, members: list[int] | None = None) -> RoundRecord:
-        """One round with the clients at these positions (all, if not given)."""
+        """Runs one round with the clients at these positions in ``clients``; None: all."""
         for client in self.clients if members is None else [self.clients[i] for i in members]:
             self.server.receive(client.handle(self.server.request(client.id)))
         return self.server.finish_round().line
 
     @property
     def weights(self) -> str:
+        """Fingerprint of the server's model."""
         return fingerprint(self.replica.model)

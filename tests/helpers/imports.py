@@ -1,4 +1,4 @@
-"""Who imports whom, read from the source: no module of the package is imported for it."""
+"""The imports between the package's modules, read from the source without importing it."""
 
 import ast
 from collections.abc import Mapping
@@ -8,23 +8,28 @@ PACKAGE = "meerkat_engine"
 ROOT = Path(__file__).parents[2]
 LAYERS = ("triton_kernels", "engine", "fed", "bench")
 # Modules at the root, which no layer may import; "" is the package itself.
-TOP = ("cli", "__main__", "")
+ROOT_MODULES = ("cli", "__main__", "")
 
 
 def sources(root: Path = ROOT) -> dict[str, str]:
-    """The text of every module of the package, by its path from the root."""
+    """The source text of each module of the package, by its path from the root."""
     paths = [path for layer in LAYERS for path in (root / layer).rglob("*.py")]
     paths += [root / name for name in ("__init__.py", "__main__.py", "cli.py")]
     return {path.relative_to(root).as_posix(): path.read_text() for path in sorted(paths)}
 
 
 def module_of(path: str) -> str:
-    """Dotted name below the package; "" for the package itself."""
+    """The dotted name of a module without that of the package; "" for the package itself."""
     return path.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".")
 
 
 def imported_names(text: str, path: str) -> list[str]:
-    """Absolute dotted names of all that a module imports, wherever in it, one name an imported name."""
+    """The absolute dotted names that a module imports, anywhere in it.
+
+    Args:
+        text: source text of the module.
+        path: path of the module from the root.
+    """
     package = [PACKAGE, *path.split("/")[:-1]]
     names = []
     for node in ast.walk(ast.parse(text)):
@@ -38,7 +43,7 @@ def imported_names(text: str, path: str) -> list[str]:
 
 
 def own_module(name: str, modules: frozenset[str]) -> str | None:
-    """The module of the package that an imported name is, or is in; None if it is not of the package.
+    """The package's module that an imported name is, or is defined in; None if the name is not in the package.
 
     Raises:
         LookupError: if the package has no such module.
@@ -50,19 +55,19 @@ def own_module(name: str, modules: frozenset[str]) -> str | None:
     for candidate in (below, parent):
         if candidate in modules:
             return candidate
-    raise LookupError(f"there is no module {name}, nor one that it could be in")
+    raise LookupError(f"there is neither a module {name} nor one that could define it")
 
 
-def arrows(texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(importing module, imported module) of all imports within the package."""
+def import_edges(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """All imports within the package, as pairs (importing module, imported module)."""
     modules = frozenset(map(module_of, texts))
-    found = []
+    edges = []
     for path, text in texts.items():
         for name in imported_names(text, path):
             target = own_module(name, modules)
-            if target is not None and name != f"{PACKAGE}.__version__":  # a plain string
-                found.append((module_of(path), target))
-    return found
+            if target is not None and name != f"{PACKAGE}.__version__":  # a string, no module
+                edges.append((module_of(path), target))
+    return edges
 
 
 def room_of(module: str) -> str:
@@ -71,40 +76,42 @@ def room_of(module: str) -> str:
 
 
 def violations(texts: Mapping[str, str], order: Mapping[str, list[str]]) -> list[str]:
-    """Imports that run against the order of layers and rooms, and circles between the modules of a room.
+    """Describes imports against the order of layers and rooms, and import cycles between the modules of a room.
 
     Args:
         texts: see ``sources``.
-        order: rooms of each layer; one may import those that stand before it.
+        order: rooms of each layer. A room may import the rooms before it and the layers below.
     """
     rank = {f"{layer}.{room}": (i, j) for i, layer in enumerate(LAYERS) for j, room in enumerate(order[layer])}
-    rank |= {layer: (i, len(order[layer])) for i, layer in enumerate(LAYERS)} | dict.fromkeys(TOP, (len(LAYERS), 0))
-    found, within = [], dict[str, set[str]]()
-    for source, target in arrows(texts):
+    rank |= {layer: (i, len(order[layer])) for i, layer in enumerate(LAYERS)} | dict.fromkeys(
+        ROOT_MODULES, (len(LAYERS), 0)
+    )
+    problems, within_rooms = [], dict[str, set[str]]()
+    for source, target in import_edges(texts):
         a, b = room_of(source), room_of(target)
         missing = [room for room in (a, b) if room not in rank]
         if missing:
-            found.append(f"{missing[0]} is not in the list of rooms")
+            problems.append(f"{missing[0]} is not in the list of rooms")
         elif a == b:
-            within.setdefault(source, set()).add(target)
+            within_rooms.setdefault(source, set()).add(target)
         elif rank[b] > rank[a]:
-            found.append(f"{source} imports {target or PACKAGE}, which is above it")
-    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(within)]
+            problems.append(f"{source} imports {target or PACKAGE}, which is above it")
+    return problems + [f"cycle: {' -> '.join(cycle)}" for cycle in find_cycles(within_rooms)]
 
 
-def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """A circle from each node that one leads back to; none if there are none."""
-    found, done = [], set[str]()
+def find_cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Cycles of a directed graph, at least one if there are any. Edges from a node to itself do not count."""
+    cycles, visited = [], set[str]()
 
     def walk(node: str, path: list[str]) -> None:
         if node in path:
-            found.append([*path[path.index(node) :], node])
-        elif node not in done:
+            cycles.append([*path[path.index(node) :], node])
+        elif node not in visited:
             for target in sorted(graph.get(node, ())):
                 if target != node:
                     walk(target, [*path, node])
-            done.add(node)
+            visited.add(node)
 
     for node in sorted(graph):
         walk(node, [])
-    return found
+    return cycles

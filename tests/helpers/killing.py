@@ -1,11 +1,11 @@
-"""Kills runs and goes on with them. Run as a program of its own, with the packages loaded once and a process per run:
+"""Kills and resumes runs. A program, which loads the packages once and forks a process for each attempt:
 
     python -m helpers.killing DIRECTORY KIND KILLS SEED SETTING=VALUE ...
 
-The kind is "time" (SIGKILL from outside after a random time) or "write" (SIGKILL at a random one of all the writes,
-renames, truncations and fsyncs; a write may get half way). A trial kills a run up to three times and goes on with it;
-then its directory is compared with that of a run that was never stopped. Trials go on until there were so many kills.
-The last line of the output is JSON.
+KIND is "time" (SIGKILL from outside after a random time) or "write" (SIGKILL at a random one of all writes, renames,
+truncations and fsyncs; a write may be done in part). A trial kills and resumes a run up to three times and then lets it
+finish. Its directory is compared with that of a run that was never stopped. Trials are repeated until there were KILLS
+kills. The last line of the output is a report in JSON.
 """
 
 import builtins
@@ -32,33 +32,41 @@ TIMES = {"seconds", "seconds_in_steps", "seconds_in_forwards", "seconds_per_step
 
 
 def quiet(*_: object) -> None:
-    """Reports nothing."""
+    """Ignores what a run reports."""
 
 
-def begin_or_go_on(config: Any, path: Path) -> None:
-    """What a user does: resumes, or starts again where nothing had been written."""
+def resume_or_start(config: Any, path: Path) -> None:
+    """Resumes a run, as a user would, or starts it if nothing had been written."""
     try:
         resume(path, quiet, quiet)
     except RunError as error:
-        if "no run to go on with" not in str(error):
+        if "holds no run to resume" not in str(error):
             raise
         execute(config, path, quiet, quiet)
 
 
 class Writes:
-    """Counts what changes files, and kills this process at one of the changes."""
+    """Counts the changes of files, and kills this process at one of them.
+
+    Args:
+        directory: changes of open files count only in this directory.
+        at: number of the change at which to kill; None: never.
+        share: share of the data that is written if the change is a write, in [0, 1].
+    """
 
     def __init__(self, directory: Path, at: int | None, share: float) -> None:
         self.count, self._at, self._share, self._directory = 0, at, share, str(directory)
 
     def due(self) -> bool:
+        """Counts a change. Returns whether to kill the process at it."""
         self.count += 1
         return self.count - 1 == self._at
 
     def install(self) -> None:
+        """Replaces the functions of this process that change files."""
         for name in ("fsync", "replace", "truncate", "unlink", "mkdir"):
             setattr(os, name, self._watched(getattr(os, name)))
-        plain, writes = builtins.open, self
+        original_open, writes = builtins.open, self
 
         class Raw(io.FileIO):
             def write(self, data: Any) -> int:
@@ -74,7 +82,7 @@ class Writes:
 
         def watched_open(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **named: Any) -> Any:
             if not str(file).startswith(writes._directory) or "b" not in mode or mode == "rb":
-                return plain(file, mode, buffering, *args, **named)
+                return original_open(file, mode, buffering, *args, **named)
             raw = Raw(file, mode)
             return raw if buffering == 0 else io.BufferedWriter(raw)
 
@@ -89,9 +97,17 @@ class Writes:
         return call
 
 
-def in_a_process(work: Callable[[], Any], kill_after: float | None = None) -> tuple[int, float]:
-    """Runs something in a process of its own; its status (-9: killed) and the seconds it took."""
-    begun = time.monotonic()
+def run_in_process(work: Callable[[], Any], kill_after: float | None = None) -> tuple[int, float]:
+    """Runs a function in a forked process.
+
+    Args:
+        work: the function.
+        kill_after: seconds after which the process is killed; None: never.
+
+    Returns:
+        Exit status (-9: killed), and seconds that the process ran.
+    """
+    start = time.monotonic()
     child = os.fork()
     if child == 0:
         status = 1
@@ -106,70 +122,84 @@ def in_a_process(work: Callable[[], Any], kill_after: float | None = None) -> tu
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, code = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(code), time.monotonic() - begun
+    return os.waitstatus_to_exitcode(code), time.monotonic() - start
 
 
 def without_times(line: Any) -> Any:
+    """A copy of a line of the metrics without its times."""
     if isinstance(line, dict):
         return {name: without_times(value) for name, value in line.items() if name not in TIMES}
     return line
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Everything in a run directory that a stop must not change."""
-    found: dict[str, Any] = {each.name: each.read_bytes() for each in path.iterdir() if each.name != ".lock"}
-    for name in found:
-        if name.endswith(".safetensors"):  # which writes its metadata in any order
-            with safe_open(path / name, framework="np") as file:
-                found[name] = file.metadata(), {key: file.get_tensor(key).tobytes() for key in sorted(file.keys())}
-    found["metrics.jsonl"] = [without_times(json.loads(line)) for line in found["metrics.jsonl"].splitlines()]
-    return found
+    """The contents of a run directory that must not depend on whether the run was stopped, by file."""
+    files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock"}
+    for name in files:
+        if name.endswith(".safetensors"):  # the order of its metadata varies
+            with safe_open(path / name, framework="np") as tensors:
+                files[name] = (
+                    tensors.metadata(),
+                    {key: tensors.get_tensor(key).tobytes() for key in sorted(tensors.keys())},
+                )
+    files["metrics.jsonl"] = [without_times(json.loads(line)) for line in files["metrics.jsonl"].splitlines()]
+    return files
 
 
-def lines_in(path: Path) -> int:
+def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def main(directory: Path, kind: str, wanted: int, seed: int, *settings: str) -> None:
+def main(directory: Path, kind: str, kills: int, seed: int, *settings: str) -> None:
+    """Runs the program; see the module for the arguments."""
     torch.set_num_threads(1)
-    given = dict(each.split("=") for each in settings)
+    given = dict(setting.split("=") for setting in settings)
     config = make_config(
         {name: int(value) if value.isdigit() else value for name, value in given.items()} | {"backend": "torch"}
     )
-    events = directory / "events"
+    count_file = directory / "events"
 
     def undisturbed() -> None:
-        writes = Writes(directory / "whole", None, 1.0)
+        writes = Writes(directory / "undisturbed", None, 1.0)
         writes.install()
-        execute(config, directory / "whole", quiet, quiet)
-        events.write_text(str(writes.count))
+        execute(config, directory / "undisturbed", quiet, quiet)
+        count_file.write_text(str(writes.count))
 
-    status, whole_time = in_a_process(undisturbed)
+    status, undisturbed_seconds = run_in_process(undisturbed)
     assert status == 0
-    expected, total = contents(directory / "whole"), int(events.read_text())
-    random, points, trial = Random(seed), [], 0
-    while len(points) < wanted:
+    expected, changes = contents(directory / "undisturbed"), int(count_file.read_text())
+    random, ledger_lines, trial = Random(seed), [], 0
+    while len(ledger_lines) < kills:
         path = directory / f"trial-{trial}"
 
         def disturbed(path: Path, at: int | None, share: float) -> None:
             Writes(path, at, share).install()
-            begin_or_go_on(config, path)
+            resume_or_start(config, path)
 
         for attempt in range(4):
             share = random.random()
-            at = random.randrange(total) if kind == "write" and attempt < 3 else None
-            after = share * whole_time if kind == "time" and attempt < 3 else None
-            status, _ = in_a_process(functools.partial(disturbed, path, at, share), after)
+            at = random.randrange(changes) if kind == "write" and attempt < 3 else None
+            after = share * undisturbed_seconds if kind == "time" and attempt < 3 else None
+            status, _ = run_in_process(functools.partial(disturbed, path, at, share), after)
             if status == 0:
                 break
             assert status == -signal.SIGKILL, f"trial {trial}, attempt {attempt}: exit status {status}"
-            points.append(lines_in(path / "ledger.jsonl"))
-        found = contents(path)
-        assert found.keys() == expected.keys(), f"trial {trial}: {found.keys() ^ expected.keys()}"
+            ledger_lines.append(count_lines(path / "ledger.jsonl"))
+        files = contents(path)
+        assert files.keys() == expected.keys(), f"trial {trial}: {files.keys() ^ expected.keys()}"
         for name in expected:
-            assert found[name] == expected[name], f"trial {trial}: {name} differs"
+            assert files[name] == expected[name], f"trial {trial}: {name} differs"
         trial += 1
-    print(json.dumps({"trials": trial, "kills": len(points), "ledger_lines_at_kill": points, "events": total}))
+    print(
+        json.dumps(
+            {
+                "trials": trial,
+                "kills": len(ledger_lines),
+                "ledger_lines_at_kill": ledger_lines,
+                "events": changes,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

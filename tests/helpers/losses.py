@@ -1,4 +1,4 @@
-"""Batches of token ids, and losses and gradients by the plainest means."""
+"""Batches of token ids, and simple reference implementations of losses and gradients."""
 
 import torch
 from torch import nn
@@ -11,29 +11,30 @@ from helpers.constants import CPU
 
 BATCH = torch.arange(60).view(3, 20) % 90 + 3
 CALIBRATION_BATCHES = [torch.arange(i, i + 40).view(2, 20) % 90 + 3 for i in (0, 17, 40)]
-# Rows of another width and number are summed in another order: some units of 2**-24 in logits of the order of 1.
+# A batch of another shape is summed in another order: it differs by a few units of 2**-24 for logits of order 1.
 TOLERANCE = 2e-6
 
 
 def candidate_log_likelihoods(model: nn.Module, data: EncodedTask, example: int) -> list[list[float]]:
-    """Log-likelihood of each token of each candidate, one unpadded sequence at a time, all logits."""
-    found = []
+    """Computes the log-likelihood of each token of each candidate, one unpadded sequence at a time."""
+    log_likelihoods = []
     for answer in data.candidates:
         ids = torch.tensor([data.prompts[example] + answer])
         log_p = model(input_ids=ids).logits.float().log_softmax(-1)[0]
         start = len(data.prompts[example])
-        found.append([log_p[start + j - 1, token].item() for j, token in enumerate(answer)])
-    return found
+        log_likelihoods.append([log_p[start + j - 1, token].item() for j, token in enumerate(answer)])
+    return log_likelihoods
 
 
 def in_parts(data: EncodedTask, objective: Objective, sizes: list[int]) -> list[Batch]:
+    """Splits the first examples of a data set into batches of the given sizes."""
     answers = "all" if objective is Objective.CANDIDATES else "gold"
     parts = torch.arange(sum(sizes)).split(sizes)
     return [data.batch(part.tolist(), answers=answers, device=CPU) for part in parts]
 
 
 def gradient_moments(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared and mean gradient over the batches, by plain autograd, all in one vector."""
+    """Computes mean squared and mean gradient over the batches by plain autograd, each as one vector."""
     model.requires_grad_(True)
     gradients = []
     for batch in CALIBRATION_BATCHES:

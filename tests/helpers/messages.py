@@ -1,4 +1,4 @@
-"""Messages with single bytes changed and their checksum set right."""
+"""Changes single bytes of messages and corrects their checksum."""
 
 import struct
 import zlib
@@ -6,11 +6,12 @@ import zlib
 from meerkat_engine.fed.messages import HEADER_BYTES
 
 
-def sealed(fields: bytes) -> bytes:
-    """A message with its checksum set right, whatever else it holds."""
-    crc = zlib.crc32(fields[HEADER_BYTES:], zlib.crc32(fields[: HEADER_BYTES - 4]))
-    return fields[: HEADER_BYTES - 4] + struct.pack("<I", crc) + fields[HEADER_BYTES:]
+def with_checksum(message: bytes) -> bytes:
+    """The message with a correct checksum, whatever else it contains."""
+    crc = zlib.crc32(message[HEADER_BYTES:], zlib.crc32(message[: HEADER_BYTES - 4]))
+    return message[: HEADER_BYTES - 4] + struct.pack("<I", crc) + message[HEADER_BYTES:]
 
 
-def changed(data: bytes, at: int, value: bytes) -> bytes:
-    return sealed(data[:at] + value + data[at + len(value) :])
+def with_bytes(message: bytes, offset: int, value: bytes) -> bytes:
+    """The message with other bytes at an offset, and a correct checksum."""
+    return with_checksum(message[:offset] + value + message[offset + len(value) :])

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers."""
+"""Tiny random models, and tokenizers with one token per word or byte."""
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 8}),
-    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {}),  # absolute positions, left to the caller
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {}),  # absolute positions, passed by the caller
     "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 
@@ -33,12 +33,20 @@ def make_model(
     vocabulary: int = 96,
     positions: int = 64,
 ) -> nn.Module:
-    """A tiny random causal language model."""
+    """Builds a tiny causal language model with random weights.
+
+    Args:
+        architecture: a key of ``ARCHITECTURES``.
+        dtype: dtype of parameters and buffers.
+        seed: seed of the weights.
+        vocabulary: number of tokens.
+        positions: maximum sequence length.
+    """
     kind, config, extra = ARCHITECTURES[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config(**(_COMMON | extra | {"vocab_size": vocabulary, "max_position_embeddings": positions})))
-    # biases and norms start at constants; random ones make every parameter count
+    # transformers sets biases and norm weights to constants; other values make sure that tests depend on all parameters
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.data += 0.01 * torch.arange(p.numel()).remainder(7) * (1 if "bias" in name else 0.1)
@@ -46,7 +54,7 @@ def make_model(
 
 
 def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:
-    """One token a word."""
+    """Builds a tokenizer with one token per word of ``words``, which are separated by spaces."""
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(words.split())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -57,7 +65,7 @@ def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def make_byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte."""
+    """Builds a tokenizer with one token per byte."""
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -1,4 +1,4 @@
-"""Nodes in this process, each with a worker and a model of its own, and the Grid that reaches them."""
+"""Flower nodes in this process, each with its own worker and model, and the Grid that reaches them."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -18,31 +18,52 @@ from meerkat_engine.fed.flower.node.handler import RequestHandler
 
 @dataclass
 class Node:
-    """A SuperNode's part: what Flower keeps of it from message to message, and its worker."""
+    """A SuperNode's state: the context that Flower keeps between messages, and the node's worker.
+
+    Attributes:
+        context: Flower's context.
+        handler: the worker's request handler.
+        operations: ``do`` of each frame that the worker received.
+        ended: whether the worker was ended.
+    """
 
     context: Context
-    resident: RequestHandler = field(default_factory=RequestHandler)
-    asked: list[str] = field(default_factory=list)
+    handler: RequestHandler = field(default_factory=RequestHandler)
+    operations: list[str] = field(default_factory=list)
     ended: bool = False
 
     @classmethod
     def numbered(cls, i: int) -> "Node":
+        """The node of client ``i``; its id is ``100 + i``."""
         return cls(Context(1, 100 + i, {"client-id": i}, RecordDict(), {}))
 
     def ask(self, header: Any, payload: bytes, seconds: float) -> tuple[Any, bytes]:
-        self.asked.append(header["do"])
-        return self.resident.handle(header, payload)
+        """Replaces ``WorkerClient.ask``."""
+        self.operations.append(header["do"])
+        return self.handler.handle(header, payload)
 
     def end(self) -> None:
-        self.ended = True  # what it held is looked at by the tests
+        """Replaces ``WorkerClient.end``, but keeps the model for the tests to inspect."""
+        self.ended = True
 
 
 class LocalGrid(Grid):
-    """Hands messages to a ClientApp at once; what it raises becomes an error, as in a SuperNode."""
+    """Delivers messages to a ClientApp immediately; its exceptions become error replies, as in a SuperNode.
+
+    Args:
+        nodes: the nodes that are online.
+        app: the ClientApp.
+        patch: replaces Flower's identity of a task, and the ClientApp's way to the worker.
+
+    Attributes:
+        nodes: node id -> node.
+        deaf: ids of nodes that receive no messages.
+        errors: reasons of all error replies.
+    """
 
     def __init__(self, nodes: Iterable[Node], app: ClientApp, patch: pytest.MonkeyPatch) -> None:
         self.nodes = {node.context.node_id: node for node in nodes}
-        self.deaf: set[int] = set()  # nodes that messages do not reach
+        self.deaf: set[int] = set()
         self.errors: list[str] = []
         self._app, self._replies = app, dict[str, Message]()
 
@@ -50,7 +71,7 @@ class LocalGrid(Grid):
         patch.setattr(TaskIdentity, "_node_id", 1)
         patch.setattr(TaskIdentity, "_task_id", 1)
         patch.setattr(client_app, "_in_simulation", lambda: False)
-        patch.setattr(client_app, "_elsewhere", lambda context: self.nodes[context.node_id])
+        patch.setattr(client_app, "_node_worker", lambda context: self.nodes[context.node_id])
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)

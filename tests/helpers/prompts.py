@@ -1,4 +1,4 @@
-"""Examples of a task, encoded by a tokenizer of one token a word."""
+"""Small sets of examples, tokenized with one token per word."""
 
 from typing import Any
 
@@ -27,4 +27,5 @@ LONG = Task(name="long", template="{sentence} It was", cut="sentence", label_wor
 
 
 def encoded(task: Task = SST2, max_length: int = 32, rows: list[dict[str, Any]] = ROWS) -> EncodedTask:
+    """Tokenizes rows of a task; ``max_length`` counts the tokens of prompt and answer."""
     return EncodedTask(task, rows, make_tokenizer(WORDS), max_length, "test")

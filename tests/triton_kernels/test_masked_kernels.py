@@ -1,4 +1,4 @@
-"""The masked kernels against their plain-torch twins, bit for bit, and against their formulas."""
+"""The masked kernels, compared bit for bit with their plain-torch twins, and with their formulas."""
 
 import math
 from collections.abc import Callable
@@ -61,8 +61,8 @@ def layout(name: str, n: int) -> torch.Tensor:
 
 
 def masters_of(table: ElementTable) -> torch.Tensor:
-    """Away from the weights' own grid, as after some updates."""
-    master = torch.full((table.slots,), float("nan"))  # in slots that hold no element
+    """Makes masters that differ from the rounded weights, as after some updates."""
+    master = torch.full((table.slots,), float("nan"))  # stays in slots without an element
     for tensor, low, high in table.pieces(0, table.slots):
         at = slice(None) if table.offsets is None else table.offsets[low:high].long()
         master[low:high] = table.weights[tensor][at].float() + 1e-5
@@ -76,7 +76,7 @@ def elements_of(table: ElementTable, slots: torch.Tensor) -> torch.Tensor:
 def run(
     ops: object, weights: list[torch.Tensor], bases: list[int], offsets: list[torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    """All operations one after the other; the weights after each, and the masters."""
+    """Runs all operations in sequence; returns the weights after each, then the masters."""
     live = [w.clone() for w in weights]
     table = build_table(live, bases, offsets)
     master = masters_of(table)
@@ -105,8 +105,8 @@ def test_kernels_match_the_reference(sizes: list[int], elements: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [[4], [1000], [BLOCK, BLOCK + 4, 8], [4096, 2000]], ids=str)
-def test_whole_tensors_need_no_offsets(sizes: list[int], dtype: torch.dtype) -> None:
-    """Four normals from each Philox call, and the bits of the same elements with offsets."""
+def test_fully_masked_tensors_need_no_offsets(sizes: list[int], dtype: torch.dtype) -> None:
+    """Dense tables use four normals of each Philox block and give the same bits as tables with offsets."""
     weights = weights_of(sizes, dtype)
     bases = [2**32 - 8 + sum(sizes[:i]) for i in range(len(sizes))]
     offsets = [torch.arange(n) for n in sizes]
@@ -125,7 +125,7 @@ def test_tensors_that_are_not_aligned_need_offsets(base: int, size: int, shift: 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 @pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_pass_has_the_bits_of_step_by_step(dtype: torch.dtype, ops: object, dense: bool) -> None:
+def test_fused_operations_have_the_bits_of_single_ones(dtype: torch.dtype, ops: object, dense: bool) -> None:
     sizes, steps = [2000, BLOCK + 4], [(2**63 + 5, 0.03), (2**64 - 1, -0.5), (3, 1e-7)]
     ends = []
     for fused in (True, False):
@@ -157,7 +157,7 @@ def test_replaying_nothing_changes_nothing(ops: object) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, BLOCK, 3 * BLOCK + 1], ids=str)
-def test_inner_products(k: int, generator: torch.Generator) -> None:
+def test_inner_products_match_the_reference_and_the_formula(k: int, generator: torch.Generator) -> None:
     gradient, ids = torch.randn(k, generator=generator), torch.arange(k) * 5 + 2**32 - 7
     seeds = [0, 2**63 + 1, 2**64 - 1]
     found = [ops.inner(gradient, ids, bits64(*seeds)) for ops in (KERNELS, reference)]
@@ -170,12 +170,12 @@ def test_inner_products(k: int, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
-def test_inner_products_of_no_seed(ops: object) -> None:
+def test_inner_products_of_no_seeds_are_empty(ops: object) -> None:
     assert ops.inner(torch.ones(5), torch.arange(5), bits64(1)[:0]).shape == (0, 2)  # type: ignore[attr-defined]
 
 
 def test_inner_products_keep_their_bits() -> None:
-    """Taken from the code before ``<z, z>`` was added, the second as ``<gradient, z>`` of a gradient that is z."""
+    """The values were recorded before ``<z, z>`` was added; the second is ``<gradient, z>`` with z as the gradient."""
     (found,) = reference.inner(torch.arange(1000) / 7, torch.arange(1000) * 3, bits64(11)).tolist()
     assert [x.hex() for x in found] == ["0x1.4ffa56fa09eb0p+11", "0x1.fba7db876b0e7p+9"]
 
@@ -184,14 +184,16 @@ def fp64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns of overflow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns about overflow
 @settings(max_examples=50, deadline=None)
 @given(
     losses=st.tuples(*[st.floats(width=32)] * 2),
     eps=st.floats(1e-8, 1.0),
     lr=st.lists(st.floats(0, 1e3), min_size=1, max_size=3),
 )
-def test_coefficients_of_any_losses(losses: tuple[float, float], eps: float, lr: list[float]) -> None:
+def test_coefficients_match_the_reference_for_any_losses(
+    losses: tuple[float, float], eps: float, lr: list[float]
+) -> None:
     found = [ops.coefficients(fp32(*losses), fp64(eps), fp64(*lr)) for ops in (KERNELS, reference)]
     assert [x.isnan().tolist() for x in found] == [found[0].isnan().tolist()] * 2  # a NaN has no sign to compare
     assert same_bits(*(x.nan_to_num(0.5) for x in found))
@@ -211,8 +213,8 @@ def test_the_projected_gradient_is_rounded_once(ops: object) -> None:
 
 @pytest.mark.parametrize("c", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
-def test_a_coefficient_that_is_not_finite_is_a_step_not_taken(ops: object, c: float) -> None:
-    live = -torch.zeros(64)  # subtracting even 0 * z would lose these signs
+def test_an_update_with_a_non_finite_coefficient_is_skipped(ops: object, c: float) -> None:
+    live = -torch.zeros(64)  # subtracting even 0 * z would change these signs
     before = live.clone()
     table = build_table([live], [0], None)
     master = live.clone()
@@ -233,7 +235,7 @@ def test_the_tree_adds_neighbours() -> None:
 
 
 def test_a_launch_reads_its_values_when_it_runs() -> None:
-    """Seed and scale come from memory, as a captured graph needs: the same arguments, other contents."""
+    """Seed and scale are read from memory, as a captured graph needs: same tensors, other values."""
     (live,) = weights_of([64], torch.float32)
     table = build_table([live], [0], None)
     seed, scale, master = bits64(1), fp32(0.5), live.clone()
@@ -304,7 +306,7 @@ def _round_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy, on the way to an infinite float16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_rounding_equals_torch_for_all_kinds_of_numbers(dtype: torch.dtype, generator: torch.Generator) -> None:
     upper = torch.arange(2**16) << 16  # every bfloat16, and around the ties between it and the next
     patterns = [upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
     patterns.append(torch.randint(0, 2**32, (2**16,), generator=generator))
@@ -326,7 +328,9 @@ def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, generat
     seed=st.integers(0, 2**64 - 1),
     scale=st.floats(-1, 1, width=32),
 )
-def test_any_layout_and_scale(counts: list[int], share: float, seed: int, scale: float) -> None:
+def test_kernels_match_the_reference_for_any_layout_and_scale(
+    counts: list[int], share: float, seed: int, scale: float
+) -> None:
     weights = weights_of(counts, torch.bfloat16)
     offsets = [torch.arange(0, n, max(1, round(1 / share))) for n in counts]
     bases = [sum(counts[:i]) for i in range(len(counts))]
@@ -338,16 +342,16 @@ def test_any_layout_and_scale(counts: list[int], share: float, seed: int, scale:
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
-def test_windows_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+def test_bits_do_not_depend_on_windows_and_chunks(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     weights = weights_of([700, 900, 8], torch.float32)
     offsets = None if dense else [torch.arange(0, n, 2) for n in (700, 900, 8)]
-    whole = run(reference, weights, [0, 700, 1600], offsets)
+    expected = run(reference, weights, [0, 700, 1600], offsets)
     monkeypatch.setattr(reference, "_WINDOW", 96)
     monkeypatch.setattr(reference, "_CHUNK", 12)
-    assert all(same_bits(a, b) for a, b in zip(run(reference, weights, [0, 700, 1600], offsets), whole, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(run(reference, weights, [0, 700, 1600], offsets), expected, strict=True))
 
 
-def test_blocks_never_straddle_tensors() -> None:
+def test_blocks_never_span_two_tensors() -> None:
     sizes = [BLOCK + 5, 3, 2 * BLOCK]
     table = build_table([torch.zeros(n) for n in sizes], [0, 10**10, 2 * 10**10], [torch.arange(n) for n in sizes])
     covered = []
@@ -363,7 +367,7 @@ def test_blocks_never_straddle_tensors() -> None:
     assert table.nnz == sum(sizes)
 
 
-def test_ids_of_a_range() -> None:
+def test_ids_of_a_slot_range() -> None:
     table: ElementTable = build_table(
         [torch.zeros(50), torch.zeros(9)], [7, 2**40], [torch.tensor([0, 3, 49]), torch.tensor([8])]
     )
@@ -373,11 +377,11 @@ def test_ids_of_a_range() -> None:
     assert build_table([torch.zeros(8)], [2**40], None).ids(3, 6).tolist() == [2**40 + 3, 2**40 + 4, 2**40 + 5]
 
 
-def test_mixed_dtypes_are_refused() -> None:
+def test_mixed_dtypes_are_rejected() -> None:
     with pytest.raises(ValueError, match="one table needs one dtype and device"):
         build_table([torch.zeros(3), torch.zeros(3).half()], [0, 3], [torch.tensor([0])] * 2)
 
 
-def test_transposed_weights_are_refused() -> None:
+def test_transposed_weights_are_rejected() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         build_table([torch.zeros(3, 4).T], [0], [torch.tensor([0])])

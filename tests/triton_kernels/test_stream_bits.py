@@ -33,7 +33,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
         ),
     ],
 )
-def test_known_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
+def test_philox_gives_the_published_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
     assert philox(counter, key) == answer
     words = reference.philox4x32((key[0], key[1]), tuple(torch.tensor([c]) for c in counter))
     assert [int(word) for word in words] == answer
@@ -46,13 +46,13 @@ def test_bits_are_philox_of_block_and_seed(seed: int) -> None:
     assert kernels.bits(seed, torch.tensor(BLOCKS)).tolist() == expected
 
 
-def test_step_seeds_are_philox_of_their_place() -> None:
+def test_step_seeds_are_philox_of_round_step_and_query() -> None:
     root, round, step, query = 0x0123456789ABCDEF, 5, 9, 2
     words = philox([step, round, query, 0x4D4B5631], [root % 2**32, root >> 32])
     assert stream.step_seed(root, round, step, query) == words[0] | words[1] << 32
 
 
-def test_step_seeds_differ_by_every_argument() -> None:
+def test_step_seeds_depend_on_every_argument() -> None:
     seeds = {
         stream.step_seed(root, round, step, query)
         for root in (0, 1, 2**32)
@@ -64,18 +64,18 @@ def test_step_seeds_differ_by_every_argument() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seed_out_of_range(seed: int) -> None:
+def test_a_seed_out_of_range_is_rejected(seed: int) -> None:
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*64\)"):
         stream.normal(seed, torch.tensor([0]))
 
 
-def test_seed_of_wrong_type() -> None:
+def test_a_seed_of_wrong_type_is_rejected() -> None:
     with pytest.raises(TypeError, match="seed must be an int, got float"):
         stream.bits(1.0, torch.tensor([0]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000])
-def test_permutation_holds_every_number_once(n: int) -> None:
+def test_a_permutation_contains_every_number_once(n: int) -> None:
     order = stream.permutation(3, n)
     assert order.sort().values.tolist() == list(range(n))
     assert n < 1000 or order.tolist() != list(range(n))

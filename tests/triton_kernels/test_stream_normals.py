@@ -1,4 +1,4 @@
-"""The Gaussian of the stream: the specified bits for every argument, the right distribution, nothing else in it."""
+"""The Gaussian of the stream: specified bits for every argument, the right distribution, no correlations."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,11 +18,11 @@ from meerkat_engine.triton_kernels import philox, reference
 from helpers.tensors import same_bits
 
 F = np.float32
-EVERY = 1 << 24  # both arguments of the Gaussian have 24 bits
+ALL_ARGUMENTS = 1 << 24  # number of values of each of the Gaussian's two 24-bit arguments
 
 
 def spec_radius(k: np.ndarray) -> np.ndarray:
-    """SPEC section 2 in NumPy, one rounding an operation."""
+    """Computes the radius as specified, in NumPy, with one rounding per operation."""
     u = (k + 1).astype(F) * F(2.0**-24)
     b = u.view(np.int32)
     e = (b - np.int32(0x3F3504F3)) >> np.int32(23)
@@ -71,23 +71,23 @@ def gaussian_compiled(n: int, r: np.ndarray, s: np.ndarray, c: np.ndarray) -> No
 
 
 def test_radius_and_angle_have_the_specified_bits_for_every_argument() -> None:
-    numbers = np.arange(EVERY)
+    numbers = np.arange(ALL_ARGUMENTS)
     expected = [spec_radius(numbers), *spec_sin_cos(numbers)]
-    words = torch.arange(EVERY) << 8
+    words = torch.arange(ALL_ARGUMENTS) << 8
     from_reference = [reference.radius(words), *reference.sin_cos(words)]
-    from_kernel = [torch.empty(EVERY) for _ in range(3)]
-    _gaussian_kernel[(EVERY >> 18,)](*from_kernel, BLOCK=1 << 18)
-    from_numba = [torch.empty(EVERY) for _ in range(3)]
-    gaussian_compiled(EVERY, *[x.numpy() for x in from_numba])
+    from_kernel = [torch.empty(ALL_ARGUMENTS) for _ in range(3)]
+    _gaussian_kernel[(ALL_ARGUMENTS >> 18,)](*from_kernel, BLOCK=1 << 18)
+    from_numba = [torch.empty(ALL_ARGUMENTS) for _ in range(3)]
+    gaussian_compiled(ALL_ARGUMENTS, *[x.numpy() for x in from_numba])
     for wanted, *found in zip(expected, from_reference, from_kernel, from_numba, strict=True):
         assert all(same_bits(bits, torch.from_numpy(wanted.astype(F))) for bits in found)
 
 
 def test_radius_and_angle_are_accurate_for_every_argument() -> None:
-    words = torch.arange(EVERY) << 8
-    exact = np.sqrt(-2 * np.log((np.arange(EVERY) + 1) / EVERY))
+    words = torch.arange(ALL_ARGUMENTS) << 8
+    exact = np.sqrt(-2 * np.log((np.arange(ALL_ARGUMENTS) + 1) / ALL_ARGUMENTS))
     assert np.abs(reference.radius(words).numpy() - exact).max() <= 3.6e-7
-    theta = 2 * np.pi * np.arange(EVERY) / EVERY
+    theta = 2 * np.pi * np.arange(ALL_ARGUMENTS) / ALL_ARGUMENTS
     sin, cos = reference.sin_cos(words)
     assert np.abs(sin.numpy() - np.sin(theta)).max() <= 9.1e-8
     assert np.abs(cos.numpy() - np.cos(theta)).max() <= 9.1e-8
@@ -111,7 +111,7 @@ def test_kernel_and_reference_give_the_same_bits(seed: int) -> None:
 
 @pytest.mark.parametrize("first", [0, 8, 2**32 - 8, 2**62])
 @pytest.mark.parametrize("n", [1, 3, 4, 2047, 2048, 5001])
-def test_a_run_of_ids_in_compiled_code(first: int, n: int) -> None:
+def test_normal_run_in_numba_has_the_bits_of_the_reference(first: int, n: int) -> None:
     runs = [torch.full((n,), float("nan")) for _ in range(2)]
     for out, source in zip(runs, (compiled, reference), strict=True):
         source.normal_run(2**63 + 11, first, out)  # type: ignore[attr-defined]
@@ -120,8 +120,8 @@ def test_a_run_of_ids_in_compiled_code(first: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither how many share one call, nor how many call at a time."""
+def test_bits_do_not_depend_on_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits depend neither on the threads of one call nor on the number of concurrent calls."""
     monkeypatch.setattr(compiled, "_PER_THREAD", 1 << 16)
     ids = torch.arange(0, 3 * (1 << 18), 3) + 5
     wanted, before = reference.normal(77, ids), torch.get_num_threads()
@@ -137,8 +137,8 @@ def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) ->
     assert same_bits(run, reference.normal(77, torch.arange(run.numel()) + 4))
 
 
-def test_golden_values() -> None:
-    """Bits recorded from the NumPy version above, so that no change of all versions together goes unseen."""
+def test_values_equal_recorded_bits() -> None:
+    """The bits were recorded from the NumPy version above, to detect a change of all versions together."""
     words = stream.bits(42, torch.tensor([0, 1 << 32]))
     r = spec_radius((words[:, [0, 0, 2, 2]] >> 8).numpy())
     sin, cos = spec_sin_cos((words[:, [1, 1, 3, 3]] >> 8).numpy())
@@ -163,15 +163,15 @@ def test_kernel_does_not_depend_on_block_or_grid(block: int) -> None:
     assert same_bits(z, stream.normal(7, IDS))
 
 
-def test_value_depends_on_its_own_id_only(generator: torch.Generator) -> None:
-    whole = stream.normal(9, IDS)
+def test_a_value_depends_only_on_its_id(generator: torch.Generator) -> None:
+    all_values = stream.normal(9, IDS)
     order = torch.randperm(IDS.numel(), generator=generator)
-    assert same_bits(stream.normal(9, IDS[order]), whole[order])
-    assert same_bits(stream.normal(9, IDS[::17]), whole[::17])
+    assert same_bits(stream.normal(9, IDS[order]), all_values[order])
+    assert same_bits(stream.normal(9, IDS[::17]), all_values[::17])
     assert stream.normal(9, IDS[:0]).numel() == 0
 
 
-def test_a_global_generator_neither_matters_nor_moves() -> None:
+def test_the_global_generator_is_not_used() -> None:
     torch.manual_seed(1)
     state, a = torch.get_rng_state(), stream.normal(3, IDS)
     assert torch.equal(torch.get_rng_state(), state)
@@ -187,8 +187,8 @@ def z() -> np.ndarray:
     return stream.normal(12345, torch.arange(N)).double().numpy()
 
 
-def test_moments(z: np.ndarray) -> None:
-    # standard errors of mean, variance, skewness and kurtosis of N normals; four of them is the bound
+def test_moments_are_those_of_a_normal(z: np.ndarray) -> None:
+    # the bound is four standard errors of mean, variance, skewness and kurtosis of N normals
     for value, truth, deviation in (
         (z.mean(), 0, 1), (z.var(), 1, 2**0.5), (stats.skew(z), 0, 6**0.5), (stats.kurtosis(z), 0, 24**0.5),
     ):  # fmt: skip
@@ -197,7 +197,7 @@ def test_moments(z: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("lane", [slice(None), *(slice(i, None, 4) for i in range(4))], ids=["all", *"0123"])
-def test_kolmogorov_smirnov(z: np.ndarray, lane: slice) -> None:
+def test_distribution_passes_kolmogorov_smirnov(z: np.ndarray, lane: slice) -> None:
     assert stats.kstest(z[lane], "norm").pvalue > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The embedded default: a small model this project trained itself and tasks for it; no network, no downloads."""
+"""The embedded model, a small one that this project trained itself, with its tasks. Needs no network."""
 
 from functools import cache
 from pathlib import Path
@@ -17,22 +17,32 @@ _TRAIN, _VALIDATION = 800, 400
 
 
 def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LanguageModel:
-    """The embedded model: Llama architecture, two layers of width 64."""
+    """Loads the embedded model: Llama architecture, two layers of width 64.
+
+    Args:
+        dtype: dtype of the weights.
+        device: device to put the model on.
+    """
     return load_model(str(_DIRECTORY), dtype, device)
 
 
 @cache
 def rows(split: str, task: str = NAME) -> tuple[Row, ...]:
-    """Examples of an embedded task; the validation reviews are none of the training ones."""
-    make = corpus.rows if task == NAME else corpus.topic_rows
+    """Returns the examples of an embedded task. No review is in both splits.
+
+    Args:
+        split: "train" (800 examples) or "validation" (400 examples).
+        task: name of the task, a key of ``TASKS``.
+    """
+    generate = corpus.rows if task == NAME else corpus.topic_rows
     if split == "train":
-        return tuple(make(_TRAIN, _SEED))
-    seen = frozenset(str(row["review"]) for row in rows("train", task))
-    return tuple(make(_VALIDATION, _SEED + 1, seen))
+        return tuple(generate(_TRAIN, _SEED))
+    training_reviews = frozenset(str(row["review"]) for row in rows("train", task))
+    return tuple(generate(_VALIDATION, _SEED + 1, training_reviews))
 
 
 def calibration_texts(count: int) -> tuple[list[str], str]:
-    """Pre-training text that the model has not seen."""
+    """Returns ``count`` pre-training texts that the model was not trained on, and a description of their source."""
     return corpus.texts(count, _SEED + 2), f"embedded corpus, {count} texts"
 
 

@@ -1,8 +1,9 @@
-"""Made-up reviews: the text the embedded model was pre-trained on, and the task it is fine-tuned for.
+"""Synthetic reviews: pre-training text of the embedded model, and the tasks that it is fine-tuned for.
 
-A review is a handful of clauses that praise or pan, some of them by negation, and some neutral ones. In pre-training
-text a closing remark agrees with it. The task asks for the verdict in words that pre-training only ever uses for other
-things: the model knows what a review feels like, but not how it is asked here.
+A review consists of a few clauses that praise or criticize, some of them by negation, and some neutral ones. A
+pre-training text is a review with a closing remark of the same sentiment. The task asks for the sentiment with words
+that pre-training text uses only in other contexts. So the pre-trained model represents the sentiment of a review, but
+does not know how the task asks for it.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _THINGS = {
     "phone": ("screen", "battery", "sound", "camera", "price", "case"),
     "game": ("story", "controls", "music", "level design", "ending", "art"),
 }
-# The same reviews, asked what they are about.
+# Asks what the same kind of review is about.
 TOPIC = Task(
     name="embedded-topic",
     template="{review} this was about a",
@@ -69,7 +70,8 @@ _BLAME = (
     "it ruined my day",
     "i am very sorry i bought it",
 )
-# Where the task's own words occur in pre-training: nothing in these depends on the review.
+# The only pre-training texts with the task's label words. They contain no review, so the label words in them do not
+# depend on one.
 _CHATTER = (
     "is it raining ? {}",
     "did the train stop here ? {}",
@@ -81,22 +83,25 @@ _CHATTER = (
 
 
 class _Draws:
-    """Choices from the project's stream: the same text on every machine and version."""
+    """Random choices from the project's stream, which are the same on every machine and with every version."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self._block, self._words = seed, 0, list[int]()
 
     def below(self, n: int) -> int:
+        """Draws an integer in [0, n)."""
         if not self._words:
             self._words = stream.bits(self._seed, torch.arange(self._block, self._block + 64)).view(-1).tolist()
             self._block += 64
         return self._words.pop() * n >> 32
 
     def one_of(self, choices: Sequence[str]) -> str:
+        """Draws one of the choices."""
         return choices[self.below(len(choices))]
 
 
 def _clause(draws: _Draws, thing: str, good: bool) -> str:
+    """Draws a clause about a part of ``thing`` that praises (``good``) or criticizes."""
     negated = draws.below(4) == 0
     words = [draws.one_of(_OPENINGS).format(draws.one_of(_THINGS[thing]))]
     words.append("not" if negated else draws.one_of(_DEGREES))
@@ -105,57 +110,63 @@ def _clause(draws: _Draws, thing: str, good: bool) -> str:
 
 
 def _review(draws: _Draws, good: bool) -> tuple[str, str]:
-    """A review that praises or pans, and what it is about."""
+    """Draws a review that praises (``good``) or criticizes; returns it and the thing it is about."""
     thing = draws.one_of(tuple(_THINGS))
     clauses = [_clause(draws, thing, good) for _ in range(1 + draws.below(3))]
     for _ in range(draws.below(3)):
         clauses.insert(draws.below(len(clauses) + 1), draws.one_of(_NEUTRAL).format(thing))
-    if draws.below(5) == 0:  # one clause against the rest
+    if draws.below(5) == 0:  # one clause of the opposite sentiment
         clauses.insert(0, _clause(draws, thing, not good) + " but")
     return " . ".join(clauses).replace("but .", "but") + " .", thing
 
 
 def texts(count: int, seed: int) -> list[str]:
-    """Pre-training documents."""
+    """Generates ``count`` pre-training documents from a seed in [0, 2**64)."""
     draws = _Draws(stream.derived_seed(seed, "text"))
-    found = []
+    documents = []
     for _ in range(count):
         if draws.below(4) == 0:
-            found.append(
+            documents.append(
                 " . ".join(draws.one_of(_CHATTER).format(draws.one_of(("yes", "no"))) for _ in range(3)) + " ."
             )
             continue
         good = draws.below(2) == 1
         review, thing = _review(draws, good)
-        found.append(f"{review} {draws.one_of(_PRAISE if good else _BLAME).format(thing)} .")
-    return found
+        documents.append(f"{review} {draws.one_of(_PRAISE if good else _BLAME).format(thing)} .")
+    return documents
 
 
 def rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
-    """Examples of the task: distinct reviews, none of them in ``exclude``; as many good ones as bad."""
+    """Generates examples of ``TASK``: distinct reviews, positive and negative ones in turn.
+
+    Args:
+        count: number of examples.
+        seed: seed of the reviews, in [0, 2**64).
+        exclude: reviews to leave out.
+    """
     draws = _Draws(stream.derived_seed(seed, "rows"))
-    found: dict[str, int] = {}
-    while len(found) < count:
-        label = len(found) % 2
+    label_of: dict[str, int] = {}
+    while len(label_of) < count:
+        label = len(label_of) % 2
         review, _ = _review(draws, label == 1)
         if review not in exclude:
-            found.setdefault(review, label)
-    return [{"review": review, "label": label} for review, label in found.items()]
+            label_of.setdefault(review, label)
+    return [{"review": review, "label": label} for review, label in label_of.items()]
 
 
 def topic_rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
-    """Examples of the topic task: distinct reviews, none of them in ``exclude``."""
+    """Generates examples of ``TOPIC``: distinct reviews. See ``rows`` for the arguments."""
     draws, things = _Draws(stream.derived_seed(seed, "topi")), tuple(_THINGS)
-    found: dict[str, int] = {}
-    while len(found) < count:
+    label_of: dict[str, int] = {}
+    while len(label_of) < count:
         review, thing = _review(draws, draws.below(2) == 1)
         if review not in exclude:
-            found.setdefault(review, things.index(thing))
-    return [{"review": review, "label": label} for review, label in found.items()]
+            label_of.setdefault(review, things.index(thing))
+    return [{"review": review, "label": label} for review, label in label_of.items()]
 
 
 def vocabulary() -> list[str]:
-    """Every word the generator can write, sorted."""
+    """Returns all words that can occur in generated text and prompts, sorted."""
     patterns = [*_OPENINGS, *_NEUTRAL, *_PRAISE, *_BLAME, *_CHATTER, *_DEGREES, *_GOOD, *_BAD, *_THINGS, TASK.template]
     patterns += [part for parts in _THINGS.values() for part in parts]
     patterns += [*TASK.label_words, "not but . ,"]

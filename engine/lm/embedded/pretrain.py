@@ -1,7 +1,8 @@
-"""Makes the embedded model: ``python -m meerkat_engine.engine.lm.embedded.pretrain DIR``.
+"""Trains the embedded model: ``python -m meerkat_engine.engine.lm.embedded.pretrain DIR``.
 
-Pre-trains a small Llama-architecture model from random weights on made-up reviews and saves it with its tokenizer. The
-weights in the package were made with the defaults below; another machine or thread count gives other last bits.
+Pre-trains a small Llama-architecture model from random weights on synthetic reviews and saves it with its tokenizer.
+The weights in the package were trained with the defaults below. On another machine or with another thread count, their
+last bits differ.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from . import corpus
 
 
 def make_tokenizer() -> Any:
-    """One token a word; sequences begin with <s>."""
+    """Builds the tokenizer: one token per word; sequences begin with <s>."""
     words = ["<pad>", "<s>", "<unk>", *corpus.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,7 +31,12 @@ def make_tokenizer() -> Any:
 
 
 def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
-    """Two layers of width 64 with tied embeddings; weights from the project's own stream."""
+    """Builds the model: two layers of width 64, tied embeddings, weights drawn from the project's stream.
+
+    Args:
+        vocabulary: number of tokens.
+        seed: seed of the weights, in [0, 2**64).
+    """
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,

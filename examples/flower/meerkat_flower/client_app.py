@@ -1,4 +1,4 @@
-"""The engine's ClientApp, which hands messages to the node's resident worker."""
+"""The engine's ClientApp, which passes messages to the node's worker."""
 
 from meerkat_engine.fed.flower.node.app import app
 

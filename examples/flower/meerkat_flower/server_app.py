@@ -1,4 +1,4 @@
-"""The engine's ServerApp: change the settings in pyproject.toml, or call ``serve_run`` from a ServerApp of your own."""
+"""The engine's ServerApp. Change the settings in pyproject.toml, or call ``serve_run`` from your own ServerApp."""
 
 from meerkat_engine.fed.flower.server.app import app
 

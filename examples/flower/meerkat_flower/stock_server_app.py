@@ -1,4 +1,4 @@
-"""One of Flower's own strategies over the same nodes: name it in pyproject.toml in place of ``server_app``."""
+"""A ServerApp with one of Flower's own strategies. To use it, replace ``server_app`` by its name in pyproject.toml."""
 
 import logging
 from pathlib import Path
@@ -16,15 +16,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Trains, and saves the model as transformers lays it out."""
+    """Trains by FedMedian and saves the model as a Hugging Face checkpoint."""
     settings = settings_from(context.run_config)
     output = Path(str(settings.pop("output", f"models/flower-{context.run_id}")))
-    waiting = {name: float(settings.pop(name)) for name in ("deadline", "wait") if name in settings}
-    for name in ("min_nodes", "send_mask"):  # here, all nodes take part and are sent the mask
+    time_limits = {name: float(settings.pop(name)) for name in ("deadline", "wait") if name in settings}
+    for name in ("min_nodes", "send_mask"):  # with a strategy, all nodes take part and all are sent the mask
         settings.pop(name, None)
     clients = int(settings["clients"])
     strategy = FedMedian(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     log = logging.getLogger("flwr").info
-    trained = start_strategy(grid, strategy, settings, log, **waiting)
+    trained = start_strategy(grid, strategy, settings, log, **time_limits)
     save_checkpoint(trained.lm, output, f"# FedMedian, {len(trained.scalars)} rounds\n")
     log(f"weights {trained.weights}")

@@ -1,7 +1,7 @@
-"""The ClientApp: hands Flower's messages to the node's worker. It loads no torch, since Flower starts it for each.
+"""The ClientApp: passes Flower's messages to the node's worker. It loads no torch: Flower starts it for each message.
 
-A node says what it is and has by ``--node-config``: ``client-id`` (or ``partition-id``), ``model``, ``data``,
-``data-dir``, ``mask``, ``device``, ``backend``.
+A node is configured by ``--node-config``: ``client-id`` (or ``partition-id``), ``model``, ``data``, ``data-dir``,
+``mask``, ``device``, ``backend``.
 """
 
 import os
@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from ....engine.errors import MeerkatError, WorkerError
-from ..records import RunDescription, answer_content, failure, node_content, round_of
+from ..records import RunDescription, answer_content, error_reply, node_content, read_round
 from ..strategy_records import SCALARS, cumulative_sums
 from .worker_client import FrameHeader, WorkerClient
 
@@ -22,116 +22,119 @@ app = ClientApp()
 
 
 @app.query("meerkat")
-def introduce(message: Message, context: Context) -> Message:
-    """Takes a run's setup, has the worker load it, and says which client this node is."""
-    setup = RunDescription.of(message.content)
+def register(message: Message, context: Context) -> Message:
+    """Stores the run's description, has the worker load the run, and answers with this node's client id."""
+    description = RunDescription.from_content(message.content)
     try:
-        if setup is None:
-            raise WorkerError("an introduction brings the setup of the run, this one does not")
-        context.state.update(message.content)  # kept by Flower for the next processes
-        client = _client(context)
-        _asked(context, {"do": "setup"}, b"", setup.seconds, setup)
+        if description is None:
+            raise WorkerError("this registration message holds no description of a run")
+        context.state.update(message.content)  # Flower keeps it for the processes of later messages
+        client = _client_id(context)
+        _ask_worker(context, {"do": "setup"}, b"", description.seconds, description)
     except MeerkatError as error:
-        return failure(str(error), message)
+        return error_reply(str(error), message)
     return Message(node_content(client), reply_to=message)
 
 
 @app.train("meerkat")
 def train(message: Message, context: Context) -> Message:
-    """A round of this engine's own server."""
-    asked = round_of(message)
-    header = {"do": "round", "session": asked["session"], "idle": asked["idle"]}
-    setup = RunDescription.of(context.state)
-    if setup is not None and setup.session != asked["session"]:
-        setup = None
+    """Answers a round's request of this engine's own server."""
+    request = read_round(message)
+    header = {"do": "round", "session": request["session"], "idle": request["idle"]}
+    description = RunDescription.from_content(context.state)
+    if description is not None and description.session != request["session"]:
+        description = None
     try:
-        found, answer = _asked(context, header, asked["request"], asked["seconds"], setup)
+        reply, answer = _ask_worker(context, header, request["request"], request["seconds"], description)
     except MeerkatError as error:
-        return failure(str(error), message)
-    return Message(answer_content(answer if found["known"] else None, found["seconds"]), reply_to=message)
+        return error_reply(str(error), message)
+    return Message(answer_content(answer if reply["known"] else None, reply["seconds"]), reply_to=message)
 
 
 @app.query("meerkat_end")
-def leave(message: Message, context: Context) -> Message:
-    """The run is over: the worker, and the memory that its model takes, are not needed any more."""
+def release(message: Message, context: Context) -> Message:
+    """Ends the worker after the run, which frees the memory of its model."""
     try:
         if _in_simulation():
-            _here()({"do": "end"}, b"", 0.0)
+            _actor_handler()({"do": "end"}, b"", 0.0)
         else:
-            _elsewhere(context).end()
+            _node_worker(context).end()
     except MeerkatError as error:
-        return failure(str(error), message)
+        return error_reply(str(error), message)
     return Message(RecordDict(), reply_to=message)
 
 
 @app.train()
 def train_for_any_strategy(message: Message, context: Context) -> Message:
-    """A round of one of Flower's own strategies; see ``stock``."""
-    setup = RunDescription.of(context.state)
+    """Answers a round of one of Flower's own strategies; see ``node.strategy``."""
+    description = RunDescription.from_content(context.state)
     try:
-        if setup is None:
-            raise WorkerError("this node knows nothing of the run: introduce it before the strategy starts")
+        if description is None:
+            raise WorkerError("this node has no description of the run: register it before the strategy starts")
         sums = cumulative_sums(message, context)
-        header = {"do": "stock", "session": setup.session}
-        found, answer = _asked(context, header, sums.tobytes(), setup.seconds, setup)
+        header = {"do": "stock", "session": description.session}
+        reply, answer = _ask_worker(context, header, sums.tobytes(), description.seconds, description)
     except MeerkatError as error:
-        return failure(str(error), message)
+        return error_reply(str(error), message)
     content = RecordDict({
         "arrays": ArrayRecord({SCALARS: Array(np.frombuffer(answer, dtype=np.float64))}),
-        "metrics": MetricRecord({"num-examples": found["examples"], "loss": found["loss"]}),
+        "metrics": MetricRecord({"num-examples": reply["examples"], "loss": reply["loss"]}),
     })  # fmt: skip
     return Message(content, reply_to=message)
 
 
-def _client(context: Context) -> int:
-    """Which client this node is."""
+def _client_id(context: Context) -> int:
+    """The id of this node's client, from the node's configuration."""
     for key in ("client-id", "partition-id"):
-        if isinstance(found := context.node_config.get(key), int):
-            return found
-    raise WorkerError("this node does not say which client it is; start it with --node-config 'client-id=0'")
+        if isinstance(value := context.node_config.get(key), int):
+            return value
+    raise WorkerError("this node's configuration has no client id; start it with --node-config 'client-id=0'")
 
 
-def _asked(
-    context: Context, header: FrameHeader, payload: bytes, seconds: float, setup: RunDescription | None
+def _ask_worker(
+    context: Context, header: FrameHeader, payload: bytes, seconds: float, description: RunDescription | None
 ) -> tuple[FrameHeader, bytes]:
-    """Asks the worker; one that was started anew is told of the run first, if this node knows it."""
-    header |= {"client": _client(context)}
-    mask_coverage: Any = _here() if _in_simulation() else _elsewhere(context).ask
-    telling = setup is not None and header["do"] == "setup"
-    found: FrameHeader = {"known": False}
-    if not telling:
-        found, answer = _checked(mask_coverage(header, payload, seconds))
-    if setup is not None and not found["known"]:
-        told = {"do": "setup", "session": setup.session, "settings": setup.settings, "base": setup.base,
-                "mask": setup.mask_digest, "node": dict(context.node_config), "client": header["client"]}  # fmt: skip
-        found, answer = _checked(mask_coverage(told, setup.mask, setup.seconds))
-        if not telling:
-            found, answer = _checked(mask_coverage(header, payload, seconds))
-    return found, answer
+    """Sends a frame to the worker; if the worker lacks the run and this node has its description, sends that first."""
+    header |= {"client": _client_id(context)}
+    ask: Any = _actor_handler() if _in_simulation() else _node_worker(context).ask
+    is_setup = description is not None and header["do"] == "setup"
+    reply: FrameHeader = {"known": False}
+    if not is_setup:
+        reply, answer = _raise_reported_error(ask(header, payload, seconds))
+    if description is not None and not reply["known"]:
+        setup = {"do": "setup", "session": description.session, "settings": description.settings,
+                 "base": description.base, "mask": description.mask_digest, "node": dict(context.node_config),
+                 "client": header["client"]}  # fmt: skip
+        reply, answer = _raise_reported_error(ask(setup, description.mask, description.seconds))
+        if not is_setup:
+            reply, answer = _raise_reported_error(ask(header, payload, seconds))
+    return reply, answer
 
 
-def _checked(found: tuple[FrameHeader, bytes]) -> tuple[FrameHeader, bytes]:
-    if "error" in found[0]:
-        raise WorkerError(str(found[0]["error"]))
-    return found
+def _raise_reported_error(frame: tuple[FrameHeader, bytes]) -> tuple[FrameHeader, bytes]:
+    """Returns the worker's frame; raises ``WorkerError`` if it reports an error."""
+    if "error" in frame[0]:
+        raise WorkerError(str(frame[0]["error"]))
+    return frame
 
 
 def _in_simulation() -> bool:
-    """Whether this is one of the simulation's actors, which live as long as the run and serve many nodes."""
+    """Whether this process is an actor of Flower's simulation, which lives as long as the run and serves many nodes."""
     return "ray" in sys.modules
 
 
 @cache
-def _here() -> Any:
+def _actor_handler() -> Any:
+    """In a simulation: the request handler in this process, called like ``WorkerClient.ask``."""
     from .handler import RequestHandler
 
-    resident = RequestHandler()
-    return lambda header, payload, seconds: resident.handle(header, payload)
+    handler = RequestHandler()
+    return lambda header, payload, seconds: handler.handle(header, payload)
 
 
-def _elsewhere(context: Context) -> WorkerClient:
-    """The worker of this SuperNode, for one run at a time; it ends with what starts this process for every message."""
+def _node_worker(context: Context) -> WorkerClient:
+    """This SuperNode's worker, for one run at a time; it ends with the process that starts the ClientApps."""
     return WorkerClient(str(context.node_id), os.getppid())
 
 
-__all__ = ["app", "introduce", "leave", "train", "train_for_any_strategy"]
+__all__ = ["app", "register", "release", "train", "train_for_any_strategy"]

@@ -1,6 +1,7 @@
-"""A node's part in a run: the server's settings, the node's own model and examples, the client made of both.
+"""``LocalRun``: a node's part in a run, made of the server's settings and the node's own model and examples.
 
-The server is believed what a run needs and nothing else: paths, devices and the permission to run code are the node's.
+A node accepts from the server only the settings that define the run. Paths, devices and the permission to run code are
+the node's own.
 """
 
 import re
@@ -30,55 +31,61 @@ from ...setup.mask import make_mask
 from ...setup.model import load_language_model
 from ...setup.server_and_clients import make_terms
 
-# Settings that are the business of the machine they are on: none of them travels, and none is taken from a message.
-_LOCAL = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device", "snapshot_every",
-                   "attack", "attackers"})  # fmt: skip
-# What a node may say of itself, by the names of `--node-config`, and the settings that these become.
-_OWN = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask", "device": "device",
-        "backend": "backend"}  # fmt: skip
+# Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
+_MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
+                               "snapshot_every", "attack", "attackers"})  # fmt: skip
+# Settings that a node may choose for itself: name in `--node-config` -> name of the setting.
+_NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask", "device": "device",
+                  "backend": "backend"}  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# Elements that follow from settings and model alone, so that no mask need travel.
-FOLLOWING = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
+# Kinds of masked elements that follow from settings and model alone: the mask need not be sent.
+DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
 
 
 def settings_for_nodes(settings: Mapping[str, Any]) -> str:
-    """The settings of a run that nodes are told, as TOML."""
-    return to_toml({name: value for name, value in settings.items() if name not in _LOCAL})
+    """The settings that are sent to nodes, as TOML.
+
+    Args:
+        settings: all settings of the run, by their flat names.
+    """
+    return to_toml({name: value for name, value in settings.items() if name not in _MACHINE_SETTINGS})
 
 
 def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
-    """A run's settings as they are on this node.
+    """Combines the server's settings of a run with the node's own.
 
     Args:
-        toml: from the server.
-        node: the node's own configuration.
+        toml: the server's settings as TOML.
+        node: the node's configuration, by the names of ``--node-config``.
 
     Raises:
-        ConfigError: if the two do not go together, or the server names what only the node may name.
+        ConfigError: if the two contradict each other, or the server sets what only the node may set.
     """
     settings = parse_toml(toml, "the server's settings")
-    given = {name: value for name, value in settings.items() if name not in _LOCAL}
-    model = str(given.get("model", embedded.NAME))
+    accepted = {name: value for name, value in settings.items() if name not in _MACHINE_SETTINGS}
+    model = str(accepted.get("model", embedded.NAME))
     if "model" not in node and model != embedded.NAME and (not _HUB_ID.fullmatch(model) or Path(model).exists()):
         raise ConfigError(
-            f"the run's model is {model!r}, a path; say where it lies here: --node-config 'model=\"DIR\"'"
+            f"the run's model is the path {model!r}; a node loads a path only if it is started with "
+            f"--node-config 'model=\"DIR\"'"
         )
-    if "template" in given and "data" not in node:
+    if "template" in accepted and "data" not in node:
         raise ConfigError(
-            "the run is on data of the nodes' own; say where they lie: --node-config 'data=\"FILE.jsonl\"'"
+            "the run uses each node's own examples; start this node with --node-config 'data=\"FILE.jsonl\"'"
         )
-    return make_config(given, {name: node[key] for key, name in _OWN.items() if key in node})
+    return make_config(accepted, {name: node[key] for key, name in _NODE_SETTINGS.items() if key in node})
 
 
 @dataclass
 class LocalRun:
-    """What a node holds of a run between its messages.
+    """A run as a node keeps it between messages.
 
     Args:
-        config: the settings as they are here.
-        replica: the model, which the clients on it share: one in a deployment, all of an actor's in a simulation.
-        data: training examples of all clients, or the node's own.
-        shares: of each client, the indices of its examples; None where all are the node's own.
+        config: the run's settings on this node.
+        replica: the model. All clients on it share it: one client in a deployment, all clients of an actor in a
+            simulation.
+        data: training examples of all clients, or only the node's own.
+        shares: for each client, the indices of its examples in ``data``; None if all of them are the node's own.
     """
 
     config: RunConfig
@@ -92,26 +99,27 @@ class LocalRun:
         """Loads model, mask and examples.
 
         Args:
-            settings: from the server, as ``settings_on_node`` takes them.
-            base: fingerprint that the server's base model has.
-            mask_digest: of the server's mask.
-            mask: its file, or empty.
-            node: the node's own configuration.
+            settings: the server's settings as TOML; see ``settings_on_node``.
+            base: fingerprint of the server's base model.
+            mask_digest: digest of the server's mask.
+            mask: contents of the mask's file, or empty.
+            node: the node's configuration, by the names of ``--node-config``.
 
         Raises:
-            MeerkatError: if something is missing here, or is not what the server has.
+            MeerkatError: if something is missing on this node, or differs from the server's.
         """
         config = settings_on_node(settings, node)
         lm = load_language_model(config)
-        if (found := fingerprint(lm.model)) != base:
+        own_base = fingerprint(lm.model)
+        if own_base != base:
             raise ModelError(
-                f"the run's base model is {base[:12]}, the one here ({config.model.source}) is {found[:12]}"
+                f"the run's base model is {base[:12]}, this node's ({config.model.source}) is {own_base[:12]}"
             )
-        chosen = _mask(config, mask, lm)
-        if chosen.digest != mask_digest:
-            raise MaskError(f"the run's mask is {mask_digest[:12]}, the one here is {chosen.digest[:12]}")
-        replica = Replica(lm.model, chosen, make_terms(config, chosen), config.model.backend)
-        if config.data.file is not None:  # all of them: the server evaluates on examples of its own
+        own_mask = _choose_mask(config, mask, lm)
+        if own_mask.digest != mask_digest:
+            raise MaskError(f"the run's mask is {mask_digest[:12]}, this node's is {own_mask.digest[:12]}")
+        replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend)
+        if config.data.file is not None:  # none are held out: the server evaluates on its own examples
             task = config.task
             rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)
             return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, config.data.max_length, task.name), None)
@@ -119,19 +127,17 @@ class LocalRun:
         return cls(config, replica, data.train, client_shares(config, data))
 
     def client(self, id: int) -> Client:
-        """The client of that id; raises ``ConfigError`` if the run has none."""
+        """The client with an id, made when first asked for; raises ``ConfigError`` if the run has no such client."""
         if id not in self._clients:
             if not 0 <= id < self.config.clients.count:
-                raise ConfigError(
-                    f"the node is client {id}; the run has the clients 0 to {self.config.clients.count - 1}"
-                )
-            self._clients[id] = self._made(id)
+                raise ConfigError(f"this node is client {id}; the run has clients 0 to {self.config.clients.count - 1}")
+            self._clients[id] = self._make_client(id)
         return self._clients[id]
 
-    def _made(self, id: int) -> Client:
+    def _make_client(self, id: int) -> Client:
         config, step, privacy = self.config, self.config.step, self.replica.terms.privacy
         indices = torch.arange(len(self.data)) if self.shares is None else self.shares[id]
-        # who is in a private batch, and the noise, are nobody's business, the server's the least
+        # in private, batches and noise must be secret, from the server above all
         seed = stream.derived_seed(config.seed, "data", id) if privacy is None else secrets.randbits(64)
         noise = None if privacy is None else secrets.randbits(64)
         poisson = privacy is not None
@@ -139,13 +145,13 @@ class LocalRun:
         return Client(id, data, self.replica, step.objective, privacy=privacy, noise_seed=noise)
 
 
-def _mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:
-    """The node's own, the one that was sent, or the one that follows from the settings."""
-    if config.mask.file is not None or (not sent and config.method.recipe.elements in FOLLOWING):
+def _choose_mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:
+    """Returns the mask of the node's own file, the one that the server sent, or the one derived from the settings."""
+    if config.mask.file is not None or (not sent and config.method.recipe.elements in DERIVED_ELEMENTS):
         return make_mask(config, lm)
     if not sent:
-        raise MaskError("the server sent no mask; say where it lies here: --node-config 'mask=\"FILE\"'")
+        raise MaskError("the server sent no mask; start this node with --node-config 'mask=\"FILE\"'")
     return SparseMask.from_bytes(sent, lm.model)
 
 
-__all__ = ["FOLLOWING", "LocalRun", "settings_for_nodes", "settings_on_node"]
+__all__ = ["DERIVED_ELEMENTS", "LocalRun", "settings_for_nodes", "settings_on_node"]

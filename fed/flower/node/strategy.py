@@ -1,9 +1,9 @@
-"""A node's rounds under strategies that know nothing of this engine: FedAvg, FedMedian, Krum, the privacy wrappers.
+"""A node's rounds under Flower's own strategies: FedAvg, FedMedian, Krum, the privacy wrappers.
 
-To them, the model has T * queries parameters: the sum, over the rounds so far, of each step's aggregated scalars. A
-node is sent the sums ``A_r``, moves its model on by ``A_r - A_(r-1)``, takes round ``r``'s steps, and answers
-``A_r + g``. So what a strategy takes for a client's update is its scalars, and what it makes of them reaches every
-model.
+Such a strategy does not know this engine. To it, the model has T * queries parameters: the sum, over the rounds so
+far, of each step's aggregated scalars. A node receives the sums ``A_r``, moves its model by ``A_r - A_(r-1)``, runs
+the steps of round ``r``, and answers ``A_r + g``. So a client's update, as the strategy sees it, is the client's
+scalars, and their aggregate reaches every model.
 """
 
 import numpy as np
@@ -19,47 +19,50 @@ def check_strategy_settings(config: RunConfig) -> None:
     recipe = config.method.recipe
     if recipe.sends_weights or recipe.stopping is not Stopping.NONE:
         raise ConfigError(
-            f"{config.method} needs this engine's own server; a strategy of Flower's aggregates scalars only"
+            f"method {config.method} needs this engine's own server; Flower's strategies aggregate scalars only"
         )
     if config.privacy.noise:
         raise ConfigError(
-            "dp_noise needs this engine's own server; leave it out and wrap the strategy, or the other way"
+            "dp_noise needs this engine's own server; leave it out and use one of Flower's privacy wrappers instead"
         )
     if config.clients.per_round not in (0, config.clients.count):
         raise ConfigError(
-            "every client takes part in every round under a strategy of Flower's; leave clients_per_round out"
+            "under Flower's strategies every client takes part in every round; leave clients_per_round out"
         )
 
 
-def moves(sums: np.ndarray) -> np.ndarray:
-    """Aggregated scalars of all rounds but the one that begins: float32 [r - 1, T * queries] of float64 [r, ...]."""
+def aggregated_scalars(sums: np.ndarray) -> np.ndarray:
+    """Aggregated scalars of all finished rounds: float32 [r - 1, T * queries].
+
+    Args:
+        sums: float64 [r, T * queries]; row ``r - 1`` is what the nodes receive at the beginning of round ``r``.
+    """
     return np.diff(sums, axis=0).astype(np.float32)
 
 
-def strategy_round(participant: LocalRun, client: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
-    """A node's answer.
+def strategy_round(local_run: LocalRun, client_id: int, sums: np.ndarray) -> tuple[np.ndarray, float]:
+    """Runs round r of a client.
 
     Args:
-        participant: the node's, its model not past round r.
-        client: id.
-        sums: float64 [r, T * queries], what came down in rounds 1 to r.
+        local_run: the node's run; its model is not past round r.
+        client_id: id of the client.
+        sums: float64 [r, T * queries], the sums that the node received in rounds 1 to r.
 
     Returns:
-        What goes up, float64 [T * queries], where a step that was not taken is the sum that came down; and the mean
-        loss.
+        The sums to send, float64 [T * queries], unchanged where a step was skipped; and the mean loss.
 
     Raises:
-        NonFiniteLossError: if no step was taken.
+        NonFiniteLossError: if every step was skipped.
     """
-    config, replica, round = participant.config, participant.replica, len(sums)
+    config, replica, round = local_run.config, local_run.replica, len(sums)
     check_strategy_settings(config)
-    replica.catch_up(1, moves(sums).reshape(-1))
-    one = participant.client(client)
-    one.data.seek((round - 1) * config.local_steps)
-    found, loss = one.train(round, config.local_steps)
+    replica.catch_up(1, aggregated_scalars(sums).reshape(-1))
+    client = local_run.client(client_id)
+    client.data.seek((round - 1) * config.local_steps)
+    update, loss = client.train(round, config.local_steps)
     if loss is None:
-        raise NonFiniteLossError(f"client {client} took no step of round {round}: no loss was finite")
-    return sums[-1] + np.nan_to_num(found["scalars"].astype(np.float64), nan=0.0), loss
+        raise NonFiniteLossError(f"client {client_id} skipped every step of round {round}: no loss was finite")
+    return sums[-1] + np.nan_to_num(update["scalars"].astype(np.float64), nan=0.0), loss
 
 
-__all__ = ["check_strategy_settings", "moves", "strategy_round"]
+__all__ = ["aggregated_scalars", "check_strategy_settings", "strategy_round"]

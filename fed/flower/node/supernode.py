@@ -1,9 +1,9 @@
-"""``python -m meerkat_engine.fed.flower.node.supernode``: Flower's SuperNode, looking for messages more often.
+"""``python -m meerkat_engine.fed.flower.node.supernode``: Flower's SuperNode with shorter waits.
 
-It takes the arguments of ``flower-supernode``, and is that program but for what costs most of a round's time where a
-round takes less than ten seconds: Flower's looks for a message every three seconds, starts a Python process for each,
-and waits a second where a part of a message is late. This one looks ten times a second, forks, and is in step again
-after its SuperLink was killed. With ``flower-supernode`` itself the bits are the same.
+It takes the arguments of ``flower-supernode`` and is the same program, except for what costs most of the time of
+rounds that take less than ten seconds. Flower's SuperNode polls for messages every three seconds, starts a Python
+process for each, and waits a second if a part of a message is late. This one polls ten times a second, forks its
+processes, and drops leftover messages after its SuperLink was killed. Under ``flower-supernode`` the bits are the same.
 """
 
 import subprocess
@@ -15,42 +15,50 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ....engine.errors import TransportError
-from ..polling import LOOK, shorten_backoff
+from ..polling import POLL_SECONDS, shorten_backoff
 
 
-def replaced(module: ModuleType, name: str, **attributes: Any) -> None:
-    """Gives a module of Flower's another view of a module that it imports.
+def replace_module(module: ModuleType, name: str, **attributes: Any) -> None:
+    """Changes some attributes of a module that one of Flower's modules imports, for that module only.
+
+    Args:
+        module: Flower's module.
+        name: name under which it imports the other module.
+        attributes: the new attributes.
 
     Raises:
-        TransportError: if it does not import it: this is another version of Flower.
+        TransportError: if it imports no such module: this version of Flower is another one.
     """
     original = getattr(module, name, None)
     if not isinstance(original, ModuleType):
         raise TransportError(
-            f"{module.__name__} of this version of Flower uses no {name}; take flower-supernode itself"
+            f"{module.__name__} of this version of Flower does not import {name}; run flower-supernode instead"
         )
     setattr(module, name, SimpleNamespace(**(vars(original) | attributes)))
 
 
-def in_step(take: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Flower's ``_pull_and_store_message``, but that it forgets first what is left of earlier messages.
+def drop_leftover_messages(pull: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Wraps Flower's ``_pull_and_store_message`` so that it first drops what is left of earlier messages.
 
-    A message that came while its run ended, the SuperLink being killed and started again, is left with its answer:
-    Flower 1.42 would send that in place of the next message's answer, and all from then on one message late.
+    A message that arrives while its run ends, because the SuperLink is killed and restarted, stays in the node's state
+    with its answer. Flower 1.42 would send that answer instead of the next message's, and every later one a message
+    late.
     """
 
-    @wraps(take)
-    def taken(state: Any, **named: Any) -> int | None:
-        state.delete_messages()  # a SuperNode answers each message before it takes another
-        return take(state=state, **named)
+    @wraps(pull)
+    def wrapper(state: Any, **named: Any) -> int | None:
+        state.delete_messages()  # a SuperNode answers each message before it pulls another
+        return pull(state=state, **named)
 
-    return taken
+    return wrapper
 
 
 def main() -> None:
     """Runs the SuperNode."""
     if not shorten_backoff():
-        raise TransportError("this version of Flower waits in another way; take flower-supernode itself")
+        raise TransportError(
+            "this version of Flower has no backoff that can be shortened; run flower-supernode instead"
+        )
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -59,10 +67,16 @@ def main() -> None:
             command = [sys.executable, "-m", "meerkat_engine.fed.flower.node.superexec", *command[1:]]
         return subprocess.Popen(command, **named)
 
-    # three seconds between looks for a message; half a second between those for its answer, which are free
-    replaced(start_client_internal, "time", sleep=lambda seconds: time.sleep(LOOK if seconds > 1 else LOOK / 10))
-    replaced(start_client_internal, "subprocess", Popen=start)
-    start_client_internal._pull_and_store_message = in_step(start_client_internal._pull_and_store_message)
+    def sleep(seconds: float) -> None:
+        # Flower sleeps three seconds between polls for a message, half a second between polls for its answer; the
+        # latter are local and cost nothing
+        time.sleep(POLL_SECONDS if seconds > 1 else POLL_SECONDS / 10)
+
+    replace_module(start_client_internal, "time", sleep=sleep)
+    replace_module(start_client_internal, "subprocess", Popen=start)
+    start_client_internal._pull_and_store_message = drop_leftover_messages(
+        start_client_internal._pull_and_store_message
+    )
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 

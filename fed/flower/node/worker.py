@@ -1,7 +1,7 @@
-"""The resident worker of a node: ``python -m meerkat_engine.fed.flower.node.worker PLACE PARENT``, started by ``link``.
+"""A node's worker: ``python -m meerkat_engine.fed.flower.node.worker PREFIX PARENT``, started by ``worker_client``.
 
-It holds the model from one message to the next, answers one at a time, and ends when the process it belongs to has, or
-when nothing was asked for long.
+It keeps the model from one message to the next and answers one message at a time. It ends when its parent process has
+ended, or after a long time without messages.
 """
 
 import fcntl
@@ -22,70 +22,75 @@ from typing import NoReturn
 from .worker_client import END
 
 _LOG = logging.getLogger("meerkat.worker")
-# Seconds without a message after which it ends, where none of them said otherwise.
-_IDLE = 3600.0
+# Seconds without a message after which the worker ends, unless the last message set ``idle``.
+_IDLE_SECONDS = 3600.0
 
 
-def main(place: Path, parent: int) -> None:
-    """Serves until there is nobody left to serve."""
+def main(prefix: Path, parent: int) -> None:
+    """Serves until the parent ends, a message or SIGTERM ends the worker, or none comes for long.
+
+    Args:
+        prefix: path of the worker's files without their suffixes ``.sock``, ``.key`` and ``.lock``.
+        parent: process id of the parent.
+    """
     os.umask(0o077)
-    socket, key = place.with_suffix(".sock"), place.with_suffix(".key")
-    threading.Thread(target=_watch, args=(parent, place), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: _end(place))
+    socket, key = prefix.with_suffix(".sock"), prefix.with_suffix(".key")
+    threading.Thread(target=_end_with_parent, args=(parent, prefix), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: _end(prefix))
     with Listener(str(socket), family="AF_UNIX", backlog=8, authkey=key.read_bytes()) as listener:
-        waiting: queue.Queue[Connection] = queue.Queue()
-        threading.Thread(target=_accept, args=(listener, waiting), daemon=True).start()
-        _serve(waiting, place)
+        connections: queue.Queue[Connection] = queue.Queue()
+        threading.Thread(target=_accept, args=(listener, connections), daemon=True).start()
+        _serve(connections, prefix)
 
 
-def _serve(waiting: "queue.Queue[Connection]", place: Path) -> None:
-    from .handler import RequestHandler  # loads torch: whoever asks first waits for the answer, not for us to listen
+def _serve(connections: "queue.Queue[Connection]", prefix: Path) -> None:
+    from .handler import RequestHandler  # loads torch, which takes long: connections are accepted meanwhile
 
-    resident, idle = RequestHandler(), _IDLE
+    handler, idle = RequestHandler(), _IDLE_SECONDS
     while True:
         try:
-            connection = waiting.get(timeout=idle)
+            connection = connections.get(timeout=idle)
         except queue.Empty:
-            with open(place.with_suffix(".lock"), "ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is on the way in
-                if waiting.empty():
-                    _LOG.info("nothing was asked for %g s", idle)
-                    _end(place)
+            with open(prefix.with_suffix(".lock"), "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # no process is connecting while this one holds the lock
+                if connections.empty():
+                    _LOG.info("no message within %g s: the worker ends", idle)
+                    _end(prefix)
             continue
         with connection:
             try:
                 header, payload = json.loads(connection.recv_bytes()), connection.recv_bytes()
                 if header["do"] == END:
-                    _end(place)
-                idle = float(header.get("idle", _IDLE))
-                header, payload = resident.handle(header, payload)
+                    _end(prefix)
+                idle = float(header.get("idle", _IDLE_SECONDS))
+                header, payload = handler.handle(header, payload)
                 connection.send_bytes(json.dumps(header).encode())
                 connection.send_bytes(payload)
             except (OSError, EOFError):
-                _LOG.warning("who asked has gone before the answer")
+                _LOG.warning("the process that sent the message ended before it was answered")
 
 
-def _accept(listener: Listener, waiting: "queue.Queue[Connection]") -> None:
-    """Takes connections, so that nobody waits to be let in while the worker works."""
+def _accept(listener: Listener, connections: "queue.Queue[Connection]") -> None:
+    """Accepts and queues connections, so that connecting does not wait for the worker's current message."""
     while True:
         try:
-            waiting.put(listener.accept())
+            connections.put(listener.accept())
         except AuthenticationError:
-            _LOG.warning("someone without the key was turned away")
+            _LOG.warning("rejected a connection that did not have the key")
         except (OSError, EOFError):
             time.sleep(0.1)
 
 
-def _watch(parent: int, place: Path) -> None:
-    """Ends this process, whatever it does, when the other one has ended."""
-    _wait_for(parent)
-    _end(place)
+def _end_with_parent(parent: int, prefix: Path) -> None:
+    """Ends this process, whatever it is doing, when the parent has ended."""
+    _wait_for_exit(parent)
+    _end(prefix)
 
 
-def _wait_for(process: int) -> None:
+def _wait_for_exit(process: int) -> None:
     """Returns when a process has ended."""
     try:
-        if hasattr(os, "pidfd_open"):  # Linux: nobody else can get its number meanwhile
+        if hasattr(os, "pidfd_open"):  # Linux: immune to reuse of the process id
             select.select([os.pidfd_open(process)], [], [])
             return
         while True:
@@ -95,9 +100,9 @@ def _wait_for(process: int) -> None:
         return
 
 
-def _end(place: Path) -> NoReturn:
-    for suffix in (".sock", ".key"):  # not the lock, for which somebody may wait
-        place.with_suffix(suffix).unlink(missing_ok=True)
+def _end(prefix: Path) -> NoReturn:
+    for suffix in (".sock", ".key"):  # the lock file stays: another process may be waiting for the lock
+        prefix.with_suffix(suffix).unlink(missing_ok=True)
     os._exit(0)
 
 

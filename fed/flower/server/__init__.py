@@ -1,1 +1,1 @@
-"""The server's side: a run whose exchange is Flower's Grid, and Flower's own strategies."""
+"""The server's side of a federation over Flower: runs whose exchange is Flower's Grid, and Flower's own strategies."""

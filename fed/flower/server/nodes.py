@@ -1,43 +1,45 @@
-"""``Nodes``: which of Flower's nodes is which client. Nodes come and go, and their ids are random numbers."""
+"""``Nodes``: assignment of Flower nodes to clients. Nodes come and go, and their ids are random numbers."""
 
 from collections.abc import Callable, Iterable
 
 
 class Nodes:
-    """Who claimed to be whom, of the nodes that are there.
+    """The client that each online node claims to be.
 
     Args:
-        log: called with a line when a node comes, goes, or claims what another one has.
+        log: called with a line when a node comes, goes, or claims a client that another node holds.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
-        self._claims: dict[int, int] = {}  # node -> client; who came first stands first
+        self._claims: dict[int, int] = {}  # node -> client, in order of arrival: the first claim counts
 
-    def present(self, online: Iterable[int]) -> None:
-        """Forgets the nodes that are no longer there; what they held goes to whoever waits for it."""
-        here = frozenset(online)
-        for node in [each for each in self._claims if each not in here]:
+    def keep_online(self, online: Iterable[int]) -> None:
+        """Forgets the nodes that are offline; the next node that claimed the same client gets it.
+
+        Args:
+            online: ids of the nodes that are online.
+        """
+        online = frozenset(online)
+        for node in [node for node in self._claims if node not in online]:
             client = self._claims.pop(node)
-            self._log(f"client {client}: its node {node} has gone")
+            self._log(f"client {client}: its node {node} went offline")
 
     def claim(self, node: int, client: int) -> None:
-        """A node says which client it is."""
+        """Records that a node claims to be a client."""
         holder = self.node_of(client)
         self._claims[node] = client
         if holder is None or holder == node:
             self._log(f"client {client} is node {node}")
         else:
-            self._log(
-                f"node {node} is refused: it says it is client {client}, which node {holder} is while it is there"
-            )
+            self._log(f"node {node} is rejected: it claims to be client {client}, which is node {holder}")
 
     def node_of(self, client: int) -> int | None:
-        """The node that is a client; of several that claim to be, the first."""
+        """The node of a client: the first that claimed to be it; None if there is none."""
         return next((node for node, claimed in self._claims.items() if claimed == client), None)
 
     def client_of(self, node: int) -> int | None:
-        """The client that a node is; None if it is none, or another is."""
+        """The client of a node; None if it claimed none, or one that another node holds."""
         client = self._claims.get(node)
         return client if client is not None and self.node_of(client) == node else None
 
@@ -45,7 +47,7 @@ class Nodes:
         return node in self._claims
 
     def __len__(self) -> int:
-        """How many clients have a node."""
+        """Number of clients that have a node."""
         return len(set(self._claims.values()))
 
 

@@ -1,4 +1,4 @@
-"""A whole run whose clients are Flower nodes: ``fed.execute`` and ``fed.resume`` over a ``GridExchange``."""
+"""A run whose clients are Flower nodes: ``fed.execute`` and ``fed.resume`` over a ``GridExchange``."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from ...ledger.file import read_ledger
 from ...run.directory import CONFIG, LEDGER, MASK, is_run
 from ...run.execute import Progress, check_same_settings, execute, resume
 from ...setup.pool import RemotePool
-from ..node.local_run import FOLLOWING, settings_for_nodes
+from ..node.local_run import DERIVED_ELEMENTS, settings_for_nodes
 from ..records import RunDescription
 from .exchange import GridExchange
 
@@ -30,24 +30,23 @@ def serve_run(
     wait: float = 600.0,
     send_mask: bool = True,
 ) -> dict[str, Any]:
-    """Begins a run, or goes on with the one that lies in its directory.
+    """Starts a run, or resumes the one in its directory.
 
     Args:
-        grid: of the ServerApp.
-        settings: by name, as ``make_config`` takes them.
+        grid: the ServerApp's Grid.
+        settings: settings by name; see ``make_config``.
         output: run directory.
-        log: called with lines for people.
-        deadline: seconds that a round waits for answers. A round in which a client turns out to be behind waits once
-            more.
-        min_nodes: clients that must have a node before the first round; 0 is all.
-        wait: seconds that these are waited for, and that a node may take to load model and examples.
-        send_mask: whether nodes are sent the mask; otherwise each has its file, or chooses the same.
+        log: called with each log line.
+        deadline: seconds that a round waits for answers. A round in which a client is stale waits up to twice as long.
+        min_nodes: number of clients that must have a node before the first round; 0 means all.
+        wait: seconds to wait for these nodes; also the time limit for a node to load model and examples.
+        send_mask: whether the mask is sent to the nodes; otherwise each has its file or makes the same mask.
 
     Returns:
-        The summary; see ``execute``.
+        The run's summary; see ``execute``.
 
     Raises:
-        MeerkatError: as ``execute`` and ``resume``; ``TransportError`` if too few nodes come.
+        MeerkatError: see ``execute`` and ``resume``; ``TransportError`` if too few nodes come.
     """
     config = make_config(settings)
     exchange = GridExchange(
@@ -60,11 +59,11 @@ def serve_run(
     )
 
     def report(progress: Progress) -> None:
-        told = [f"round {progress.round} of {progress.rounds}", f"{progress.bytes:,} bytes so far"]
-        for what, value in (("loss", progress.loss), ("accuracy", progress.accuracy)):
+        parts = [f"round {progress.round} of {progress.rounds}", f"{progress.bytes:,} bytes so far"]
+        for name, value in (("loss", progress.loss), ("accuracy", progress.accuracy)):
             if value is not None:
-                told.append(f"{what} {value:.4f}")
-        log(", ".join(told))
+                parts.append(f"{name} {value:.4f}")
+        log(", ".join(parts))
 
     try:
         if is_run(output):
@@ -72,24 +71,30 @@ def serve_run(
             return resume(output, report, log, pool=RemotePool(exchange))
         return execute(config, output, report, log, pool=RemotePool(exchange))
     finally:
-        exchange.dismiss()
+        exchange.release_nodes()
 
 
 def describe_run(run: Path, *, seconds: float, send_mask: bool = True) -> RunDescription:
-    """What a node has to know of the run in a directory; the arguments are those of ``serve_run``."""
+    """Describes a run to nodes.
+
+    Args:
+        run: run directory, with settings, mask and ledger header.
+        seconds: time limit for a node to load the run.
+        send_mask: whether to include the mask's file, where the mask does not follow from the settings.
+    """
     settings, header = read_toml(run / CONFIG), read_ledger(run / LEDGER).header
-    follows = make_config(settings).method.recipe.elements in FOLLOWING
+    is_derived = make_config(settings).method.recipe.elements in DERIVED_ELEMENTS
     return RunDescription(
         settings=settings_for_nodes(settings),
         base=header.base,
         mask_digest=header.terms.mask_digest,
-        mask=(run / MASK).read_bytes() if send_mask and not follows else b"",
+        mask=(run / MASK).read_bytes() if send_mask and not is_derived else b"",
         seconds=seconds,
     )
 
 
 def settings_from(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a Flower App's configuration: names with hyphens, empty for what is not set."""
+    """Reads the settings in a Flower App's configuration: hyphens become underscores, empty strings mean "not set"."""
     return {key.replace("-", "_"): value for key, value in run_config.items() if value != ""}
 
 

@@ -1,4 +1,4 @@
-"""``start_strategy``: a run of one of Flower's own strategies over this engine's clients; see ``stock``."""
+"""``start_strategy``: trains this engine's clients by one of Flower's own strategies; see ``node.strategy``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from ...setup.mask import make_mask
 from ...setup.model import load_language_model
 from ...setup.server_and_clients import make_terms
 from ..node.local_run import settings_for_nodes
-from ..node.strategy import check_strategy_settings, moves
+from ..node.strategy import aggregated_scalars, check_strategy_settings
 from ..records import RunDescription
 from ..strategy_records import SCALARS
 from .exchange import GridExchange
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a strategy came to.
+class StrategyResult:
+    """Result of training by a strategy.
 
     Args:
-        result: what the strategy returned: its arrays are sums of scalars, its metrics those of the clients (``loss``)
-            and the server's evaluation (``accuracy``, ``loss``).
+        result: Flower's result. Its arrays are sums of scalars; its metrics are the clients' (``loss``) and those of
+            the server's evaluation (``accuracy``, ``loss``).
         lm: the fine-tuned model; ``save_checkpoint`` saves it.
-        weights: fingerprint of it.
-        scalars: float32 [rounds, T * queries], what moved it.
+        weights: fingerprint of the fine-tuned model.
+        scalars: float32 [rounds, T * queries], the aggregated scalars from which the model can be replayed.
     """
 
     result: Result
@@ -44,7 +44,7 @@ class Trained:
 
 
 class _ServerModel:
-    """The server's own model, moved on as the clients' are."""
+    """The server's own model, which is moved by the same scalars as the clients' models."""
 
     def __init__(self, config: RunConfig, replica: Replica, data: TaskData) -> None:
         self._config, self._replica, self._data = config, replica, data
@@ -52,17 +52,19 @@ class _ServerModel:
 
     @property
     def scalars(self) -> np.ndarray:
-        return moves(np.stack(self._sums))
+        """Aggregated scalars of all rounds so far."""
+        return aggregated_scalars(np.stack(self._sums))
 
     def __call__(self, round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """As Flower's ``evaluate_fn``: called before the first round, and after each."""
+        """Flower's ``evaluate_fn``: called before the first round and after each; evaluates in the rounds due."""
         self._sums.append(arrays[SCALARS].numpy().astype(np.float64))
         self._replica.catch_up(1, self.scalars.reshape(-1))
         every = self._config.evaluation.every
-        if round not in (0, self._config.rounds) and not (every and round % every == 0):
+        is_due = round in (0, self._config.rounds) or (every and round % every == 0)
+        if not is_due:
             return None
-        found = evaluate(self._replica.model, self._data.validation)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+        evaluation = evaluate(self._replica.model, self._data.validation)
+        return MetricRecord({"accuracy": evaluation.accuracy, "loss": evaluation.loss})
 
 
 def start_strategy(
@@ -73,21 +75,21 @@ def start_strategy(
     *,
     deadline: float = 600.0,
     wait: float = 600.0,
-) -> Trained:
-    """Tells the nodes of a run, and starts the strategy on it.
+) -> StrategyResult:
+    """Registers the nodes for a run, and trains them by a strategy.
 
     Args:
-        grid: of the ServerApp.
-        strategy: one that asks every node in every round (``fraction_train=1``) and evaluates on none
+        grid: the ServerApp's Grid.
+        strategy: a strategy that trains on every node in every round (``fraction_train=1``) and evaluates on none
             (``fraction_evaluate=0``): the server evaluates.
-        settings: by name, as ``make_config`` takes them.
-        log: called with lines for people.
+        settings: settings by name; see ``make_config``.
+        log: called with each log line.
         deadline: seconds that the strategy waits for the answers of a round.
-        wait: seconds that all clients are waited for before the first round, in which they load their models.
+        wait: seconds to wait for all clients before the first round, in which they load their models.
 
     Raises:
         ConfigError: if the settings need this engine's own server.
-        MeerkatError: for any other input that does not fit; ``TransportError`` if not all clients come.
+        MeerkatError: for any other unsuitable input; ``TransportError`` if not all clients come.
     """
     config = make_config(settings)
     check_strategy_settings(config)
@@ -95,27 +97,29 @@ def start_strategy(
     base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
     mask = make_mask(config, lm, data.train)
     replica = Replica(lm.model, mask, make_terms(config, mask), config.model.backend)
-    setup = RunDescription(
+    description = RunDescription(
         settings=settings_for_nodes(config.flat()),
         base=base,
         mask_digest=mask.digest,
         mask=mask.to_bytes(),
         seconds=max(deadline, wait),
     )
-    nodes = GridExchange(grid, lambda: setup, deadline=deadline, at_least=config.clients.count, wait=wait, log=log)
-    follower = _ServerModel(config, replica, data)
+    exchange = GridExchange(
+        grid, lambda: description, deadline=deadline, at_least=config.clients.count, wait=wait, log=log
+    )
+    server_model = _ServerModel(config, replica, data)
     try:
-        nodes.gather()
+        exchange.wait_for_nodes()
         result = strategy.start(
             grid,
             ArrayRecord({SCALARS: Array(np.zeros(replica.terms.values))}),
             num_rounds=config.rounds,
             timeout=deadline,
-            evaluate_fn=follower,
+            evaluate_fn=server_model,
         )
     finally:
-        nodes.dismiss()
-    return Trained(result=result, lm=lm, weights=fingerprint(lm.model), scalars=follower.scalars)
+        exchange.release_nodes()
+    return StrategyResult(result=result, lm=lm, weights=fingerprint(lm.model), scalars=server_model.scalars)
 
 
-__all__ = ["Trained", "start_strategy"]
+__all__ = ["StrategyResult", "start_strategy"]

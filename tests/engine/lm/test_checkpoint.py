@@ -1,4 +1,4 @@
-"""Saving checkpoints as a library does, without the command line's own checks."""
+"""Saving checkpoints from Python, without the command line's own checks."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from meerkat_engine.engine.lm.checkpoint import save_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["empty directory", "file", "dangling link"])
-def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
+def test_existing_output_is_kept(tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
     if kind == "file":
         output.write_text("mine")
@@ -19,13 +19,13 @@ def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
     else:
         output.symlink_to("nowhere")
     before = output.lstat()
-    with pytest.raises(ConfigError, match="out exists already; choose another place, nothing was changed"):
+    with pytest.raises(ConfigError, match=r"out exists already; choose another place \(nothing was changed\)"):
         save_checkpoint(embedded.load(), output, "# a card")
     assert (output.lstat().st_ino, output.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_transformers_finds_fault_with_is_one_error(tmp_path: Path) -> None:
+def test_checkpoint_that_transformers_rejects_raises_run_error(tmp_path: Path) -> None:
     lm = embedded.load()
     lm.model.generation_config.max_new_tokens = -1  # type: ignore[union-attr]
     with pytest.raises(RunError, match=r"cannot write the checkpoint .*out: .*max_new_tokens"):

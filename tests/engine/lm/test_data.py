@@ -1,4 +1,4 @@
-"""Rows of tasks and of the user's own files, from disk and as the hub has them; calibration text."""
+"""Reading rows of tasks and custom data, from disk and from the hub; calibration text."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from helpers.models import make_byte_tokenizer, make_tokenizer
 from helpers.prompts import WORDS
 
 
-def test_rows_from_a_directory(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_task_rows_are_read_from_a_directory(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("sst2/train.jsonl", ['{"sentence": "good", "label": 1}', "", '{"sentence": "bad", "label": 0}'])
     assert [row["label"] for row in task_rows(SST2, "train", path.parent.parent)] == [1, 0]
 
@@ -32,29 +32,31 @@ def test_rows_from_a_directory(write_jsonl: Callable[[str, list[str]], Path]) ->
         (['{"sentence": "good", "label": 1}', '{"sentence": '], r"train\.jsonl, line 2: not JSON"),
         (["[1]"], "line 1: expected an object, got list"),
         (['{"sentence": "a", "label": 7}'], "example 1: label 7 is outside"),
-        ([], "holds no examples"),
+        ([], "has no examples"),
     ],
-    ids=["broken line", "no object", "label", "empty"],
+    ids=["invalid JSON", "no object", "invalid label", "empty"],
 )
-def test_broken_data_is_named(write_jsonl: Callable[[str, list[str]], Path], lines: list[str], message: str) -> None:
+def test_error_names_the_invalid_line_or_example(
+    write_jsonl: Callable[[str, list[str]], Path], lines: list[str], message: str
+) -> None:
     path = write_jsonl("sst2/train.jsonl", lines)
     with pytest.raises(DataError, match=message):
         task_rows(SST2, "train", path.parent.parent)
 
 
-def test_missing_data_is_named(tmp_path: Path) -> None:
+def test_error_names_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*sst2/train\.jsonl"):
         task_rows(SST2, "train", tmp_path)
 
 
-def test_the_hub_out_of_reach_says_what_to_give() -> None:
-    with pytest.raises(DataError, match=r"from the hub: .*; give --data-dir"):
+def test_errors_without_the_hub_name_the_options_for_local_data() -> None:
+    with pytest.raises(DataError, match=r"from the hub: .*; to read local files, pass --data-dir"):
         task_rows(SST2, "validation", None)
-    with pytest.raises(DataError, match=r"no calibration text: give --calibration FILE\.jsonl"):
+    with pytest.raises(DataError, match=r"no calibration text found: pass --calibration FILE\.jsonl"):
         calibration_texts(None, None, 3)
 
 
-def test_calibration_text_is_found(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_calibration_texts_are_read(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("c4_sample/train.jsonl", ['{"text": "a"}', '{"text": "b"}', '{"text": "c"}'])
     assert calibration_texts(None, path.parent.parent, 2) == (["a", "b"], "c4_sample/train.jsonl, first 2 texts")
     assert calibration_texts(path, None, 9)[0] == ["a", "b", "c"]
@@ -63,19 +65,19 @@ def test_calibration_text_is_found(write_jsonl: Callable[[str, list[str]], Path]
         calibration_texts(bad, None, 1)
 
 
-def test_token_batches_cut_and_pad() -> None:
+def test_token_batches_truncate_and_pad() -> None:
     batches = list(token_batches(["a fine film", "dull", "a film and a film"], make_tokenizer(WORDS), 2, 4))
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 3), (1, 4)]
     assert batches[0]["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_read_jsonl_of_real_data(shared_data: Path) -> None:
+def test_read_jsonl_reads_sst2(shared_data: Path) -> None:
     assert len(read_jsonl(shared_data / "sst2" / "validation.jsonl")) == 872
     rows = task_rows(SST2, "validation", shared_data)
     assert sum(row["label"] for row in rows) == 444
 
 
-def test_domains_are_read_in_turn(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_rows_of_domains_are_interleaved(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     for domain, count in {"amazon": 1, "movie": 3, "nyt": 2, "tweets": 2}.items():
         path = write_jsonl(
             f"vader_{domain}/train.jsonl", [f'{{"sentence": "{domain} {i}", "label": 1}}' for i in range(count)]
@@ -90,13 +92,13 @@ def test_domains_are_read_in_turn(write_jsonl: Callable[[str, list[str]], Path])
         task_rows(get_task("vader"), "train", path.parent.parent)
 
 
-def test_a_task_that_is_not_on_the_hub_says_so() -> None:
-    with pytest.raises(DataError, match="the task 'vader' is not on the hub; give --data-dir"):
+def test_task_without_hub_source_asks_for_data_dir() -> None:
+    with pytest.raises(DataError, match="the task 'vader' is not on the hub; read it from local files with --data-dir"):
         task_rows(get_task("vader"), "train", None)
 
 
 ON_THE_HUB = {name: task for name, task in TASKS.items() if task.hub is not None}
-CONFIGURED = """configs:
+README = """configs:
 - config_name: {config}
   data_files:
   - split: train
@@ -107,10 +109,10 @@ CONFIGURED = """configs:
 
 
 @pytest.mark.parametrize("task", ON_THE_HUB.values(), ids=ON_THE_HUB)
-def test_the_hub_gives_the_examples_of_the_data_directory(
+def test_hub_and_data_directory_give_the_same_examples(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[[str, list[str]], Path]
 ) -> None:
-    """The hub is a local directory here, laid out like its repository, with its names of columns, splits and labels."""
+    """Stands in for the hub with a local directory: same layout, column names, split names and labels."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert task.hub is not None
     rows: list[dict[str, Any]] = [
@@ -120,54 +122,58 @@ def test_the_hub_gives_the_examples_of_the_data_directory(
     splits = {"train": (rows[:4], "train"), "validation": (rows[4:], task.hub.validation)}
     folder = tmp_path / "hub" / "part"
     folder.mkdir(parents=True)
-    for name, (of_split, hubs_name) in splits.items():
-        write_jsonl(f"data/{task.name}/{name}.jsonl", [json.dumps(row) for row in of_split])
-        columns = {task.hub.columns.get(key, key): [row[key] for row in of_split] for key in rows[0]}
+    for name, (rows_of_split, hub_split) in splits.items():
+        write_jsonl(f"data/{task.name}/{name}.jsonl", [json.dumps(row) for row in rows_of_split])
+        columns = {task.hub.columns.get(key, key): [row[key] for row in rows_of_split] for key in rows[0]}
         if task.name == "medical_abstracts":
             columns["condition_label"] = [label + 1 for label in columns["condition_label"]]
-        pq.write_table(pa.table(columns | {"idx": list(range(len(of_split)))}), folder / f"{hubs_name}.parquet")
-    configured = CONFIGURED.format(config=task.hub.config or "default", validation=task.hub.validation)
-    (tmp_path / "hub" / "README.md").write_text(f"---\n{configured}---\n")
-    there = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
-    for name, (of_split, _) in splits.items():
-        local, hubs = (
+        pq.write_table(pa.table(columns | {"idx": list(range(len(rows_of_split)))}), folder / f"{hub_split}.parquet")
+    readme = README.format(config=task.hub.config or "default", validation=task.hub.validation)
+    (tmp_path / "hub" / "README.md").write_text(f"---\n{readme}---\n")
+    task_with_local_hub = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
+    for name, (rows_of_split, _) in splits.items():
+        from_directory, from_hub = (
             EncodedTask(task, rows, make_byte_tokenizer(), 500, "test")
-            for rows in (task_rows(task, name, tmp_path / "data"), task_rows(there, name, None))
+            for rows in (task_rows(task, name, tmp_path / "data"), task_rows(task_with_local_hub, name, None))
         )
-        assert local.prompts == hubs.prompts
-        assert local.labels.tolist() == hubs.labels.tolist() == [int(row[task.label]) for row in of_split]
+        assert from_directory.prompts == from_hub.prompts
+        assert (
+            from_directory.labels.tolist()
+            == from_hub.labels.tolist()
+            == [int(row[task.label]) for row in rows_of_split]
+        )
 
 
-def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or [])
+def test_load_dataset_is_called_with_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or [])
     for name, split in (("trec", "validation"), ("rte", "train")):
-        with pytest.raises(DataError, match="holds no examples"):
+        with pytest.raises(DataError, match="has no examples"):
             task_rows(get_task(name), split, None)
     trec = {"split": "test", "revision": "refs/convert/parquet", "streaming": False}
-    assert asked == [
+    assert calls == [
         (("CogComp/trec", None), trec),
         (("aps/super_glue", "rte"), {"split": "train", "revision": None, "streaming": False}),
     ]
 
 
-def test_json_lines_in_place_of_the_hub(
+def test_hub_source_reads_json_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[[str, list[str]], Path]
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_jsonl("hub/train.jsonl", ['{"text": "a", "label": 3}'])
     task = get_task("ag_news")
     assert task.hub is not None
-    there = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
-    assert task_rows(there, "train", None) == [{"text": "a", "label": 3}]
-    with pytest.raises(DataError, match=r"cannot load .*hub from the hub: .*; give --data-dir"):
-        task_rows(there, "validation", None)
+    task_with_local_hub = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
+    assert task_rows(task_with_local_hub, "train", None) == [{"text": "a", "label": 3}]
+    with pytest.raises(DataError, match=r"cannot load .*hub from the hub: .*; to read local files, pass --data-dir"):
+        task_rows(task_with_local_hub, "validation", None)
 
 
 MAIL = custom_task("mail", "{text} This is", "spam,fine")
 
 
-def test_a_fifth_of_own_data_is_held_out(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_a_fifth_of_custom_data_is_held_out(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("mail.jsonl", [json.dumps({"text": str(i), "label": i % 2}) for i in range(52)])
     train, held = custom_rows(MAIL, path, None, 3)
     assert (len(train), len(held)) == (42, 10)
@@ -178,24 +184,24 @@ def test_a_fifth_of_own_data_is_held_out(write_jsonl: Callable[[str, list[str]],
     assert custom_rows(MAIL, path, None, 4) != (train, held)
 
 
-def test_own_validation_data_are_taken_as_they_are(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_validation_file_is_used_unchanged(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     data = write_jsonl("mail.jsonl", ['{"text": "a", "label": "spam"}'])
     validation = write_jsonl("other.jsonl", ['{"text": "b", "label": "fine"}'])
     train, held = custom_rows(MAIL, data, validation, 0)
     assert [row["text"] for row in (*train, *held)] == ["a", "b"]
-    with pytest.raises(DataError, match=r"mail\.jsonl holds one example, of which none can be held out"):
+    with pytest.raises(DataError, match=r"mail\.jsonl has only one example, so none can be held out"):
         custom_rows(MAIL, data, None, 0)
 
 
-def test_own_data_without_the_templates_field(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+def test_custom_data_without_a_field_of_the_template_raise(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("mail.jsonl", ['{"text": "a", "label": 0}', '{"body": "a", "label": 0}'])
-    wanted = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
-    with pytest.raises(DataError, match=wanted):
+    message = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
+    with pytest.raises(DataError, match=message):
         custom_rows(MAIL, path, None, 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_that_is_a_script_is_not_run(tmp_path: Path, streaming: bool) -> None:
+def test_scripted_data_set_is_not_run(tmp_path: Path, streaming: bool) -> None:
     directory = tmp_path / "scripted"
     directory.mkdir()
     (directory / "scripted.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'proof')!r}).touch()\n")

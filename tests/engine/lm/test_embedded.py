@@ -1,4 +1,4 @@
-"""The embedded default is an honest task: held-out text, balanced, in a wording that pre-training never used."""
+"""The embedded task is a fair test: balanced, with held-out examples, in a wording that pre-training never uses."""
 
 import hashlib
 from pathlib import Path
@@ -14,22 +14,22 @@ from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.objective import language_model_loss
 
 
-def test_training_and_validation_reviews_are_apart_and_balanced() -> None:
+def test_splits_are_disjoint_and_balanced() -> None:
     train, validation = embedded.rows("train"), embedded.rows("validation")
     assert not {row["review"] for row in train} & {row["review"] for row in validation}
     for rows in (train, validation):
         assert sum(row["label"] for row in rows) == len(rows) / 2
 
 
-def test_pre_training_never_asks_the_question() -> None:
+def test_pretraining_text_never_contains_the_task() -> None:
     for text in corpus.texts(2000, 1):
         assert "so my answer is" not in text
         for word in ("yes", "no"):
-            if word in text.split():  # only ever in chatter, which holds no review
+            if word in text.split():  # only texts without a review contain these words
                 assert not set(text.split()) & {"film", "book", "meal", "hotel", "phone", "game"}
 
 
-def test_the_tokenizer_knows_every_word() -> None:
+def test_tokenizer_has_every_word() -> None:
     tokenizer = embedded.load().tokenizer
     for text in [
         *corpus.texts(300, 5),
@@ -38,22 +38,22 @@ def test_the_tokenizer_knows_every_word() -> None:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
-def test_the_model_knows_its_text_and_not_the_task() -> None:
+def test_pretrained_model_predicts_its_text_but_not_the_task() -> None:
     lm = embedded.load()
     ids = lm.tokenizer(corpus.texts(64, 9), padding=True, return_tensors="pt")
     with torch.no_grad():
         loss = language_model_loss(lm.model, {k: ids[k] for k in ("input_ids", "attention_mask")}).item()
-    assert loss < 1.1  # ln(149) = 5.0 knows nothing
+    assert loss < 1.1  # ln(149) = 5.0 is a uniform guess
     data = EncodedTask(embedded.TASKS[embedded.NAME], embedded.rows("validation"), lm.tokenizer, 128, "validation")
     assert 0.4 < evaluate(lm.model, data).accuracy < 0.6
 
 
-def test_the_corpus_is_the_same_everywhere() -> None:
+def test_corpus_is_the_same_on_every_machine() -> None:
     text = "\n".join([*corpus.texts(500, 1), *(str(row["review"]) for row in embedded.rows("validation"))])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "2261358c1ed7019a"
 
 
-def test_the_pretraining_script_learns(tmp_path: Path) -> None:
+def test_pretraining_script_reduces_the_loss(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "out"), "--steps", "40"])
     assert result.exit_code == 0, result.output
-    assert 1.0 < float(result.output.split("loss ")[1].split()[0]) < 4.7  # ln(149) = 5.0 knows nothing
+    assert 1.0 < float(result.output.split("loss ")[1].split()[0]) < 4.7  # ln(149) = 5.0 is a uniform guess

@@ -12,7 +12,7 @@ from helpers.constants import CPU
 from helpers.prompts import encoded
 
 
-def test_evaluation_counts_right_answers(llama: nn.Module) -> None:
+def test_accuracy_and_loss_match_the_scores(llama: nn.Module) -> None:
     data = encoded()
     scores = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU))
     right = (scores.argmax(-1) == data.labels).float().mean().item()
@@ -22,7 +22,7 @@ def test_evaluation_counts_right_answers(llama: nn.Module) -> None:
         assert result.loss == pytest.approx(functional.cross_entropy(scores, data.labels).item(), abs=1e-5)
 
 
-def test_macro_f1_by_hand() -> None:
+def test_macro_f1_matches_a_calculation_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 0, 1, 1, 0, 0])
     confusion = confusion_matrix(labels, predicted, 4)
@@ -31,14 +31,14 @@ def test_macro_f1_by_hand() -> None:
     assert macro_f1(confusion) == pytest.approx((4 / 7 + 1 / 2 + 0) / 3, abs=1e-12)
 
 
-def test_a_class_that_is_predicted_but_not_there_counts() -> None:
+def test_class_that_is_only_predicted_counts() -> None:
     confusion = confusion_matrix(torch.tensor([0, 0]), torch.tensor([0, 1]), 3)
     assert macro_f1(confusion) == pytest.approx((2 / 3 + 0) / 2, abs=1e-12)
 
 
-def test_macro_f1_is_that_of_the_evaluated_answers(llama: nn.Module) -> None:
+def test_evaluation_reports_macro_f1_of_its_predictions(llama: nn.Module) -> None:
     data = encoded()
     predicted = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU)).argmax(-1)
-    wanted = macro_f1(confusion_matrix(data.labels, predicted, 2))
+    expected = macro_f1(confusion_matrix(data.labels, predicted, 2))
     for batch_size in (1, 2, 32):
-        assert evaluate(llama, data, batch_size).macro_f1 == wanted
+        assert evaluate(llama, data, batch_size).macro_f1 == expected

@@ -1,4 +1,4 @@
-"""Examples of a task as token ids: which prompts are cut, and where; label words; the tasks' real data."""
+"""Tokenized examples: where prompts are cut, label words, and the tasks' real data."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from helpers.models import make_byte_tokenizer, make_tokenizer
 from helpers.prompts import ROWS, WORDS, encoded
 
 
-def test_long_prompts_lose_the_end_of_the_field_and_keep_the_question() -> None:
+def test_long_prompts_are_cut_at_the_end_of_the_field() -> None:
     data = encoded(max_length=7)
     tokenizer = make_tokenizer(WORDS)
     assert data.truncated == 1
@@ -36,19 +36,19 @@ def test_long_prompts_lose_the_end_of_the_field_and_keep_the_question() -> None:
     ],
     ids=str,
 )
-def test_rows_that_do_not_fit(row: dict[str, Any], message: str) -> None:
+def test_invalid_rows_raise(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         encoded(rows=[*ROWS, row])
 
 
-def test_label_words_the_tokenizer_cannot_tell_apart() -> None:
+def test_label_words_with_the_same_tokens_raise() -> None:
     task = Task(name="t", template="{sentence} It was", cut="sentence", label_words=(" unheard", " unseen"))
     with pytest.raises(ModelError, match="the same tokens"):
         encoded(task)
 
 
-def test_a_special_token_after_the_prompt_is_refused_and_an_unknown_word_is_not() -> None:
-    tokenizer = make_tokenizer("<s> </s> It great terrible")  # "was" is unknown to it
+def test_special_token_after_the_prompt_raises_but_unknown_word_does_not() -> None:
+    tokenizer = make_tokenizer("<s> </s> It great terrible")  # has no token for "was"
     assert EncodedTask(SST2, ROWS, tokenizer, 32, "test").prompts[0][-1] == tokenizer.unk_token_id
     for template, message in (("<s> $A", None), ("<s> $A </s>", "ends every prompt with a special token")):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -63,11 +63,11 @@ def test_a_special_token_after_the_prompt_is_refused_and_an_unknown_word_is_not(
 
 @pytest.fixture(params=TASKS.values(), ids=TASKS)
 def real(request: pytest.FixtureRequest, shared_data: Path) -> tuple[Task, list[Any]]:
-    """A task and the first of its real examples."""
+    """A task and its first 50 real examples."""
     return request.param, task_rows(request.param, "train", shared_data)[:50]
 
 
-def test_real_rows_fit_their_task(real: tuple[Task, list[Any]]) -> None:
+def test_real_rows_are_valid(real: tuple[Task, list[Any]]) -> None:
     task, rows = real
     data = EncodedTask(task, rows, make_byte_tokenizer(), 10_000, task.name)
     assert data.truncated == 0
@@ -76,7 +76,7 @@ def test_real_rows_fit_their_task(real: tuple[Task, list[Any]]) -> None:
         assert make_byte_tokenizer().decode(ids) == task.prompt(row)
 
 
-def test_real_prompts_are_cut_in_the_right_field(real: tuple[Task, list[Any]]) -> None:
+def test_real_prompts_are_cut_in_the_cut_field_only(real: tuple[Task, list[Any]]) -> None:
     task, rows = real
     tokenizer = make_byte_tokenizer()
     row = max(rows, key=lambda row: len(row[task.cut]))
@@ -89,11 +89,11 @@ def test_real_prompts_are_cut_in_the_right_field(real: tuple[Task, list[Any]]) -
     prompt = tokenizer.decode(data.prompts[0])
     assert prompt.startswith(before)
     assert prompt.endswith(after)
-    kept, whole = prompt[len(before) : len(prompt) - len(after)], row[task.cut].strip()
-    assert whole.startswith(kept)
-    assert 10 <= len(whole.encode()) - len(kept.encode()) < 20
+    kept, complete = prompt[len(before) : len(prompt) - len(after)], row[task.cut].strip()
+    assert complete.startswith(kept)
+    assert 10 <= len(complete.encode()) - len(kept.encode()) < 20
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_the_field_that_may_be_cut_is_not_the_question(task: Task) -> None:
+def test_cut_field_is_not_the_question(task: Task) -> None:
     assert task.cut not in {"question", "hypothesis", "word", "span1_text", "span2_text"}

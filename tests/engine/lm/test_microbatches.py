@@ -1,4 +1,4 @@
-"""A large batch in parts: the same loss, the same gradient, and the memory of one part."""
+"""A large batch in micro-batches: same loss and gradient, with the memory of one micro-batch."""
 
 import pytest
 import torch
@@ -23,24 +23,24 @@ PARTS = {"ones": [1] * 7, "threes": [3, 3, 1], "uneven": [5, 2]}
 @pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("objective", list(Objective))
 @pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
-def test_parts_have_the_loss_of_the_whole(
+def test_micro_batches_give_the_loss_of_the_batch(
     architecture: str, objective: Objective, task: Task, sizes: list[int]
 ) -> None:
     model, data = make_model(architecture), encoded(task, rows=SEVEN_ROWS)
-    (whole,) = in_parts(data, objective, [7])
+    (batch,) = in_parts(data, objective, [7])
     parts = in_parts(data, objective, sizes)
-    wanted = task_loss(model, whole, objective)
-    found = task_loss(model, parts, objective)
-    assert (found.dtype, found.shape) == (torch.float32, ())
-    assert found.item() == pytest.approx(wanted.item(), abs=TOLERANCE)
-    assert same_bits(task_loss(model, [whole], objective), wanted)
-    alone = [task_loss(model, part, objective).item() for part in parts]
-    if task is LONG and sizes != [1] * 7:  # a plain mean over parts is another number
-        assert abs(sum(alone) / len(alone) - wanted.item()) > 10 * TOLERANCE
+    expected = task_loss(model, batch, objective)
+    loss = task_loss(model, parts, objective)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
+    assert same_bits(task_loss(model, [batch], objective), expected)
+    losses = [task_loss(model, part, objective).item() for part in parts]
+    if task is LONG and sizes != [1] * 7:  # an unweighted mean differs
+        assert abs(sum(losses) / len(losses) - expected.item()) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("objective", list(Objective))
-def test_parts_have_the_gradient_of_the_whole(llama: nn.Module, objective: Objective) -> None:
+def test_micro_batches_give_the_gradient_of_the_batch(llama: nn.Module, objective: Objective) -> None:
     mask, data, ends = SparseMask.dense(llama), encoded(LONG, rows=SEVEN_ROWS), []
     for sizes in ([7], [3, 3, 1]):
         model, parts = make_model(), in_parts(data, objective, sizes)
@@ -53,7 +53,7 @@ def test_parts_have_the_gradient_of_the_whole(llama: nn.Module, objective: Objec
 
 
 @pytest.mark.parametrize("objective", list(Objective))
-def test_the_head_sees_the_rows_of_one_part(llama: nn.Module, objective: Objective) -> None:
+def test_head_runs_on_one_micro_batch_at_a_time(llama: nn.Module, objective: Objective) -> None:
     rows: list[int] = []
     llama.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))  # type: ignore[operator, union-attr]
     data = encoded(LONG, rows=SEVEN_ROWS)
@@ -64,24 +64,24 @@ def test_the_head_sees_the_rows_of_one_part(llama: nn.Module, objective: Objecti
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "autograd"])
-def test_memory_is_that_of_one_part(grad: bool) -> None:
+def test_peak_memory_is_that_of_one_micro_batch(grad: bool) -> None:
     model = make_model(vocabulary=8192).requires_grad_(grad)
     data = encoded(LONG, rows=SEVEN_ROWS * 8)
-    data_of = {size: in_parts(data, Objective.CANDIDATES, [size] * (56 // size)) for size in (56, 7)}
+    micro_batches = {size: in_parts(data, Objective.CANDIDATES, [size] * (56 // size)) for size in (56, 7)}
 
     def run(size: int) -> None:
         with torch.set_grad_enabled(grad):
-            loss = task_loss(model, data_of[size], Objective.CANDIDATES)
+            loss = task_loss(model, micro_batches[size], Objective.CANDIDATES)
             if grad:
                 loss.backward()
                 model.zero_grad()
 
     peaks = {size: peak_bytes(lambda size=size: run(size), CPU) for size in (56, 7)}  # type: ignore[misc]
-    head = 4 * 8192 * 2 * 5  # float32 logits of an example: two candidates, at most five positions
-    assert peaks[56] > 56 * head / 2
+    logits_bytes = 4 * 8192 * 2 * 5  # float32 logits of an example: two candidates, at most five positions
+    assert peaks[56] > 56 * logits_bytes / 2
     assert peaks[7] < peaks[56] / 4
 
 
-def test_no_part_is_refused(llama: nn.Module) -> None:
+def test_empty_list_of_micro_batches_raises(llama: nn.Module) -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         task_loss(llama, [], Objective.CANDIDATES)

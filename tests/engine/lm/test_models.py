@@ -1,4 +1,4 @@
-"""Loading models: directories, GGUF files, and what cannot be loaded."""
+"""Loading models from directories and GGUF files, and rejecting unsafe or damaged ones."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_uti
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.engine.errors import ModelError
 from meerkat_engine.engine.lm.checkpoint import save_checkpoint
-from meerkat_engine.engine.lm.models import load_model, prepare
+from meerkat_engine.engine.lm.models import load_model, prepare_tokenizer
 from meerkat_engine.engine.lm.objective import language_model_loss
 from meerkat_engine.engine.parameters import fingerprint
 
@@ -23,7 +23,7 @@ from helpers.tensors import same_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_directory_gives_model_and_tokenizer(tmp_path: Path, llama: nn.Module, dtype: torch.dtype) -> None:
+def test_model_and_tokenizer_are_loaded_from_a_directory(tmp_path: Path, llama: nn.Module, dtype: torch.dtype) -> None:
     llama.save_pretrained(tmp_path)  # type: ignore[operator]
     make_tokenizer("a b").save_pretrained(tmp_path)
     lm = load_model(str(tmp_path), dtype)
@@ -35,8 +35,8 @@ def test_a_directory_gives_model_and_tokenizer(tmp_path: Path, llama: nn.Module,
         assert torch.equal(a, b.to(dtype))
 
 
-def test_buffers_are_as_in_any_program(tmp_path: Path, llama: nn.Module) -> None:
-    """Rotary frequencies rounded to bfloat16 would give other losses than the saved model has elsewhere."""
+def test_buffers_are_those_of_plain_transformers(tmp_path: Path, llama: nn.Module) -> None:
+    """With rotary frequencies rounded to bfloat16, losses would differ from those of the saved model elsewhere."""
     llama.save_pretrained(tmp_path)  # type: ignore[operator]
     make_tokenizer("a b").save_pretrained(tmp_path)
     model = load_model(str(tmp_path), torch.bfloat16).model
@@ -49,7 +49,7 @@ def test_buffers_are_as_in_any_program(tmp_path: Path, llama: nn.Module) -> None
 
 
 def write_gguf(path: Path, model: nn.Module) -> None:
-    """A Llama model as a GGUF file with float32 tensors and a byte-level tokenizer, as llama.cpp lays them out."""
+    """Writes a Llama model to a GGUF file in llama.cpp's layout: float32 tensors, byte-level tokenizer."""
     gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
@@ -79,7 +79,7 @@ def write_gguf(path: Path, model: nn.Module) -> None:
         value = p.detach().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}  # type: ignore[union-attr]
         for projection, n in heads.items():
-            if projection in name:  # llama.cpp interleaves the halves that rotary embedding pairs
+            if projection in name:  # llama.cpp interleaves the two halves that rotary embedding pairs
                 value = value.reshape(n, 2, value.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(value.shape)
         for old, new in renames.items():
             name = name.replace(old, new)
@@ -91,7 +91,7 @@ def write_gguf(path: Path, model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_gguf_file_gives_the_same_model_and_trains(tmp_path: Path) -> None:
+def test_gguf_model_is_loaded_trained_and_saved(tmp_path: Path) -> None:
     original = make_model("llama", vocabulary=300)
     write_gguf(tmp_path / "model.gguf", original)
     lm = load_model(str(tmp_path / "model.gguf"))
@@ -117,12 +117,12 @@ def test_a_gguf_file_gives_the_same_model_and_trains(tmp_path: Path) -> None:
         ("nowhere.gguf", r"there is no GGUF file 'nowhere\.gguf'"),
     ],
 )
-def test_models_that_are_not_there(source: str, message: str) -> None:
+def test_missing_models_raise(source: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(source)
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
+def test_files_without_a_model_raise(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"cannot load the model .* as a directory"):
         load_model(str(tmp_path))
@@ -133,20 +133,21 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, llama: nn.Module) -> Path:
-    """A good model in a directory, to be spoilt."""
+    """Directory of a valid model, for tests to damage."""
     llama.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     make_tokenizer("a b").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
-def refused(directory: Path, message: str) -> None:
+def assert_rejected(directory: Path, message: str) -> None:
+    """Asserts that loading raises an error that names the directory and matches ``message``."""
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(directory))
     assert f"cannot load the model {str(directory)!r} as a directory: " in str(caught.value)
 
 
 class Payload:
-    """Pickled, it makes a file when it is read."""
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -155,36 +156,36 @@ class Payload:
         return Path.touch, (self.proof,)
 
 
-def test_weights_in_a_pickle_are_refused_unread(saved: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected_without_being_read(saved: Path, tmp_path: Path) -> None:
     torch.save({"x": Payload(tmp_path / "proof")}, saved / "pytorch_model.bin")
-    load_model(str(saved))  # safetensors beside it go first
+    load_model(str(saved))  # reads the safetensors file in the same directory instead
     assert not (tmp_path / "proof").exists()
     (saved / "model.safetensors").unlink()
-    refused(saved, r"its weights are a pickle \(pytorch_model\.bin\); a pickle may hold code")
+    assert_rejected(saved, r"its weights are a pickle \(pytorch_model\.bin\); a pickle can contain code")
     assert not (tmp_path / "proof").exists()
-    save_file({"x": torch.zeros(1)}, saved / "other.safetensors")  # which is not the model's
-    refused(saved, "no file named model.safetensors found")
+    save_file({"x": torch.zeros(1)}, saved / "other.safetensors")  # not a file name that the model uses
+    assert_rejected(saved, "no file named model.safetensors found")
     assert not (tmp_path / "proof").exists()
     torch.load(saved / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "proof").exists()
 
 
-def test_a_config_cannot_name_a_pickle(saved: Path) -> None:
-    """transformers takes this setting before ``use_safetensors``."""
+def test_config_that_names_a_pickle_is_rejected(saved: Path) -> None:
+    """In transformers this setting has precedence over ``use_safetensors``."""
     weights = load_file(saved / "model.safetensors")
     torch.save(weights, saved / "adapter_model.bin")
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
-    refused(saved, r"its config names 'adapter_model\.bin' as its weights; a pickle may hold code")
+    assert_rejected(saved, r"its config names 'adapter_model\.bin' as its weights; a pickle can contain code")
 
 
 @pytest.mark.parametrize(
     "name", ["weights.bin", "../outside/weights.bin", "../outside/model.safetensors", "/absolute/model.safetensors"]
 )
-def test_an_index_cannot_name_pickles_or_files_elsewhere(
+def test_index_that_names_pickles_or_outside_files_is_rejected(
     saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """transformers joins what it names to the directory, and gives what is not called safetensors to ``torch.load``."""
+    """transformers joins these names to the directory, and loads other files than safetensors with ``torch.load``."""
     weights = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").rename(saved / "decoy.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
@@ -193,12 +194,15 @@ def test_an_index_cannot_name_pickles_or_files_elsewhere(
     if not name.startswith("/"):
         (torch.save if name.endswith(".bin") else save_file)(weights, saved / name)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
-    refused(saved, r"its model\.safetensors\.index\.json names '.*' as weights, which is no safetensors file beside it|"
-                   r"its weights are a pickle")  # fmt: skip
+    message = (
+        r"its model\.safetensors\.index\.json names '.*' as weights, which is not a safetensors file in the same|"
+        r"its weights are a pickle"
+    )
+    assert_rejected(saved, message)
 
 
-def test_shards_are_read(saved: Path) -> None:
-    """An index as transformers writes it."""
+def test_sharded_weights_are_loaded(saved: Path) -> None:
+    """The index is written by transformers."""
     model = load_model(str(saved)).model
     model.save_pretrained(saved / "shards", max_shard_size="20KB")
     AutoTokenizer.from_pretrained(saved).save_pretrained(saved / "shards")
@@ -207,20 +211,20 @@ def test_shards_are_read(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_adapters_are_refused(saved: Path, alone: bool) -> None:
-    """One names its base model, which may be anywhere, and may have its own weights in a pickle."""
+def test_adapters_are_rejected(saved: Path, alone: bool) -> None:
+    """An adapter names a base model, which can be anywhere, and its own weights can be a pickle."""
     if alone:
         (saved / "config.json").unlink()
     (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/model", "peft_type": "LORA"}')
     torch.save({}, saved / "adapter_model.bin")
-    refused(saved, "it is an adapter, or has one beside its weights")
+    assert_rejected(saved, "it is an adapter or contains one")
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(saved: Path) -> None:
+def test_missing_weights_raise(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
-    refused(saved, r"its weights lack 1 tensors, 'model\.norm\.weight' among them")
+    assert_rejected(saved, r"its weights lack 1 of the model's tensors, among them 'model\.norm\.weight'")
 
 
 @pytest.mark.parametrize(
@@ -233,9 +237,9 @@ def test_weights_that_are_missing_are_not_drawn_at_random(saved: Path) -> None:
     ],
     ids=["weights", "tokenizer", "a setting", "an architecture"],
 )
-def test_damaged_directories_are_one_error(saved: Path, name: str, content: bytes, message: str) -> None:
+def test_damaged_files_raise_model_error(saved: Path, name: str, content: bytes, message: str) -> None:
     (saved / name).write_bytes(content)
-    refused(saved, message)
+    assert_rejected(saved, message)
 
 
 CODE = """
@@ -249,22 +253,22 @@ class Model(transformers.LlamaForCausalLM):
 """
 
 
-def with_code(saved: Path, proof: Path, model_type: str = "made-up") -> None:
-    """Makes the model one with code of its own, which leaves a proof that it ran."""
+def add_code(saved: Path, proof: Path, model_type: str = "made-up") -> None:
+    """Adds code to the model that creates the file ``proof`` when it runs."""
     config = json.loads((saved / "config.json").read_text())
     classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (saved / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": classes}))
     (saved / "code.py").write_text(CODE.format(proof=str(proof)))
 
 
-def test_code_that_comes_with_a_model_runs_only_where_trusted(
+def test_remote_code_runs_only_if_trusted(
     saved: Path, tmp_path: Path, llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     proof = tmp_path / "proof"
-    with_code(saved, proof)
-    refused(saved, "it needs code of its own; read that, and if you trust it, give --trust-remote-code")
+    add_code(saved, proof)
+    assert_rejected(saved, "it needs code of its own; read that, and if you trust it, give --trust-remote-code")
     assert not proof.exists()
     model = load_model(str(saved), trust_remote_code=True).model
     assert proof.exists()
@@ -273,16 +277,16 @@ def test_code_that_comes_with_a_model_runs_only_where_trusted(
         assert same_bits(a, b)
 
 
-def test_code_beside_a_known_architecture_is_left_alone(saved: Path, tmp_path: Path) -> None:
-    with_code(saved, tmp_path / "proof", model_type="llama")
+def test_remote_code_of_a_built_in_architecture_is_ignored(saved: Path, tmp_path: Path) -> None:
+    add_code(saved, tmp_path / "proof", model_type="llama")
     assert type(load_model(str(saved)).model).__module__.startswith("transformers.")
     assert not (tmp_path / "proof").exists()
 
 
-def test_a_tokenizer_without_padding_or_end_is_refused() -> None:
+def test_tokenizer_without_padding_and_end_token_raises() -> None:
     tokenizer = make_tokenizer("a")
     tokenizer.pad_token = None
-    assert prepare(tokenizer).pad_token == "</s>"
+    assert prepare_tokenizer(tokenizer).pad_token == "</s>"
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ModelError, match="neither a padding nor an end-of-sequence token"):
-        prepare(tokenizer)
+        prepare_tokenizer(tokenizer)

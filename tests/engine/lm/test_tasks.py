@@ -11,17 +11,17 @@ from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_t
 from helpers.prompts import ROWS
 
 
-def test_the_sst2_prompt_is_mezos() -> None:
+def test_sst2_has_the_prompt_of_mezo() -> None:
     assert SST2.prompt(ROWS[0]) == "a fine film It was"
     assert SST2.label_words == (" terrible", " great")
 
 
-def test_unknown_task() -> None:
+def test_unknown_task_raises_and_lists_all_tasks() -> None:
     with pytest.raises(ConfigError, match="unknown task 'sst3'; known: ag_news, boolq"):
         get_task("sst3")
 
 
-def test_labels_are_numbers_truth_values_or_label_words() -> None:
+def test_labels_can_be_numbers_booleans_or_label_words() -> None:
     boolq = get_task("boolq")
     assert [boolq.class_of({"answer": value}) for value in (False, True, 0, 1)] == [0, 1, 0, 1]
     assert [SST2.class_of({"label": word}) for word in ("terrible", " great", "great ")] == [0, 1, 1]
@@ -31,9 +31,9 @@ def test_labels_are_numbers_truth_values_or_label_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "labels"), [(1, "1,2,3"), (True, "true,false"), (0, "1,0")], ids=["stars", "truth", "upside down"]
+    ("label", "labels"), [(1, "1,2,3"), (True, "true,false"), (0, "1,0")], ids=["number", "boolean", "swapped"]
 )
-def test_a_number_that_is_the_word_of_another_class_is_refused(label: Any, labels: str) -> None:
+def test_ambiguous_label_raises(label: Any, labels: str) -> None:
     task = custom_task("t", "{text} It is", labels)
     with pytest.raises(DataError, match="is the number of one class and the label word of another"):
         task.class_of({"label": label})
@@ -45,8 +45,8 @@ def test_a_number_that_is_the_word_of_another_class_is_refused(label: Any, label
     [
         ("{text It was", "expected '}'"),
         ("text} It was", "Single '}'"),
-        ("{text:>10} It was", r"\{text:>10\} asks for a format; write \{text\}"),
-        ("{text!r} It was", r"\{text!r\} asks for a format"),
+        ("{text:>10} It was", r"\{text:>10\} has a format, which templates do not support; write \{text\}"),
+        ("{text!r} It was", r"\{text!r\} has a format"),
         ("{} It was", r"\{\} does not name a field"),
         ("{0} It was", r"\{0\} does not name a field"),
         ("{text.x} It was", r"\{text\.x\} does not name a field"),
@@ -54,7 +54,7 @@ def test_a_number_that_is_the_word_of_another_class_is_refused(label: Any, label
         ("It was", "has no field"),
     ],
 )
-def test_malformed_templates(template: str, message: str) -> None:
+def test_malformed_template_raises(template: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         custom_task("t", template, "bad,good")
 
@@ -68,31 +68,31 @@ def test_malformed_templates(template: str, message: str) -> None:
         ("bad, bad", "needs different label words; got 'bad', 'bad'"),
     ],
 )
-def test_labels_that_cannot_be_told_apart(labels: str, message: str) -> None:
+def test_empty_or_equal_label_words_raise(labels: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         custom_task("t", "{text} It was", labels)
 
 
-def test_a_task_for_own_data() -> None:
+def test_custom_task() -> None:
     task = custom_task("mail", "{subject}: {body} {subject} So this is ", " spam,fine", label="kind")
     assert task.fields == ("subject", "body")
     assert task.cut == "subject"
     assert task.label_words == (" spam", " fine")
     row = {"subject": "Hello ", "body": "Win {now}", "kind": "spam"}
-    assert task.prompt(row) == "Hello: Win {now} Hello So this is"  # the label word brings the space
+    assert task.prompt(row) == "Hello: Win {now} Hello So this is"  # the label word starts with the space
     assert task.class_of(row) == 0
     with pytest.raises(ConfigError, match="cut 'text' is not a field of the template, whose fields are subject, body"):
         custom_task("mail", "{subject}: {body}", "a,b", cut="text")
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_prompts_end_where_a_label_word_can_follow(task: Task) -> None:
+def test_prompts_end_without_space_and_label_words_start_with_one(task: Task) -> None:
     assert task.template == task.template.rstrip()
     assert all(word == f" {word.strip()}" for word in task.label_words)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_the_table_of_tasks_says_what_they_are(task: Task) -> None:
+def test_table_in_docs_lists_every_task(task: Task) -> None:
     words = ", ".join(f"`{word.strip()}`" for word in task.label_words)
     hub = "none" if task.hub is None else f"`{task.hub}`; `{task.hub.validation}`"
     prompt = task.template.replace("\n", "⏎")

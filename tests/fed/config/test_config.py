@@ -1,4 +1,4 @@
-"""Settings: their sections, their flat names, files of them, and what is refused."""
+"""Settings: sections, flat names, files, and rejected values."""
 
 import dataclasses
 import tomllib
@@ -16,8 +16,8 @@ from meerkat_engine.fed.config.toml import config_toml, parse_toml, to_toml
 
 from helpers.command import call
 
-# One value of each setting that is not its default, all of which go together but for a few.
-OTHER: dict[str, Any] = {
+# A value other than the default for each setting, in one run. The settings in SPECIAL do not fit into it.
+CHANGED: dict[str, Any] = {
     "method": "meerkat-vp", "rounds": 7, "local_steps": 3, "seed": 5, "snapshot_every": 2, "model": "m",
     "dtype": "bfloat16",
     "device": "cuda", "backend": "torch", "task": "vader", "data_dir": Path("d"), "max_length": 99, "clients": 9,
@@ -29,8 +29,8 @@ OTHER: dict[str, Any] = {
     "weighting": "uniform", "trim": 0.3, "clip": 2.0, "max_scalar": 1e6, "max_examples": 50, "dp_noise": 1.0,
     "dp_clip": 0.1, "dp_delta": 1e-6, "attack": "scale", "attackers": 1, "eval_every": 2, "eval_examples": 40,
 }  # fmt: skip
-# Settings that go with others only, and a run that has them.
-ELSEWHERE: list[dict[str, Any]] = [
+# Runs with the other settings, which need certain methods or the user's own data.
+SPECIAL: list[dict[str, Any]] = [
     {"method": "layer-zo", "layer": "model.layers.1"},
     {"method": "lora-fedzo", "lora_targets": "q_proj,v_proj"},
     {"model": "m", "data": Path("f.jsonl"), "template": "{a} and {b}", "labels": "no,yes", "label_field": "l",
@@ -39,25 +39,25 @@ ELSEWHERE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_every_setting_has_a_value_here() -> None:
-    assert {*OTHER, *(name for each in ELSEWHERE for name in each)} == SETTINGS.keys()
+def test_this_file_changes_every_setting() -> None:
+    assert {*CHANGED, *(name for settings in SPECIAL for name in settings)} == SETTINGS.keys()
     defaults = make_config({"model": "m", "task": "sst2"}).flat()
-    for name, value in convert(OTHER).items():
+    for name, value in convert(CHANGED).items():
         assert value != defaults[name] or name in ("model",), name
 
 
-@pytest.mark.parametrize("given", [OTHER, *ELSEWHERE], ids=lambda given: str(given.get("method", "own data")))
-def test_flat_sections_and_a_file_say_the_same(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("given", [CHANGED, *SPECIAL], ids=lambda given: str(given.get("method", "own data")))
+def test_settings_survive_sections_and_files(given: dict[str, Any]) -> None:
     config = make_config(given)
     assert {name: config.flat()[name] for name in given} == convert(given)
     assert make_config(parse_toml(config_toml(config), "here")) == config
     assert config.replace() == config
-    for name, each in SETTINGS.items():
-        part = getattr(config, each.section) if each.section else config
-        assert getattr(part, each.name) == config.flat()[name]
+    for name, setting in SETTINGS.items():
+        section = getattr(config, setting.section) if setting.section else config
+        assert getattr(section, setting.name) == config.flat()[name]
 
 
-def test_settings_may_be_given_as_sections() -> None:
+def test_a_config_can_be_built_from_sections() -> None:
     config = RunConfig(rounds=3, clients=ClientsConfig(count=5), step=StepConfig(lr=0.1), mask=MaskConfig(density=0.5))
     assert (config.flat()["clients"], config.flat()["lr"], config.flat()["density"]) == (5, 0.1, 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -65,7 +65,7 @@ def test_settings_may_be_given_as_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("clients = 4", "c.toml: clients is now count in [clients]"),
         ("lr = 0.1", "c.toml: lr is now lr in [step]"),
@@ -81,37 +81,37 @@ def test_settings_may_be_given_as_sections() -> None:
         ("[data]\ntemplate = 3", "template must be str, got 3"),
     ],
 )
-def test_a_file_that_does_not_fit_says_where_each_setting_belongs(tmp_path: Path, text: str, complaint: str) -> None:
+def test_errors_in_a_file_name_the_right_place(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.toml").write_text(text)
     result = call("run", "--config", tmp_path / "c.toml", "--output", tmp_path / "r")
     assert result.exit_code == 1
-    assert complaint in result.output
+    assert message in result.output
     assert not (tmp_path / "r").exists()
 
 
-def test_every_flat_key_of_an_old_file_is_sent_to_its_place() -> None:
-    for name, each in SETTINGS.items():
-        if each.section:
+def test_flat_names_in_a_file_are_errors_that_name_the_section() -> None:
+    for name, setting in SETTINGS.items():
+        if setting.section:
             with pytest.raises(ConfigError) as caught:
                 parse_toml(f"{name} = 1", "old.toml")
-            assert str(caught.value) == f"old.toml: {name} is now {each.name} in [{each.section}]"
+            assert str(caught.value) == f"old.toml: {name} is now {setting.name} in [{setting.section}]"
 
 
-def test_a_file_holds_the_sections() -> None:
+def test_a_file_has_a_table_for_each_section() -> None:
     written = tomllib.loads(config_toml(make_config({"model": "m", "task": "sst2", "mask": "f"})))
     assert written["model"] == {"source": "m", "dtype": "float32", "device": "cpu", "backend": "auto"}
     assert written["mask"]["file"] == "f"
-    assert "calibration" not in written["mask"]  # which is not set
+    assert "calibration" not in written["mask"]  # because it is None
     assert list(written)[:2] == ["method", "rounds"]
     with pytest.raises(ConfigError, match="unknown setting 'trust_remote_code'"):
         to_toml({"trust_remote_code": True})
 
 
-def test_the_digest_leaves_places_out_and_nothing_else() -> None:
-    plain = {"model": "m", "task": "sst2"}
-    config = make_config(plain)
-    places = {"data_dir": "d", "device": "cuda", "backend": "torch", "snapshot_every": 3, "calibration": "c"}
-    assert make_config(plain, places).digest() == config.digest()
+def test_the_digest_covers_all_settings_that_bits_depend_on() -> None:
+    given = {"model": "m", "task": "sst2"}
+    config = make_config(given)
+    not_in_digest = {"data_dir": "d", "device": "cuda", "backend": "torch", "snapshot_every": 3, "calibration": "c"}
+    assert make_config(given, not_in_digest).digest() == config.digest()
     for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3}):
         assert config.replace(**change).digest() != config.digest()
 
@@ -119,7 +119,7 @@ def test_the_digest_leaves_places_out_and_nothing_else() -> None:
 def test_help_groups_the_options_by_section() -> None:
     text = call("run", "--help").output
     headings = [line for line in text.splitlines() if line.startswith(("Options", "Settings"))]
-    sections = dict.fromkeys(each.section for each in SETTINGS.values())
+    sections = dict.fromkeys(setting.section for setting in SETTINGS.values())
     assert headings == ["Options:", *(
         f"Settings, [{section}] in a file:" if section else "Settings, at the top of a file:" for section in sections
     )]  # fmt: skip
@@ -134,10 +134,10 @@ def test_every_command_has_an_example(command: str) -> None:
     assert example.strip().startswith(f"meerkat-engine {command} ")
 
 
-def test_options_for_some_settings_only() -> None:
+def test_settings_decorator_adds_the_named_options() -> None:
     @settings("lr", "clients")
     def command(**_: Any) -> None:
-        """Nothing."""
+        """A command that does nothing."""
 
     names = [parameter.name for parameter in command.__click_params__]  # type: ignore[attr-defined]
     assert sorted(names) == ["clients", "config_file", "lr"]

@@ -1,4 +1,4 @@
-"""A client that was away catches up from files, the smaller way, to the same bits."""
+"""Catching up from ledger and snapshot: the smaller of the two is used, and the weights have the same bits."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from helpers.federation import Federation
 
 @pytest.fixture(scope="module", params=["meerkat", "fedavg"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen rounds, with a snapshot after the twelfth."""
+    """A run of fourteen rounds with a snapshot after the twelfth."""
     path = tmp_path_factory.mktemp("joining") / "run"
     settings = ["--rounds", "14", "--local-steps", "2", "--calibration-texts", "32", "--eval-examples", "20",
                 "--snapshot-every", "12", "--method", request.param]  # fmt: skip
@@ -28,48 +28,52 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
-def newcomer(run: Path) -> Replica:
+def base_replica(run: Path) -> Replica:
+    """A replica of the run's base model, at round 1."""
     model = embedded.load().model
     return Replica(
         model, SparseMask.load(run / "mask.safetensors", model), read_ledger(run / "ledger.jsonl").header.terms
     )
 
 
-def end_of(run: Path) -> str:
-    found: str = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]["weights"]
-    return found
+def final_weights(run: Path) -> str:
+    """Fingerprint of the weights at the end of the run."""
+    weights: str = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]["weights"]
+    return weights
 
 
-def test_from_the_ledger_alone(run: Path) -> None:
-    late = newcomer(run)
-    assert not catch_up(late, run / "ledger.jsonl")
-    assert late.round == 15
-    assert fingerprint(late.model) == end_of(run)
+def test_catching_up_from_the_ledger_alone(run: Path) -> None:
+    replica = base_replica(run)
+    assert not catch_up(replica, run / "ledger.jsonl")
+    assert replica.round == 15
+    assert fingerprint(replica.model) == final_weights(run)
 
 
-@pytest.mark.parametrize("run", ["meerkat"], indirect=True)  # the ledger of fedavg has the masters itself
-def test_the_smaller_way_is_taken(run: Path) -> None:
-    """838 masters are 3.6 kB: less than twelve rounds of the ledger, more than six."""
+@pytest.mark.parametrize("run", ["meerkat"], indirect=True)  # the ledger of fedavg contains the masters
+def test_the_snapshot_is_used_only_if_it_is_smaller_than_the_ledger_lines(run: Path) -> None:
+    """The snapshot of 838 masters has 3.6 kB: less than twelve ledger lines, more than six."""
     snapshot = run / "snapshot.safetensors"
     ledger = read_ledger(run / "ledger.jsonl")
     assert ledger.byte_length(7, 12) < snapshot.stat().st_size < ledger.byte_length(1, 12)
     assert ledger.byte_length(1, 14) == (run / "ledger.jsonl").stat().st_size - ledger.ends[0]
-    for known, by_snapshot in ((0, True), (6, False), (12, False), (14, False)):
-        late = newcomer(run)
-        late.apply_rounds([line.scalars for line in ledger.rounds[:known]])
-        assert catch_up(late, run / "ledger.jsonl", snapshot) is by_snapshot
-        assert late.round == 15
-        assert fingerprint(late.model) == end_of(run)
+    for applied, used_snapshot in ((0, True), (6, False), (12, False), (14, False)):
+        replica = base_replica(run)
+        replica.apply_rounds([line.scalars for line in ledger.rounds[:applied]])
+        assert catch_up(replica, run / "ledger.jsonl", snapshot) is used_snapshot
+        assert replica.round == 15
+        assert fingerprint(replica.model) == final_weights(run)
 
 
-def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, federation: Callable[..., Federation]) -> None:
-    stranger = federation().replica
-    with pytest.raises(LedgerError, match="of a federation with other terms"):
-        catch_up(stranger, run / "ledger.jsonl")
+def test_a_ledger_of_other_terms_or_one_that_ends_too_early_is_an_error(
+    run: Path, tmp_path: Path, federation: Callable[..., Federation]
+) -> None:
+    replica_with_other_terms = federation().replica
+    with pytest.raises(LedgerError, match="belongs to a federation with other terms"):
+        catch_up(replica_with_other_terms, run / "ledger.jsonl")
     shutil.copy(run / "ledger.jsonl", tmp_path)
     lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(True)
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:3]))
-    late = newcomer(run)
-    catch_up(late, run / "ledger.jsonl")
-    with pytest.raises(LedgerError, match="ends with round 2; the replica stands at round 15 already"):
-        catch_up(late, tmp_path / "ledger.jsonl")
+    replica = base_replica(run)
+    catch_up(replica, run / "ledger.jsonl")
+    with pytest.raises(LedgerError, match="ends with round 2, the replica is already at round 15"):
+        catch_up(replica, tmp_path / "ledger.jsonl")

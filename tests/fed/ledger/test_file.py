@@ -1,4 +1,4 @@
-"""The ledger file: exact floats, torn and damaged lines, full disks."""
+"""The ledger file: exact floats, torn lines, damaged lines, full disks."""
 
 import json
 import math
@@ -51,16 +51,16 @@ def ledger(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_written_is_read(ledger: Path) -> None:
-    found = read_ledger(ledger)
-    assert found.header == HEADER
-    assert found.rounds == [line(1), line(2), line(3)]
-    assert len(list(found.updates())) == 6
+def test_a_written_ledger_reads_back_the_same(ledger: Path) -> None:
+    content = read_ledger(ledger)
+    assert content.header == HEADER
+    assert content.rounds == [line(1), line(2), line(3)]
+    assert len(list(content.updates())) == 6
     assert all(json.loads(text) for text in ledger.read_text().splitlines())
 
 
 @given(pattern=st.integers(0, 2**32 - 1))
-def test_fp32_scalars_survive_exactly(tmp_path_factory: pytest.TempPathFactory, pattern: int) -> None:
+def test_fp32_scalars_are_preserved_exactly(tmp_path_factory: pytest.TempPathFactory, pattern: int) -> None:
     (value,) = struct.unpack("<f", struct.pack("<I", pattern))
     path = tmp_path_factory.mktemp("ledger") / "l"
     with LedgerWriter(path, HEADER) as writer:
@@ -72,14 +72,14 @@ def test_fp32_scalars_survive_exactly(tmp_path_factory: pytest.TempPathFactory, 
     assert struct.pack("<f", read_ledger(path).rounds[0].scalars[0]) == struct.pack("<I", pattern)
 
 
-def test_a_round_is_fsynced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_fsyncs_the_line_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[bytes] = []
     path = tmp_path / "ledger.jsonl"
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
     with LedgerWriter(path, HEADER) as writer:
         writer.append(line(1))
         assert synced[-1] == path.read_bytes()
-        assert len(synced) == 3  # header, the directory that has the file now, and round
+        assert len(synced) == 3  # the header, the directory, the round
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning(ledger: Path) -> None:
@@ -91,18 +91,18 @@ def test_a_torn_last_line_is_dropped_with_a_warning(ledger: Path) -> None:
             assert read_ledger(ledger).rounds == [line(1), line(2)]
 
 
-def test_a_step_that_was_not_taken_is_null(ledger: Path) -> None:
+def test_a_skipped_query_is_null_in_the_file(ledger: Path) -> None:
     assert json.loads(ledger.read_text().splitlines()[1])["clients"] == {"0": [1.0, None], "1": [0.25]}
     assert math.isnan(read_ledger(ledger).rounds[0].clients[0][1])
 
 
 @pytest.mark.parametrize("bit", range(8))
-def test_any_flipped_bit_is_noticed(ledger: Path, bit: int) -> None:
-    """Every bit of every byte, the newline at the end included."""
+def test_any_flipped_bit_is_an_error(ledger: Path, bit: int) -> None:
+    """Every bit of every byte, including the newline at the end."""
     data = ledger.read_bytes()
-    for at in range(len(data)):
+    for position in range(len(data)):
         damaged = bytearray(data)
-        damaged[at] ^= 1 << bit
+        damaged[position] ^= 1 << bit
         ledger.write_bytes(damaged)
         with pytest.raises(LedgerError, match=r"ledger.jsonl, line \d"):
             read_ledger(ledger)
@@ -110,16 +110,16 @@ def test_any_flipped_bit_is_noticed(ledger: Path, bit: int) -> None:
 
 @settings(max_examples=100 * FUZZ, deadline=None)
 @given(data=st.data())
-def test_any_other_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_changed_byte_is_an_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     with LedgerWriter(path, HEADER) as writer:
         for round in range(1, data.draw(st.integers(1, 4)) + 1):
             writer.append(line(round, data.draw(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False),
                                                          min_size=2, max_size=2))))  # fmt: skip
-    whole = path.read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    other = data.draw(st.integers(0, 255).filter(lambda value: value != whole[at]))
-    path.write_bytes(whole[:at] + bytes([other]) + whole[at + 1 :])
+    original = path.read_bytes()
+    position = data.draw(st.integers(0, len(original) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != original[position]))
+    path.write_bytes(original[:position] + bytes([byte]) + original[position + 1 :])
     with pytest.raises(LedgerError, match=r"ledger.jsonl, line \d"):
         read_ledger(path)
 
@@ -127,7 +127,7 @@ def test_any_other_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, dat
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ([0, 1, 3], "line 3: the checksum does not match; .* not the one that was written after"),
+        ([0, 1, 3], "line 3: the checksum does not match; .* not written directly after the lines before"),
         ([0, 1, 1, 2], "line 3: the checksum"),
         ([0, 2, 1], "line 2: the checksum"),
         ([0, 2, 3], "line 2: the checksum"),
@@ -136,15 +136,15 @@ def test_any_other_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, dat
     ],
     ids=["missing", "repeated", "reordered", "first missing", "no header", "empty"],
 )
-def test_lines_out_of_place_are_named(ledger: Path, order: list[int], message: str) -> None:
+def test_missing_repeated_and_reordered_lines_are_named(ledger: Path, order: list[int], message: str) -> None:
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[i] for i in order))
     with pytest.raises(LedgerError, match=message):
         read_ledger(ledger)
 
 
-def test_a_line_of_another_run_is_noticed(ledger: Path, tmp_path: Path) -> None:
-    """Whole in itself, of the right round: but not written after the lines before it."""
+def test_a_line_of_another_run_is_an_error(ledger: Path, tmp_path: Path) -> None:
+    """The line is intact and of the right round, but was not written after the lines before it."""
     with LedgerWriter(tmp_path / "other", HEADER) as writer:
         writer.append(line(1, [9.0, 9.0]))
         writer.append(line(2, [9.0, 9.0]))
@@ -157,16 +157,16 @@ def test_a_line_of_another_run_is_noticed(ledger: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format", "meerkat-ledger/2", "line 1: format 'meerkat-ledger/2'; this version reads 'meerkat-ledger/3'"),
-        ("stream_version", 2, "line 1: stream version 2; this version makes 1"),
-        ("queries", "two", "line 1: damaged header"),
+        ("format", "meerkat-ledger/2", "line 1: format is 'meerkat-ledger/2', this version reads 'meerkat-ledger/3'"),
+        ("stream_version", 2, "line 1: stream version is 2, this version reads 1"),
+        ("queries", "two", "line 1: the header is damaged"),
     ],
 )
-def test_other_formats_and_streams_are_named(tmp_path: Path, field: str, value: object, message: str) -> None:
+def test_another_format_or_stream_version_is_an_error(tmp_path: Path, field: str, value: object, message: str) -> None:
     path = tmp_path / "ledger.jsonl"
     with LedgerWriter(path, HEADER):
         pass
-    path.write_text(sealed(json.loads(path.read_text()) | {field: value}) + "\n")
+    path.write_text(with_crc(json.loads(path.read_text()) | {field: value}) + "\n")
     with pytest.raises(LedgerError, match=message):
         read_ledger(path)
 
@@ -174,55 +174,57 @@ def test_other_formats_and_streams_are_named(tmp_path: Path, field: str, value: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": [0.1, 0.2]}, "line 2: other learning rates than those of line 1"),
+        ({"lr": [0.1, 0.2]}, "line 2: the learning rates do not follow from the header"),
         ({"scalars": [0.1, 0.2]}, "line 2: a scalar is not a finite fp32 number"),
         ({"scalars": [1e300, 0.5]}, "line 2: a scalar is not a finite fp32 number"),
-        ({"scalars": [0.5]}, "line 2: expected 2 learning rates and 2 scalars"),
+        ({"scalars": [0.5]}, "line 2: 2 learning rates and 1 scalars, 2 and 2 were expected"),
         ({"clients": {"0": [math.inf]}}, "line 2: a scalar is not a finite fp32 number"),
-        ({"clients": {str(math.inf): [1]}}, "line 2: damaged round"),
-        ({"steps": math.inf}, "line 2: damaged round"),
-        ({"clients": math.inf}, "line 2: damaged round"),
-        ({"round": 2}, "line 2: holds round 2 where round 1 belongs"),
+        ({"clients": {str(math.inf): [1]}}, "line 2: the round is damaged"),
+        ({"steps": math.inf}, "line 2: the round is damaged"),
+        ({"clients": math.inf}, "line 2: the round is damaged"),
+        ({"round": 2}, "line 2: the line is of round 2, round 1 was expected"),
     ],
 )  # fmt: skip
-def test_lines_that_are_well_sealed_and_wrong(ledger: Path, change: dict[str, object], message: str) -> None:
-    """A checksum keeps nobody from making up a line."""
+def test_invalid_fields_under_a_valid_checksum_are_errors(
+    ledger: Path, change: dict[str, object], message: str
+) -> None:
+    """Anyone can compute the checksum of a forged line."""
     header, first = ledger.read_text().splitlines()[:2]
-    ledger.write_text(f"{header}\n{sealed(json.loads(first) | change, int(json.loads(header)['crc32'], 16))}\n")
+    ledger.write_text(f"{header}\n{with_crc(json.loads(first) | change, int(json.loads(header)['crc32'], 16))}\n")
     with pytest.raises(LedgerError, match=message):
         read_ledger(ledger)
 
 
-def test_a_line_nested_without_end(ledger: Path) -> None:
+def test_deeply_nested_json_is_an_error(ledger: Path) -> None:
     header = ledger.read_text().splitlines()[0]
     body = '{"round":' + "[" * 100_000
     crc = zlib.crc32(body.encode(), int(json.loads(header)["crc32"], 16))
     ledger.write_text(f'{header}\n{body},"crc32":"{crc:08x}"}}\n')
-    with pytest.raises(LedgerError, match="line 2: not JSON"):
+    with pytest.raises(LedgerError, match="line 2: the line is not JSON"):
         read_ledger(ledger)
 
 
-def sealed(fields: dict[str, object], before: int = 0) -> str:
-    """A line with these fields and the checksum that belongs to it."""
+def with_crc(fields: dict[str, object], previous_crc: int = 0) -> str:
+    """A line with these fields and the correct checksum."""
     body = json.dumps({name: value for name, value in fields.items() if name != "crc32"}, separators=(",", ":"))[:-1]
-    return f'{body},"crc32":"{zlib.crc32(body.encode(), before):08x}"}}'
+    return f'{body},"crc32":"{zlib.crc32(body.encode(), previous_crc):08x}"}}'
 
 
-def test_a_ledger_goes_on_behind_its_last_whole_line(ledger: Path) -> None:
-    whole = ledger.read_bytes()
+def test_writing_continues_after_the_last_complete_line(ledger: Path) -> None:
+    original = ledger.read_bytes()
     with LedgerWriter(ledger, HEADER, read_ledger(ledger)) as writer:
         writer.append(line(4))
     longer = ledger.read_bytes()
-    assert longer.startswith(whole)
-    ledger.write_bytes(longer[: len(whole) + 30])
+    assert longer.startswith(original)
+    ledger.write_bytes(longer[: len(original) + 30])
     with pytest.warns(UserWarning, match="dropped the torn last line 5"):
-        found = read_ledger(ledger)
-    with LedgerWriter(ledger, HEADER, found) as writer:
+        content = read_ledger(ledger)
+    with LedgerWriter(ledger, HEADER, content) as writer:
         writer.append(line(4))
     assert ledger.read_bytes() == longer
 
 
-def test_nothing_is_overwritten(ledger: Path) -> None:
+def test_an_existing_ledger_is_not_overwritten(ledger: Path) -> None:
     before = ledger.read_bytes()
     with pytest.raises(FileExistsError):
         LedgerWriter(ledger, HEADER)
@@ -231,7 +233,7 @@ def test_nothing_is_overwritten(ledger: Path) -> None:
 
 @pytest.fixture
 def small_disk(ledger: Path) -> Iterator[None]:
-    """Files may grow no further than 40 bytes beyond the ledger, which is the kernel's own way to say no."""
+    """Restores the limit of file sizes (RLIMIT_FSIZE), with which ``fill_up`` simulates a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield
@@ -239,13 +241,14 @@ def small_disk(ledger: Path) -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_fills_up_leaves_the_complete_rounds(tmp_path: Path, ledger: Path, small_disk: None) -> None:
+def test_a_full_disk_leaves_the_complete_rounds(tmp_path: Path, ledger: Path, small_disk: None) -> None:
     path = tmp_path / "second"
     with LedgerWriter(path, HEADER) as writer:
         fill_up(path, writer)
 
 
 def fill_up(path: Path, writer: LedgerWriter) -> None:
+    """Appends a round to a file that may grow by 40 bytes only, then once more without the limit."""
     writer.append(line(1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with pytest.raises(OSError, match="File too large"):

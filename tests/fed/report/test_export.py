@@ -1,4 +1,4 @@
-"""Checkpoints, deltas and model cards of runs, as programs without this package see them."""
+"""Checkpoints, deltas and model cards of runs, as programs without this package read them."""
 
 import json
 import os
@@ -31,21 +31,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights:UserWarning")
 ROUNDS = 3
 
 
-def done(*arguments: object) -> str:
+def succeed(*arguments: object) -> str:
+    """Runs a command that must succeed. Returns its output."""
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
 
-def error(*arguments: object) -> str:
+def fail(*arguments: object) -> str:
+    """Runs a command that must fail with one error line. Returns its output."""
     result = call(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     return result.output
 
 
-# Hashes what a checkpoint holds, in a process that has transformers alone.
-ELSEWHERE = """
+# Program that hashes checkpoints with transformers alone, without this package.
+HASH_CHECKPOINTS = """
 import hashlib, json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,25 +67,30 @@ print(json.dumps(found))
 """
 
 
-def elsewhere(*checkpoints: Path) -> list[dict[str, Any]]:
-    ran = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *map(str, checkpoints)], capture_output=True, text=True,
+def hash_checkpoints(*checkpoints: Path) -> list[dict[str, Any]]:
+    """Loads checkpoints in a process without this package.
+
+    Returns:
+        For each: fingerprint of the weights, dtype, token ids of a text, and SHA-256 of its logits.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", HASH_CHECKPOINTS, *map(str, checkpoints)], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd="/",
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    found: list[dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    assert process.returncode == 0, process.stderr
+    hashes: list[dict[str, Any]] = json.loads(process.stdout.splitlines()[-1])
+    return hashes
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class Trained:
     """A base model, its data, and a run on them.
 
     Args:
-        arguments: of `run`, but for rounds and output.
-        model: as ``--model`` takes it.
-        dtype: of the weights.
-        run: of three rounds.
+        arguments: arguments of ``meerkat-engine run``, except rounds and output.
+        model: value of ``--model``.
+        dtype: dtype of the weights.
+        run: directory of a run of three rounds.
     """
 
     arguments: list[object]
@@ -92,7 +99,7 @@ class World:
     run: Path
 
 
-def make_world(root: Path, model: str, dtype: str, *more: object) -> World:
+def train(root: Path, model: str, dtype: str, *more: object) -> Trained:
     arguments: list[object] = ["--dtype", dtype, "--local-steps", "2", *more]
     if model == "llama":
         words = "good bad fine poor film It was terrible great the a"
@@ -112,41 +119,41 @@ def make_world(root: Path, model: str, dtype: str, *more: object) -> World:
                       "--clients", 2, "--density", 0.05, "--lr", 0.05]  # fmt: skip
     else:
         arguments += ["--calibration-texts", 32, "--eval-examples", 40]
-    done("run", *arguments, "--rounds", ROUNDS, "--eval-every", 2, "--output", root / "run")
-    return World(arguments=arguments, model=model, dtype=dtype, run=root / "run")
+    succeed("run", *arguments, "--rounds", ROUNDS, "--eval-every", 2, "--output", root / "run")
+    return Trained(arguments=arguments, model=model, dtype=dtype, run=root / "run")
 
 
 @pytest.fixture(
     scope="module", params=[(m, d) for m in ("embedded", "llama") for d in ("float32", "bfloat16")], ids="-".join
 )
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), *request.param)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("trained"), *request.param)
 
 
 @pytest.fixture(scope="module")
-def llama_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("llama"), "llama", "float32")
+def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("llama"), "llama", "float32")
 
 
-def test_checkpoints_have_the_runs_bits_elsewhere(world: World, tmp_path: Path) -> None:
-    """The end, a middle round (the live end of a run of that many rounds), the base, and base + delta."""
-    done("run", *world.arguments, "--rounds", 2, "--output", tmp_path / "shorter")
-    assert "the same bits as at the end" in done(
-        "replay", world.run, "--output", tmp_path / "end", "--delta", tmp_path / "delta"
+def test_transformers_loads_checkpoints_with_the_bits_of_the_run(trained: Trained, tmp_path: Path) -> None:
+    """For the last round, a middle round (compared with a run of so many rounds), the base model, and base + delta."""
+    succeed("run", *trained.arguments, "--rounds", 2, "--output", tmp_path / "shorter")
+    assert "the same bits as at the end" in succeed(
+        "replay", trained.run, "--output", tmp_path / "end", "--delta", tmp_path / "delta"
     )
-    middle = done("replay", world.run, "--round", 2, "--output", tmp_path / "middle")
+    middle = succeed("replay", trained.run, "--round", 2, "--output", tmp_path / "middle")
     assert f"the ledger goes on to round {ROUNDS}: no fingerprint to compare with" in middle
-    done("replay", world.run, "--round", 0, "--output", tmp_path / "base")
-    done("apply", tmp_path / "delta", "--model", world.model, "--output", tmp_path / "applied")
-    end, middle_, base, applied = elsewhere(*(tmp_path / name for name in ("end", "middle", "base", "applied")))
-    summary = summary_of(world.run)
+    succeed("replay", trained.run, "--round", 0, "--output", tmp_path / "base")
+    succeed("apply", tmp_path / "delta", "--model", trained.model, "--output", tmp_path / "applied")
+    end, middle_, base, applied = hash_checkpoints(*(tmp_path / name for name in ("end", "middle", "base", "applied")))
+    summary = summary_of(trained.run)
     assert end["weights"] == applied["weights"] == summary["weights"]
     assert middle_["weights"] == summary_of(tmp_path / "shorter")["weights"]
     assert base["weights"] == summary["base"]
     assert len({end["weights"], middle_["weights"], base["weights"]}) == 3
-    assert {found["dtype"] for found in (end, middle_, base, applied)} == {f"torch.{world.dtype}"}
+    assert {found["dtype"] for found in (end, middle_, base, applied)} == {f"torch.{trained.dtype}"}
 
-    live = replay_run(world.run).lm
+    live = replay_run(trained.run).lm
     ids = live.tokenizer("a good film It was", return_tensors="pt")["input_ids"]
     assert end["ids"] == ids.tolist()
     with torch.inference_mode():
@@ -163,14 +170,14 @@ def card_rows(checkpoint: Path) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
-def test_the_card_says_what_made_the_model(llama_world: World, tmp_path: Path) -> None:
-    run = llama_world.run
-    done("replay", run, "--output", tmp_path / "film-critic")
+def test_the_card_describes_the_run(trained_llama: Trained, tmp_path: Path) -> None:
+    run = trained_llama.run
+    succeed("replay", run, "--output", tmp_path / "film-critic")
     summary = summary_of(run)
     rows = card_rows(tmp_path / "film-critic")
-    assert rows["base model"] == f"`{llama_world.model}`"
+    assert rows["base model"] == f"`{trained_llama.model}`"
     assert rows["method"] == f"meerkat, {summary['masked_elements']:,} of {summary['elements']:,} elements"
-    assert rows["task"] == f"sst2; data from `{Path(llama_world.model).parent / 'data'}`"
+    assert rows["task"] == f"sst2; data from `{Path(trained_llama.model).parent / 'data'}`"
     assert rows["rounds"] == "3 of 3 in the ledger"
     assert rows["local steps"] == f"{summary['steps']} in these rounds"
     assert rows["bytes sent"] == f"{summary['bytes_up']:,} by the clients, {summary['bytes_down']:,} to them"
@@ -182,7 +189,7 @@ def test_the_card_says_what_made_the_model(llama_world: World, tmp_path: Path) -
     assert rows["weights fingerprint"] == f"`{summary['weights']}`"
     card = ModelCard.load(tmp_path / "film-critic" / "README.md")
     assert card.data.library_name == "transformers"
-    assert card.data.base_model is None  # a directory is no name on the hub
+    assert card.data.base_model is None  # a directory, so not a name on the hub
     assert {"meerkat-engine", "meerkat"} <= set(card.data.tags)
     assert card.data.model_name == "film-critic"
     assert [(r.dataset_type, r.dataset_config, r.metric_name, r.metric_value) for r in card.data.eval_results] == [
@@ -191,10 +198,10 @@ def test_the_card_says_what_made_the_model(llama_world: World, tmp_path: Path) -
     ]
 
 
-def test_the_card_of_a_round_has_that_rounds_figures(llama_world: World, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (llama_world.run / "metrics.jsonl").read_text().splitlines()]
+def test_the_card_of_a_round_has_the_metrics_of_that_round(trained_llama: Trained, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (trained_llama.run / "metrics.jsonl").read_text().splitlines()]
     for number in (1, 2):  # round 1 was not evaluated, round 2 was
-        done("replay", llama_world.run, "--round", number, "--output", tmp_path / str(number))
+        succeed("replay", trained_llama.run, "--round", number, "--output", tmp_path / str(number))
     one, two = (card_rows(tmp_path / name) for name in "12")
     assert one["accuracy"].endswith("before, not evaluated after")
     assert ModelCard.load(tmp_path / "1" / "README.md").data.eval_results is None
@@ -206,11 +213,11 @@ def test_the_card_of_a_round_has_that_rounds_figures(llama_world: World, tmp_pat
     assert "replay RUN --round 2 --output DIR" in (tmp_path / "2" / "README.md").read_text()
 
 
-def test_the_command_on_the_card_makes_the_run_again(llama_world: World, tmp_path: Path) -> None:
-    done("replay", llama_world.run, "--output", tmp_path / "out")
+def test_the_command_on_the_card_reproduces_the_run(trained_llama: Trained, tmp_path: Path) -> None:
+    succeed("replay", trained_llama.run, "--output", tmp_path / "out")
     again = (tmp_path / "out" / "README.md").read_text().split("```sh\nmeerkat-engine ")[1].splitlines()[0]
-    done(*shlex.split(again.replace("--output RUN", f"--output {tmp_path / 'again'}")))
-    assert (tmp_path / "again" / "ledger.jsonl").read_bytes() == (llama_world.run / "ledger.jsonl").read_bytes()
+    succeed(*shlex.split(again.replace("--output RUN", f"--output {tmp_path / 'again'}")))
+    assert (tmp_path / "again" / "ledger.jsonl").read_bytes() == (trained_llama.run / "ledger.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -224,30 +231,30 @@ def test_the_command_on_the_card_makes_the_run_again(llama_world: World, tmp_pat
     ],
     ids=str,
 )
-def test_commands_say_every_setting(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_command_gives_all_settings(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[RunConfig] = []
 
-    def note(config: RunConfig, *_: object, **__: object) -> None:
+    def record(config: RunConfig, *_: object, **__: object) -> None:
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", note)
+    monkeypatch.setattr(cli, "execute", record)
     config = make_config(settings)
     call(*shlex.split(run_command(config))[1:], "--output", "nowhere")
     assert seen == [config]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "decomfl", "meerkat-vp", "full-fedzo"])
-def test_rounds_of_every_kind_of_ledger(method: str, tmp_path: Path) -> None:
-    few = ["--local-steps", 2, "--calibration-texts", 16, "--eval-examples", 20, "--method", method, "--vp-steps", 50,
+def test_a_round_is_exported_from_every_kind_of_ledger(method: str, tmp_path: Path) -> None:
+    small = ["--local-steps", 2, "--calibration-texts", 16, "--eval-examples", 20, "--method", method, "--vp-steps", 50,
            "--vp-null-paths", 3]  # fmt: skip
-    done("run", *few, "--rounds", 2, "--output", tmp_path / "two")
-    done("run", *few, "--rounds", 1, "--output", tmp_path / "one")
-    done("replay", tmp_path / "two", "--round", 1, "--delta", tmp_path / "delta", "--output", tmp_path / "out")
+    succeed("run", *small, "--rounds", 2, "--output", tmp_path / "two")
+    succeed("run", *small, "--rounds", 1, "--output", tmp_path / "one")
+    succeed("replay", tmp_path / "two", "--round", 1, "--delta", tmp_path / "delta", "--output", tmp_path / "out")
     delta = Delta.load(tmp_path / "delta")
     assert delta.weights == summary_of(tmp_path / "one")["weights"]
     assert (delta.method, delta.round) == (method, 1)
-    done("apply", tmp_path / "delta", "--model", "embedded", "--output", tmp_path / "applied")
+    succeed("apply", tmp_path / "delta", "--model", "embedded", "--output", tmp_path / "applied")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "applied"))
     assert a == b
     calibration = {"meerkat-vp": 4 * 50}.get(method, 0)
@@ -256,75 +263,78 @@ def test_rounds_of_every_kind_of_ledger(method: str, tmp_path: Path) -> None:
     assert shown == ("at most 2 of each client a round" if method == "fedavg" else f"{steps} in these rounds")
 
 
-def test_adapters_have_no_delta(tmp_path: Path) -> None:
-    done("run", "--method", "lora-fedzo", "--rounds", 1, "--local-steps", 1, "--eval-examples", 20, "--output",
+def test_a_run_of_adapters_has_a_checkpoint_but_no_delta(tmp_path: Path) -> None:
+    succeed("run", "--method", "lora-fedzo", "--rounds", 1, "--local-steps", 1, "--eval-examples", 20, "--output",
          tmp_path / "r")  # fmt: skip
-    output = error("replay", tmp_path / "r", "--delta", tmp_path / "d", "--output", tmp_path / "out")
-    assert "lora-fedzo trains adapters, for which a base model has no place, so there is no delta; --output" in output
+    output = fail("replay", tmp_path / "r", "--delta", tmp_path / "d", "--output", tmp_path / "out")
+    assert (
+        "lora-fedzo trains adapters, which the base model does not have, so there is no delta; use --output" in output
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r"]
-    done("replay", tmp_path / "r", "--output", tmp_path / "out")
-    (found,) = elsewhere(tmp_path / "out")
+    succeed("replay", tmp_path / "r", "--output", tmp_path / "out")
+    (found,) = hash_checkpoints(tmp_path / "out")
     assert card_rows(tmp_path / "out")["weights fingerprint"] == f"`{found['weights']}`"
 
 
-def test_rounds_that_are_not_there(llama_world: World, tmp_path: Path) -> None:
+def test_replay_rejects_rounds_that_the_ledger_does_not_hold(trained_llama: Trained, tmp_path: Path) -> None:
     for number in (4, -1):
-        assert f"ledger.jsonl holds 3 rounds; round {number} was asked for" in error(
-            "replay", llama_world.run, "--round", number, "--output", tmp_path / "out"
+        assert f"ledger.jsonl holds 3 rounds; round {number} was requested" in fail(
+            "replay", trained_llama.run, "--round", number, "--output", tmp_path / "out"
         )
     assert not list(tmp_path.iterdir())
 
 
-def test_directories_that_are_no_runs(tmp_path: Path) -> None:
+def test_replay_rejects_directories_without_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
-    assert f"{tmp_path} is no run directory: it has no mask.safetensors and no ledger" in error("replay", tmp_path)
+    assert f"{tmp_path} is not a run directory: it has no mask.safetensors and no ledger" in fail("replay", tmp_path)
     for name in ("missing", "config.toml"):
-        assert f"{name} is no run directory: there is no such directory" in error("replay", tmp_path / name)
+        assert f"{name} is not a run directory: there is no such directory" in fail("replay", tmp_path / name)
 
 
-def test_a_run_that_did_not_finish_is_exported_with_what_is_known(llama_world: World, tmp_path: Path) -> None:
-    shutil.copytree(llama_world.run, tmp_path / "run")
+def test_a_run_that_did_not_finish_is_exported_without_metrics(trained_llama: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained_llama.run, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    output = done("replay", tmp_path / "run", "--output", tmp_path / "out")
+    output = succeed("replay", tmp_path / "run", "--output", tmp_path / "out")
     assert "the run did not finish: no fingerprint to compare with" in output
     rows = card_rows(tmp_path / "out")
-    assert rows["bytes sent"] == "not known"
+    assert rows["bytes sent"] == "unknown"
     assert rows["accuracy"] == "not evaluated before, not evaluated after"
-    assert rows["weights fingerprint"] == f"`{summary_of(llama_world.run)['weights']}`"
+    assert rows["weights fingerprint"] == f"`{summary_of(trained_llama.run)['weights']}`"
 
 
-def test_a_base_model_that_was_moved(llama_world: World, tmp_path: Path) -> None:
-    shutil.copytree(llama_world.run, tmp_path / "run")
+def test_a_base_model_that_was_moved_is_given_by_model(trained_llama: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained_llama.run, tmp_path / "run")
     config = (tmp_path / "run" / "config.toml").read_text()
-    (tmp_path / "run" / "config.toml").write_text(config.replace(llama_world.model, "no/where"))
-    output = error("replay", tmp_path / "run")
-    assert f"({tmp_path / 'run' / 'config.toml'} names it; --model says where it lies now)" in output
-    assert "the same bits" in done("replay", tmp_path / "run", "--model", llama_world.model)
+    (tmp_path / "run" / "config.toml").write_text(config.replace(trained_llama.model, "no/where"))
+    output = fail("replay", tmp_path / "run")
+    assert f"({tmp_path / 'run' / 'config.toml'} names this model; if it was moved, give --model)" in output
+    assert "the same bits" in succeed("replay", tmp_path / "run", "--model", trained_llama.model)
     make_model(vocabulary=300, seed=1).save_pretrained(tmp_path / "other")  # type: ignore[operator]
     make_tokenizer("a").save_pretrained(tmp_path / "other")
-    assert f"{tmp_path / 'other'} has " in error("replay", tmp_path / "run", "--model", tmp_path / "other")
-    done("replay", tmp_path / "run", "--model", llama_world.model, "--delta", tmp_path / "d")
-    assert "with fingerprint" in error("apply", tmp_path / "d", "--model", tmp_path / "other", "--output",
+    assert f"{tmp_path / 'other'} has " in fail("replay", tmp_path / "run", "--model", tmp_path / "other")
+    succeed("replay", tmp_path / "run", "--model", trained_llama.model, "--delta", tmp_path / "d")
+    assert "with fingerprint" in fail("apply", tmp_path / "d", "--model", tmp_path / "other", "--output",
                                        tmp_path / "out")  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten(llama_world: World, tmp_path: Path) -> None:
-    done("replay", llama_world.run, "--delta", tmp_path / "d")
+def test_replay_and_apply_overwrite_nothing(trained_llama: Trained, tmp_path: Path) -> None:
+    succeed("replay", trained_llama.run, "--delta", tmp_path / "d")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("empty", "file", "link", "d"):
-        for words in (["replay", llama_world.run], ["apply", tmp_path / "d", "--model", llama_world.model]):
-            assert f"{name} exists already; choose another place" in error(*words, "--output", tmp_path / name)
-        assert f"{name} exists already; choose another place" in error(
-            "replay", llama_world.run, "--delta", tmp_path / name
+        for words in (["replay", trained_llama.run], ["apply", tmp_path / "d", "--model", trained_llama.model]):
+            assert f"{name} exists already; choose another place" in fail(*words, "--output", tmp_path / name)
+        assert f"{name} exists already; choose another place" in fail(
+            "replay", trained_llama.run, "--delta", tmp_path / name
         )
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "empty").iterdir())
 
 
-def in_a_process(before: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+def call_in_process(before: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Runs a command in another process, after some statements."""
     script = f"import os, resource, signal, sys\n{before}\nfrom meerkat_engine.cli import main\nmain(sys.argv[1:])\n"
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
@@ -332,56 +342,56 @@ def in_a_process(before: str, *arguments: object) -> "subprocess.CompletedProces
     )  # fmt: skip
 
 
-def test_a_killed_export_leaves_no_checkpoint(llama_world: World, tmp_path: Path) -> None:
-    """Killed after the weights were written and before the tokenizer."""
+def test_a_killed_export_leaves_no_checkpoint(trained_llama: Trained, tmp_path: Path) -> None:
+    """Kills the process after it wrote the weights and before the tokenizer."""
     kill = (
         "import transformers\n"
         "transformers.PreTrainedTokenizerBase.save_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
     )
-    ran = in_a_process(kill, "replay", llama_world.run, "--output", tmp_path / "out")
-    assert ran.returncode == -9, ran.stderr
+    process = call_in_process(kill, "replay", trained_llama.run, "--output", tmp_path / "out")
+    assert process.returncode == -9, process.stderr
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.")
-    assert list(left.rglob("model.safetensors"))  # it was on its way
-    done("replay", llama_world.run, "--output", tmp_path / "out")
+    assert list(left.rglob("model.safetensors"))
+    succeed("replay", trained_llama.run, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("words", [11, 5000], ids=["weights", "tokenizer"])
-def test_a_full_disk_leaves_nothing_and_is_one_error(llama_world: World, tmp_path: Path, words: int) -> None:
-    """Files may not grow beyond a size that the largest, weights or tokenizer, has not room in."""
+def test_a_full_disk_is_one_error_and_leaves_no_files(trained_llama: Trained, tmp_path: Path, words: int) -> None:
+    """The size of files is limited to less than that of the largest file, which is the weights or the tokenizer."""
     base = tmp_path / "base"
-    shutil.copytree(llama_world.model, base)
-    if words > 11:  # the weights are those of the run, and the tokenizer is larger than they are
+    shutil.copytree(trained_llama.model, base)
+    if words > 11:  # makes the tokenizer larger than the weights
         make_tokenizer(" ".join(f"word{i}" for i in range(words))).save_pretrained(base)
     limit = 110_000 if words > 11 else 40_000
     assert ((base / "model.safetensors").stat().st_size < limit) == (words > 11)
     full = f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)"
-    ran = in_a_process(full, "replay", llama_world.run, "--model", base, "--output", tmp_path / "out")
-    assert ran.returncode == 1
-    assert f"Error: cannot write the checkpoint {tmp_path / 'out'}: " in ran.stderr
-    assert "File too large" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    process = call_in_process(full, "replay", trained_llama.run, "--model", base, "--output", tmp_path / "out")
+    assert process.returncode == 1
+    assert f"Error: cannot write the checkpoint {tmp_path / 'out'}: " in process.stderr
+    assert "File too large" in process.stderr
+    assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_places_that_cannot_be_written(llama_world: World, tmp_path: Path) -> None:
+def test_output_paths_that_cannot_be_written_are_named(trained_llama: Trained, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    output = error("replay", llama_world.run, "--output", tmp_path / "file" / "out")
+    output = fail("replay", trained_llama.run, "--output", tmp_path / "file" / "out")
     assert f"cannot write the checkpoint {tmp_path / 'file' / 'out'}: " in output
-    assert f"cannot write {tmp_path / 'no' / 'd'}: No such file" in error(
-        "replay", llama_world.run, "--delta", tmp_path / "no" / "d"
+    assert f"cannot write {tmp_path / 'no' / 'd'}: No such file" in fail(
+        "replay", trained_llama.run, "--delta", tmp_path / "no" / "d"
     )
-    done("replay", llama_world.run, "--output", tmp_path / "new" / "deeper" / "out")
+    succeed("replay", trained_llama.run, "--output", tmp_path / "new" / "deeper" / "out")
 
 
 @pytest.fixture
-def coded(llama_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """The world's base in DIR/coded, with code of its own; says whether that ran, and forgets it."""
+def coded(trained_llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """The base model in DIR/coded, with Python code. The function returns whether that ran since the last call."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     base, proof = tmp_path / "coded", tmp_path / "proof"
-    shutil.copytree(llama_world.model, base)
+    shutil.copytree(trained_llama.model, base)
     config = json.loads((base / "config.json").read_text())
     classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (base / "config.json").write_text(json.dumps(config | {"model_type": "made-up", "auto_map": classes}))
@@ -393,42 +403,44 @@ def coded(llama_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
     def ran() -> bool:
-        found = proof.exists()
+        exists = proof.exists()
         proof.unlink(missing_ok=True)
-        return found
+        return exists
 
     return ran
 
 
-def test_code_of_a_model_runs_by_a_flag_alone(coded: Callable[[], bool], llama_world: World, tmp_path: Path) -> None:
-    base, refused = tmp_path / "coded", "it needs code of its own; read that, and if you trust it, give --trust-remote-"
-    done("replay", llama_world.run, "--delta", tmp_path / "d")
+def test_code_of_a_model_only_runs_with_the_flag(
+    coded: Callable[[], bool], trained_llama: Trained, tmp_path: Path
+) -> None:
+    base, message = tmp_path / "coded", "it needs code of its own; read that, and if you trust it, give --trust-remote-"
+    succeed("replay", trained_llama.run, "--delta", tmp_path / "d")
     data = tmp_path / "coded-data"
-    shutil.copytree(Path(llama_world.model).parent / "data", data)
+    shutil.copytree(Path(trained_llama.model).parent / "data", data)
     commands: list[list[object]] = [
-        ["replay", llama_world.run, "--model", base, "--output", tmp_path / "replayed"],
+        ["replay", trained_llama.run, "--model", base, "--output", tmp_path / "replayed"],
         ["apply", tmp_path / "d", "--model", base, "--output", tmp_path / "applied"],
         ["mask", "--model", base, "--data-dir", data, "--output", tmp_path / "mask"],
     ]
     for command in commands:
-        assert refused in error(*command)
+        assert message in fail(*command)
         assert not coded()
-        done(*command, "--trust-remote-code")
+        succeed(*command, "--trust-remote-code")
         assert coded()
-    assert refused in error("run", "--model", base, "--task", "sst2", "--data-dir", data, "--output", tmp_path / "r")
+    assert message in fail("run", "--model", base, "--task", "sst2", "--data-dir", data, "--output", tmp_path / "r")
     assert not coded()
 
 
-def test_no_file_can_ask_for_code_to_run(
-    coded: Callable[[], bool], llama_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_settings_file_can_make_code_run(
+    coded: Callable[[], bool], trained_llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(llama_world.run, tmp_path / "run")
+    shutil.copytree(trained_llama.run, tmp_path / "run")
     config = (tmp_path / "run" / "config.toml").read_text()
-    (tmp_path / "run" / "config.toml").write_text(config.replace(llama_world.model, str(tmp_path / "coded")))
-    assert "it needs code of its own" in error("replay", tmp_path / "run")
+    (tmp_path / "run" / "config.toml").write_text(config.replace(trained_llama.model, str(tmp_path / "coded")))
+    assert "it needs code of its own" in fail("replay", tmp_path / "run")
     (tmp_path / "run" / "config.toml").write_text(f"trust_remote_code = true\n{config}")
     for command in (["replay", tmp_path / "run"], ["run", "--config", tmp_path / "run" / "config.toml"]):
-        assert "unknown setting 'trust_remote_code'" in error(*command)
+        assert "unknown setting 'trust_remote_code'" in fail(*command)
     assert not coded()
     given: list[object] = []
     monkeypatch.setattr(cli, "execute", lambda *_, trust_remote_code, pool: given.append(trust_remote_code) or {}[0])

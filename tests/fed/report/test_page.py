@@ -1,4 +1,4 @@
-"""Reports: from run directories to one page that needs nothing beside itself."""
+"""Reports: one self-contained HTML page about run directories."""
 
 import base64
 import io
@@ -30,12 +30,12 @@ SMALL = (
     "--eval-every",
     "1",
 )
-VOID = {"meta", "img", "source"}
+VOID = {"meta", "img", "source"}  # tags without an end tag
 RED = (0xD6, 0x27, 0x28)  # matplotlib's C3
 
 
 class Page(HTMLParser):
-    """A page's cells by row, its attributes by tag, and whether its tags are balanced."""
+    """A parsed page: its tags with attributes, its table rows and its text. Fails if the tags are not balanced."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -64,16 +64,18 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, name: str) -> list[str]:
-        (found,) = [row[1:] for row in self.rows if row[0] == name]
-        return found
+        """The cells of the only row of that name."""
+        (cells,) = [row[1:] for row in self.rows if row[0] == name]
+        return cells
 
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        """The attributes of each element of a tag."""
         return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of a random mask, which has no gradient and so no GradIP."""
+    """Two runs of a random mask, which has no gradient and so no GradIP."""
     root = tmp_path_factory.mktemp("runs")
     for name, lr in (("slow", "0.01"), ("fast", "0.5")):
         result = call("run", *SMALL, "--method", "random-mask", "--lr", lr, "--output", root / name)
@@ -82,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def copy_of(run: Path, to: Path, **more: Any) -> Path:
-    """A run with more in its summary."""
+    """Copies a run directory and adds fields to its summary."""
     shutil.copytree(run, to)
     lines = (to / "metrics.jsonl").read_text().splitlines()
     lines[-1] = json.dumps({"summary": summary_of(run) | more})
@@ -91,7 +93,7 @@ def copy_of(run: Path, to: Path, **more: Any) -> Path:
 
 
 def write_gradip(run: Path, rounds: dict[int, dict[str, list[float]]]) -> None:
-    """Measures that tell each other apart: the norm is ten times GradIP, the cosine a tenth."""
+    """Writes ``gradip.jsonl``. To be distinguishable, the norm is ten times GradIP and the cosine a tenth."""
     lines = []
     for number, clients in rounds.items():
         paths = {
@@ -112,10 +114,11 @@ def pixels(uri: str) -> Any:
 
 
 def share_of(color: tuple[int, int, int], uri: str) -> float:
+    """Share of the pixels that have about this colour."""
     return float((np.abs(pixels(uri) - color).sum(1) < 30).mean())
 
 
-def test_the_page_of_a_run_says_what_its_summary_says(runs: list[Path], tmp_path: Path) -> None:
+def test_the_page_of_a_run_shows_its_summary(runs: list[Path], tmp_path: Path) -> None:
     run = copy_of(runs[0], tmp_path / "r")
     result = call("report", run)
     assert result.exit_code == 0, result.output
@@ -127,11 +130,11 @@ def test_the_page_of_a_run_says_what_its_summary_says(runs: list[Path], tmp_path
     assert page.row("trained elements") == ["838 of 83,776"]
     assert page.row("bytes up") == [f"{s['bytes_up']:,}"]
     assert page.row("bytes down") == [f"{s['bytes_down']:,}"]
-    assert page.row("mask bytes, to each client once") == ["6,704"]
-    assert page.row("local steps in all") == ["16"]
-    assert page.row("forward share of a step") == [f"{s['forward_share_of_step']:.1%}"]
+    assert page.row("bytes of the mask, sent to each client once") == ["6,704"]
+    assert page.row("local steps, total") == ["16"]
+    assert page.row("share of forward passes in a step") == [f"{s['forward_share_of_step']:.1%}"]
     assert page.row("truncated examples, training and held-out") == ["0 and 0"]
-    assert page.row("weights, digest") == [s["weights"][:12]]
+    assert page.row("weights, fingerprint") == [s["weights"][:12]]
     for i, counts in enumerate(s["examples_by_client_and_label"]):
         assert page.row(str(i)) == [str(sum(counts)), *map(str, counts)]
     assert f"meerkat-engine run --config {run}/config.toml --output NEW\nmeerkat-engine replay {run}" in page.text
@@ -141,7 +144,7 @@ def test_the_page_of_a_run_says_what_its_summary_says(runs: list[Path], tmp_path
     assert "flagged" not in page.text
 
 
-def test_the_page_needs_nothing_and_is_accessible(runs: list[Path], tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_accessible(runs: list[Path], tmp_path: Path) -> None:
     assert call("report", *runs, "--output", tmp_path / "r.html").exit_code == 0
     page = Page(tmp_path / "r.html")
     assert not page.attributes("script")
@@ -164,7 +167,9 @@ def test_the_page_needs_nothing_and_is_accessible(runs: list[Path], tmp_path: Pa
     assert len(page.attributes("table")) == len([d for d in page.attributes("div") if d.get("role") == "region"]) - 2
 
 
-def test_runs_side_by_side(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_are_compared_in_one_page(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("report", *runs).output == "wrote report.html\n"
     page = Page(tmp_path / "report.html")
@@ -173,16 +178,18 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path, monkeypatch: pytest
     assert "rounds R" not in [row[0] for row in page.rows]
     assert re.search(r"rounds R\s*2\s", page.text)
     assert "dirichlet(0.5), drawn per class" in page.text
-    assert page.row("weights, digest") == [summary_of(run)["weights"][:12] for run in runs]
+    assert page.row("weights, fingerprint") == [summary_of(run)["weights"][:12] for run in runs]
 
 
-def test_runs_of_one_name_are_called_by_their_paths(runs: list[Path], tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_shown_by_their_paths(runs: list[Path], tmp_path: Path) -> None:
     other = copy_of(runs[0], tmp_path / "slow")
     assert call("report", runs[0], other, "--output", tmp_path / "r.html").exit_code == 0
     assert Page(tmp_path / "r.html").row("run") == [str(runs[0]), str(other)]
 
 
-def test_what_the_curves_show(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_have_the_values_of_the_metrics(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = []
 
     def record(panels: dict[str, list[Curve]], *rest: Any, **more: Any) -> Picture:
@@ -204,7 +211,7 @@ def test_what_the_curves_show(runs: list[Path], tmp_path: Path, monkeypatch: pyt
         assert by_bytes["accuracy"][i] == Curve(run.name, [first, total], curve.y[1:])
 
 
-def test_names_and_words_from_files_are_escaped(runs: list[Path], tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(runs: list[Path], tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
     words = ["<script>alert(2)</script>", "_$\\bad$"]
     run = copy_of(
@@ -234,8 +241,8 @@ def test_names_and_words_from_files_are_escaped(runs: list[Path], tmp_path: Path
     assert page.row("model")[0] == words[0]
 
 
-@pytest.mark.parametrize("calibrated", [True, False], ids=["calibration path", "training rounds"])
-def test_gradip_along_the_path(
+@pytest.mark.parametrize("calibrated", [True, False], ids=["virtual path", "training rounds"])
+def test_gradip_is_drawn_along_the_path(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
 ) -> None:
     run = copy_of(runs[0], tmp_path / "r", stopped=[3], precision=0.5, recall=1.0)
@@ -256,7 +263,7 @@ def test_gradip_along_the_path(
     assert paths["1"]["gradip"] == one
     assert paths["3"] == {"gradip": three, "norm": [10 * v for v in three], "cosine": [v / 10 for v in three]}
     assert stopped == {"3"}
-    assert x_label == f"local step {'of the calibration path' if calibrated else 'of training, all rounds in turn'}"
+    assert x_label == f"local step {'of the virtual path' if calibrated else 'of training, over all rounds'}"
     assert alt.endswith("Stopped clients, in another colour: 3.")
     page = Page(run / "report.html")
     assert page.row("stopped clients") == ["3"]
@@ -270,7 +277,7 @@ def test_stopped_clients_have_another_colour() -> None:
     assert share_of(RED, draw_paths(paths, set(), "x", "").light) == 0
 
 
-def test_the_path_is_a_moving_mean_of_magnitudes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_drawn_as_a_moving_mean_of_absolute_values(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
     plotted = []
@@ -287,13 +294,13 @@ def test_the_path_is_a_moving_mean_of_magnitudes(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(plotted[0][1], [4.5, 5.5, 6.5])
 
 
-def test_a_path_of_zeros_or_of_no_steps_is_drawn() -> None:
+def test_paths_of_zeros_or_of_no_steps_are_drawn() -> None:
     none: dict[str, list[float]] = {"gradip": [], "norm": [], "cosine": []}
     draw_paths({"0": {measure: [0.0, 0.0] for measure in none}, "1": none}, {"1"}, "x", "")
 
 
-def test_statistics_of_virtual_path_selection(runs: list[Path], tmp_path: Path) -> None:
-    """Flagged is what lies above both thresholds, not what was stopped: the ablation stops others."""
+def test_clients_above_both_thresholds_are_flagged(runs: list[Path], tmp_path: Path) -> None:
+    """Flagged clients need not be the stopped ones: random-stop stops others."""
     run = copy_of(
         runs[0],
         tmp_path / "r",
@@ -308,7 +315,7 @@ def test_statistics_of_virtual_path_selection(runs: list[Path], tmp_path: Path) 
     )
     assert call("report", run).exit_code == 0
     page = Page(run / "report.html")
-    start = page.rows.index(["client", "rho_later", "rho_quie", "flagged", "one label only"])
+    start = page.rows.index(["client", "rho_later", "rho_quie", "flagged", "single label"])
     assert page.rows[start + 1 :] == [
         ["2", "2", "0.1", "no", "no"],
         ["3", "1", "0.5", "no", "no"],
@@ -328,14 +335,14 @@ def test_at_most_forty_clients_are_drawn(runs: list[Path], tmp_path: Path, clien
     assert "40" not in [row[0] for row in page.rows]
 
 
-def test_a_bar_is_as_long_as_its_examples() -> None:
+def test_the_length_of_a_bar_is_its_number_of_examples() -> None:
     picture = draw_histogram(["a", "b"], ["x", "y"], [[10, 0], [0, 30]], "")
     blue, orange = share_of((0x1F, 0x77, 0xB4), picture.light), share_of((0xFF, 0x7F, 0x0E), picture.light)
     assert orange / blue == pytest.approx(3, rel=0.15)
 
 
-def test_a_run_with_early_stopping_has_its_paths_and_statistics(tmp_path: Path) -> None:
-    """A real one: nothing in it is made up."""
+def test_a_run_with_early_stopping_is_shown_with_paths_and_statistics(tmp_path: Path) -> None:
+    """With a real run, whose files are not modified."""
     settings = ["--vp-steps", "12", "--vp-initial", "4", "--vp-later", "6", "--vp-null-paths", "3"]
     stop_all = ["--vp-rho-later", "0", "--vp-rho-quie", "0", "--vp-sigma", "1e9"]
     run = tmp_path / "r"
@@ -345,12 +352,12 @@ def test_a_run_with_early_stopping_has_its_paths_and_statistics(tmp_path: Path) 
     page, s = Page(run / "report.html"), summary_of(run)
     assert page.row("stopped clients") == [", ".join(map(str, s["stopped"]))]
     assert len(s["stopped"]) == 4
-    assert "local step of the calibration path" in str([image["alt"] for image in page.attributes("img")])
+    assert "local step of the virtual path" in str([image["alt"] for image in page.attributes("img")])
     rows = [row for row in page.rows if len(row) == 5 and row[0] in s["vp_statistics"]]
     assert [row[3] for row in rows] == ["yes"] * 4
 
 
-def test_a_run_of_very_many_clients_lacks_the_section(runs: list[Path], tmp_path: Path) -> None:
+def test_a_run_of_very_many_clients_has_no_section_about_them(runs: list[Path], tmp_path: Path) -> None:
     run = copy_of(runs[0], tmp_path / "r", examples_by_client_and_label="200 clients", natural_clients="200 clients")
     assert call("report", run).exit_code == 0
     assert "Clients of r" not in Page(run / "report.html").text
@@ -361,7 +368,7 @@ def test_a_run_of_very_many_clients_lacks_the_section(runs: list[Path], tmp_path
     [(3, "", 2, 2), (2, '{"round": 2, "lo', 1, 1), (2, '{"round": 2, "loß'.encode()[:-1], 1, 1), (0, "", 0, None)],
     ids=["no summary", "torn", "torn within a letter", "before the first evaluation"],
 )
-def test_unfinished_runs(
+def test_unfinished_runs_are_shown_with_their_rounds(
     runs: list[Path], tmp_path: Path, kept: int, torn: str | bytes, state: int, accuracy: int | None
 ) -> None:
     run = copy_of(runs[0], tmp_path / "r")
@@ -377,15 +384,15 @@ def test_unfinished_runs(
         assert shown == "-"
     else:
         assert shown.endswith(f"→ {json.loads(lines[accuracy])['accuracy']:.4f}")
-    assert page.row("weights, digest")[0] == "-"
+    assert page.row("weights, fingerprint")[0] == "-"
     assert call("report", run).exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1}\n', "metrics.jsonl, line 2: no JSON"),
-        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: no JSON object"),
+        ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1}\n', "metrics.jsonl, line 2: not JSON"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: not a JSON object"),
         ("metrics.jsonl", '{"round": 0}\n{}\n{"round": 1}\n', "metrics.jsonl: a line has no round"),
         ("gradip.jsonl", '{"round": 0}\n', "gradip.jsonl: a line lacks round, clients"),
         (
@@ -406,7 +413,7 @@ def test_damaged_files_are_named(runs: list[Path], tmp_path: Path, file: str, te
     assert not (run / "report.html").exists()
 
 
-def test_what_is_no_run_directory(runs: list[Path], tmp_path: Path) -> None:
+def test_directories_without_a_run_are_errors(runs: list[Path], tmp_path: Path) -> None:
     empty, half = tmp_path / "empty", copy_of(runs[0], tmp_path / "half")
     empty.mkdir()
     (half / "metrics.jsonl").unlink()
@@ -417,11 +424,11 @@ def test_what_is_no_run_directory(runs: list[Path], tmp_path: Path) -> None:
     ):
         result = call("report", runs[0], path, "--output", tmp_path / "r.html")
         assert result.exit_code == 1
-        assert result.output == f"Error: {path} is no run directory: {missing}\n"
+        assert result.output == f"Error: {path} is not a run directory: {missing}\n"
     assert not (tmp_path / "r.html").exists()
 
 
-def test_an_existing_file_is_left_alone(runs: list[Path], tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(runs: list[Path], tmp_path: Path) -> None:
     run = copy_of(runs[0], tmp_path / "r")
     (run / "report.html").write_text("mine")
     for arguments in ((run,), (run, "--output", run / "report.html"), (run, "--output", run)):
@@ -430,10 +437,12 @@ def test_an_existing_file_is_left_alone(runs: list[Path], tmp_path: Path) -> Non
         assert "exists already; choose another file, nothing was changed" in result.output
     assert (run / "report.html").read_text() == "mine"
     result = call("report", run, "--output", tmp_path / "no" / "r.html")
-    assert result.output == f"Error: there is no directory {tmp_path / 'no'} to write r.html to; make it first\n"
+    assert result.output == f"Error: there is no directory {tmp_path / 'no'} to write r.html to; create it first\n"
 
 
-def test_without_matplotlib(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_the_extra(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = call("report", runs[0], "--output", tmp_path / "r.html")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: the embedded default, a model from a directory, and what may be wrong."""
+"""Complete runs through the command line: the embedded default, models from a directory, and wrong input."""
 
 import json
 import math
@@ -34,7 +34,7 @@ SMALL = ("--rounds", "2", "--local-steps", "2", "--calibration-texts", "32", "--
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """The embedded default, as a user starts it."""
+    """A run of the embedded default, as a user starts it."""
     output = tmp_path_factory.mktemp("runs") / "default"
     return output, call("run", "--output", output)
 
@@ -62,7 +62,7 @@ def test_the_default_clients_are_not_iid(finished: tuple[Path, Result]) -> None:
     assert share.max() - share.min() > 0.4
 
 
-def test_the_run_directory_holds_what_it_should(finished: tuple[Path, Result]) -> None:
+def test_the_run_directory_has_all_files_and_metrics(finished: tuple[Path, Result]) -> None:
     output, _ = finished
     assert sorted(p.name for p in output.iterdir()) == [
         ".lock",
@@ -103,7 +103,7 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
 
 
-def test_replay_notices_another_end(finished: tuple[Path, Result], tmp_path: Path) -> None:
+def test_replay_reports_weights_that_differ_from_the_summary(finished: tuple[Path, Result], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.toml", "mask.safetensors", "metrics.jsonl"):
@@ -116,7 +116,7 @@ def test_replay_notices_another_end(finished: tuple[Path, Result], tmp_path: Pat
     assert "the run ended with other weights" in result.output
 
 
-def test_lr_zero_does_not_move_it(tmp_path: Path) -> None:
+def test_learning_rate_zero_leaves_the_model_unchanged(tmp_path: Path) -> None:
     result = call("run", "--lr", "0", *SMALL, "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     summary = metrics_of(tmp_path / "r")[-1]["summary"]
@@ -124,7 +124,7 @@ def test_lr_zero_does_not_move_it(tmp_path: Path) -> None:
     assert summary["accuracy_after"] == summary["accuracy_before"]
 
 
-def test_a_random_mask_beside_it(tmp_path: Path) -> None:
+def test_compare_random_runs_a_random_mask_of_the_same_size(tmp_path: Path) -> None:
     result = call("run", "--compare-random", *SMALL, "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     masks = [SparseMask.load(tmp_path / at / "mask.safetensors") for at in ("r", "r/random-mask")]
@@ -135,7 +135,7 @@ def test_a_random_mask_beside_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["weight-magnitude", "random-mask", "full-fedzo"])
 @pytest.mark.parametrize("partition", ["iid", "single-label"])
-def test_methods_and_partitions(tmp_path: Path, method: str, partition: str) -> None:
+def test_methods_run_and_replay_with_every_partition(tmp_path: Path, method: str, partition: str) -> None:
     result = call(
         "run", "--method", method, "--partition", partition, "--lr", "1e-4", *SMALL, "--output", tmp_path / "r"
     )
@@ -175,7 +175,7 @@ def directory_model(tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_any_causal_lm_from_a_directory(
+def test_a_causal_lm_from_a_directory_is_trained_and_saved(
     directory_model: Callable[[str], list[str | Path]], tmp_path: Path, architecture: str, dtype: str
 ) -> None:
     arguments = directory_model(architecture)
@@ -187,7 +187,9 @@ def test_any_causal_lm_from_a_directory(
     assert fingerprint(saved) == metrics_of(tmp_path / "r")[-1]["summary"]["weights"]
 
 
-def test_a_mask_built_beforehand(directory_model: Callable[[str], list[str | Path]], tmp_path: Path) -> None:
+def test_a_mask_file_gives_the_mask_that_the_run_would_choose(
+    directory_model: Callable[[str], list[str | Path]], tmp_path: Path
+) -> None:
     arguments = directory_model("llama")
     result = call("mask", "--model", tmp_path / "model", "--data-dir", tmp_path / "data", "--density", "0.05",
                   "--output", tmp_path / "m")  # fmt: skip
@@ -200,7 +202,7 @@ def test_a_mask_built_beforehand(directory_model: Callable[[str], list[str | Pat
     assert "exists already" in call("mask", "--output", tmp_path / "m").output
 
 
-def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
+def test_options_override_the_settings_file(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(
         "rounds = 1\nlocal_steps = 1\n[mask]\ntexts = 16\n[clients]\ncount = 3\n[step]\nlr = 1\n"
     )
@@ -238,7 +240,7 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_settings_are_one_clear_error(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_settings_are_one_error_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = call("run", *SMALL, *arguments, "--output", tmp_path / "r")
     assert result.exit_code == 1
     assert result.output.strip().splitlines()[-1].startswith("Error: ")
@@ -247,7 +249,7 @@ def test_bad_settings_are_one_clear_error(tmp_path: Path, arguments: list[str], 
         assert not (tmp_path / "r").exists()
 
 
-def test_unknown_options_and_keys(tmp_path: Path) -> None:
+def test_unknown_options_and_settings_are_errors(tmp_path: Path) -> None:
     result = call("run", "--learning-rate", "1")
     assert result.exit_code == 2
     assert "No such option" in result.output
@@ -263,21 +265,21 @@ def test_unknown_options_and_keys(tmp_path: Path) -> None:
     assert "cannot read the settings in" in call("run", "--config", tmp_path / "none.toml").output
 
 
-def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_mask_of_another_model_is_rejected(tmp_path: Path) -> None:
     SparseMask.random(make_model("opt"), 0.1, 0).save(tmp_path / "m")
     result = call("run", *SMALL, "--mask", tmp_path / "m", "--output", tmp_path / "r")
     assert result.exit_code == 1
     assert "the mask was made for another model: parameter" in result.output
 
 
-def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path, Result]) -> None:
+def test_a_run_directory_is_not_overwritten(finished: tuple[Path, Result]) -> None:
     output, _ = finished
     before = {p.name: p.read_bytes() for p in output.iterdir()}
     result = call("run", *SMALL, "--output", output)
     assert result.exit_code == 1
     assert (
-        f"the output directory {output} already holds a run; choose another, or go on with it by --resume {output}; "
-        in result.output
+        f"the output directory {output} already holds a run; choose another directory, or resume that run with "
+        f"--resume {output}; " in result.output
     )
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
     result = call("run", *SMALL, "--output", output / "config.toml")
@@ -286,10 +288,8 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(finished: tuple[Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "file"), [("random-mask", "ledger.jsonl"), ("meerkat", "gradip.jsonl")])
-def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
-    tmp_path: Path, method: str, file: str
-) -> None:
-    """In processes of their own, of which one may not write files that are much larger than the mask."""
+def test_a_full_disk_is_an_error_and_the_run_can_be_resumed(tmp_path: Path, method: str, file: str) -> None:
+    """Runs other processes, of which the first may only write files that are little larger than the mask."""
     settings = f"run --clients 12 --partition iid --rounds 40 --local-steps 1 --calibration-texts 16 --method {method}"
 
     def run(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -304,18 +304,18 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(
         command = [sys.executable, "-c", script, *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    output, whole = tmp_path / "r", tmp_path / "whole"
-    done = run(*settings.split(), "--output", str(output), limit=17000)
-    assert done.returncode == 1
-    assert f"Error: cannot write {output / file}: File too large" in done.stderr
-    assert "are complete" in done.stderr
-    assert "Traceback" not in done.stderr
+    output, undisturbed = tmp_path / "r", tmp_path / "undisturbed"
+    stopped = run(*settings.split(), "--output", str(output), limit=17000)
+    assert stopped.returncode == 1
+    assert f"Error: cannot write {output / file}: File too large" in stopped.stderr
+    assert "are complete" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     replayed = call("replay", output)
     assert "the run did not finish" in replayed.output
     assert 5 < int(replayed.output.split()[1]) < 40
     assert run("run", "--resume", str(output)).returncode == 0
-    assert run(*settings.split(), "--output", str(whole)).returncode == 0
-    assert contents(output) == contents(whole)
+    assert run(*settings.split(), "--output", str(undisturbed)).returncode == 0
+    assert contents(output) == contents(undisturbed)
 
 
 def test_help_names_every_option() -> None:
@@ -324,7 +324,7 @@ def test_help_names_every_option() -> None:
         assert f"--{name.replace('_', '-')}" in text
 
 
-def test_options_and_settings_have_the_same_names() -> None:
+def test_make_config_uses_the_names_of_the_options() -> None:
     with pytest.raises(ConfigError, match="unknown setting"):
         make_config({"rnds": 1})
     assert make_config({"model": "a", "task": "sst2"}).step.lr == 1e-4
@@ -332,86 +332,99 @@ def test_options_and_settings_have_the_same_names() -> None:
     assert make_config({}).mask.density == 1e-2
 
 
-def test_a_mask_says_before_training_what_it_holds_of_a_task(tmp_path: Path) -> None:
+def test_mask_check_reports_the_coverage_of_tasks(tmp_path: Path) -> None:
     arguments = ("mask", "--calibration-texts", "32", "--check", "embedded", "--check", "embedded-topic")
     result = call(*arguments, "--output", tmp_path / "m")
     assert result.exit_code == 0, result.output
-    found = re.findall(r"(\S+): holds (\S+)% of the squared gradient; the best mask of that size (\S+)%", result.output)
-    assert [task for task, *_ in found] == ["embedded", "embedded-topic"]
-    near, far = (float(captured) / float(best) for _, captured, best in found)
-    assert 1 > near > 2 * far > 0
+    coverages = re.findall(
+        r"(\S+): holds (\S+)% of the squared gradient; the best mask of that size (\S+)%", result.output
+    )
+    assert [task for task, *_ in coverages] == ["embedded", "embedded-topic"]
+    own_task, other_task = (float(captured) / float(best) for _, captured, best in coverages)
+    assert 1 > own_task > 2 * other_task > 0
     again = call("mask", "--mask", tmp_path / "m", "--calibration-texts", "32", "--check", "embedded")
     assert again.output.splitlines()[-1] == next(x for x in result.output.splitlines() if x.startswith("embedded: "))
 
 
-def test_mask_has_something_to_do() -> None:
+def test_mask_needs_output_or_check() -> None:
     result = call("mask")
     assert result.exit_code == 1
     assert "give --output FILE to save the mask, or --check TASK" in result.output
 
 
-def test_a_mask_says_what_it_holds_of_data_of_your_own(
+def test_mask_check_reports_the_coverage_of_own_data(
     tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path]
 ) -> None:
     rows = [json.dumps({"text": f"some words {i}", "label": i % 2}) for i in range(12)]
     path = write_jsonl("mine.jsonl", rows)
-    own = ("--data", path, "--template", "{text} it was", "--labels", "poor,great")
+    own_data = ("--data", path, "--template", "{text} it was", "--labels", "poor,great")
     tokenizer = make_byte_tokenizer()
     make_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     model = ("--model", tmp_path / "m", "--method", "weight-magnitude", "--density", "0.01")
-    result = call("mask", *model, *own, "--check", "mine")
+    result = call("mask", *model, *own_data, "--check", "mine")
     assert result.exit_code == 0, result.output
     assert "mine: holds " in result.output
-    result = call("mask", *model, *own, "--check", "sst2")
-    assert "with --data the task is 'mine', after the file; got 'sst2'" in result.output
+    result = call("mask", *model, *own_data, "--check", "sst2")
+    assert "with --data the only task is 'mine', the name of the file; got 'sst2'" in result.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "lora-fedzo"], "lora-fedzo needs no mask file: what it trains has a name"),
+        (["--method", "lora-fedzo"], "lora-fedzo needs no mask file: its elements follow from the settings"),
         (["--model", "m", "--method", "task-mask"], "task-mask chooses its elements on a task's examples; give --task"),
     ],
     ids=str,
 )
-def test_masks_that_cannot_be_made(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_mask_rejects_settings_that_give_no_mask_file(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = call("mask", *arguments, "--output", tmp_path / "x")
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("method", ["full-fedzo", "meerkat-vp", "fedavg", "random-mask"])
-def test_compare_random_compares_masks_alone(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("full-fedzo", "full-fedzo differs from random-mask in more than its mask"),
+        ("meerkat-vp", "meerkat-vp differs from random-mask in more than its mask"),
+        ("fedavg", "fedavg differs from random-mask in more than its mask"),
+        ("random-mask", "which random-mask uses anyway"),
+    ],
+)
+def test_compare_random_only_compares_masks(method: str, message: str, tmp_path: Path) -> None:
     result = call("run", "--compare-random", "--method", method, "--output", tmp_path / "r")
     assert result.exit_code == 1
-    assert f"--compare-random compares masks alone; {method} differs in more, or in nothing" in result.output
+    assert "Error: --compare-random compares " in result.output
+    assert message in result.output
 
 
-def test_steps_whose_loss_is_not_finite_are_left_out_and_written_down(tmp_path: Path) -> None:
-    """float16 overflows at such an eps, in some of the forwards."""
+def test_queries_with_a_loss_that_is_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    """At this eps, float16 overflows in some of the forward passes."""
     result = call("run", *SMALL, "--rounds", "3", "--dtype", "float16", "--eps", "140", "--output", tmp_path / "r")
     assert result.exit_code == 0, result.output
     rounds = read_ledger(tmp_path / "r" / "ledger.jsonl").rounds
-    missing = [[math.isnan(g) for own in line.clients.values() for g in own] for line in rounds]
-    count = sum(map(sum, missing))
+    skipped = [sum(math.isnan(g) for scalars in line.clients.values() for g in scalars) for line in rounds]
+    count = sum(skipped)
     assert 0 < count < 3 * 4 * 2
     lines = metrics_of(tmp_path / "r")
-    assert [line.get("skipped", 0) for line in lines[1:-1]] == [sum(of_round) for of_round in missing]
+    assert [line.get("skipped", 0) for line in lines[1:-1]] == skipped
     assert lines[-1]["summary"]["queries_skipped"] == count
     assert f"not taken       {count} perturbations, whose loss was not finite" in result.output
     assert "the same bits as at the end of the run" in call("replay", tmp_path / "r").output
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_perturbation_that_is_rounded_away_is_told(tmp_path: Path, dtype: str) -> None:
+def test_a_perturbation_that_is_rounded_away_is_reported(tmp_path: Path, dtype: str) -> None:
     settings = (*SMALL, "--rounds", "1", "--dtype", dtype)
     result = call("run", *settings, "--eps", "1e-4", "--output", tmp_path / "some")
-    share = re.search(rf"{dtype}: (\S+)% of the masked elements do not move at eps 0.0001\n", result.output)
+    share = re.search(
+        rf"{dtype}: the perturbation leaves (\S+)% of the masked elements unchanged at eps 0.0001\n", result.output
+    )
     assert share is not None
     assert 5 < float(share[1]) < 95
     result = call("run", *settings, "--eps", "1e-12", "--output", tmp_path / "none")
     assert result.exit_code == 1
-    assert "100.0% of the masked elements do not move at eps 1e-12" in result.output
+    assert "the perturbation leaves 100.0% of the masked elements unchanged at eps 1e-12" in result.output
     assert not (tmp_path / "none").exists()

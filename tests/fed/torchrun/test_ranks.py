@@ -1,4 +1,4 @@
-"""``torchrun``: many processes, the bits of one; and what becomes of a run that loses a process."""
+"""``torchrun``: several processes give the bits of one, and a run that lost a process can be resumed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SMALL = ("--rounds", "3", "--local-steps", "3", "--eval-examples", "40", "--snap
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in each of the processes."""
+    """One thread, as in each process that torchrun starts."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,27 +32,37 @@ def one_thread() -> Iterator[None]:
 
 
 def start(
-    processes: int, *arguments: object, how: tuple[str, ...] = (), what: tuple[str, ...] = ("-m", "meerkat_engine"),
-    cwd: Path | None = None,
+    processes: int, *arguments: object, torchrun_options: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "meerkat_engine"), cwd: Path | None = None,
 ) -> subprocess.Popen[str]:  # fmt: skip
+    """Starts ``meerkat-engine run`` under torchrun.
+
+    Args:
+        processes: number of processes.
+        arguments: arguments of ``meerkat-engine run``.
+        torchrun_options: options of torchrun.
+        program: program that torchrun starts.
+        cwd: working directory.
+    """
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     return subprocess.Popen(
-        [*launcher, *how, *what, "run", *map(str, arguments)],
+        [*launcher, *torchrun_options, *program, "run", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=cwd,
     )  # fmt: skip
 
 
 def torchrun(processes: int, *arguments: object, **named: object) -> str:
+    """Runs ``start`` to the end and returns the output."""
     process = start(processes, *arguments, **named)  # type: ignore[arg-type]
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two runs wrote the same, times and number of processes aside."""
+def same_results(one: Path, other: Path) -> bool:
+    """Whether two runs wrote the same files, except for times and the number of processes."""
 
-    def settled(run: Path) -> list[dict[str, object]]:
+    def metrics_without_times(run: Path) -> list[dict[str, object]]:
         lines = metrics_of(run)
         for line in lines:
             for name in [name for name in line if name.startswith("seconds")]:
@@ -65,14 +75,14 @@ def same(one: Path, other: Path) -> bool:
         return lines
 
     names = [name for name in ("ledger.jsonl", "gradip.jsonl") if (one / name).exists()]
-    files = all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-    return files and settled(one) == settled(other)
+    same_files = all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return same_files and metrics_without_times(one) == metrics_without_times(other)
 
 
 RUNS = {
     "three that share one client": (3, ("--ranks-per-client", 3, "--micro-batch-size", 4, "--clients", 2)),
 }  # fmt: skip
-MORE_RUNS = {
+SLOW_RUNS = {
     "sampled clients, stopped early": (
         3,
         ("--method", "meerkat-vp", "--clients", 7, "--clients-per-round", 4, "--vp-steps", 6, "--vp-initial", 2,
@@ -90,38 +100,39 @@ MORE_RUNS = {
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [pytest.param(*run, id=name) for name, run in RUNS.items()]
-    + [pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in MORE_RUNS.items()],
+    + [pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in SLOW_RUNS.items()],
 )
-def test_many_processes_have_the_bits_of_one(tmp_path: Path, processes: int, settings: tuple[object, ...]) -> None:
-    alone = [each for each in settings if each != "--ranks-per-client"]
-    if len(alone) < len(settings):
-        alone.remove(processes)
-    assert call("run", *SMALL, *alone, "--output", tmp_path / "one").exit_code == 0
+def test_several_processes_give_the_bits_of_one(tmp_path: Path, processes: int, settings: tuple[object, ...]) -> None:
+    one_process = list(settings)
+    if "--ranks-per-client" in one_process:
+        one_process.remove("--ranks-per-client")
+        one_process.remove(processes)
+    assert call("run", *SMALL, *one_process, "--output", tmp_path / "one").exit_code == 0
     output = torchrun(processes, *SMALL, *settings, "--output", tmp_path / "many")
     assert output.count("accuracy        ") == 1
     assert f"{processes} processes, " in output
-    assert same(tmp_path / "one", tmp_path / "many")
+    assert same_results(tmp_path / "one", tmp_path / "many")
     assert summary_of(tmp_path / "many")["machine"]["processes"] == processes
     assert "the same bits as at the end of the run" in call("replay", tmp_path / "many").output
 
 
 def process_of(launcher: int, rank: int) -> int:
-    """The process of a rank, among the children of a launcher."""
+    """Id of the process of a rank, among the children of a launcher."""
     for _ in range(200):
-        for each in Path("/proc").glob("[0-9]*"):
+        for directory in Path("/proc").glob("[0-9]*"):
             try:
-                parent = each.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1]
-                environment = each.joinpath("environ").read_bytes().split(b"\0")
+                parent = directory.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1]
+                environment = directory.joinpath("environ").read_bytes().split(b"\0")
             except OSError:
-                continue  # it has ended
+                continue  # the process has ended
             if parent == str(launcher) and f"RANK={rank}".encode() in environment:
-                return int(each.name)
+                return int(directory.name)
         time.sleep(0.1)
     raise AssertionError(f"no rank {rank}")
 
 
 def kill_after(process: subprocess.Popen[str], rank: int, ledger: Path, lines: int) -> None:
-    """Kills a rank when the ledger has so many lines."""
+    """Kills a rank as soon as the ledger has a number of lines."""
     victim = process_of(process.pid, rank)
     for _ in range(6000):
         if ledger.exists() and ledger.read_bytes().count(b"\n") >= lines:
@@ -129,12 +140,12 @@ def kill_after(process: subprocess.Popen[str], rank: int, ledger: Path, lines: i
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    raise AssertionError("the run does not get on")
+    raise AssertionError(f"the ledger did not get {lines} lines")
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_run_that_lost_a_process_goes_on_later(tmp_path: Path, rank: int) -> None:
-    """With another number of processes, too."""
+def test_a_run_that_lost_a_process_can_be_resumed(tmp_path: Path, rank: int) -> None:
+    """Even with another number of processes."""
     settings = ("--rounds", 16, "--clients", 6, "--eval-examples", 40, "--snapshot-every", 3)
     run = tmp_path / "run"
     process = start(3, *settings, "--output", run)
@@ -142,31 +153,30 @@ def test_a_run_that_lost_a_process_goes_on_later(tmp_path: Path, rank: int) -> N
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     if rank:
-        assert "Error: rank 2 of this run was lost (" in output or "Error: this run was told to stop" in output
-        assert "the rounds in the ledger are complete, and `run --resume` goes on from there" in output
+        assert "Error: rank 2 of this run was lost (" in output or "Error: this run received SIGTERM" in output
+        assert "the rounds in the ledger are complete, and `run --resume` continues from there" in output
     assert f"rank      : {rank} " in output  # torchrun's own report
-    done = (run / "ledger.jsonl").read_bytes().count(b"\n")
-    assert done < 17
+    assert (run / "ledger.jsonl").read_bytes().count(b"\n") < 17
     output = torchrun(2, "--resume", run)
     assert "going on after round" in output
     assert call("run", *settings, "--output", tmp_path / "one").exit_code == 0
-    assert same(tmp_path / "one", run)
+    assert same_results(tmp_path / "one", run)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
+def test_torchrun_can_restart_a_run(tmp_path: Path) -> None:
     settings, run = ("--rounds", 16, "--eval-examples", 40), tmp_path / "run"
-    process = start(2, *settings, "--resume", run, how=("--max-restarts", "1"))
+    process = start(2, *settings, "--resume", run, torchrun_options=("--max-restarts", "1"))
     kill_after(process, 1, run / "ledger.jsonl", 4)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "going on after round" in output
     assert call("run", *settings, "--output", tmp_path / "one").exit_code == 0
-    assert same(tmp_path / "one", run)
+    assert same_results(tmp_path / "one", run)
 
 
-def test_a_process_with_other_examples_is_told_from_the_others(tmp_path: Path) -> None:
-    """Each host has files of its own; here, each rank has a directory."""
+def test_a_process_with_other_examples_is_an_error(tmp_path: Path) -> None:
+    """Hosts may have different files. In this test, each rank works in its own directory."""
     make_model("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     make_tokenizer("it was good bad odd .").save_pretrained(tmp_path / "model")
     rows = [f'{{"text": "it was {("bad", "good")[i % 2]}", "label": {i % 2}}}' for i in range(40)]
@@ -178,14 +188,14 @@ def test_a_process_with_other_examples_is_told_from_the_others(tmp_path: Path) -
     own = ("--model", tmp_path / "model", "--data", "own.jsonl", "--template", "{text} .", "--labels", "bad,good",
            "--method", "random-mask", "--density", 0.05, "--partition", "iid")  # fmt: skip
     process = start(2, *SMALL, *own, "--clients", 2, "--batch-size", 4, "--output", tmp_path / "run",
-                    what=(str(launch),), cwd=tmp_path)  # fmt: skip
+                    program=(str(launch),), cwd=tmp_path)  # fmt: skip
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "Error: rank 1 has another examples than rank 0" in output
+    assert "Error: the examples on rank 1 (" in output
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_do_not_divide() -> None:
+def test_ranks_per_client_must_divide_the_number_of_processes() -> None:
     with pytest.raises(ConfigError, match="2 ranks per client do not divide the 1 processes"), torchrun_ranks(2):
         pass
     assert "3 ranks per client do not divide" in call("run", "--ranks-per-client", 3).output
@@ -194,11 +204,11 @@ def test_processes_that_do_not_divide() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param(("--method", "fedavg"), "fedavg has no losses to share", marks=pytest.mark.slow),
-        ((), "give their size as --micro-batch-size"),
+        pytest.param(("--method", "fedavg"), "fedavg trains by backpropagation", marks=pytest.mark.slow),
+        ((), "give their size with --micro-batch-size"),
     ],
 )
-def test_clients_that_cannot_be_shared(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
+def test_settings_that_do_not_let_ranks_share_a_client(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
     process = start(2, *settings, "--ranks-per-client", 2, "--output", tmp_path / "run")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
