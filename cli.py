@@ -12,8 +12,8 @@ from .bench.command import bench
 from .bench.experiments.command import experiment
 from .bench.scale_command import bench_server
 from .engine.errors import ConfigError, MeerkatError
-from .engine.lm.checkpoint import check_absent
-from .fed.config.options import GroupedCommand, example, from_file, given, settings
+from .engine.lm.checkpoint import check_does_not_exist
+from .fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .fed.config.run_config import RunConfig, make_config
 from .fed.methods import Method
 from .fed.report.export import apply_delta, save_run
@@ -109,7 +109,7 @@ def _run_or_resume(
 ) -> None:
     """Does the work of ``meerkat-engine run`` in the process that has the server."""
     execution: dict[str, Any] = {"trust_remote_code": trust_remote_code, "pool": pool}
-    user_settings = from_file(config_file) | given(options)
+    user_settings = settings_from_file(config_file) | given_options(options)
     if resumed is not None:
         if output is not None or compare_random:
             raise ConfigError("--resume continues in the run's own directory; leave --output and --compare-random out")
@@ -140,7 +140,7 @@ def _check_compare_random(config: RunConfig) -> None:
         raise ConfigError("--compare-random makes its own random mask; leave --mask out")
     if config.method is Method.RANDOM_MASK:
         raise ConfigError("--compare-random compares with a random mask, which random-mask uses anyway; leave it out")
-    if not config.method.recipe.plain:
+    if not config.method.recipe.differs_only_in_mask:
         raise ConfigError(
             f"--compare-random compares masks only, and {config.method} differs from random-mask in more than its "
             f"mask; leave it out"
@@ -170,7 +170,7 @@ def replay(
 ) -> None:
     """Rebuilds a run's model from base model, mask and ledger, and compares its bits with the run's."""
     for path in filter(None, (output, delta)):
-        check_absent(path)
+        check_does_not_exist(path)
     if output is not None and output == delta:
         raise ConfigError(f"--output and --delta both name {output}; nothing was changed")
     replayed = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
@@ -229,7 +229,7 @@ def mask(
         raise ConfigError("give --output FILE to save the mask, or --check TASK to measure how well it fits a task")
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
-    user_settings = from_file(config_file) | given(options)
+    user_settings = settings_from_file(config_file) | given_options(options)
     chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
     if "model" in user_settings and not user_settings.keys() & {"task", "data"}:
         if chosen_on_task:
@@ -237,7 +237,7 @@ def mask(
         # The mask does not depend on the task, but RunConfig wants the name of one.
         user_settings["task"] = checked_tasks[0] if checked_tasks else "sst2"
     config = make_config(user_settings)
-    if output is not None and not config.method.recipe.elements.ranked:
+    if output is not None and not config.method.recipe.elements.uses_density:
         raise ConfigError(
             f"{config.method} needs no mask file: its elements follow from the settings; leave --output out"
         )

@@ -23,7 +23,7 @@ from ..engine.device_values import DeviceValues
 from ..engine.mask import SparseMask
 from ..engine.weights import MaskedWeights
 from ..triton_kernels import ElementTable, build_table
-from ..triton_kernels.reference import normals_of
+from ..triton_kernels.reference import table_normals
 
 OPERATIONS = ("perturb", "flip", "update")
 _SECTOR = 32  # bytes; the smallest unit that memory transfers
@@ -136,7 +136,9 @@ def _weight_bytes_moved(table: ElementTable) -> int:
     itemsize = table.weights[0].element_size()
     if table.offsets is None:
         return table.nnz * itemsize  # complete sectors are written: nothing is read
-    return 2 * sum(_sector_bytes(table.offsets[low:high], itemsize) for _, low, high in table.pieces(0, table.slots))
+    return 2 * sum(
+        _sector_bytes(table.offsets[low:high], itemsize) for _, low, high in table.tensor_slices(0, table.slots)
+    )
 
 
 def _sector_bytes(offsets: Tensor, itemsize: int) -> int:
@@ -147,7 +149,7 @@ def _sector_bytes(offsets: Tensor, itemsize: int) -> int:
 def _masters_of(table: ElementTable) -> Tensor:
     """Returns new fp32 masters of a table's elements, one per slot."""
     master = torch.zeros(table.slots, device=table.blocks.device)
-    for tensor, low, high in table.pieces(0, table.slots):
+    for tensor, low, high in table.tensor_slices(0, table.slots):
         offsets = slice(None) if table.offsets is None else table.offsets[low:high].long()
         master[low:high] = table.weights[tensor][offsets]
     return master
@@ -213,7 +215,7 @@ class DenseFused(_LaunchPerTable):
     def noise(self, seed: int) -> Iterator[Tensor]:
         table = self._parts[0][0]
         for start, count in zip(table.starts, table.counts, strict=False):
-            yield normals_of(table, self._values.seed(seed), start, start + count)
+            yield table_normals(table, self._values.seed(seed), start, start + count)
 
 
 class _Additive(Row):

@@ -121,7 +121,7 @@ def _time_round(messages: list[bytes], clients: int, steps: int, directory: Path
     with LedgerWriter(path, header) as ledger:
         server = _server(clients, replica, ledger, gradip)
         times.measure("receive", lambda: _call_for_each(server.receive, messages))
-        line = times.measure("finish", server.finish_round).line
+        line = times.measure("finish", server.finish_round).record
         times.measure("requests", lambda: _call_for_each(server.request, range(clients)))
     read_back = times.measure("reading the ledger", lambda: read_ledger(path)).rounds[0]
 
@@ -134,7 +134,7 @@ def _time_round(messages: list[bytes], clients: int, steps: int, directory: Path
     weights = client_weights(examples, aggregation.weighting)
     sent = {i: row.tobytes() for i, row in rows.items()}
     del replies, rows
-    gathered = times.measure("gather", lambda: ClientScalars.of_bytes(sent))
+    gathered = times.measure("gather", lambda: ClientScalars.from_bytes(sent))
     times.measure("GradIP", lambda: gradip.traces(header.terms.seeds(1), gathered))
     for name, rule in (("aggregate", Rule.MEAN), ("median", Rule.MEDIAN), ("trimmed mean", Rule.TRIMMED_MEAN)):
         times.measure(name, partial(aggregate, gathered, weights, steps, replace(aggregation, rule=rule)))
@@ -178,7 +178,7 @@ def _setup(clients: int, steps: int) -> tuple[Replica, GradIP, LedgerHeader]:
     model = embedded.load().model
     mask = SparseMask.random(model, 0.01, _SEED)
     mask = replace(mask, gradient=stream.normal(_SEED, mask.ids))
-    terms = Terms.of(mask, seed=_SEED, eps=1e-3, lr=1e-3, local_steps=steps)
+    terms = Terms.for_mask(mask, seed=_SEED, eps=1e-3, lr=1e-3, local_steps=steps)
     header = LedgerHeader(terms=terms, base="0" * 64, method="meerkat", clients=clients, aggregation=Aggregation())
     return Replica(model, mask, terms), GradIP(mask, _CPU), header
 

@@ -87,15 +87,15 @@ class TorchBackend:
 
     def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
         """See ``reference.replay_``."""
-        reference.replay_(table, master, seeds, c, functools.partial(reference.normals_of, source=self._source))
+        reference.replay_(table, master, seeds, c, functools.partial(reference.table_normals, source=self._source))
 
     def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
         """Draws the normals for the slots [start, stop), or returns them from the last draw with the same seed."""
         if table.slots > KEPT_NORMALS:
-            return reference.normals_of(table, seed, start, stop, self._source)
+            return reference.table_normals(table, seed, start, stop, self._source)
         seed_value, kept = reference.seed_of(seed), self._kept_normals.get(id(table))
         if kept is None or kept[0] != seed_value:
-            z = reference.normals_of(table, seed, 0, table.slots, self._source)
+            z = reference.table_normals(table, seed, 0, table.slots, self._source)
             self._kept_normals[id(table)] = kept = seed_value, z
         return kept[1][start:stop]
 

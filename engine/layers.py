@@ -34,7 +34,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
     return [f"{prefix}{name}.{i}" for i in range(len(lists[name]))]
 
 
-def parameters_of(model: nn.Module, module: str) -> list[str]:
+def parameter_names(model: nn.Module, module: str) -> list[str]:
     """Lists the names of a module's floating-point parameters.
 
     Args:
@@ -68,7 +68,7 @@ def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction 
     def adder(total: Tensor) -> Receiver:
         return lambda gradient: _add_squared_norm(total, gradient)
 
-    receivers = {name: adder(totals[layer]) for layer in layers for name in parameters_of(model, layer)}
+    receivers = {name: adder(totals[layer]) for layer in layers for name in parameter_names(model, layer)}
     stream_batch_gradients(model, batches, loss, receivers)
     for layer, total in totals.items():
         if not torch.isfinite(total):
@@ -80,4 +80,4 @@ def _add_squared_norm(total: Tensor, gradient: Tensor) -> None:
     total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu()
 
 
-__all__ = ["decoder_layers", "dominant_layer", "parameters_of"]
+__all__ = ["decoder_layers", "dominant_layer", "parameter_names"]

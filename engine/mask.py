@@ -118,8 +118,8 @@ class SparseMask:
         """
         table = ParameterTable.of(model)
         k = element_count(density, table.size)
-        gradients = sensitivity.accumulate(model, batches, loss)
-        ids, scores = sensitivity.largest(lambda i: gradients.squares[i].view(-1), len(table.names), k)
+        gradients = sensitivity.accumulate_gradients(model, batches, loss)
+        ids, scores = sensitivity.select_largest(lambda i: gradients.squares[i].view(-1), len(table.names), k)
         return cls(
             ids=ids,
             table=table,
@@ -165,7 +165,7 @@ class SparseMask:
         table = ParameterTable.of(model)
         weights = [p.detach() for _, p in floating_parameters(model)]
         k = element_count(density, table.size)
-        ids, scores = sensitivity.largest(lambda i: weights[i].reshape(-1).float().abs(), len(weights), k)
+        ids, scores = sensitivity.select_largest(lambda i: weights[i].reshape(-1).float().abs(), len(weights), k)
         return cls(ids=ids, table=table, density=density, source="magnitude", scores=scores)
 
     @classmethod

@@ -58,14 +58,14 @@ def measure_coverage(
     masks = list(masks)
     for mask in masks:
         mask.check(model)
-    task_gradients = sensitivity.accumulate(model, batches, loss)
+    task_gradients = sensitivity.accumulate_gradients(model, batches, loss)
     total = sum(float(square.sum(dtype=torch.float64)) for square in task_gradients.squares)
     return [_coverage(mask, task_gradients, total) for mask in masks]
 
 
 def _coverage(mask: SparseMask, task_gradients: Sensitivity, total: float) -> MaskCoverage:
     squares = task_gradients.squares
-    best, scores = sensitivity.largest(lambda i: squares[i].view(-1), len(squares), len(mask))
+    best, scores = sensitivity.select_largest(lambda i: squares[i].view(-1), len(squares), len(mask))
     return MaskCoverage(
         captured=float(values_at_ids(squares, mask.table, mask.ids).sum(dtype=torch.float64)) / total,
         best=float(scores.sum(dtype=torch.float64)) / total,
@@ -92,9 +92,9 @@ def concentration(gradients: Sensitivity, top: float = 1e-3, rest: float = 1e-2)
     few, many = max(1, round(top * size)), round(rest * size)
     if not few < many <= size:
         raise ValueError(f"shares {top:g} and {rest:g} of {size} elements leave none between them")
-    _, scores = sensitivity.largest(lambda i: gradients.squares[i].view(-1), len(gradients.squares), many)
-    ranked = scores.double().sort(descending=True).values
-    return float(ranked[:few].mean() / ranked[few:].mean())
+    _, scores = sensitivity.select_largest(lambda i: gradients.squares[i].view(-1), len(gradients.squares), many)
+    uses_density = scores.double().sort(descending=True).values
+    return float(uses_density[:few].mean() / uses_density[few:].mean())
 
 
 __all__ = ["MaskCoverage", "concentration", "measure_coverage"]

@@ -33,7 +33,7 @@ class Sensitivity:
     batches: int
 
 
-def accumulate(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None) -> Sensitivity:
+def accumulate_gradients(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None) -> Sensitivity:
     """Computes mean and mean square of every parameter's gradient over batches.
 
     Memory besides the model and the activations: 8 bytes per element for the accumulators, and one parameter's gradient
@@ -80,17 +80,17 @@ def gradient_at(
     Memory: the gradient of the chosen elements, and one parameter's gradient at a time.
 
     Args:
-        model: the model, see ``accumulate``.
-        batches: calibration batches, see ``accumulate``.
-        loss: loss function, see ``accumulate``.
+        model: the model, see ``accumulate_gradients``.
+        batches: calibration batches, see ``accumulate_gradients``.
+        loss: loss function, see ``accumulate_gradients``.
         offsets: flat offsets of the chosen elements by parameter name, int64 [n] each.
 
     Returns:
         Mean gradients in the order of ``offsets``, float32 [n] each on the CPU; bit-identical to the means of
-        ``accumulate`` at these elements.
+        ``accumulate_gradients`` at these elements.
 
     Raises:
-        MaskError: see ``accumulate``.
+        MaskError: see ``accumulate_gradients``.
     """
     devices = {name: p.device for name, p in floating_parameters(model)}
     sums = {name: torch.zeros(chosen.numel(), device=devices[name]) for name, chosen in offsets.items()}
@@ -110,7 +110,7 @@ def gradient_at(
     return [total.cpu() for total in sums.values()]
 
 
-def largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor, Tensor]:
+def select_largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor, Tensor]:
     """Selects the k largest scores over all tensors. Ties go to the lower id.
 
     Holds the scores of one tensor at a time, and the k best values so far.
@@ -147,4 +147,4 @@ def largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor
     return torch.cat(ids), torch.cat(chosen)
 
 
-__all__ = ["LossFunction", "Sensitivity", "accumulate", "gradient_at", "largest"]
+__all__ = ["LossFunction", "Sensitivity", "accumulate_gradients", "gradient_at", "select_largest"]

@@ -206,9 +206,9 @@ class MaskedWeights:
                 step = group.backend.normal(seed, group.table.ids(start, stop)) * group.to_device(scale)
                 master, dtype = group.master[start:stop], group.parameters[0].dtype
                 unmoved = _same_bits(master + step, master, dtype) & _same_bits(master - step, master, dtype)
-                pieces = group.table.pieces(start, stop)
+                tensor_slices = group.table.tensor_slices(start, stop)
                 unchanged += int(
-                    torch.stack([unmoved[low - start : high - start].sum() for _, low, high in pieces]).sum()
+                    torch.stack([unmoved[low - start : high - start].sum() for _, low, high in tensor_slices]).sum()
                 )
         return unchanged / len(self.mask)
 

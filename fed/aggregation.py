@@ -123,7 +123,7 @@ def aggregate(
     Returns:
         The round's scalars, [count], each an fp32 value.
     """
-    sent = ClientScalars.of(scalars)
+    sent = ClientScalars.from_lists(scalars)
     clip = aggregation.clip
     values = np.clip(sent.matrix, -clip, clip) if clip else sent.matrix
     present = ~np.isnan(values)

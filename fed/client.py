@@ -244,9 +244,9 @@ class Client:
             self.replica.load_masters(target, request.masters)
             return True
         assert request.scalars is not None
-        end_of_scalars = request.first_round + len(request.scalars) // terms.values
+        end_of_scalars = request.first_round + len(request.scalars) // terms.scalars_per_round
         reached = max(end_of_scalars, self.replica.round) if request.round else self.replica.round
-        if reached != target and len(request.scalars) % terms.values == 0:
+        if reached != target and len(request.scalars) % terms.scalars_per_round == 0:
             raise MessageError(
                 f"the request is for round {request.round}; this client stands at round {reached} after applying its "
                 f"scalars"

@@ -87,7 +87,7 @@ class GradIP:
             seeds: seeds of the round's queries.
             scalars: each client's scalars, at most one for each seed. NaN (a skipped query) counts as 0.
         """
-        sent = ClientScalars.of(scalars)
+        sent = ClientScalars.from_lists(scalars)
         products = self._ops.inner(self._gradient, self._ids, self._values.seeds(seeds))[: sent.matrix.shape[1]]
         s, z_squared = products.cpu().numpy().T
         g = np.where(np.isnan(sent.matrix), 0.0, sent.matrix)

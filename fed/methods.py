@@ -23,7 +23,7 @@ class Elements(StrEnum):
     LORA = "lora"  # all elements of low-rank adapters
 
     @property
-    def ranked(self) -> bool:
+    def uses_density(self) -> bool:
         """Whether a density determines their number, so that a mask file can replace the selection."""
         return self in (Elements.SENSITIVITY, Elements.TASK, Elements.MAGNITUDE, Elements.RANDOM)
 
@@ -69,9 +69,9 @@ class Recipe:
         return self.gradient.sends_weights
 
     @property
-    def plain(self) -> bool:
+    def differs_only_in_mask(self) -> bool:
         """Whether it is two-point training of ranked elements without early stopping, so that only the mask varies."""
-        return self.elements.ranked and self.gradient is Gradient.TWO_POINT and self.stopping is Stopping.NONE
+        return self.elements.uses_density and self.gradient is Gradient.TWO_POINT and self.stopping is Stopping.NONE
 
 
 class Method(StrEnum):

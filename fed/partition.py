@@ -95,12 +95,12 @@ def split(
     return [share.sort().values for share in shares]
 
 
-def histogram(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[int]]:
+def label_counts(labels: Tensor, shares: list[Tensor], classes: int) -> list[list[int]]:
     """Counts the examples of each class that each client has: [K][classes]."""
     return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
 
 
-def client_names(rows: Sequence[Row], field: str, where: str) -> list[Group]:
+def natural_client_names(rows: Sequence[Row], field: str, where: str) -> list[Group]:
     """Reads the name of each example's natural client.
 
     Args:
@@ -192,8 +192,8 @@ def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: 
         parts: list[list[Tensor]] = [[] for _ in range(clients)]
         for class_members in members:
             bounds = np.cumsum(generator.dirichlet([alpha] * clients))[:-1] * class_members.numel()
-            pieces = class_members.tensor_split([round(bound) for bound in bounds.tolist()])
-            for part, piece in zip(parts, pieces, strict=True):
+            tensor_slices = class_members.tensor_split([round(bound) for bound in bounds.tolist()])
+            for part, piece in zip(parts, tensor_slices, strict=True):
                 part.append(piece)
         shares = [torch.cat(part) for part in parts]
         if min(share.numel() for share in shares) >= at_least:
@@ -201,4 +201,4 @@ def _dirichlet(labels: Tensor, clients: int, seed: int, alpha: float, at_least: 
     return shares
 
 
-__all__ = ["Group", "Partition", "client_names", "histogram", "split"]
+__all__ = ["Group", "Partition", "label_counts", "natural_client_names", "split"]

@@ -81,7 +81,7 @@ class Replica:
             MessageError: if the scalars begin after the replica's round, are not those of complete rounds, or are not
                 finite.
         """
-        values = self.terms.values
+        values = self.terms.scalars_per_round
         if len(scalars) % values:
             raise MessageError(f"got {len(scalars)} scalars, a multiple of {values} (one round) was expected")
         if first_round > self.round:

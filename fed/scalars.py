@@ -50,7 +50,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
     matrix: np.ndarray
 
     @classmethod
-    def of(cls, scalars: Mapping[int, Sequence[float | None]]) -> "ClientScalars":
+    def from_lists(cls, scalars: Mapping[int, Sequence[float | None]]) -> "ClientScalars":
         """Makes it from each client's list, in any order. NaN or None: the query was skipped."""
         if isinstance(scalars, cls):
             return scalars
@@ -61,7 +61,7 @@ class ClientScalars(ByClient, Mapping[int, list[float]]):
         return cls(_integers(ids, len(ids)), counts, _padded(flat, counts))
 
     @classmethod
-    def of_bytes(cls, sent: Mapping[int, bytes]) -> "ClientScalars":
+    def from_bytes(cls, sent: Mapping[int, bytes]) -> "ClientScalars":
         """Makes it from the bytes of each client's fp32 values, in any order."""
         ids = sorted(sent)
         rows = [sent[i] for i in ids]

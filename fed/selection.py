@@ -58,7 +58,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class PathStatistics:
     """Statistics of one path.
 
     Args:
@@ -69,7 +69,7 @@ class Statistics:
     rho_later: float
     rho_quie: float
 
-    def exceed(self, thresholds: Thresholds) -> bool:
+    def exceeds(self, thresholds: Thresholds) -> bool:
         """Whether the path exceeds both thresholds, so that its client is extreme non-IID."""
         return self.rho_later > thresholds.rho_later and self.rho_quie > thresholds.rho_quie
 
@@ -86,10 +86,10 @@ class Selection:
 
     stopped: list[int] = field(default_factory=list)
     thresholds: Thresholds | None = None
-    statistics: dict[int, Statistics] = field(default_factory=dict)
+    statistics: dict[int, PathStatistics] = field(default_factory=dict)
 
 
-def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> Statistics:
+def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> PathStatistics:
     """Computes the statistics of one path.
 
     Args:
@@ -102,7 +102,7 @@ def path_statistics(gradip: Sequence[float], windows: Windows, sigma: float) -> 
     """
     initial, later = _windows(gradip, windows)
     mean_later = statistics.fmean(later)
-    return Statistics(
+    return PathStatistics(
         rho_later=statistics.fmean(initial) / mean_later if mean_later else math.inf,
         rho_quie=sum(value < sigma for value in later) / len(later),
     )
@@ -164,4 +164,12 @@ def _windows(gradip: Sequence[float], windows: Windows) -> tuple[list[float], li
     return sizes[: windows.initial], sizes[-windows.later :]
 
 
-__all__ = ["Selection", "Statistics", "Thresholds", "Windows", "null_thresholds", "path_statistics", "random_clients"]
+__all__ = [
+    "PathStatistics",
+    "Selection",
+    "Thresholds",
+    "Windows",
+    "null_thresholds",
+    "path_statistics",
+    "random_clients",
+]

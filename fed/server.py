@@ -33,11 +33,11 @@ class RoundResult:
     """Result of a finished round.
 
     Args:
-        line: the round's line in the ledger.
+        record: the round's line in the ledger.
         traces: each client's path, reconstructed from its scalars; empty without GradIP.
     """
 
-    line: RoundRecord
+    record: RoundRecord
     traces: Mapping[int, Trace] = field(default_factory=dict)
 
 
@@ -65,7 +65,7 @@ class Server:
         replica: the server's model, at the beginning of the current round.
         rejected: number of rejected messages by client and reason. The number of keys is bounded: at most the number
             of clients (and "unknown") times the number of reasons.
-        claimed: number of examples that each client reported.
+        claimed_examples: number of examples that each client reported.
         stopped: ids of the clients that take one step a round.
 
     Raises:
@@ -90,7 +90,7 @@ class Server:
             raise ValueError("a federation with a calibration needs both gradip and select, a rule to select clients")
         self.replica = replica
         self.rejected: Counter[str] = Counter()
-        self.claimed: dict[int, int] = {}
+        self.claimed_examples: dict[int, int] = {}
         self.stopped = frozenset(stopped)
         self._clients = sorted(clients)
         self._ledger, self._aggregation, self._per_round = ledger, aggregation, per_round
@@ -111,7 +111,7 @@ class Server:
         self._steps = self._bytes_up = self._bytes_down = 0
         self._max_values = self._max_values_of_reply()
         self._rejected_before = Counter(self.rejected)
-        self._claimed_before = frozenset(self.claimed)
+        self._claimed_before = frozenset(self.claimed_examples)
 
     @property
     def round(self) -> int:
@@ -149,7 +149,7 @@ class Server:
         if self._calibrating:  # the path starts from the base model: nothing to catch up
             first, scalars, masters = CALIBRATION, np.empty(0, dtype=np.float32), None
         else:
-            first, scalars, masters = self.missed(self._client_round[client])
+            first, scalars, masters = self.missed_update(self._client_round[client])
         message = TrainRequest(
             client=client,
             round=self.round,
@@ -162,7 +162,7 @@ class Server:
         self._bytes_down += len(message)
         return message
 
-    def missed(self, first: int) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+    def missed_update(self, first: int) -> tuple[int, np.ndarray | None, np.ndarray | None]:
         """Returns the update that brings a replica from the beginning of a round to the current one.
 
         The update is the aggregated scalars or the master values, whichever is smaller.
@@ -176,9 +176,9 @@ class Server:
         """
         terms = self.replica.terms
         by_weights = terms.sends_weights and self.round > first
-        if by_weights or (self.round - first) * terms.values > terms.elements:
+        if by_weights or (self.round - first) * terms.scalars_per_round > terms.elements:
             return self.round, None, self.replica.optimizer.weights.masters().cpu().numpy()
-        return first, np.array(self._history[(first - 1) * terms.values :], dtype=np.float32), None
+        return first, np.array(self._history[(first - 1) * terms.scalars_per_round :], dtype=np.float32), None
 
     def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
         """Checks a client's answer and adds it to the current round.
@@ -217,7 +217,7 @@ class Server:
         if answer.loss is not None:
             self._losses[answer.client] = answer.loss
         self._client_round[answer.client] = max(self.round, 1)
-        self.claimed[answer.client] = answer.examples
+        self.claimed_examples[answer.client] = answer.examples
         return answer
 
     def rejected_this_round(self) -> dict[str, int]:
@@ -270,8 +270,8 @@ class Server:
         if 0 < self._max_examples < examples:
             text = f"reported {examples} examples, at most {self._max_examples} are allowed"
             raise _rejected(reply, Rejection.EXAMPLES, text)
-        if examples != self.claimed.get(reply.client, examples):
-            text = f"reported {examples} examples, {self.claimed[reply.client]} in an earlier round"
+        if examples != self.claimed_examples.get(reply.client, examples):
+            text = f"reported {examples} examples, {self.claimed_examples[reply.client]} in an earlier round"
             raise _rejected(reply, Rejection.EXAMPLES, text)
 
     def finish_round(self) -> RoundResult:
@@ -285,33 +285,33 @@ class Server:
                 f"round {self.round}: no client sent a usable answer (rejected messages: {self.rejected_this_round()})"
             )
         by_weights = self.replica.terms.sends_weights
-        scalars = ClientScalars.of_bytes({} if by_weights else self._answers)
+        scalars = ClientScalars.from_bytes({} if by_weights else self._answers)
         traces = self._traces(self.round, scalars)
-        line = self._make_record(scalars, traces)
+        record = self._make_record(scalars, traces)
         if self._ledger is not None:
-            self._ledger.append(line)
-        self._advance(line)
-        return RoundResult(line=line, traces=traces)
+            self._ledger.append(record)
+        self._advance(record)
+        return RoundResult(record=record, traces=traces)
 
-    def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
+    def restore(self, record: RoundRecord, *, update_model: bool = True, compute_traces: bool = True) -> RoundResult:
         """Applies the current round from a ledger, in place of requesting it from the clients.
 
         Args:
-            line: the ledger's line of the current round.
-            weights: whether to update the model too; if False, the caller sets the masters.
-            traced: whether to compute the clients' paths; those of a calibration are always computed.
+            record: the ledger's line of the current round.
+            update_model: whether to update the model too; if False, the caller sets the masters.
+            compute_traces: whether to compute the clients' paths; those of a calibration are always computed.
 
         Raises:
             ValueError: if the line is not of the current round.
         """
-        if line.round != self.round:
-            raise ValueError(f"the ledger line is of round {line.round}, the server is at round {self.round}")
-        traces = self._traces(line.round, line.clients) if traced or self._calibrating else {}
-        self.rejected.update(line.rejected)
-        self.claimed |= line.examples
-        self._client_round |= {i: max(line.round, 1) for i in line.clients if i in self._client_round}
-        self._advance(line, weights=weights)
-        return RoundResult(line=line, traces=traces)
+        if record.round != self.round:
+            raise ValueError(f"the ledger line is of round {record.round}, the server is at round {self.round}")
+        traces = self._traces(record.round, record.clients) if compute_traces or self._calibrating else {}
+        self.rejected.update(record.rejected)
+        self.claimed_examples |= record.examples
+        self._client_round |= {i: max(record.round, 1) for i in record.clients if i in self._client_round}
+        self._advance(record, update_model=update_model)
+        return RoundResult(record=record, traces=traces)
 
     def _traces(self, round: int, scalars: Mapping[int, Sequence[float]]) -> Mapping[int, Trace]:
         if self._gradip is None or not scalars:
@@ -321,7 +321,7 @@ class Server:
     def _make_record(self, client_scalars: ClientScalars, traces: Mapping[int, Trace]) -> RoundRecord:
         """Aggregates the current round into its ledger line."""
         terms, number = self.replica.terms, self.round
-        weights = client_weights({i: self.claimed[i] for i in self._answers}, self._aggregation.weighting)
+        weights = client_weights({i: self.claimed_examples[i] for i in self._answers}, self._aggregation.weighting)
         scalars: list[float] = []
         selection = Selection()
         masters = None
@@ -332,13 +332,13 @@ class Server:
             client_masters = {i: np.frombuffer(data, dtype=np.float32) for i, data in self._answers.items()}
             masters = mean_masters(client_masters, weights)
         else:
-            scalars = aggregate(client_scalars, weights, terms.values, self._aggregation)
+            scalars = aggregate(client_scalars, weights, terms.scalars_per_round, self._aggregation)
         return RoundRecord(
             round=number,
             lr=terms.learning_rates(number),
             scalars=scalars,
             clients=client_scalars,
-            examples={i: self.claimed[i] for i in sorted(self.claimed.keys() - self._claimed_before)},
+            examples={i: self.claimed_examples[i] for i in sorted(self.claimed_examples.keys() - self._claimed_before)},
             loss=self._mean_loss(),
             steps=self._steps,
             bytes_up=self._bytes_up,
@@ -355,7 +355,7 @@ class Server:
         losses = self._losses
         if not losses:
             return None
-        weights = client_weights({i: self.claimed[i] for i in losses}, self._aggregation.weighting)
+        weights = client_weights({i: self.claimed_examples[i] for i in losses}, self._aggregation.weighting)
         return float(sum_in_order(np.array([p * losses[i] for i, p in weights.items()])))
 
     def _epsilon(self) -> float | None:
@@ -365,23 +365,23 @@ class Server:
             return None
         this_round = {i: self._steps_requested[i] + self.local_steps(i) for i in self._sampled_clients()}
         requested = self._steps_requested | this_round
-        spent = {(self.claimed[i], steps) for i, steps in requested.items() if i in self.claimed}
+        spent = {(self.claimed_examples[i], steps) for i, steps in requested.items() if i in self.claimed_examples}
         return largest_epsilon(terms.privacy, spent, terms.queries)
 
-    def _advance(self, line: RoundRecord, *, weights: bool = True) -> None:
+    def _advance(self, record: RoundRecord, *, update_model: bool = True) -> None:
         """Moves the server from the current round to the next."""
         for i in self._sampled_clients():
             self._steps_requested[i] += self.local_steps(i)
         if self._calibrating:
-            self.stopped, self._calibrating = frozenset(line.stopped), False
+            self.stopped, self._calibrating = frozenset(record.stopped), False
         else:
-            self._history.extend(line.scalars)
-            if not weights:
+            self._history.extend(record.scalars)
+            if not update_model:
                 self.replica.round += 1
-            elif line.masters is not None:
-                self.replica.load_masters(line.round + 1, line.masters)
+            elif record.masters is not None:
+                self.replica.load_masters(record.round + 1, record.masters)
             else:
-                self.replica.apply_rounds([line.scalars])
+                self.replica.apply_rounds([record.scalars])
         self._open_round()
 
 

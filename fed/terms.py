@@ -65,7 +65,9 @@ class Terms:
             raise ValueError(f"a {self.schedule} schedule needs the number of rounds, got {self.rounds}")
 
     @classmethod
-    def of(cls, mask: SparseMask, *, seed: int, eps: float, lr: float, local_steps: int, **others: object) -> "Terms":
+    def for_mask(
+        cls, mask: SparseMask, *, seed: int, eps: float, lr: float, local_steps: int, **others: object
+    ) -> "Terms":
         """Makes the terms of a federation that uses this mask; see the class for the other arguments."""
         of_mask = {"elements": len(mask), "mask_digest": mask.digest}
         return cls(seed=seed, eps=eps, lr=lr, local_steps=local_steps, **of_mask, **others)  # type: ignore[arg-type]
@@ -76,7 +78,7 @@ class Terms:
         return self.gradient.sends_weights
 
     @property
-    def values(self) -> int:
+    def scalars_per_round(self) -> int:
         """Number of aggregated scalars of a round: ``T q``, one for each step and query."""
         return self.local_steps * self.queries
 

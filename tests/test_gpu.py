@@ -73,7 +73,7 @@ def run_all_operations(device: torch.device, backend: str, dtype: torch.dtype, *
     normals = ops.normal(2**63 + 5, ids.to(device)).cpu()
     products = ops.inner(normals.to(device), ids.to(device), seeds).cpu()
     pair, eps = torch.tensor([0.7637, 0.1878], device=device), torch.tensor([1e-3], dtype=torch.float64, device=device)
-    masters = torch.cat([master[low:high].cpu() for _, low, high in table.pieces(0, table.slots)])
+    masters = torch.cat([master[low:high].cpu() for _, low, high in table.tensor_slices(0, table.slots)])
     return [*seen, masters, normals, products, ops.coefficients(pair, eps, c.double()).cpu()]
 
 

@@ -54,7 +54,7 @@ class ElementTable:
         """Number of slots, padding included: the length of the masters."""
         return self.starts[-1]
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def tensor_slices(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Finds the slots in ``[start, stop)`` that hold elements: yields (tensor, low, high) for each tensor.
 
         ``tensor`` is the index of the tensor; its elements in the range are in the slots ``[low, high)``.
@@ -69,7 +69,7 @@ class ElementTable:
     def ids(self, start: int, stop: int) -> Tensor:
         """Computes the element ids of the slots ``[start, stop)``: int64 [stop - start], 0 in padding slots."""
         ids = torch.zeros(stop - start, dtype=torch.int64, device=self.blocks.device)
-        for tensor, low, high in self.pieces(start, stop):
+        for tensor, low, high in self.tensor_slices(start, stop):
             first = self.bases[tensor]
             part = ids[low - start : high - start]
             if self.offsets is None:

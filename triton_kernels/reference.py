@@ -228,7 +228,9 @@ TORCH_SOURCE = NormalSource(normal, normal_run)
 DrawNormals = Callable[[ElementTable, Tensor, int, int], Tensor]
 
 
-def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source: NormalSource = TORCH_SOURCE) -> Tensor:
+def table_normals(
+    table: ElementTable, seed: Tensor, start: int, stop: int, source: NormalSource = TORCH_SOURCE
+) -> Tensor:
     """Draws ``z`` for the slots [start, stop) of a table (a ``DrawNormals``).
 
     Args:
@@ -244,7 +246,7 @@ def normals_of(table: ElementTable, seed: Tensor, start: int, stop: int, source:
     if table.offsets is not None:
         return source.normal(seed_of(seed), table.ids(start, stop))
     z = torch.zeros(stop - start, dtype=torch.float32, device=table.blocks.device)
-    for tensor, low, high in table.pieces(start, stop):
+    for tensor, low, high in table.tensor_slices(start, stop):
         first = table.bases[tensor] + low - table.starts[tensor]
         source.normal_run(seed_of(seed), first, z[low - start : high - start])
     return z
@@ -261,7 +263,7 @@ def _write_weights(table: ElementTable, start: int, values: Tensor) -> None:
     stop = start + values.numel()
     cast = values.to(table.weights[0].dtype)
     offsets = None if table.offsets is None else table.offsets[start:stop].long()
-    for tensor, low, high in table.pieces(start, stop):
+    for tensor, low, high in table.tensor_slices(start, stop):
         value = cast[low - start : high - start]
         if offsets is None:
             table.weights[tensor][low - table.starts[tensor] : high - table.starts[tensor]] = value
@@ -280,7 +282,9 @@ def restore_(table: ElementTable, master: Tensor) -> None:
         _write_weights(table, start, master[start:stop])
 
 
-def perturb_(table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: DrawNormals = normals_of) -> None:
+def perturb_(
+    table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: DrawNormals = table_normals
+) -> None:
     """Sets ``w <- cast(master + scale * z)`` on the masked elements.
 
     Args:
@@ -311,7 +315,7 @@ def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
-def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: DrawNormals = normals_of) -> None:
+def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: DrawNormals = table_normals) -> None:
     """Applies ``master <- master - c * z``, then ``w <- cast(master)``.
 
     A coefficient that is not finite marks a skipped query: the masters do not change.
@@ -337,7 +341,7 @@ def update_perturb_(
     c: Tensor,
     next_seed: Tensor,
     scale: Tensor,
-    draw: DrawNormals = normals_of,
+    draw: DrawNormals = table_normals,
 ) -> None:
     """Does ``update_`` and the next ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
 
@@ -357,7 +361,7 @@ def update_perturb_(
         _write_weights(table, start, part + draw(table, next_seed, start, stop) * scale)
 
 
-def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: DrawNormals = normals_of) -> None:
+def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: DrawNormals = table_normals) -> None:
     """Applies many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
 
     Args:
@@ -417,7 +421,6 @@ __all__ = [
     "inner",
     "normal",
     "normal_run",
-    "normals_of",
     "perturb_",
     "philox4x32",
     "radius",
@@ -426,6 +429,7 @@ __all__ = [
     "seed_of",
     "seed_tensor",
     "sin_cos",
+    "table_normals",
     "tree_sum",
     "update_",
     "update_perturb_",

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ...engine.atomic_files import write_atomic
 from ...engine.extras import require_matplotlib
-from ...fed.config.options import GroupedCommand, example, from_file, given, settings
+from ...fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .attacks import Attacks
 from .concentration import Concentration
 from .gradip import GradIPPaths
@@ -52,7 +52,7 @@ def experiment(
     """
     require_matplotlib()
     selected, directory = EXPERIMENTS[name], output or Path("experiments") / name
-    user_settings = from_file(config_file) | given(options)
+    user_settings = settings_from_file(config_file) | given_options(options)
     task_names = [task.strip() for task in tasks.split(",") if task.strip()]
     if task_names and "data" not in user_settings:
         user_settings.setdefault("task", task_names[0])

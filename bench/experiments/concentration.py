@@ -13,7 +13,7 @@ import torch
 from ...engine.errors import ConfigError
 from ...engine.lm.objective import language_model_loss
 from ...engine.mask_coverage import concentration
-from ...engine.sensitivity import Sensitivity, accumulate, largest
+from ...engine.sensitivity import Sensitivity, accumulate_gradients, select_largest
 from ...fed.config.run_config import RunConfig
 from ...fed.setup.mask import calibration_batches
 from ...fed.setup.model import load_language_model
@@ -42,7 +42,7 @@ class Concentration(Experiment):
             )
         measured: dict[str, Any] = {"model": config.model.source, "calibration": calibration, "ratios": [], "held": []}
         for part in range(len(configs)):
-            sensitivity = accumulate(lm.model, batches[part :: len(configs)], language_model_loss)
+            sensitivity = accumulate_gradients(lm.model, batches[part :: len(configs)], language_model_loss)
             measured["elements"] = sum(square.numel() for square in sensitivity.squares)
             measured["ratios"].append(concentration(sensitivity))
             measured["held"].append(_held_shares(sensitivity))
@@ -73,7 +73,7 @@ def _held_shares(sensitivity: Sensitivity) -> list[float]:
     squares = sensitivity.squares
     size = sum(square.numel() for square in squares)
     counts = [max(1, round(share * size)) for share in _SHARES]
-    _, values = largest(lambda i: squares[i].view(-1), len(squares), counts[-1])
+    _, values = select_largest(lambda i: squares[i].view(-1), len(squares), counts[-1])
     cumulative = values.sort(descending=True).values.cumsum(0, dtype=torch.float64)
     total = sum(float(square.sum(dtype=torch.float64)) for square in squares)
     return [float(cumulative[count - 1]) / total for count in counts]

@@ -9,7 +9,7 @@ from ..errors import ConfigError, MeerkatError, RunError
 from .models import LanguageModel
 
 
-def check_absent(path: Path) -> None:
+def check_does_not_exist(path: Path) -> None:
     """Raises ``ConfigError`` if the path exists, because nothing is ever overwritten."""
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists already; choose another place (nothing was changed)")
@@ -36,7 +36,7 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
             complete = Path(temporary) / output.name
             complete.mkdir()
             _write_files(complete, lm, card)
-            check_absent(output)  # the rename alone would replace an empty directory
+            check_does_not_exist(output)  # the rename alone would replace an empty directory
             os.rename(complete, output)
         sync_directory(output.parent)
     except MeerkatError:
@@ -60,4 +60,4 @@ def _write_files(directory: Path, lm: LanguageModel, card: str) -> None:
         sync_directory(path)
 
 
-__all__ = ["check_absent", "save_checkpoint"]
+__all__ = ["check_does_not_exist", "save_checkpoint"]

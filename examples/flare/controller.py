@@ -37,15 +37,15 @@ class ScalarController(ModelController):
         seconds, losses, metrics, begun = [], [], [], time.perf_counter()
         for result in serve(self.server, self.exchange, self.rounds):
             seconds.append(time.perf_counter() - begun)
-            losses.append(result.line.loss)
+            losses.append(result.record.loss)
             metrics.append({answer.meta["client_name"]: answer.metrics for answer in self.answers})
-            self.info(f"round {result.line.round}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s")
+            self.info(f"round {result.record.round}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s")
             begun = time.perf_counter()
         results = {
             "weights": fingerprint(self.server.replica.model),
             "losses": losses,
             "seconds": seconds,
-            "told": metrics,
+            "metrics": metrics,
         }
         Path(self.output).write_text(json.dumps(results))
 

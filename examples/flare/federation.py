@@ -27,7 +27,7 @@ def make_replica(mask: Path) -> Replica:
     """Makes a replica of the base model, at round 1."""
     model = embedded.load().model
     loaded = SparseMask.load(mask, model)
-    return Replica(model, loaded, Terms.of(loaded, seed=SEED, eps=1e-3, lr=1e-2, local_steps=5))
+    return Replica(model, loaded, Terms.for_mask(loaded, seed=SEED, eps=1e-3, lr=1e-2, local_steps=5))
 
 
 def make_server(mask: Path, sites: int) -> Server:

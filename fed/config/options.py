@@ -79,14 +79,14 @@ def example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user gave: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def from_file(config_file: Path | None) -> dict[str, Any]:
+def settings_from_file(config_file: Path | None) -> dict[str, Any]:
     """The settings in a file, by their flat names; empty if ``config_file`` is None."""
     return read_toml(config_file) if config_file else {}
 
 
-__all__ = ["GroupedCommand", "example", "from_file", "given", "settings"]
+__all__ = ["GroupedCommand", "example", "given_options", "settings", "settings_from_file"]

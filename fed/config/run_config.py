@@ -134,7 +134,7 @@ class RunConfig(Checked):
 
     def _check_method(self) -> None:
         recipe, selection = self.method.recipe, self.selection
-        if self.mask.file is not None and not recipe.elements.ranked:
+        if self.mask.file is not None and not recipe.elements.uses_density:
             raise ConfigError(f"{self.method} trains {recipe.elements} elements; leave the mask file out")
         windows = max(selection.initial, selection.later)
         if recipe.stopping is not Stopping.NONE and selection.steps < windows:

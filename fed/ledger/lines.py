@@ -109,7 +109,7 @@ class RoundRecord:
             "round": self.round,
             "lr": self.lr,
             "scalars": self.scalars,
-            "clients": ClientScalars.of(self.clients),
+            "clients": ClientScalars.from_lists(self.clients),
             "examples": {str(i): count for i, count in self.examples.items()},
             "loss": self.loss,
             "steps": self.steps,
@@ -227,7 +227,7 @@ def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerH
         raise LedgerError(f"{where}: the round is damaged ({error!r})") from error
     if line.round != expected:
         raise LedgerError(f"{where}: the line is of round {line.round}, round {expected} was expected")
-    values = 0 if expected == CALIBRATION or line.masters is not None else terms.values
+    values = 0 if expected == CALIBRATION or line.masters is not None else terms.scalars_per_round
     if len(line.lr) != steps or len(line.scalars) != values:
         raise LedgerError(
             f"{where}: {len(line.lr)} learning rates and {len(line.scalars)} scalars, "
@@ -241,7 +241,7 @@ def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerH
         raise LedgerError(f"{where}: the learning rates do not follow from the header in line 1")
     if line.masters is not None and not np.isfinite(line.masters).all():
         raise LedgerError(f"{where}: a master value is not finite")
-    client_scalars = ClientScalars.of(line.clients).matrix
+    client_scalars = ClientScalars.from_lists(line.clients).matrix
     scalars = np.concatenate([line.scalars, client_scalars[~np.isnan(client_scalars)]])
     with np.errstate(over="ignore"):
         rounded = scalars.astype(np.float32)
@@ -254,7 +254,7 @@ def _client_scalars(fields: dict[str, list[float | None]], max_scalars: int) -> 
     # Check first: ClientScalars allocates an array as wide as the longest row, and the file may come from an attacker.
     if any(len(scalars) > max_scalars for scalars in fields.values()):
         raise ValueError(f"a client has more than {max_scalars} scalars")
-    return ClientScalars.of({int(i): scalars for i, scalars in fields.items()})
+    return ClientScalars.from_lists({int(i): scalars for i, scalars in fields.items()})
 
 
 def _aggregation(fields: dict[str, Any]) -> Aggregation:

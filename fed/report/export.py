@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ...engine.delta import Delta
 from ...engine.errors import DeltaError
-from ...engine.lm.checkpoint import check_absent, save_checkpoint
+from ...engine.lm.checkpoint import check_does_not_exist, save_checkpoint
 from ...engine.lm.lora import merge_lora
 from ...engine.lm.models import DTYPES
 from ...engine.parameters import fingerprint
@@ -44,7 +44,7 @@ def apply_delta(path: Path, model: str, output: Path, *, trust_remote_code: bool
         DeltaError: if the file is damaged, or the model is not the delta's base model.
         MeerkatError: if the model cannot be loaded, or the output cannot be written.
     """
-    check_absent(output)
+    check_does_not_exist(output)
     delta = Delta.load(path)
     if delta.dtype not in DTYPES:
         raise DeltaError(

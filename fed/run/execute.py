@@ -16,7 +16,7 @@ from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
 from ..config.toml import read_toml
 from ..ledger.file import LedgerHeader, read_ledger
-from ..partition import histogram
+from ..partition import label_counts
 from ..privacy import largest_epsilon
 from ..setup.data import TaskData, check_files, client_shares, encode
 from ..setup.mask import make_mask
@@ -179,10 +179,10 @@ class _Inputs:
     @property
     def label_counts(self) -> list[list[int]]:
         """Number of training examples by client and label, [K][C]."""
-        return histogram(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
+        return label_counts(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
 
     @property
-    def client_names(self) -> list[Any]:
+    def natural_client_names(self) -> list[Any]:
         """Names of the natural clients in the data, in the order of their ids; empty for other partitions."""
         return sorted(set(self.data.groups or ()))
 
@@ -194,8 +194,8 @@ class _Inputs:
             "partition": clients.partition.describe(clients.alpha),
             "examples_by_client_and_label": self.label_counts if short else number,
         }
-        if self.client_names:
-            summary["natural_clients"] = self.client_names if short else number
+        if self.natural_client_names:
+            summary["natural_clients"] = self.natural_client_names if short else number
         return summary
 
 
@@ -216,7 +216,7 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
     pool.check(base, inputs.data_digest)
     for i, counts in enumerate(inputs.label_counts[:8]):
-        name = f" ({inputs.client_names[i]})" if inputs.client_names else ""
+        name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
         log(f"client {i}{name}: {sum(counts)} examples, {counts} by label")
     if len(shares) > 8:
         log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")

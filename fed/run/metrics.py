@@ -174,7 +174,7 @@ def _round_fields(record: RoundRecord | None) -> Line:
     line |= {"steps": record.steps, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}
     if record.rejected:
         line["rejected"] = record.rejected
-    skipped = ClientScalars.of(record.clients).skipped
+    skipped = ClientScalars.from_lists(record.clients).skipped
     if skipped:
         line["skipped"] = skipped
     if record.epsilon is not None:

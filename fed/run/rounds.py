@@ -96,7 +96,9 @@ class Rounds:
         """Brings server, clients and model to the last round of which everything has been written."""
         snapshot = saved.snapshot
         for record in saved.complete:
-            self._federation.restore(record, weights=snapshot is None or record.round > snapshot.round, traced=False)
+            self._federation.restore(
+                record, update_model=snapshot is None or record.round > snapshot.round, compute_traces=False
+            )
             if snapshot is not None and record.round == snapshot.round:
                 self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
         if saved.complete:
@@ -104,7 +106,7 @@ class Rounds:
 
     def _finish_round(self, result: RoundResult, initial: Evaluation) -> None:
         """Evaluates the model after a round if that is due, and writes GradIP and metrics of the round."""
-        number, every = result.line.round, self._config.evaluation.every
+        number, every = result.record.round, self._config.evaluation.every
         if result.traces:
             self._directory.add_traces(number, result.traces)
         evaluation = None
@@ -112,7 +114,7 @@ class Rounds:
             evaluation = initial
         elif number == self._config.rounds or (every and number % every == 0):
             evaluation = self._evaluate()
-        self._write(result.line, evaluation)
+        self._write(result.record, evaluation)
 
     def _evaluate(self) -> Evaluation:
         return evaluate(self._federation.model, self._federation.data.validation)

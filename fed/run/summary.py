@@ -5,7 +5,7 @@ from typing import Any
 
 from ...engine.parameters import floating_parameters
 from ..attack import attack_summary
-from ..selection import Selection, Statistics
+from ..selection import PathStatistics, Selection
 from ..setup.server_and_clients import Federation
 from .jsonl import finite_or_none
 
@@ -21,7 +21,7 @@ def federation_summary(federation: Federation) -> dict[str, Any]:
         "truncated_validation": federation.data.validation.truncated,
         "bytes_each_way_if_weights_were_sent": sum(p.numel() * p.element_size() for p in weights) * answers,
         # adapters, layers and complete models follow from their names; no ids are sent
-        "mask_bytes": 8 * elements if config.method.recipe.elements.ranked else 0,
+        "mask_bytes": 8 * elements if config.method.recipe.elements.uses_density else 0,
         "masked_elements": elements,
         "elements": sum(p.numel() for p in weights),
         "rejected_messages": dict(sorted(federation.server.rejected.items())),
@@ -58,7 +58,7 @@ def selection_summary(selection: Selection, labels: list[list[int]]) -> dict[str
     }
 
 
-def _statistics_fields(statistics: Statistics) -> dict[str, float | None]:
+def _statistics_fields(statistics: PathStatistics) -> dict[str, float | None]:
     """Statistics of a path. A ratio is None if it is infinite, because the later GradIP is 0."""
     return {name: finite_or_none(value) for name, value in vars(statistics).items()}
 

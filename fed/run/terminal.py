@@ -47,7 +47,7 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
                    f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
     click.echo(f"trained         {s['masked_elements']:,} of {s['elements']:,} elements in {s['steps']:,} local steps")
     if s["queries_skipped"]:
-        click.echo(f"not taken       {s['queries_skipped']:,} perturbations, whose loss was not finite")
+        click.echo(f"skipped         {s['queries_skipped']:,} queries, whose loss was not finite")
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "

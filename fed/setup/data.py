@@ -14,7 +14,7 @@ from ...engine.lm.data import custom_rows, task_rows
 from ...engine.lm.examples import EncodedTask
 from ...engine.lm.tasks import Row, Task
 from ..config.run_config import RunConfig
-from ..partition import Group, Partition, client_names, split
+from ..partition import Group, Partition, natural_client_names, split
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def encode(config: RunConfig, tokenizer: object) -> TaskData:
     task, train, validation = read_rows(config)
     groups = None
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
-        groups = client_names(train, task.client_field, f"{task.name}, train")
+        groups = natural_client_names(train, task.client_field, f"{task.name}, train")
     return TaskData(
         EncodedTask(task, train, tokenizer, config.data.max_length, f"{task.name}, train"),
         EncodedTask(task, validation, tokenizer, config.data.max_length, f"{task.name}, validation"),

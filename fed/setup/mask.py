@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ...engine import stream
 from ...engine.errors import ConfigError
-from ...engine.layers import decoder_layers, dominant_layer, parameters_of
+from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
 from ...engine.lm.data import calibration_texts, token_batches
 from ...engine.lm.examples import Batch, EncodedTask
@@ -120,7 +120,7 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
 
 def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Tensor]]) -> SparseMask:
     layer = config.mask.layer or dominant_layer(model, _with_progress_bar(batches))
-    names = parameters_of(model, layer)
+    names = parameter_names(model, layer)
     if not names:
         raise ConfigError(
             f"layer {layer!r} has no parameters in this model; its blocks are {', '.join(decoder_layers(model))}"

@@ -33,7 +33,7 @@ _UNCHANGED_WARNING = 0.01
 def make_terms(config: RunConfig, mask: SparseMask) -> Terms:
     """The terms that follow from settings and mask."""
     recipe = config.method.recipe
-    return Terms.of(
+    return Terms.for_mask(
         mask,
         seed=config.seed,
         eps=config.step.eps,
@@ -161,11 +161,11 @@ class Federation:
         )
         return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
 
-    def restore(self, line: RoundRecord, *, weights: bool = True, traced: bool = True) -> RoundResult:
+    def restore(self, record: RoundRecord, *, update_model: bool = True, compute_traces: bool = True) -> RoundResult:
         """Applies the current round from its ledger line instead of asking the clients; see ``Server.restore``."""
-        result = self.server.restore(line, weights=weights, traced=traced)
-        if line.round == CALIBRATION and line.thresholds is not None:
-            self.selection = self._selection_by(line.thresholds, result.traces, line.stopped)
+        result = self.server.restore(record, update_model=update_model, compute_traces=compute_traces)
+        if record.round == CALIBRATION and record.thresholds is not None:
+            self.selection = self._selection_by(record.thresholds, result.traces, record.stopped)
         return result
 
     def _select(self, traces: Mapping[int, Trace]) -> Selection:
@@ -186,7 +186,7 @@ class Federation:
         """
         statistics = {i: path_statistics(trace.gradip, self._windows, thresholds.sigma) for i, trace in traces.items()}
         if stopped is None:
-            stopped = [i for i, of_client in statistics.items() if of_client.exceed(thresholds)]
+            stopped = [i for i, of_client in statistics.items() if of_client.exceeds(thresholds)]
             if self.config.method.recipe.stopping is Stopping.RANDOM:
                 stopped = random_clients(sorted(traces), len(stopped), self.config.seed)
         return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)

@@ -139,7 +139,7 @@ class RankExchange:
         server = self._federation.server
         if not server.round:
             return b""
-        first, scalars, masters = server.missed(self._round_of_others)
+        first, scalars, masters = server.missed_update(self._round_of_others)
         self._round_of_others = server.round
         message = TrainRequest(
             client=0, round=server.round, local_steps=0, first_round=first, scalars=scalars, masters=masters

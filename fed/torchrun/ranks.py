@@ -149,7 +149,7 @@ def torchrun_ranks(per_client: int) -> Iterator[Ranks | None]:
             )
         torch.cuda.set_device(local)
     with _lost_process_error(None):
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+        _init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     ranks = Ranks(per_client)
     if not ranks.rank:
         signal.signal(signal.SIGTERM, _stop)
@@ -157,6 +157,23 @@ def torchrun_ranks(per_client: int) -> Iterator[Ranks | None]:
         yield ranks
     finally:
         distributed.destroy_process_group()
+
+
+def _init_process_group(backend: str) -> None:
+    """Initializes the default process group, under keys that no earlier attempt of a restarted torchrun has used.
+
+    torchrun keeps its store when it restarts the processes (``--max-restarts``, torch 2.13 with ``--standalone``). With
+    the same keys, they would read the addresses of processes that have ended, and fail or wait for them.
+    """
+    store, rank, world = next(distributed.rendezvous("env://", timeout=_TIMEOUT))  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    distributed.init_process_group(
+        backend,
+        store=distributed.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world,
+        timeout=_TIMEOUT,
+    )
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -62,11 +62,11 @@ class _Clients:
             The packed times (see ``TIMING``), then one answer for each request.
         """
         if update:
-            missed = TrainRequest.decode(update)
-            if missed.masters is not None:
-                self._replica.load_masters(missed.round, missed.masters)
-            elif missed.scalars is not None:
-                self._replica.catch_up(missed.first_round, missed.scalars)
+            missed_update = TrainRequest.decode(update)
+            if missed_update.masters is not None:
+                self._replica.load_masters(missed_update.round, missed_update.masters)
+            elif missed_update.scalars is not None:
+                self._replica.catch_up(missed_update.first_round, missed_update.scalars)
         before = self._times()
         answers = [
             self._clients[struct.unpack("<I", i)[0]].handle(request)

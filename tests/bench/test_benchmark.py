@@ -245,13 +245,13 @@ def test_reported_normals_are_those_drawn(name: str, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(row, "_draw_normals", counted_draw)
     else:
-        normals_of = reference.normals_of
+        table_normals = reference.table_normals
 
         def counted(table: ElementTable, seed: torch.Tensor, start: int, stop: int, source: Any) -> torch.Tensor:
-            drawn[0] += sum(high - low for _, low, high in table.pieces(start, stop))
-            return normals_of(table, seed, start, stop, source)
+            drawn[0] += sum(high - low for _, low, high in table.tensor_slices(start, stop))
+            return table_normals(table, seed, start, stop, source)
 
-        monkeypatch.setattr(reference, "normals_of", counted)
+        monkeypatch.setattr(reference, "table_normals", counted)
     for operation in rows.OPERATIONS:
         before = drawn[0]
         getattr(row, operation)(5, 1e-3, *([1e-3] if operation == "update" else []))

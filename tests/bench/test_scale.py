@@ -69,8 +69,8 @@ def test_bytes_are_those_of_encoded_messages() -> None:
     assert traffic.message_bytes(1) == (44, 44)
     assert traffic.per_day(60)["bytes"]["scalars, T = 10"] == 1440 * (80 + 80)
     # The scalars of two hours.
-    missed = np.ones(120, dtype=np.float32)
-    request = TrainRequest(client=1, round=121, local_steps=1, first_round=1, scalars=missed).encode()
+    missed_update = np.ones(120, dtype=np.float32)
+    request = TrainRequest(client=1, round=121, local_steps=1, first_round=1, scalars=missed_update).encode()
     assert traffic.catching_up(1, 60)["day"] == len(request) + 4 * (1440 - 120)
 
 

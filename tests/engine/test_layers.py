@@ -7,7 +7,7 @@ from torch import nn
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
 from meerkat_engine.engine.errors import MaskError, ModelError
-from meerkat_engine.engine.layers import decoder_layers, dominant_layer, parameters_of
+from meerkat_engine.engine.layers import decoder_layers, dominant_layer, parameter_names
 from meerkat_engine.engine.parameters import ParameterTable
 
 from helpers.losses import CALIBRATION_BATCHES, gradient_moments
@@ -22,7 +22,7 @@ def test_decoder_layers_lists_the_blocks_in_order(architecture: str) -> None:
     layers = decoder_layers(model)
     assert layers == [f"{BLOCKS.get(architecture, 'model.layers')}.{i}" for i in range(2)]
     assert len({type(model.get_submodule(layer)) for layer in layers}) == 1
-    names = parameters_of(model, layers[1])
+    names = parameter_names(model, layers[1])
     assert names == [f"{layers[1]}.{name}" for name, _ in model.get_submodule(layers[1]).named_parameters()]
 
 
@@ -30,7 +30,7 @@ def test_block_10_is_not_part_of_block_1(llama: nn.Module) -> None:
     layers = llama.model.layers  # type: ignore[union-attr]
     while len(layers) < 11:
         layers.append(make_model(seed=len(layers)).model.layers[0])  # type: ignore[operator, union-attr, arg-type, index]
-    one, ten = (parameters_of(llama, f"model.layers.{i}") for i in (1, 10))
+    one, ten = (parameter_names(llama, f"model.layers.{i}") for i in (1, 10))
     assert len(one) == len(ten) == 9
     assert not set(one) & set(ten)
 
@@ -48,7 +48,7 @@ def test_the_dominant_block_has_the_largest_squared_gradient(architecture: str) 
     squares, _ = gradient_moments(model)
     totals = {}
     for layer in decoder_layers(model):
-        ids = SparseMask.of_parameters(model, parameters_of(model, layer)).ids
+        ids = SparseMask.of_parameters(model, parameter_names(model, layer)).ids
         totals[layer] = squares[ids].sum().item()
     first, second = sorted(totals, key=lambda layer: totals[layer])
     assert totals[second] > 1.0005 * totals[first]
@@ -108,7 +108,7 @@ def test_an_attached_gradient_equals_the_calibration_gradient(architecture: str,
 
 def test_a_gradient_can_be_attached_to_any_mask(llama: nn.Module) -> None:
     _, means = gradient_moments(llama)
-    layer = parameters_of(llama, decoder_layers(llama)[0])
+    layer = parameter_names(llama, decoder_layers(llama)[0])
     for mask in (
         SparseMask.random(llama, 0.01, 3), SparseMask.magnitude(llama, 0.01), SparseMask.of_parameters(llama, layer)
     ):  # fmt: skip

@@ -12,7 +12,7 @@ from meerkat_engine import SparseMask
 from meerkat_engine.engine.errors import MaskError
 from meerkat_engine.engine.lm.objective import language_model_loss
 from meerkat_engine.engine.parameters import ParameterTable
-from meerkat_engine.engine.sensitivity import largest
+from meerkat_engine.engine.sensitivity import select_largest
 
 from helpers.losses import CALIBRATION_BATCHES, gradient_moments
 from helpers.models import make_model
@@ -62,7 +62,7 @@ def test_calibration_holds_one_gradient_at_a_time(llama: nn.Module) -> None:
 @pytest.mark.parametrize("k", [1, 4, 10])
 def test_ties_go_to_the_lower_id(sizes: list[int], k: int) -> None:
     values = torch.tensor([1.0, 2, 2, 0, 2, 1, 2, 1, 0, 1])
-    ids, best = largest(lambda i: values.split(sizes)[i], len(sizes), k)
+    ids, best = select_largest(lambda i: values.split(sizes)[i], len(sizes), k)
     order = sorted(range(10), key=lambda i: (-values[i].item(), i))
     assert ids.tolist() == sorted(order[:k])
     assert torch.equal(best, values[ids])

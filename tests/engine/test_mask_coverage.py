@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from meerkat_engine import SparseMask
 from meerkat_engine.engine.errors import MaskError
 from meerkat_engine.engine.mask_coverage import concentration, measure_coverage
-from meerkat_engine.engine.sensitivity import Sensitivity, accumulate
+from meerkat_engine.engine.sensitivity import Sensitivity, accumulate_gradients
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def batches(generator: torch.Generator) -> list[Tensor]:
 
 
 def test_coverage_is_the_share_of_the_squared_gradient(model: nn.Module, batches: list[Tensor]) -> None:
-    squares = torch.cat([s.view(-1) for s in accumulate(model, batches, loss).squares]).double().numpy()
+    squares = torch.cat([s.view(-1) for s in accumulate_gradients(model, batches, loss).squares]).double().numpy()
     masks = [SparseMask.random(model, 0.1, 3), SparseMask.magnitude(model, 0.05)]
     best = [np.argsort(-squares, kind="stable")[: len(mask)] for mask in masks]
     for mask, best_ids, coverage in zip(masks, best, measure_coverage(masks, model, batches, loss), strict=True):

@@ -18,9 +18,9 @@ from meerkat_engine.engine.lm.tasks import SST2, Task
 from meerkat_engine.engine.private_closure import PrivateClosure, gaussian
 from meerkat_engine.engine.weights import round_fp32
 
-from helpers.losses import TOLERANCE, candidate_log_likelihoods, in_parts
+from helpers.losses import TOLERANCE, candidate_log_likelihoods, micro_batches
 from helpers.models import make_model
-from helpers.prompts import LONG, SEVEN_ROWS, encoded
+from helpers.prompts import MULTI_TOKEN_TASK, SEVEN_ROWS, encode_task
 from helpers.tensors import flat_weights, same_bits
 
 NAN, INF = float("nan"), float("inf")
@@ -57,8 +57,8 @@ def released(before: list[float], after: list[float]) -> float:
 @pytest.mark.parametrize("q", [1, 3])
 def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
     """Compares the scalars with a computation from each example's losses; the weights change only by these scalars."""
-    model, other, data = make_model(), make_model(), encoded(LONG, rows=SEVEN_ROWS)
-    (batch,) = in_parts(data, Objective.CANDIDATES, [7])
+    model, other, data = make_model(), make_model(), encode_task(MULTI_TOKEN_TASK, rows=SEVEN_ROWS)
+    (batch,) = micro_batches(data, Objective.CANDIDATES, [7])
     mask, clip, calls = SparseMask.random(model, 0.05, 1), 0.02 if estimator == "two-point" else 0.01, []
 
     def losses() -> torch.Tensor:
@@ -210,11 +210,11 @@ def test_terms_out_of_range_are_rejected(terms: dict[str, object], message: str)
     assert isinstance(caught.value, ConfigError) == ("private steps" in message)
 
 
-@pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("task", [SST2, MULTI_TOKEN_TASK], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("objective", list(Objective))
 def test_example_losses_match_a_computation_one_by_one(architecture: str, objective: Objective, task: Task) -> None:
-    model, data = make_model(architecture), encoded(task, rows=SEVEN_ROWS)
-    (whole,) = in_parts(data, objective, [7])
+    model, data = make_model(architecture), encode_task(task, rows=SEVEN_ROWS)
+    (whole,) = micro_batches(data, objective, [7])
     found = example_losses(model, whole, objective)
     assert (found.dtype, found.shape) == (torch.float32, (7,))
     for i, row in enumerate(SEVEN_ROWS):
@@ -223,7 +223,7 @@ def test_example_losses_match_a_computation_one_by_one(architecture: str, object
         gold = -means[row["label"]]
         wanted = gold + means.logsumexp(0) if objective is Objective.CANDIDATES else gold
         assert found[i].item() == pytest.approx(wanted.item(), abs=2e-5)
-    parts = in_parts(data, objective, [3, 3, 1])
+    parts = micro_batches(data, objective, [3, 3, 1])
     assert example_losses(model, parts, objective).tolist() == pytest.approx(found.tolist(), abs=TOLERANCE)
     if objective is Objective.CANDIDATES or task is SST2:  # answers of one length
         assert found.mean().item() == pytest.approx(task_loss(model, whole, objective).item(), abs=TOLERANCE)

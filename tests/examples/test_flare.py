@@ -38,10 +38,10 @@ def test_flare_gives_the_bits_of_a_simulation(tmp_path: Path, federation: Any) -
     results = list(simulate(server, [federation.make_client(mask, i, 2) for i in range(2)], 3))
     torch.set_num_threads(threads)
     assert output["weights"] == fingerprint(server.replica.model) != base
-    assert output["losses"] == [result.line.loss for result in results]
+    assert output["losses"] == [result.record.loss for result in results]
     # Each site has one process, which is the same in all rounds.
     processes = [
-        {site: metrics["process"] for site, metrics in metrics_by_site.items()} for metrics_by_site in output["told"]
+        {site: metrics["process"] for site, metrics in metrics_by_site.items()} for metrics_by_site in output["metrics"]
     ]
     assert sorted(processes[0]) == ["site-1", "site-2"]
     assert processes == [processes[0]] * 3

@@ -176,19 +176,19 @@ def test_a_restarted_client_continues_as_if_it_had_never_stopped(federation: Mak
     """A restarted client has base model, mask and examples only. The server sends the rounds that it missed."""
     undisturbed = federation(shared=False, gradient=gradient)
     for result in simulate(undisturbed.server, undisturbed.clients, 4):
-        assert not result.line.rejected
+        assert not result.record.rejected
     fed = federation(shared=False, gradient=gradient)
     for result in simulate(fed.server, fed.clients, 2):
-        assert not result.line.rejected
+        assert not result.record.rejected
     old = fed.clients[1]
     assert old.data.seen == 2 * 2 * 8
     data = ClientData(old.data.task, old.data.indices, 8, stream.derived_seed(11, "data", 1))
     fed.clients[1] = replace(old, replica=fed.fresh_replica(torch.float32), data=data)
     third, fourth = simulate(fed.server, fed.clients, 4)
     by_scalars = gradient is Gradient.TWO_POINT  # masters can be applied at any round
-    assert third.line.rejected == ({"client 1: stands at an earlier round": 1} if by_scalars else {})
-    assert not fourth.line.rejected
-    assert set(third.line.clients) == ({0, 1, 2} if by_scalars else set())
+    assert third.record.rejected == ({"client 1: stands at an earlier round": 1} if by_scalars else {})
+    assert not fourth.record.rejected
+    assert set(third.record.clients) == ({0, 1, 2} if by_scalars else set())
     assert fed.weights == undisturbed.weights
     assert fingerprint(fed.clients[1].replica.model) == fingerprint(undisturbed.clients[1].replica.model)
 
@@ -205,8 +205,8 @@ def test_a_client_that_always_reports_to_be_stale_is_asked_twice_a_round(federat
 
     (result,) = serve(fed.server, exchange, 2)
     assert asked == [0, 1, 2, 1]
-    assert result.line.rejected == {"client 1: stands at an earlier round": 2}
-    assert sorted(result.line.clients) == [0, 2]
+    assert result.record.rejected == {"client 1: stands at an earlier round": 2}
+    assert sorted(result.record.clients) == [0, 2]
 
 
 def test_the_same_request_gets_the_same_answer(federation: Make) -> None:
@@ -247,7 +247,7 @@ def test_only_participants_have_a_weight_in_the_mean(federation: Make) -> None:
     first, second = fed.server.participants()
     fed.server.receive(reply(client=first, scalars=(1.0, 2.0)))
     fed.server.receive(reply(client=second, scalars=(3.0, 4.0)))
-    assert fed.server.finish_round().line.scalars == [2.0, 3.0]
+    assert fed.server.finish_round().record.scalars == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("gradient", list(Gradient))

@@ -34,7 +34,7 @@ def answer(fed: Any, client: int) -> TrainReply:
 def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
     """All state that a rejected message must not change."""
     server = fed.server
-    of_clients = (dict(server.claimed), dict(server._client_round), dict(server._answers))
+    of_clients = (dict(server.claimed_examples), dict(server._client_round), dict(server._answers))
     of_round = (server.round, server.participants())
     return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), of_clients, of_round
 
@@ -43,7 +43,7 @@ def finish(fed: Any, clients: tuple[int, ...]) -> Any:
     """Receives honest replies of some clients and finishes the round; returns its ledger line."""
     for client in clients:
         fed.server.receive(answer(fed, client).encode(), sender=client)
-    return fed.server.finish_round().line
+    return fed.server.finish_round().record
 
 
 def with_raw_nan(reply: TrainReply) -> bytes:
@@ -164,7 +164,7 @@ def test_the_weights_of_the_mean_are_those_of_the_accepted_clients(federation: M
         fed.server.receive(replace(answer(fed, 0), examples=0).encode())
     fed.server.receive(replace(one, examples=30).encode())
     fed.server.receive(replace(two, examples=10).encode())
-    assert fed.server.finish_round().line.scalars == [0.625, 0.875]  # weights 3/4 and 1/4
+    assert fed.server.finish_round().record.scalars == [0.625, 0.875]  # weights 3/4 and 1/4
 
 
 def test_a_replayed_message_changes_nothing(federation: Make, tmp_path: Path) -> None:
@@ -256,13 +256,13 @@ def test_reported_examples_are_bounded_and_binding(federation: Make) -> None:
     honest = replace(answer(fed, 0), examples=100)
     with pytest.raises(RejectedError, match="client 0 reported 101 examples, at most 100 are allowed"):
         fed.server.receive(replace(honest, examples=101).encode())
-    assert fed.server.claimed == {}  # a rejected claim is not binding
+    assert fed.server.claimed_examples == {}  # a rejected claim is not binding
     fed.server.receive(honest.encode())
     fed.server.finish_round()
     with pytest.raises(RejectedError, match="client 0 reported 99 examples, 100 in an earlier round"):
         fed.server.receive(replace(honest, round=2, examples=99).encode())
     fed.server.receive(replace(honest, round=2).encode())
-    assert fed.server.claimed == {0: 100}
+    assert fed.server.claimed_examples == {0: 100}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_client_that_claims_many_examples_determines_the_mean_by_examples_only
     for client, g, examples in ((0, 1.0, 5), (1, 2.0, 5), (2, 99.0, 2**32 - 1)):
         reply = TrainReply(client=client, round=1, local_steps=1, examples=examples, loss=0.5, scalars=fp32_array(g))
         server.receive(reply.encode())
-    assert server.finish_round().line.scalars == [pytest.approx(expected, rel=1e-6)]
+    assert server.finish_round().record.scalars == [pytest.approx(expected, rel=1e-6)]
 
 
 def test_skipped_queries_and_missing_losses_do_not_count(federation: Make) -> None:
@@ -290,14 +290,14 @@ def test_skipped_queries_and_missing_losses_do_not_count(federation: Make) -> No
     for client, scalars, loss in ((0, (1.0, NAN), 0.25), (1, (NAN, NAN), None), (2, (2.0, 8.0), 0.75)):
         reply = TrainReply(client=client, round=1, local_steps=2, examples=5, loss=loss, scalars=fp32_array(*scalars))
         fed.server.receive(reply.encode())
-    result = fed.server.finish_round().line
+    result = fed.server.finish_round().record
     assert result.scalars == [round_fp32(p * 1.0 + p * 2.0), round_fp32(p * 8.0)]
     assert result.loss == 0.5
     before = fed.weights
     for client in range(3):
         skipped = TrainReply(client=client, round=2, local_steps=2, examples=5, loss=None, scalars=fp32_array(NAN, NAN))
         fed.server.receive(skipped.encode())
-    result = fed.server.finish_round().line
+    result = fed.server.finish_round().record
     assert (result.scalars, result.loss) == ([0.0, 0.0], None)
     assert fed.weights == before
 
@@ -311,7 +311,7 @@ def test_the_order_of_arrival_changes_no_weight(federation: Make, rule: Rule) ->
     for fed, order in ((a, (0, 1, 2, 3, 4)), (b, (3, 1, 4, 0, 2))):
         for i in order:
             fed.server.receive(replies[i])
-    assert a.server.finish_round().line == b.server.finish_round().line
+    assert a.server.finish_round().record == b.server.finish_round().record
     assert a.weights == b.weights
 
 
@@ -346,7 +346,7 @@ def test_a_rejected_hostile_client_leaves_the_bits_of_a_run_without_it(federatio
     rounds = list(simulate(fed.server, with_attackers(fed.clients, Attack.SCALE, 1), 2))
     for _ in range(2):
         finish(without, (0, 1))
-    assert [result.line.rejected for result in rounds] == [{"client 2: a scalar too large": 1}] * 2
+    assert [result.record.rejected for result in rounds] == [{"client 2: a scalar too large": 1}] * 2
     assert fed.weights == without.weights
 
 
@@ -361,7 +361,7 @@ def test_a_simulation_authenticates_senders(federation: Make) -> None:
 
     list(simulate(fed.server, [Thief(fed.clients[0], Attack.SCALE), *fed.clients[1:]], 1))
     assert fed.server.rejected == {"client 0: speaks for another client": 1}
-    assert sorted(fed.server.claimed) == [1, 2]
+    assert sorted(fed.server.claimed_examples) == [1, 2]
 
 
 # 12 rounds are enough for this task, and keep the test below a minute on one core.

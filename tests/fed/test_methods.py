@@ -185,7 +185,7 @@ def test_a_fedavg_round_is_the_mean_of_the_clients_weights(federation: Callable[
 def test_a_mask_file_needs_a_method_with_ranked_elements(world: Path) -> None:
     given = SMALL | {"model": str(world / "model"), "task": "sst2", "mask": "m.safetensors"}
     for method in Method:
-        if method.recipe.elements.ranked:
+        if method.recipe.elements.uses_density:
             make_config(given, {"method": method})
         else:
             with pytest.raises(ConfigError, match="leave the mask file out"):

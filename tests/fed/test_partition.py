@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meerkat_engine.engine.errors import DataError
-from meerkat_engine.fed.partition import Partition, client_names, histogram, split
+from meerkat_engine.fed.partition import Partition, label_counts, natural_client_names, split
 
 LABELS = torch.arange(600) % 3
 
@@ -28,11 +28,11 @@ def test_every_example_belongs_to_one_client(partition: Partition, clients: int)
 def test_iid_clients_are_alike() -> None:
     shares = split(LABELS, 4, Partition.IID, 1)
     assert [len(share) for share in shares] == [150] * 4
-    assert np.abs(np.array(histogram(LABELS, shares, 3)) - 50).max() < 20
+    assert np.abs(np.array(label_counts(LABELS, shares, 3)) - 50).max() < 20
 
 
 def test_single_label_clients_hold_one_label() -> None:
-    counts = np.array(histogram(LABELS, split(LABELS, 7, Partition.SINGLE_LABEL, 1), 3))
+    counts = np.array(label_counts(LABELS, split(LABELS, 7, Partition.SINGLE_LABEL, 1), 3))
     assert ((counts > 0).sum(axis=1) == 1).all()
     assert counts.sum(axis=0).tolist() == [200] * 3
 
@@ -41,13 +41,13 @@ def test_dirichlet_is_drawn_per_class_over_clients() -> None:
     """The clients' shares of a class have the mean 1/K and the variance of the Dirichlet distribution."""
     draws = []
     for seed in range(200):
-        counts = np.array(histogram(LABELS, split(LABELS, 4, Partition.DIRICHLET, seed, alpha=0.5), 3))
+        counts = np.array(label_counts(LABELS, split(LABELS, 4, Partition.DIRICHLET, seed, alpha=0.5), 3))
         draws.append(counts[:, 0] / 200)
     shares = np.array(draws)
     assert np.allclose(shares.mean(axis=0), 0.25, atol=0.06)
     # variance of one share of Dirichlet(0.5 x 4): (1/4)(3/4)/(2+1)
     assert shares[:, 0].var() == pytest.approx(0.0625, rel=0.3)
-    even = np.array(histogram(LABELS, split(LABELS, 4, Partition.DIRICHLET, 0, alpha=1e4), 3))
+    even = np.array(label_counts(LABELS, split(LABELS, 4, Partition.DIRICHLET, 0, alpha=1e4), 3))
     assert np.abs(even - 50).max() <= 3
 
 
@@ -96,8 +96,8 @@ def test_a_natural_client_with_less_than_a_batch_is_an_error() -> None:
 
 
 def test_names_of_natural_clients_are_text_or_integers() -> None:
-    assert client_names([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
-    assert client_names([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
+    assert natural_client_names([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
+    assert natural_client_names([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
     for rows, message in [
         ([{"site": "a"}, {"ward": "b"}], r"t, example 2: natural clients need the field 'site'; found \['ward'\]"),
         ([{"site": None}], "t, example 1: the field 'site' must name a client by text .*; got None"),
@@ -105,7 +105,7 @@ def test_names_of_natural_clients_are_text_or_integers() -> None:
         ([{"site": 1}, {"site": True}], "example 2: the field 'site' .*; got True"),
     ]:
         with pytest.raises(DataError, match=message):
-            client_names(rows, "site", "t")
+            natural_client_names(rows, "site", "t")
 
 
 @pytest.mark.parametrize(("classes", "clients"), [(2, 8), (6, 10), (3, 5), (2, 1)])
@@ -113,7 +113,7 @@ def test_mixed_clients_are_iid_or_of_one_label(classes: int, clients: int) -> No
     labels = torch.arange(600) % classes
     shares = split(labels, clients, Partition.MIXED, 4)
     assert sorted(torch.cat(shares).tolist()) == list(range(600))
-    counts = torch.tensor(histogram(labels, shares, classes))
+    counts = torch.tensor(label_counts(labels, shares, classes))
     single = (counts > 0).sum(1) == 1
     assert single.tolist() == [False] * (clients - clients // 2) + [True] * (clients // 2)
     class_size, single_label_clients = 600 // classes, clients // 2

@@ -64,10 +64,10 @@ def test_epsilon_includes_the_calibration_steps(tmp_path: Path) -> None:
     terms, calibration = ledger.header.terms.privacy, ledger.calibration
     assert terms is not None
     assert calibration is not None
-    claimed = calibration.examples
-    assert calibration.epsilon == largest_epsilon(terms, [(n, 12) for n in claimed.values()])
-    steps = {i: 12 + (1 if i in calibration.stopped else 3) for i in claimed}
-    assert ledger.rounds[0].epsilon == max(epsilon(terms, claimed[i], steps[i]) for i in claimed)
+    claimed_examples = calibration.examples
+    assert calibration.epsilon == largest_epsilon(terms, [(n, 12) for n in claimed_examples.values()])
+    steps = {i: 12 + (1 if i in calibration.stopped else 3) for i in claimed_examples}
+    assert ledger.rounds[0].epsilon == max(epsilon(terms, claimed_examples[i], steps[i]) for i in claimed_examples)
 
 
 def test_largest_epsilon_is_that_of_the_least_protected_client() -> None:

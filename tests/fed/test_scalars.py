@@ -93,17 +93,17 @@ def test_text_of_float64_numbers_that_are_not_fp32_numbers() -> None:
 @example({0: [], 7: []})
 @example({3: [math.nan, -0.0], 1: [], 2: [2.0**-149]})
 def test_the_json_of_client_scalars_is_that_of_the_json_module(scalars: dict[int, list[float]]) -> None:
-    own = ClientScalars.of(scalars)
+    own = ClientScalars.from_lists(scalars)
     assert client_scalars_json(own) == plain_json(scalars)
     assert {i: plain_text(row) for i, row in own.items()} == {i: plain_text(scalars[i]) for i in sorted(scalars)}
     assert own.skipped == sum(math.isnan(g) for row in scalars.values() for g in row)
     sent = {i: np.array(row, dtype=np.float32).tobytes() for i, row in scalars.items()}
-    assert ClientScalars.of_bytes(sent) == own
+    assert ClientScalars.from_bytes(sent) == own
 
 
 def test_infinite_scalars_are_an_error() -> None:
     with pytest.raises(ValueError, match="infinite"):
-        client_scalars_json(ClientScalars.of({1: [1.0, math.inf]}))
+        client_scalars_json(ClientScalars.from_lists({1: [1.0, math.inf]}))
 
 
 @pytest.mark.parametrize("rule", list(Rule))

@@ -15,7 +15,7 @@ from meerkat_engine.fed.config.run_config import make_config
 from meerkat_engine.fed.run.execute import execute
 from meerkat_engine.fed.run.replay import replay_run
 from meerkat_engine.fed.selection import (
-    Statistics,
+    PathStatistics,
     Thresholds,
     Windows,
     null_thresholds,
@@ -28,11 +28,11 @@ WINDOWS = Windows(initial=2, later=4)
 
 def test_statistics_of_a_path() -> None:
     result = path_statistics([4.0, -2.0, 9.0, 0.5, -0.5, 2.0, -1.0], WINDOWS, sigma=0.75)
-    assert result == Statistics(rho_later=3.0, rho_quie=0.5)
+    assert result == PathStatistics(rho_later=3.0, rho_quie=0.5)
 
 
 def test_a_path_that_falls_to_0_has_an_infinite_ratio() -> None:
-    assert path_statistics([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], WINDOWS, sigma=0.1) == Statistics(
+    assert path_statistics([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], WINDOWS, sigma=0.1) == PathStatistics(
         rho_later=math.inf, rho_quie=1.0
     )
 
@@ -40,7 +40,7 @@ def test_a_path_that_falls_to_0_has_an_infinite_ratio() -> None:
 @pytest.mark.parametrize(("later", "quiet", "flagged"), [(3.1, 0.6, True), (3.0, 0.6, False), (3.1, 0.5, False)])
 def test_a_client_is_flagged_if_both_thresholds_are_exceeded(later: float, quiet: float, flagged: bool) -> None:
     thresholds = Thresholds(rho_later=3.0, rho_quie=0.5, sigma=1.0)
-    assert Statistics(rho_later=later, rho_quie=quiet).exceed(thresholds) is flagged
+    assert PathStatistics(rho_later=later, rho_quie=quiet).exceeds(thresholds) is flagged
 
 
 def test_windows_longer_than_the_path_are_an_error() -> None:
@@ -54,9 +54,9 @@ def test_thresholds_are_above_the_statistics_of_all_null_paths() -> None:
     for path in paths:
         statistics = path_statistics(path, WINDOWS, thresholds.sigma)
         assert statistics.rho_later < thresholds.rho_later < 3 * statistics.rho_later
-        assert not statistics.exceed(thresholds)
+        assert not statistics.exceeds(thresholds)
     vanishing = [4.0, 4.0, 0.1, 0.1, 0.1, 0.1]
-    assert path_statistics(vanishing, WINDOWS, thresholds.sigma).exceed(thresholds)
+    assert path_statistics(vanishing, WINDOWS, thresholds.sigma).exceeds(thresholds)
     with pytest.raises(ValueError, match="need at least 3 null paths, got 2"):
         null_thresholds(paths[:2], WINDOWS)
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_single_label_clients_are_stopped_early(stopped: Stopped) -> None:
     assert summary["stopped"] == summary["single_label_clients"] == [2, 3]
     assert summary["precision"] == summary["recall"] == 1.0
     thresholds = Thresholds(**summary["vp_thresholds"])
-    flagged = [int(i) for i, values in summary["vp_statistics"].items() if Statistics(**values).exceed(thresholds)]
+    flagged = [int(i) for i, values in summary["vp_statistics"].items() if PathStatistics(**values).exceeds(thresholds)]
     assert flagged == [2, 3]
 
 
@@ -166,7 +166,7 @@ def test_random_stop_stops_the_same_number_of_clients_at_random(stopped: Stopped
     flagged = [
         int(i)
         for i, values in summary["vp_statistics"].items()
-        if Statistics(**values).exceed(Thresholds(**summary["vp_thresholds"]))
+        if PathStatistics(**values).exceeds(Thresholds(**summary["vp_thresholds"]))
     ]
     assert len(summary["stopped"]) == len(flagged) > 0
     assert summary["stopped"] == random_clients(list(range(6)), len(flagged), 1)

@@ -43,7 +43,7 @@ class Federation:
     ) -> None:
         self.base = embedded.load(dtype)
         self.mask = SparseMask.random(self.base.model, density, 1)
-        self.terms = Terms.of(self.mask, seed=11, eps=1e-3, lr=lr, local_steps=steps, **terms)
+        self.terms = Terms.for_mask(self.mask, seed=11, eps=1e-3, lr=lr, local_steps=steps, **terms)
         ids = ids if ids is not None else list(range(clients))
         self.writer = None
         if ledger is not None:
@@ -85,7 +85,7 @@ class Federation:
         """Runs one round with the clients at these positions in ``clients``; None: all."""
         for client in self.clients if members is None else [self.clients[i] for i in members]:
             self.server.receive(client.handle(self.server.request(client.id)))
-        return self.server.finish_round().line
+        return self.server.finish_round().record
 
     @property
     def weights(self) -> str:

@@ -26,7 +26,7 @@ def candidate_log_likelihoods(model: nn.Module, data: EncodedTask, example: int)
     return log_likelihoods
 
 
-def in_parts(data: EncodedTask, objective: Objective, sizes: list[int]) -> list[Batch]:
+def micro_batches(data: EncodedTask, objective: Objective, sizes: list[int]) -> list[Batch]:
     """Splits the first examples of a data set into batches of the given sizes."""
     answers = "all" if objective is Objective.CANDIDATES else "gold"
     parts = torch.arange(sum(sizes)).split(sizes)

@@ -23,9 +23,11 @@ _LINES = [
 ]
 SEVEN_ROWS = [{"sentence": line, "label": i % 2} for i, line in enumerate(_LINES)]
 WORDS = "a fine film dull not and funny at all It was terrible great so good indeed"
-LONG = Task(name="long", template="{sentence} It was", cut="sentence", label_words=(" terrible", " so good indeed"))
+MULTI_TOKEN_TASK = Task(
+    name="long", template="{sentence} It was", cut="sentence", label_words=(" terrible", " so good indeed")
+)
 
 
-def encoded(task: Task = SST2, max_length: int = 32, rows: list[dict[str, Any]] = ROWS) -> EncodedTask:
+def encode_task(task: Task = SST2, max_length: int = 32, rows: list[dict[str, Any]] = ROWS) -> EncodedTask:
     """Tokenizes rows of a task; ``max_length`` counts the tokens of prompt and answer."""
     return EncodedTask(task, rows, make_tokenizer(WORDS), max_length, "test")

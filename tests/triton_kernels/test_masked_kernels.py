@@ -63,14 +63,14 @@ def layout(name: str, n: int) -> torch.Tensor:
 def masters_of(table: ElementTable) -> torch.Tensor:
     """Makes masters that differ from the rounded weights, as after some updates."""
     master = torch.full((table.slots,), float("nan"))  # stays in slots without an element
-    for tensor, low, high in table.pieces(0, table.slots):
+    for tensor, low, high in table.tensor_slices(0, table.slots):
         at = slice(None) if table.offsets is None else table.offsets[low:high].long()
         master[low:high] = table.weights[tensor][at].float() + 1e-5
     return master
 
 
 def elements_of(table: ElementTable, slots: torch.Tensor) -> torch.Tensor:
-    return torch.cat([slots[low:high] for _, low, high in table.pieces(0, table.slots)])
+    return torch.cat([slots[low:high] for _, low, high in table.tensor_slices(0, table.slots)])
 
 
 def run(
@@ -356,14 +356,14 @@ def test_blocks_never_span_two_tensors() -> None:
     table = build_table([torch.zeros(n) for n in sizes], [0, 10**10, 2 * 10**10], [torch.arange(n) for n in sizes])
     covered = []
     for address, base, start, count in table.blocks.tolist():
-        ((tensor, low, high),) = table.pieces(start, start + count)
+        ((tensor, low, high),) = table.tensor_slices(start, start + count)
         assert (address, base, low, high) == (
             table.weights[tensor].data_ptr(), table.bases[tensor], start, start + count
         )  # fmt: skip
         assert start % 4 == 0
         assert 0 < count <= BLOCK
         covered += range(start, start + count)
-    assert covered == [slot for _, low, high in table.pieces(0, table.slots) for slot in range(low, high)]
+    assert covered == [slot for _, low, high in table.tensor_slices(0, table.slots) for slot in range(low, high)]
     assert table.nnz == sum(sizes)
 
 

@@ -78,7 +78,7 @@ class RequestHandler:
         local_run = self._run_of(header["session"])
         if local_run is None:
             return _UNKNOWN_RUN, b""
-        sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, local_run.replica.terms.values)
+        sums = np.frombuffer(payload, dtype=np.float64).reshape(-1, local_run.replica.terms.scalars_per_round)
         if self._drop_if_past(len(sums)):
             return _UNKNOWN_RUN, b""
         answer, loss = strategy_round(local_run, int(header["client"]), sums)

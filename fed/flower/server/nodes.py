@@ -36,7 +36,7 @@ class Nodes:
 
     def node_of(self, client: int) -> int | None:
         """The node of a client: the first that claimed to be it; None if there is none."""
-        return next((node for node, claimed in self._claims.items() if claimed == client), None)
+        return next((node for node, claimed_examples in self._claims.items() if claimed_examples == client), None)
 
     def client_of(self, node: int) -> int | None:
         """The client of a node; None if it claimed none, or one that another node holds."""

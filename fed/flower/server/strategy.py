@@ -112,7 +112,7 @@ def start_strategy(
         exchange.wait_for_nodes()
         result = strategy.start(
             grid,
-            ArrayRecord({SCALARS: Array(np.zeros(replica.terms.values))}),
+            ArrayRecord({SCALARS: Array(np.zeros(replica.terms.scalars_per_round))}),
             num_rounds=config.rounds,
             timeout=deadline,
             evaluate_fn=server_model,

@@ -9,11 +9,11 @@ from meerkat_engine.engine.lm.evaluation import confusion_matrix, evaluate, macr
 from meerkat_engine.engine.lm.objective import candidate_scores
 
 from helpers.constants import CPU
-from helpers.prompts import encoded
+from helpers.prompts import encode_task
 
 
 def test_accuracy_and_loss_match_the_scores(llama: nn.Module) -> None:
-    data = encoded()
+    data = encode_task()
     scores = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU))
     right = (scores.argmax(-1) == data.labels).float().mean().item()
     for batch_size in (1, 2, 32):
@@ -37,7 +37,7 @@ def test_class_that_is_only_predicted_counts() -> None:
 
 
 def test_evaluation_reports_macro_f1_of_its_predictions(llama: nn.Module) -> None:
-    data = encoded()
+    data = encode_task()
     predicted = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU)).argmax(-1)
     expected = macro_f1(confusion_matrix(data.labels, predicted, 2))
     for batch_size in (1, 2, 32):

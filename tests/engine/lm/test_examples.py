@@ -12,17 +12,17 @@ from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task
 
 from helpers.models import make_byte_tokenizer, make_tokenizer
-from helpers.prompts import ROWS, WORDS, encoded
+from helpers.prompts import ROWS, WORDS, encode_task
 
 
 def test_long_prompts_are_cut_at_the_end_of_the_field() -> None:
-    data = encoded(max_length=7)
+    data = encode_task(max_length=7)
     tokenizer = make_tokenizer(WORDS)
     assert data.truncated == 1
     assert tokenizer.decode(data.prompts[2]) == "not a fine and It was"
     assert tokenizer.decode(data.prompts[0]) == "a fine film It was"
     with pytest.raises(DataError, match="longer than 2 tokens even without the field 'sentence'"):
-        encoded(max_length=3)
+        encode_task(max_length=3)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_long_prompts_are_cut_at_the_end_of_the_field() -> None:
 )
 def test_invalid_rows_raise(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encoded(rows=[*ROWS, row])
+        encode_task(rows=[*ROWS, row])
 
 
 def test_label_words_with_the_same_tokens_raise() -> None:
     task = Task(name="t", template="{sentence} It was", cut="sentence", label_words=(" unheard", " unseen"))
     with pytest.raises(ModelError, match="the same tokens"):
-        encoded(task)
+        encode_task(task)
 
 
 def test_special_token_after_the_prompt_raises_but_unknown_word_does_not() -> None:

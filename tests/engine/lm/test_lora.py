@@ -16,7 +16,7 @@ from meerkat_engine.engine.lm.objective import Objective, language_model_loss, t
 
 from helpers.constants import CPU
 from helpers.models import make_model
-from helpers.prompts import LONG, encoded
+from helpers.prompts import MULTI_TOKEN_TASK, encode_task
 from helpers.tensors import same_bits
 
 IDS = torch.arange(60).view(3, 20) % 90 + 3
@@ -108,7 +108,7 @@ def test_adapters_are_scaled_by_alpha_over_rank() -> None:
 def test_losses_depend_on_the_adapters(architecture: str, dtype: torch.dtype, objective: Objective) -> None:
     model = make_model(architecture, dtype)
     answers = "all" if objective is Objective.CANDIDATES else "gold"
-    batch = encoded(LONG).batch([0, 1, 2], answers=answers, device=CPU)
+    batch = encode_task(MULTI_TOKEN_TASK).batch([0, 1, 2], answers=answers, device=CPU)
     plain = [language_model_loss(model, IDS), task_loss(model, batch, objective)]
     names = add_lora(model, seed=1)
     with_zero_adapters = [language_model_loss(model, IDS), task_loss(model, batch, objective)]

@@ -12,12 +12,12 @@ from meerkat_engine.engine.lm.tasks import SST2, Task
 from helpers.constants import CPU
 from helpers.losses import candidate_log_likelihoods
 from helpers.models import make_model
-from helpers.prompts import LONG, ROWS, encoded
+from helpers.prompts import MULTI_TOKEN_TASK, ROWS, encode_task
 
 
-@pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("task", [SST2, MULTI_TOKEN_TASK], ids=["one token", "several tokens"])
 def test_candidate_scores_are_mean_log_likelihoods(architecture: str, task: Task) -> None:
-    model, data = make_model(architecture), encoded(task)
+    model, data = make_model(architecture), encode_task(task)
     scores = candidate_scores(model, data.batch([0, 1, 2], answers="all", device=CPU))
     assert scores.shape == (3, 2)
     for example in range(3):
@@ -26,9 +26,9 @@ def test_candidate_scores_are_mean_log_likelihoods(architecture: str, task: Task
         assert (scores[example, 1] - scores[example, 0]).item() == pytest.approx(means[1] - means[0], abs=2e-5)
 
 
-@pytest.mark.parametrize("task", [SST2, LONG], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("task", [SST2, MULTI_TOKEN_TASK], ids=["one token", "several tokens"])
 def test_task_loss_matches_log_likelihoods_of_single_sequences(architecture: str, task: Task) -> None:
-    model, data = make_model(architecture), encoded(task)
+    model, data = make_model(architecture), encode_task(task)
     log_likelihoods = [candidate_log_likelihoods(model, data, i) for i in range(3)]
     means = torch.tensor([[sum(t) / len(t) for t in row] for row in log_likelihoods])
     labels = torch.tensor([row["label"] for row in ROWS])
@@ -73,7 +73,7 @@ def test_text_loss_rejects_other_batches_and_models(llama: nn.Module) -> None:
 
 @pytest.mark.parametrize("loss", ["candidates", "language-model", "text"])
 def test_head_runs_only_on_positions_whose_logits_are_needed(architecture: str, loss: str) -> None:
-    model, data = make_model(architecture), encoded(LONG if loss == "language-model" else SST2)
+    model, data = make_model(architecture), encode_task(MULTI_TOKEN_TASK if loss == "language-model" else SST2)
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))  # type: ignore[operator]
     if loss == "text":

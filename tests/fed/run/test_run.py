@@ -411,7 +411,7 @@ def test_queries_with_a_loss_that_is_not_finite_are_skipped_and_counted(tmp_path
     lines = metrics_of(tmp_path / "r")
     assert [line.get("skipped", 0) for line in lines[1:-1]] == skipped
     assert lines[-1]["summary"]["queries_skipped"] == count
-    assert f"not taken       {count} perturbations, whose loss was not finite" in result.output
+    assert f"skipped         {count} queries, whose loss was not finite" in result.output
     assert "the same bits as at the end of the run" in call("replay", tmp_path / "r").output
 
 
