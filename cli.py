@@ -176,7 +176,10 @@ def replay(
     replayed = replay_run(directory, round=number, model=model, trust_remote_code=trust_remote_code)
     click.echo(f"replayed {replayed.round} rounds; weights {replayed.weights}")
     if not replayed.is_last_round:
-        click.echo(f"the ledger goes on to round {len(replayed.ledger.rounds)}: no fingerprint to compare with")
+        click.echo(
+            f"the ledger continues to round {len(replayed.ledger.rounds)}; only the last round has a fingerprint to "
+            f"compare with"
+        )
     elif replayed.recorded_weights is None:
         click.echo("the run did not finish: no fingerprint to compare with")
     elif replayed.recorded_weights == replayed.weights:
@@ -202,7 +205,7 @@ def apply(delta_file: Path, model: str, output: Path, trust_remote_code: bool) -
     `meerkat-engine replay RUN --delta FILE` writes a delta.
     """
     delta = apply_delta(delta_file, model, output, trust_remote_code=trust_remote_code)
-    click.echo(f"put {len(delta.mask)} weights of round {delta.round} onto {model}; weights {delta.weights}")
+    click.echo(f"applied {len(delta.mask)} weights of round {delta.round} to {model}; weights {delta.weights}")
     click.echo(f"saved to {output}")
 
 
@@ -251,9 +254,9 @@ def mask(
         click.echo(f"digest {sparse_mask.digest}\nsaved to {output}")
     for task in checked_tasks:
         coverage = mask_coverage(config.on_task(task), lm, [sparse_mask])[0]
-        click.echo(f"{task}: holds {coverage.captured:.1%} of the squared gradient; the best mask of that size "
-                   f"{coverage.best:.1%}, chance {coverage.chance:.1%}; shares {coverage.overlap:.1%} of the best "
-                   f"one's elements")  # fmt: skip
+        click.echo(f"{task}: holds {coverage.captured:.1%} of the squared gradient (best mask of that size "
+                   f"{coverage.best:.1%}, random {coverage.chance:.1%}); {coverage.overlap:.1%} of its elements are in "
+                   f"the best mask")  # fmt: skip
 
 
 @main.command(epilog=example("meerkat-engine report runs/mine runs/other"))

@@ -199,7 +199,7 @@ def check_all_finite(records: Tensor, first: int, queries: int = 1) -> None:
         which = f"step {step}" if queries == 1 else f"query {query} of step {step}"
         loss, g, *c = records[bad[0]].tolist()
         raise NonFiniteLossError(
-            f"{which} was not taken: mean loss {loss}, projected gradient {g}, lr * g {c} (try a smaller lr or eps)"
+            f"{which} was not applied: mean loss {loss}, projected gradient {g}, lr * g {c} (try a smaller lr or eps)"
         )
 
 

@@ -183,7 +183,7 @@ class SparseMask:
 
     @classmethod
     def dense(cls, model: nn.Module) -> "SparseMask":
-        """Masks all elements, for dense zeroth-order fine-tuning; needs 20 bytes of state per element."""
+        """Masks all elements, for dense zeroth-order fine-tuning. The ids need 8 bytes per element."""
         table = ParameterTable.of(model)
         return cls(ids=torch.arange(table.size), table=table, density=1.0, source="dense")
 

@@ -102,7 +102,9 @@ def _check_loss(loss: Tensor, step: int) -> Tensor:
             f"the closure of step {step} must return one loss that depends on the masked weights through autograd"
         )
     if not math.isfinite(loss.item()):
-        raise NonFiniteLossError(f"the loss of step {step} is {loss.item()}; the step was not taken (try a smaller lr)")
+        raise NonFiniteLossError(
+            f"the loss of step {step} is {loss.item()}; the step was not applied (try a smaller lr)"
+        )
     return loss.reshape(())
 
 

@@ -32,7 +32,7 @@ class Timing:
     Attributes:
         steps: number of steps.
         forward: time in forward passes.
-        total: time in all.
+        total: time of the steps, forward passes included.
         processes: number of process groups that take steps in parallel; the other values are those of one group.
     """
 
@@ -248,8 +248,7 @@ class Client:
         reached = max(end_of_scalars, self.replica.round) if request.round else self.replica.round
         if reached != target and len(request.scalars) % terms.scalars_per_round == 0:
             raise MessageError(
-                f"the request is for round {request.round}; this client stands at round {reached} after applying its "
-                f"scalars"
+                f"the request is for round {request.round}; its scalars bring this client to round {reached}"
             )
         if request.first_round > self.replica.round:
             return False

@@ -11,14 +11,14 @@ class Rejection(StrEnum):
     MALFORMED = "malformed"
     NOT_FINITE = "a value that is not finite"
     TOO_LARGE = "a scalar too large"
-    COUNT = "wrong count of steps or values"
+    COUNT = "wrong number of steps or values"
     UNKNOWN = "unknown client"
-    IMPOSTOR = "speaks for another client"
+    IMPOSTOR = "sent in another client's name"
     ROUND = "another round"
     REPEATED = "a second answer"
     NOT_SAMPLED = "not sampled"
-    STALE = "stands at an earlier round"
-    EXAMPLES = "unfit number of examples"
+    STALE = "is at an earlier round"
+    EXAMPLES = "implausible number of examples"
 
 
 class RejectedError(MessageError):

@@ -55,7 +55,7 @@ class Server:
         gradip: reconstructs the clients' paths; None: paths are not recorded.
         select: selects the clients to stop early from the calibration paths; required if the terms have a calibration.
         stopped: ids of clients that are stopped early from the first round on.
-        max_scalar: absolute value above which a scalar is rejected. The default is far above any sane value: at eps
+        max_scalar: absolute value above which a scalar is rejected. The default is far above realistic values: at eps
             1e-3, a scalar of 1e8 needs losses that differ by 2e5.
         max_examples: number of examples above which a reply is rejected; 0: no limit. A client's first claim is
             binding, but the server cannot verify it. With the mean weighted by examples, a client that claims many
@@ -193,9 +193,9 @@ class Server:
 
         Raises:
             MessageError: if the message is rejected; the error is a ``RejectedError`` with the reason. The rejection is
-                counted in ``rejected``, nothing else changes, and the round continues without the message. A stale
-                client's answer is rejected too (``Rejection.STALE``); the next request to that client contains all the
-                rounds it missed.
+                counted in ``rejected``, its bytes in the round's ``bytes_up``, and the round continues without the
+                message. A stale client's answer is rejected too (``Rejection.STALE``); the next request to that client
+                contains all the rounds it missed.
         """
         self._bytes_up += len(message)
         try:

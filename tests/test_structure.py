@@ -36,9 +36,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "sed -n '/^## Tests/,/^Apache/p' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-# The rooms of each layer, lowest first. A room is a folder, or a module directly in the layer's folder. It may import
-# the rooms before it in its layer, and everything in the layers below.
-ROOMS = {
+# The units of each layer, lowest first. A unit is a folder, or a module directly in the layer's folder. It may import
+# the units before it in its layer, and everything in the layers below.
+UNITS = {
     "triton_kernels": [
         "philox", "elements", "launch", "block", "reference", "numba_normal", "normal", "coefficients", "perturb",
         "restore", "update", "replay", "inner",
@@ -61,12 +61,12 @@ ROOMS = {
 
 
 def test_imports_follow_the_order_of_layers_and_rooms() -> None:
-    assert violations(sources(), ROOMS) == []
+    assert violations(sources(), UNITS) == []
 
 
-def test_every_room_exists() -> None:
+def test_every_unit_exists() -> None:
     modules = {path.removesuffix(".py").removesuffix("/__init__") for path in sources()}
-    assert {f"{layer}/{room}" for layer in LAYERS for room in ROOMS[layer]} <= modules
+    assert {f"{layer}/{unit}" for layer in LAYERS for unit in UNITS[layer]} <= modules
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_every_room_exists() -> None:
         ("triton_kernels/perturb.py", "import meerkat_engine.engine.mask", "triton_kernels.perturb imports engine"),
         ("engine/stream.py", "from .. import SparseMask", "engine.stream imports meerkat_engine"),
         ("fed/run/jsonl.py", "from .metrics import Metrics", "cycle: fed.run.jsonl -> fed.run.metrics ->"),
-        ("bench/new_room.py", "from . import rows", "bench.new_room is not in the list of rooms"),
+        ("bench/new_unit.py", "from . import rows", "bench.new_unit is not in the list of units"),
     ],
 )  # fmt: skip
 def test_an_import_against_the_order_is_found(path: str, line: str, message: str) -> None:
     texts = sources()
     texts[path] = texts.get(path, "") + f"\n{line}\n"
-    assert any(problem.startswith(message) for problem in violations(texts, ROOMS))
+    assert any(problem.startswith(message) for problem in violations(texts, UNITS))
 
 
 def test_an_import_of_a_missing_module_is_found() -> None:

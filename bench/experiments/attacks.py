@@ -60,7 +60,14 @@ class Attacks(Experiment):
             loss = over_seeds(losses) if max(losses) < 1000 else f"up to {max(losses):.2g}"
             rejected = ", ".join(str(sum(run.summary["rejected_messages"].values())) for run in runs)
             lines.append([*arm.rsplit(", ", 1), over_seeds(accuracies), f"{lost:.2f}", loss, rejected])
-        columns = ["rule", "attack", "accuracy after", "points lost, worst seed", "validation loss", "messages refused"]
+        columns = [
+            "rule",
+            "attack",
+            "accuracy after",
+            "points lost, worst seed",
+            "validation loss",
+            "messages rejected",
+        ]
         return table(columns, lines)
 
     def draw(self, results: Results, path: Path) -> None:

@@ -72,7 +72,7 @@ class ClientsConfig(Checked):
 
     count: int = setting(4, "number of clients K", option="clients")
     per_round: int = setting(0, "number of clients sampled for each round; 0: all", option="clients_per_round")
-    partition: Partition = setting(Partition.IID, "how examples are dealt to clients: " + ", ".join(Partition))
+    partition: Partition = setting(Partition.IID, "how examples are partitioned among clients: " + ", ".join(Partition))
     alpha: float = setting(0.5, "concentration of the dirichlet partition; smaller: clients differ more")
     field: str | None = setting(
         None, "natural partition: field of an example that names its client", option="client_field",

@@ -54,7 +54,7 @@ def execute(
         The summary, as in the last line of ``metrics.jsonl``.
 
     Raises:
-        MeerkatError: if any input does not fit. Files that are complete stay.
+        MeerkatError: if settings, model, data or mask do not fit together, or a round fails. Files written so far stay.
     """
     check_unused(output)
     check_files(config)
@@ -95,7 +95,7 @@ def resume(
         RunError: if there is no run, another process is writing to it, or a file is damaged.
         LedgerError: if the ledger is damaged, or the base model, mask or settings are not those that the run started
             with.
-        MeerkatError: see ``execute``. No error changes the run.
+        MeerkatError: see ``execute``. An error before the first new round leaves the directory unchanged.
     """
     config = _config_of(path)
     finished = read_summary(path)
@@ -115,7 +115,7 @@ def resume(
 
 
 def check_same_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Checks that a run was started with some settings.
+    """Checks that the given settings are those that a run was started with.
 
     Args:
         settings: values by flat names; other settings are not compared.
@@ -200,7 +200,7 @@ class _Inputs:
 
 
 def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool) -> _Inputs:
-    """Loads model and examples, deals these to the clients, and logs what was loaded."""
+    """Loads model and examples, partitions these among the clients, and logs what was loaded."""
     for line in pool.prepare(config):
         log(line)
     if config.model.backend != "auto":  # raises for a backend that does not fit, before slow work
@@ -219,7 +219,7 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
         name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
         log(f"client {i}{name}: {sum(counts)} examples, {counts} by label")
     if len(shares) > 8:
-        log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` draws them")
+        log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` shows all")
     return inputs
 
 
@@ -259,7 +259,7 @@ def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
     origin = read_origin(directory.path)
     if origin is None:
         if directory.has_ledger():
-            raise RunError(f"{directory.path} has a ledger but no {ORIGIN}, so it was lost; nothing was changed")
+            raise RunError(f"{directory.path} has a ledger, but {ORIGIN} is missing; nothing was changed")
         return
     if origin.settings != current.settings:
         raise RunError(f"{directory.path / CONFIG} has changed since the run started; nothing was changed")

@@ -87,7 +87,9 @@ class Rounds:
             self._finish_round(federation.restore(record), initial)
         self._save_snapshot_if_due(saved)
         if federation.server.round == CALIBRATION:
-            self._log(f"a path of {self._config.selection.steps} steps of every client, to find the extreme ones")
+            self._log(
+                f"calibration: {self._config.selection.steps} steps of every client, to find extreme non-IID clients"
+            )
         for result in serve(federation.server, self._exchange, self._config.rounds):
             self._finish_round(result, initial)
             self._save_snapshot_if_due(saved)
@@ -102,7 +104,7 @@ class Rounds:
             if snapshot is not None and record.round == snapshot.round:
                 self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
         if saved.complete:
-            self._log(f"going on after round {saved.complete[-1].round}")
+            self._log(f"resuming after round {saved.complete[-1].round}")
 
     def _finish_round(self, result: RoundResult, initial: Evaluation) -> None:
         """Evaluates the model after a round if that is due, and writes GradIP and metrics of the round."""

@@ -60,7 +60,7 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
     GradIP(mask, torch.device("cpu"), "torch")  # raises MaskError if the mask has no gradient
     if config.selection.thresholds() is None and len(data.validation) < config.step.batch_size:
         raise ConfigError(
-            f"{len(data.validation)} held-out examples are too few for the null distribution (a batch holds "
+            f"{len(data.validation)} held-out examples are too few for null paths (a batch holds "
             f"{config.step.batch_size}); use more held-out examples, or give vp_rho_later, vp_rho_quie and vp_sigma"
         )
 
@@ -204,8 +204,8 @@ class Federation:
             if len(skipped):
                 step = int(skipped[0]) // terms.queries
                 raise NonFiniteLossError(
-                    f"null path {i}, on held-out examples: step {step} was not taken, since a loss or lr * g was not "
-                    f"finite; thresholds need all steps; try a smaller lr or eps"
+                    f"null path {i}, on held-out examples: a query of step {step} was skipped because a loss or lr * g "
+                    f"was not finite; thresholds need all steps; try a smaller lr or eps"
                 )
             scalars[i] = result["scalars"].tolist()
         return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]

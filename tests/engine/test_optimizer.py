@@ -138,7 +138,7 @@ def test_steps_before_a_failed_step_stay_applied() -> None:
 def test_a_step_that_overflows_is_not_applied(llama: nn.Module) -> None:
     before, queue = flat_weights(llama), [3e38, -3e38]
     opt = SparseZO(llama, SparseMask.dense(llama), lr=0.1)
-    with pytest.raises(NonFiniteLossError, match=r"step 0 was not taken: mean loss 0\.0, projected gradient inf"):
+    with pytest.raises(NonFiniteLossError, match=r"step 0 was not applied: mean loss 0\.0, projected gradient inf"):
         opt.step(lambda: queue.pop(0))
     assert same_bits(flat_weights(llama), before)
     assert (opt.steps, opt.projected_gradients) == (0, [])
@@ -177,7 +177,7 @@ def test_on_a_gpu_a_non_finite_loss_is_reported_when_the_scalars_are_read(backen
     clean.step(closure_of(other))
     clean.step(closure_of(other), seed=stream.step_seed(0, 0, 2))
     assert same_bits(flat_weights(model), flat_weights(other))
-    with pytest.raises(NonFiniteLossError, match="step 1 was not taken: mean loss nan"):
+    with pytest.raises(NonFiniteLossError, match="step 1 was not applied: mean loss nan"):
         _ = opt.projected_gradients
     found = opt.projected_gradients
     assert [found[0], found[2]] == clean.projected_gradients

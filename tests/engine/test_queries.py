@@ -154,7 +154,7 @@ def test_on_a_gpu_only_the_query_with_a_non_finite_loss_is_not_applied(llama: nn
     nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
     queue = [one, 2 * one, nan, one, one, 3 * one, one, one]
     opt.step_many([lambda: queue.pop(0)] * 2)
-    with pytest.raises(NonFiniteLossError, match="query 1 of step 0 was not taken: mean loss nan"):
+    with pytest.raises(NonFiniteLossError, match="query 1 of step 0 was not applied: mean loss nan"):
         _ = opt.projected_gradients
     g = opt.projected_gradients
     other = make_model()

@@ -114,7 +114,7 @@ def test_backpropagation_still_raises(federation: Make) -> None:
     fed.replica.model.model.norm.weight.data[:] = float("nan")
     masters = fed.replica.optimizer.weights.masters()
     with pytest.raises(
-        NonFiniteLossError, match="client 0, round 1: the loss of step 0 is nan; the step was not taken"
+        NonFiniteLossError, match="client 0, round 1: the loss of step 0 is nan; the step was not applied"
     ):
         fed.round()
     assert same_bits(fed.replica.optimizer.weights.masters(), masters)
@@ -130,7 +130,7 @@ def test_a_null_path_with_a_skipped_query_is_an_error() -> None:
     fed = Federation(config, lm.model, mask, data, [torch.arange(50), torch.arange(50, 100)], None)  # type: ignore[arg-type]
     token = lm.tokenizer.convert_tokens_to_ids("bed")
     lm.model.model.embed_tokens.weight.data[token] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"null path 0, on held-out examples: step \d+ was not taken"):
+    with pytest.raises(NonFiniteLossError, match=r"null path 0, on held-out examples: a query of step \d+ was skipped"):
         fed._null_paths()
 
 

@@ -156,8 +156,12 @@ def test_a_client_rejects_requests_that_do_not_fit(federation: Make) -> None:
         (target, replace(good, client=1), "is for client 1, this is client 0"),
         (target, replace(good, local_steps=3), "for 3 local steps, the federation's terms allow 1 to 2"),
         (target, replace(good, scalars=good.scalars[:1]), r"1 scalars, a multiple of 2 \(one round\) was expected"),
-        (target, replace(good, round=9), "stands at round 3 after applying its scalars"),
-        (target, replace(good, scalars=np.tile(good.scalars, 2)), "for round 3; this client stands at round 4 after"),
+        (target, replace(good, round=9), "its scalars bring this client to round 3"),
+        (
+            target,
+            replace(good, scalars=np.tile(good.scalars, 2)),
+            "for round 3; its scalars bring this client to round 4",
+        ),
         (target, replace(good, scalars=np.array([np.nan, 1], dtype=np.float32)), "not finite"),
         (
             target,
@@ -186,7 +190,7 @@ def test_a_restarted_client_continues_as_if_it_had_never_stopped(federation: Mak
     fed.clients[1] = replace(old, replica=fed.fresh_replica(torch.float32), data=data)
     third, fourth = simulate(fed.server, fed.clients, 4)
     by_scalars = gradient is Gradient.TWO_POINT  # masters can be applied at any round
-    assert third.record.rejected == ({"client 1: stands at an earlier round": 1} if by_scalars else {})
+    assert third.record.rejected == ({"client 1: is at an earlier round": 1} if by_scalars else {})
     assert not fourth.record.rejected
     assert set(third.record.clients) == ({0, 1, 2} if by_scalars else set())
     assert fed.weights == undisturbed.weights
@@ -205,7 +209,7 @@ def test_a_client_that_always_reports_to_be_stale_is_asked_twice_a_round(federat
 
     (result,) = serve(fed.server, exchange, 2)
     assert asked == [0, 1, 2, 1]
-    assert result.record.rejected == {"client 1: stands at an earlier round": 2}
+    assert result.record.rejected == {"client 1: is at an earlier round": 2}
     assert sorted(result.record.clients) == [0, 2]
 
 

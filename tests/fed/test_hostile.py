@@ -189,7 +189,7 @@ def test_a_client_cannot_answer_in_the_name_of_another(federation: Make, tmp_pat
             fed.server.receive(message, sender=sender)
     assert state(fed, tmp_path / "l") == before
     assert fed.server.rejected_this_round() == {
-        "client 0: speaks for another client": 1, "unknown: speaks for another client": 1,
+        "client 0: sent in another client's name": 1, "unknown: sent in another client's name": 1,
     }  # fmt: skip
     fed.server.receive(message, sender=1)
 
@@ -360,7 +360,7 @@ def test_a_simulation_authenticates_senders(federation: Make) -> None:
             return replace(TrainReply.decode(self.honest.handle(message)), client=2).encode()
 
     list(simulate(fed.server, [Thief(fed.clients[0], Attack.SCALE), *fed.clients[1:]], 1))
-    assert fed.server.rejected == {"client 0: speaks for another client": 1}
+    assert fed.server.rejected == {"client 0: sent in another client's name": 1}
     assert sorted(fed.server.claimed_examples) == [1, 2]
 
 

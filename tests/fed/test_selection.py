@@ -203,7 +203,7 @@ def test_invalid_settings_are_errors(settings: dict[str, Any], message: str) -> 
 
 
 def test_too_few_held_out_examples_for_a_null_path_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="8 held-out examples are too few for the null distribution"):
+    with pytest.raises(ConfigError, match="8 held-out examples are too few for null paths"):
         run(tmp_path / "r", method="meerkat-vp", eval_examples=8)
     assert not (tmp_path / "r").exists()
 

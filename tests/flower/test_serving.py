@@ -99,7 +99,7 @@ def test_restarted_worker_catches_up_in_the_same_round(federation: ThreeNodes, t
     federation.run(tmp_path / "flower")
     rounds, expected = (read_ledger(run / "ledger.jsonl").rounds for run in (tmp_path / "flower", reference))
     assert [line.clients for line in rounds] == [line.clients for line in expected]
-    assert [dict(line.rejected) for line in rounds] == [{}, {}, {"client 1: stands at an earlier round": 1}, {}]
+    assert [dict(line.rejected) for line in rounds] == [{}, {}, {"client 1: is at an earlier round": 1}, {}]
 
 
 def test_restarted_node_is_registered_again(federation: ThreeNodes, tmp_path: Path, reference: Path) -> None:
@@ -286,7 +286,7 @@ def test_private_node_answers_no_round_twice(reference: Path) -> None:
     assert handler.handle(header, encoded_request(2))[0] == {"known": True, "seconds": 0.0}
     assert "a private client takes each" in handler.handle(header, encoded_request(2))[0]["error"]
     earlier = TrainRequest(client=0, round=1, local_steps=2, first_round=1, scalars=np.zeros(0, np.float32)).encode()
-    assert "this client stands at round 2" in handler.handle(header, earlier)[0]["error"]
+    assert "bring this client to round 2" in handler.handle(header, earlier)[0]["error"]
 
 
 def test_private_node_draws_secret_noise_and_batches(reference: Path) -> None:

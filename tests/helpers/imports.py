@@ -70,28 +70,28 @@ def import_edges(texts: Mapping[str, str]) -> list[tuple[str, str]]:
     return edges
 
 
-def room_of(module: str) -> str:
+def unit_of(module: str) -> str:
     """The part of a layer that a module belongs to: a folder (``fed.run``), or the module itself (``fed.server``)."""
     return ".".join(module.split(".")[:2])
 
 
 def violations(texts: Mapping[str, str], order: Mapping[str, list[str]]) -> list[str]:
-    """Describes imports against the order of layers and rooms, and import cycles between the modules of a room.
+    """Describes imports against the order of layers and units, and import cycles between the modules of a unit.
 
     Args:
         texts: see ``sources``.
-        order: rooms of each layer. A room may import the rooms before it and the layers below.
+        order: units of each layer. A unit may import the units before it and the layers below.
     """
-    rank = {f"{layer}.{room}": (i, j) for i, layer in enumerate(LAYERS) for j, room in enumerate(order[layer])}
+    rank = {f"{layer}.{unit}": (i, j) for i, layer in enumerate(LAYERS) for j, unit in enumerate(order[layer])}
     rank |= {layer: (i, len(order[layer])) for i, layer in enumerate(LAYERS)} | dict.fromkeys(
         ROOT_MODULES, (len(LAYERS), 0)
     )
     problems, within_rooms = [], dict[str, set[str]]()
     for source, target in import_edges(texts):
-        a, b = room_of(source), room_of(target)
-        missing = [room for room in (a, b) if room not in rank]
+        a, b = unit_of(source), unit_of(target)
+        missing = [unit for unit in (a, b) if unit not in rank]
         if missing:
-            problems.append(f"{missing[0]} is not in the list of rooms")
+            problems.append(f"{missing[0]} is not in the list of units")
         elif a == b:
             within_rooms.setdefault(source, set()).add(target)
         elif rank[b] > rank[a]:

@@ -109,7 +109,7 @@ def all_files(path: Path) -> dict[str, bytes]:
 def test_a_stopped_run_resumes_to_the_same_files(stopped: Path, finished: Path) -> None:
     result = call("run", "--resume", stopped)
     assert result.exit_code == 0, result.output
-    assert "going on after round 3" in result.output
+    assert "resuming after round 3" in result.output
     assert "choosing the mask" not in result.output
     assert contents(stopped) == contents(finished)
     assert "the same bits as at the end of the run" in call("replay", stopped).output
@@ -294,7 +294,7 @@ def test_values_that_disagree_with_the_ledger_are_named(
         (lambda path: truncate(path / "ledger.jsonl", 3), "it has lost rounds"),
         (lambda path: truncate(path / "ledger.jsonl", 0), "has rounds but no ledger.jsonl, so it was lost"),
         (lambda path: (path / "ledger.jsonl").unlink(), "has rounds but no ledger.jsonl, so it was lost"),
-        (lambda path: (path / "origin.json").unlink(), "has a ledger but no origin.json, so it was lost"),
+        (lambda path: (path / "origin.json").unlink(), "has a ledger, but origin.json is missing"),
     ],
     ids=["last rounds", "emptied", "ledger", "origin"],
 )

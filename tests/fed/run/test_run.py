@@ -337,7 +337,7 @@ def test_mask_check_reports_the_coverage_of_tasks(tmp_path: Path) -> None:
     result = call(*arguments, "--output", tmp_path / "m")
     assert result.exit_code == 0, result.output
     coverages = re.findall(
-        r"(\S+): holds (\S+)% of the squared gradient; the best mask of that size (\S+)%", result.output
+        r"(\S+): holds (\S+)% of the squared gradient \(best mask of that size (\S+)%", result.output
     )
     assert [task for task, *_ in coverages] == ["embedded", "embedded-topic"]
     own_task, other_task = (float(captured) / float(best) for _, captured, best in coverages)

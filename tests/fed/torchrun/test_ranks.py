@@ -158,7 +158,7 @@ def test_a_run_that_lost_a_process_can_be_resumed(tmp_path: Path, rank: int) -> 
     assert f"rank      : {rank} " in output  # torchrun's own report
     assert (run / "ledger.jsonl").read_bytes().count(b"\n") < 17
     output = torchrun(2, "--resume", run)
-    assert "going on after round" in output
+    assert "resuming after round" in output
     assert call("run", *settings, "--output", tmp_path / "one").exit_code == 0
     assert same_results(tmp_path / "one", run)
 
@@ -170,7 +170,7 @@ def test_torchrun_can_restart_a_run(tmp_path: Path) -> None:
     kill_after(process, 1, run / "ledger.jsonl", 4)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert "going on after round" in output
+    assert "resuming after round" in output
     assert call("run", *settings, "--output", tmp_path / "one").exit_code == 0
     assert same_results(tmp_path / "one", run)
 
