@@ -13,13 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.engine.checksummed import write_checksummed
 from meerkat_engine.engine.errors import MaskError
 from meerkat_engine.engine.mask import _KIND
 from meerkat_engine.engine.parameters import ParameterTable
 
 from helpers.constants import FUZZ
-from helpers.damage import flips, header_padding, header_size, with_damaged_byte
+from helpers.damage import (
+    BYTE_CHANGES,
+    assert_changed_bytes_are_rejected,
+    header_size,
+    is_rejected,
+    rewrite,
+    with_damaged_byte,
+)
 from helpers.models import make_model
 from helpers.tensors import same_bits
 
@@ -41,29 +47,14 @@ def same_mask(a: SparseMask, b: SparseMask) -> bool:
     )
 
 
-def is_rejected(path: Path, original: SparseMask) -> bool:
-    """Whether loading raises ``MaskError`` with the path; a file that loads must equal the original."""
-    try:
-        loaded = SparseMask.load(path)
-    except MaskError as error:
-        message = str(error)
-    else:
-        assert same_mask(loaded, original)
-        return False
-    assert str(path) in message
-    return True
+def mask_is_rejected(path: Path, original: SparseMask) -> bool:
+    return is_rejected(path, SparseMask.load, MaskError, lambda loaded: same_mask(loaded, original))
 
 
 def test_a_changed_byte_is_rejected_or_has_no_effect(tmp_path: Path) -> None:
     mask, path = small_mask(), tmp_path / "m"
     mask.save(path)
-    data = path.read_bytes()
-    rejected = 0
-    values = [0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF]
-    for damaged in flips(data, values):
-        path.write_bytes(damaged)
-        rejected += is_rejected(path, mask)
-    assert rejected >= (len(data) - header_padding(data)) * len(values)
+    assert_changed_bytes_are_rejected(path, lambda: mask_is_rejected(path, mask), BYTE_CHANGES)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def test_random_damage_of_a_larger_mask_is_rejected(
     mask, good, path = larger
     damaged, position = with_damaged_byte(data, good)
     path.write_bytes(damaged)
-    assert is_rejected(path, mask) or position < header_size(good)
+    assert mask_is_rejected(path, mask) or position < header_size(good)
 
 
 @settings(max_examples=200 * FUZZ, deadline=None)
@@ -91,16 +82,16 @@ def test_truncated_and_longer_files_are_rejected(larger: tuple[SparseMask, bytes
     mask, good, path = larger
     length = data.draw(st.integers(0, len(good) - 1) | st.integers(0, 20))
     path.write_bytes(good[:length])
-    assert is_rejected(path, mask)
+    assert mask_is_rejected(path, mask)
     path.write_bytes(good + data.draw(st.binary(min_size=1, max_size=40)))
-    assert is_rejected(path, mask)
+    assert mask_is_rejected(path, mask)
 
 
 @settings(max_examples=100 * FUZZ, deadline=None)
 @given(content=st.binary(max_size=200))
 def test_files_with_random_content_are_rejected(larger: tuple[SparseMask, bytes, Path], content: bytes) -> None:
     larger[2].write_bytes(content)
-    assert is_rejected(larger[2], larger[0])
+    assert mask_is_rejected(larger[2], larger[0])
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
@@ -160,10 +151,7 @@ Change = Callable[[dict[str, str], dict[str, Tensor]], object]
 def test_invalid_content_with_a_valid_checksum_is_rejected(tmp_path: Path, change: Change, message: str) -> None:
     """The reader checks every property that it relies on, also if the checksum is valid."""
     small_mask().save(tmp_path / "good")
-    metadata, tensors = read_parts(tmp_path / "good")
-    change(metadata, tensors)
-    metadata.pop("format")
-    write_checksummed(tmp_path / "m", _KIND, tensors, metadata)
+    rewrite(tmp_path / "good", tmp_path / "m", _KIND, change)
     with pytest.raises(MaskError, match=message) as caught:
         SparseMask.load(tmp_path / "m")
     assert str(tmp_path / "m") in str(caught.value)

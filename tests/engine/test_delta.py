@@ -12,20 +12,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
-from meerkat_engine.engine.checksummed import read_checksummed, write_checksummed
 from meerkat_engine.engine.delta import _KIND, Delta
 from meerkat_engine.engine.errors import DeltaError
 from meerkat_engine.engine.lm.objective import language_model_loss
 from meerkat_engine.engine.parameters import ParameterTable, fingerprint
 from meerkat_engine.engine.weights import MaskedWeights
 
-from helpers.constants import FUZZ
-from helpers.damage import flips, header_padding, header_size, with_damaged_byte
+from helpers.constants import DTYPES, FUZZ
+from helpers.damage import (
+    BYTE_CHANGES,
+    assert_changed_bytes_are_rejected,
+    header_size,
+    is_rejected,
+    rewrite,
+    with_damaged_byte,
+)
+from helpers.losses import BATCH
 from helpers.models import make_model
 from helpers.tensors import same_bits
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BATCH = torch.arange(60).view(3, 20) % 90 + 3
 
 
 def trained(dtype: torch.dtype, architecture: str = "llama", steps: int = 3) -> tuple[nn.Module, Delta]:
@@ -91,10 +95,7 @@ def test_other_models_are_rejected_and_unchanged(dtype: torch.dtype, tmp_path: P
 def test_a_wrong_final_fingerprint_is_rolled_back(dtype: torch.dtype, tmp_path: Path) -> None:
     _, delta = trained(dtype)
     delta.save(tmp_path / "d")
-    metadata, tensors = read_checksummed(tmp_path / "d", _KIND)
-    metadata.pop("format")
-    tensors["masters"][5] += 1
-    write_checksummed(tmp_path / "wrong", _KIND, tensors, metadata)
+    rewrite(tmp_path / "d", tmp_path / "wrong", _KIND, lambda _, tensors: tensors["masters"][5].add_(1))
     model = make_model("llama", dtype)
     is_unchanged = unchanged_check(model)
     with pytest.raises(DeltaError, match=r"wrong' should give weights .*; nothing was changed"):
@@ -131,32 +132,18 @@ def contents(delta: Delta) -> tuple[object, ...]:
     return (*plain, delta.mask.ids.tolist(), delta.masters.view(torch.int32).tolist())
 
 
-def is_rejected(path: Path, original: Delta) -> bool:
-    """Whether loading raises ``DeltaError`` with the path; a file that loads must equal the original."""
-    try:
-        loaded = Delta.load(path)
-    except DeltaError as error:
-        message = str(error)
-    else:
-        assert contents(loaded) == contents(original)
-        return False
-    assert str(path) in message
-    return True
+def delta_is_rejected(path: Path, original: Delta) -> bool:
+    return is_rejected(path, Delta.load, DeltaError, lambda loaded: contents(loaded) == contents(original))
 
 
 def test_a_changed_byte_is_rejected_or_has_no_effect(tmp_path: Path) -> None:
     delta, path = small_delta(), tmp_path / "d"
     delta.save(path)
     data = path.read_bytes()
-    values = [0x01, 0x04, 0x20, 0x80, 0xFF]
-    rejected = 0
-    for damaged in flips(data, values):
-        path.write_bytes(damaged)
-        rejected += is_rejected(path, delta)
-    assert rejected >= (len(data) - header_padding(data)) * len(values)
+    assert_changed_bytes_are_rejected(path, lambda: delta_is_rejected(path, delta), BYTE_CHANGES[::2])
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        assert is_rejected(path, delta)
+        assert delta_is_rejected(path, delta)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +160,7 @@ def test_random_damage_of_a_larger_delta_is_rejected(larger: tuple[Delta, bytes,
     delta, good, path = larger
     damaged, position = with_damaged_byte(data, good)
     path.write_bytes(damaged)
-    assert is_rejected(path, delta) or position < header_size(good)
+    assert delta_is_rejected(path, delta) or position < header_size(good)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +179,7 @@ def test_invalid_content_with_a_valid_checksum_is_rejected(
     tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
-    metadata.pop("format")
-    write_checksummed(tmp_path / "d", _KIND, tensors, metadata | changes)
+    rewrite(tmp_path / "good", tmp_path / "d", _KIND, lambda metadata, _: metadata.update(changes))
     with pytest.raises(DeltaError, match=message) as caught:
         Delta.load(tmp_path / "d")
     assert str(tmp_path / "d") in str(caught.value)
@@ -203,10 +188,7 @@ def test_invalid_content_with_a_valid_checksum_is_rejected(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_masters_are_rejected(tmp_path: Path, value: float) -> None:
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
-    metadata.pop("format")
-    tensors["masters"][1] = value
-    write_checksummed(tmp_path / "d", _KIND, tensors, metadata)
+    rewrite(tmp_path / "good", tmp_path / "d", _KIND, lambda _, tensors: tensors["masters"][1].fill_(value))
     with pytest.raises(DeltaError, match=r"masters must be finite; position 1 holds"):
         Delta.load(tmp_path / "d")
     with pytest.raises(DeltaError, match=r"masters must be float32 \[3\], got torch.float32 \[2\]"):
@@ -218,10 +200,8 @@ def test_paths_in_a_file_are_never_opened(tmp_path: Path, monkeypatch: pytest.Mo
     trap = tmp_path / "trap"
     os.mkfifo(trap)
     small_delta().save(tmp_path / "good")
-    metadata, tensors = read_checksummed(tmp_path / "good", _KIND)
-    metadata.pop("format")
     free = dict.fromkeys(("base", "weights", "method", "dtype"), str(trap))
-    write_checksummed(tmp_path / "d", _KIND, tensors, metadata | free)
+    rewrite(tmp_path / "good", tmp_path / "d", _KIND, lambda metadata, _: metadata.update(free))
     opened: list[str] = []
     real_open, real_os_open = builtins.open, os.open
     monkeypatch.setattr(builtins, "open", lambda file, *a, **k: (opened.append(str(file)), real_open(file, *a, **k))[1])

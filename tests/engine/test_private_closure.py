@@ -214,8 +214,8 @@ def test_terms_out_of_range_are_rejected(terms: dict[str, object], message: str)
 @pytest.mark.parametrize("objective", list(Objective))
 def test_example_losses_match_a_computation_one_by_one(architecture: str, objective: Objective, task: Task) -> None:
     model, data = make_model(architecture), encode_task(task, rows=SEVEN_ROWS)
-    (whole,) = micro_batches(data, objective, [7])
-    found = example_losses(model, whole, objective)
+    (batch,) = micro_batches(data, objective, [7])
+    found = example_losses(model, batch, objective)
     assert (found.dtype, found.shape) == (torch.float32, (7,))
     for i, row in enumerate(SEVEN_ROWS):
         tokens = candidate_log_likelihoods(model, data, i)
@@ -226,7 +226,7 @@ def test_example_losses_match_a_computation_one_by_one(architecture: str, object
     parts = micro_batches(data, objective, [3, 3, 1])
     assert example_losses(model, parts, objective).tolist() == pytest.approx(found.tolist(), abs=TOLERANCE)
     if objective is Objective.CANDIDATES or task is SST2:  # answers of one length
-        assert found.mean().item() == pytest.approx(task_loss(model, whole, objective).item(), abs=TOLERANCE)
+        assert found.mean().item() == pytest.approx(task_loss(model, batch, objective).item(), abs=TOLERANCE)
 
 
 def test_a_batch_without_examples_has_no_losses(llama: nn.Module) -> None:
