@@ -60,7 +60,7 @@ UNITS = {
 }  # fmt: skip
 
 
-def test_imports_follow_the_order_of_layers_and_rooms() -> None:
+def test_imports_follow_the_order_of_layers_and_units() -> None:
     assert violations(sources(), UNITS) == []
 
 

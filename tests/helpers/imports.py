@@ -86,17 +86,17 @@ def violations(texts: Mapping[str, str], order: Mapping[str, list[str]]) -> list
     rank |= {layer: (i, len(order[layer])) for i, layer in enumerate(LAYERS)} | dict.fromkeys(
         ROOT_MODULES, (len(LAYERS), 0)
     )
-    problems, within_rooms = [], dict[str, set[str]]()
+    problems, within_units = [], dict[str, set[str]]()
     for source, target in import_edges(texts):
         a, b = unit_of(source), unit_of(target)
         missing = [unit for unit in (a, b) if unit not in rank]
         if missing:
             problems.append(f"{missing[0]} is not in the list of units")
         elif a == b:
-            within_rooms.setdefault(source, set()).add(target)
+            within_units.setdefault(source, set()).add(target)
         elif rank[b] > rank[a]:
             problems.append(f"{source} imports {target or PACKAGE}, which is above it")
-    return problems + [f"cycle: {' -> '.join(cycle)}" for cycle in find_cycles(within_rooms)]
+    return problems + [f"cycle: {' -> '.join(cycle)}" for cycle in find_cycles(within_units)]
 
 
 def find_cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
