@@ -1,6 +1,7 @@
 """The documentation: its links lead somewhere, and its commands are ones that exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_extras_are_installed_from_the_clone(page: Path) -> None:
     """The name is on no package index, where anybody could take it."""
     assert not re.search(r"meerkat-engine\[", page.read_text())
+
+
+def test_no_example_depends_on_the_name_on_an_index() -> None:
+    for project in (ROOT / "examples").rglob("pyproject.toml"):
+        dependencies = tomllib.loads(project.read_text())["project"]["dependencies"]
+        assert not [each for each in dependencies if each.startswith("meerkat-engine")]
 
 
 def test_every_setting_has_its_own_flat_name() -> None:
