@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from ..triton_kernels import build_table
 from ..triton_kernels.coefficients import coefficients
+from ..triton_kernels.compare import compare
 from ..triton_kernels.inner import inner
 from ..triton_kernels.launch import masked_config
 from ..triton_kernels.normal import bits, normal
@@ -103,16 +104,17 @@ def launch_everything(dtype: torch.dtype) -> None:
         weight = torch.zeros(size, dtype=dtype)
         sparse = build_table([weight], [0], [torch.arange(0, size, 3)])
         for table in (sparse, build_table([weight], [0], None)):
-            master = torch.zeros(table.slots)
+            master, applied = torch.zeros(table.slots), torch.zeros(1, dtype=torch.int32)
             for steps in (1, 2, 16):
                 seeds, c = torch.zeros(steps, dtype=torch.int64), torch.zeros(steps)
                 perturb_(table, master, seeds[:1], c[:1])
-                update_(table, master, seeds[:1], c[:1])
-                update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1])
-                replay_(table, master, seeds, c)
+                update_(table, master, seeds[:1], c[:1], applied=applied)
+                update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1], applied=applied)
+                replay_(table, master, seeds, c, applied=applied)
                 if table is sparse:
                     inner(master, table.ids(0, table.slots), seeds)
             restore_(table, master)
+            compare(table, master, torch.zeros(2, dtype=torch.int64))
         for groups in (1, 2, 16):
             coefficients(torch.zeros(2), torch.zeros(1, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64))
         normal(0, sparse.ids(0, sparse.slots))

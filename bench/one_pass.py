@@ -1,5 +1,6 @@
 """Times many steps in one pass over the masked elements against one pass per step, for ``replay`` and ``inner``."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -55,30 +56,25 @@ def measure_one_pass(model: nn.Module, density: float, steps: int) -> dict[str, 
             ),
         },
     }
-    plain = [MaskedWeights(model, mask, "torch")] if device.type == "cpu" else []
-    if plain:
-        variants["replay"]["one pass, plain torch"] = lambda: plain[0].replay_(seeds, c)
+    masked = {"one pass": weights, "a pass a step": weights}
+    if device.type == "cpu":
+        plain = masked["one pass, plain torch"] = MaskedWeights(copy.deepcopy(model), mask, "torch")
+        variants["replay"]["one pass, plain torch"] = lambda: plain.replay_(seeds, c)
         variants["inner"]["one pass, plain torch"] = lambda: resolve("torch", device).inner(gradient, ids, device_seeds)
 
-    def result_of(variant: Callable[[], Tensor | None]) -> Tensor:
-        for masked_weights in (weights, *plain):
-            masked_weights.set_masters_(masters)
+    def result_of(name: str, variant: Callable[[], Tensor | None]) -> Tensor:
+        masked[name].set_masters_(masters)
         returned = variant()
-        return _live_weights(model) if returned is None else returned
+        return masked[name].live() if returned is None else returned
 
     record: dict[str, Any] = {"density": density, "elements": len(mask), "steps": steps}
     for operation, actions in variants.items():
-        first, *others = [result_of(action) for action in actions.values()]
+        first, *others = [result_of(name, action) for name, action in actions.items()]
         if not all(torch.equal(bits_of(first), bits_of(other)) for other in others):
             raise CheckError(f"{operation}: one pass and a pass a step give different bits")
         record[operation] = _time_variants(actions, Stopwatch(device))
     weights.set_masters_(masters)
     return record
-
-
-def _live_weights(model: nn.Module) -> Tensor:
-    """Returns a flat copy of all live weights."""
-    return torch.cat([p.detach().view(-1) for p in model.parameters()])
 
 
 def _time_variants(variants: dict[str, Callable[[], Tensor | None]], watch: Stopwatch) -> dict[str, Any]:

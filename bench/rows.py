@@ -125,7 +125,7 @@ class _LaunchPerTable(_EngineRow):
 
     def _update(self, seed: Tensor, c: Tensor) -> None:
         for table, master, backend in self._parts:
-            backend.update_(table, master, seed, c)
+            backend.update_(table, master, seed, c, applied=None, number=0)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -41,16 +41,35 @@ class Backend(Protocol):
     def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
         """Computes mean loss, projected gradient and coefficients: float32 [2 + groups]."""
 
-    def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
+    def compare(self, table: ElementTable, master: Tensor, counts: Tensor) -> None:
+        """Counts live weights that are not ``cast(master)``, and masters that the weights cannot hold."""
+
+    def update_(
+        self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, *, applied: Tensor | None, number: int
+    ) -> None:
         """Applies ``master <- master - c * z``, then ``w <- cast(master)``."""
 
     def update_perturb_(
-        self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+        self,
+        table: ElementTable,
+        master: Tensor,
+        seed: Tensor,
+        c: Tensor,
+        next_seed: Tensor,
+        scale: Tensor,
+        *,
+        applied: Tensor | None,
+        number: int,
     ) -> None:
         """Does ``update_``, then ``perturb_`` with the next seed, in one pass."""
 
-    def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+    def replay_(
+        self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, *, applied: Tensor | None, number: int
+    ) -> None:
         """Does ``update_`` for each (seed, c) in order, in one pass."""
+
+    def parts(self, table: ElementTable) -> int:
+        """Number of parts that an update changes one after the other: the length of ``applied``."""
 
 
 class TorchBackend:
@@ -66,6 +85,7 @@ class TorchBackend:
         self.normal = source.normal
         self.restore_ = reference.restore_
         self.coefficients = reference.coefficients
+        self.compare = reference.compare
 
     def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
         """See ``reference.inner``."""
@@ -75,19 +95,51 @@ class TorchBackend:
         """See ``reference.perturb_``."""
         reference.perturb_(table, master, seed, scale, self._draw)
 
-    def update_(self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
+    def update_(
+        self,
+        table: ElementTable,
+        master: Tensor,
+        seed: Tensor,
+        c: Tensor,
+        *,
+        applied: Tensor | None = None,
+        number: int = 0,
+    ) -> None:
         """See ``reference.update_``."""
-        reference.update_(table, master, seed, c, self._draw)
+        reference.update_(table, master, seed, c, self._draw, applied=applied, number=number)
 
     def update_perturb_(
-        self, table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+        self,
+        table: ElementTable,
+        master: Tensor,
+        seed: Tensor,
+        c: Tensor,
+        next_seed: Tensor,
+        scale: Tensor,
+        *,
+        applied: Tensor | None = None,
+        number: int = 0,
     ) -> None:
         """See ``reference.update_perturb_``."""
-        reference.update_perturb_(table, master, seed, c, next_seed, scale, self._draw)
+        reference.update_perturb_(table, master, seed, c, next_seed, scale, self._draw, applied=applied, number=number)
 
-    def replay_(self, table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
+    def replay_(
+        self,
+        table: ElementTable,
+        master: Tensor,
+        seeds: Tensor,
+        c: Tensor,
+        *,
+        applied: Tensor | None = None,
+        number: int = 0,
+    ) -> None:
         """See ``reference.replay_``."""
-        reference.replay_(table, master, seeds, c, functools.partial(reference.table_normals, source=self._source))
+        draw = functools.partial(reference.table_normals, source=self._source)
+        reference.replay_(table, master, seeds, c, draw, applied=applied, number=number)
+
+    def parts(self, table: ElementTable) -> int:
+        """One part for each window of the reference."""
+        return len(list(reference.windows(table)))
 
     def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
         """Draws the normals for the slots [start, stop), or returns them from the last draw with the same seed."""
@@ -114,7 +166,7 @@ class TritonBackend:
         try:
             from triton.runtime.jit import JITFunction
 
-            from ..triton_kernels import coefficients, inner, normal, perturb, replay, restore, update
+            from ..triton_kernels import coefficients, compare, inner, normal, perturb, replay, restore, update
         except ImportError as error:
             raise ConfigError(f"backend 'triton' needs the package triton: {error}; use backend='torch'") from error
         interpreted = not isinstance(perturb._perturb_kernel, JITFunction)
@@ -133,9 +185,14 @@ class TritonBackend:
         self.perturb_ = perturb.perturb_
         self.restore_ = restore.restore_
         self.coefficients = coefficients.coefficients
+        self.compare = compare.compare
         self.update_ = update.update_
         self.update_perturb_ = update.update_perturb_
         self.replay_ = replay.replay_
+
+    def parts(self, table: ElementTable) -> int:
+        """A launch is one part: an exception comes before it or after it, never in the middle."""
+        return 1
 
 
 def _numba_backend(device: torch.device) -> Backend:

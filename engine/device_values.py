@@ -59,7 +59,7 @@ class DeviceValues:
         return self._cache[key]
 
     def _send(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return to_device_async(torch.tensor(values, dtype=dtype), self.device)
+        return to_device_async(torch.tensor(values, dtype=dtype, device="cpu"), self.device)
 
     def _store(self, key: object, value: Tensor) -> None:
         if len(self._cache) >= _CACHE_SIZE:

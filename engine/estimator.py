@@ -11,14 +11,16 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from typing import Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteLossError
-from .weights import MaskedWeights, round_fp32
+from .weights import round_fp32
 
 # Writes the loss at the current weights to a float32 [1] tensor. The text names the point ("+eps", "w") in errors.
 Evaluate = Callable[[Tensor, str], None]
@@ -49,53 +51,27 @@ class NonFinite(StrEnum):
     SKIP = "skip"
 
 
-class PendingUpdates:
-    """Delays each update until the next perturbation, so that both share one pass over the masked weights.
+class Weights(Protocol):
+    """The masked weights as an estimator uses them; see ``Journal``."""
 
-    Args:
-        weights: the masked weights to perturb and update.
-
-    Attributes:
-        pending: updates that are not applied yet, in order: (seed int64 [1], coefficients float32 [groups]).
-    """
-
-    def __init__(self, weights: MaskedWeights) -> None:
-        self.weights = weights
-        self.pending: list[tuple[Tensor, Tensor]] = []
+    @property
+    def device(self) -> torch.device:
+        """Device of the losses."""
 
     def perturb_(self, seed: Tensor, scale: float) -> None:
-        """Applies all pending updates, then ``w <- cast(master + scale * z)``; the last update shares its pass.
-
-        Args:
-            seed: int64 [1], seed of ``z``.
-            scale: scale of the perturbation, ``+eps`` or ``-eps``.
-        """
-        scale_on_device = self.weights.values.numbers([scale], torch.float32)
-        while len(self.pending) > 1:
-            self.weights.update_(*self.pending[0])
-            del self.pending[0]
-        if self.pending:
-            self.weights.update_perturb_(*self.pending[0], seed, scale_on_device)
-            self.pending.clear()
-        else:
-            self.weights.perturb_(seed, scale_on_device)
+        """Sets ``w <- cast(master + scale * z)``, after all updates of earlier steps."""
 
     def flush_(self) -> None:
-        """Applies all pending updates and sets ``w <- cast(master)``."""
-        if not self.pending:
-            self.weights.restore_()
-        while self.pending:
-            self.weights.update_(*self.pending[0])
-            del self.pending[0]
+        """Sets ``w <- cast(master)``, after all updates of earlier steps."""
 
 
 def two_point(
-    updates: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    weights: Weights, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
     """Evaluates each query of a step at +eps and then at -eps.
 
     Args:
-        updates: the masked weights with their pending updates; the weights are left perturbed.
+        weights: the masked weights; they are left perturbed.
         seeds: seed of each query, int64 [1].
         eps: perturbation scale.
         evaluate: writes the loss at the current weights.
@@ -107,10 +83,10 @@ def two_point(
     """
     pairs, records = [], []
     for seed in seeds:
-        pair = torch.empty(2, dtype=torch.float32, device=updates.weights.values.device)
-        updates.perturb_(seed, eps)
+        pair = torch.empty(2, dtype=torch.float32, device=weights.device)
+        weights.perturb_(seed, eps)
         evaluate(pair[:1], "+eps")
-        updates.perturb_(seed, -eps)
+        weights.perturb_(seed, -eps)
         evaluate(pair[1:], "-eps")
         pairs.append(pair)
         records.append(record(pair, eps))
@@ -118,7 +94,7 @@ def two_point(
 
 
 def forward_difference(
-    updates: PendingUpdates, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+    weights: Weights, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
 ) -> tuple[Tensor, list[Tensor]]:
     """Evaluates the loss at ``w``, then each query of a step at +eps. For the arguments see ``two_point``.
 
@@ -126,20 +102,25 @@ def forward_difference(
         loss: the loss at ``w``, float32 scalar.
         records: one record per query.
     """
-    at_w = torch.empty(1, dtype=torch.float32, device=updates.weights.values.device)
-    updates.flush_()
+    at_w = torch.empty(1, dtype=torch.float32, device=weights.device)
+    weights.flush_()
     evaluate(at_w, "w")
     records = []
     for seed in seeds:
         pair = torch.cat((at_w, at_w))
-        updates.perturb_(seed, eps)
+        weights.perturb_(seed, eps)
         evaluate(pair[:1], "+eps")
         records.append(record(pair, eps / 2))  # 2 * (eps / 2) is eps, exactly
     return at_w[0], records
 
 
 def evaluate_closure(
-    closure: Callable[[], Tensor | float], out: Tensor, where: str, *, check_immediately: bool
+    closure: Callable[[], Tensor | float],
+    out: Tensor,
+    where: str,
+    *,
+    check_immediately: bool,
+    on_low_precision: Callable[[torch.dtype], None] | None = None,
 ) -> None:
     """Copies the closure's loss to ``out``. It is copied because the closure may reuse its tensor.
 
@@ -148,23 +129,66 @@ def evaluate_closure(
         out: float32 [1], receives the loss.
         where: name of the point in weight space ("+eps", "-eps", "w"), for errors.
         check_immediately: whether to check the loss now. On a GPU this makes the host wait.
+        on_low_precision: called with the loss's dtype if that is narrower than float32.
 
     Raises:
         NonFiniteLossError: if the loss is checked and is NaN or infinite.
-        ValueError: if the closure does not return exactly one number.
+        TypeError: if the closure returns something else than a number or a tensor.
+        ValueError: if the closure does not return exactly one real number.
     """
-    with torch.inference_mode():
-        value = closure()
-    if not isinstance(value, Tensor):
-        out.fill_(round_fp32(value))
-    elif value.numel() == 1:
-        out.copy_(value.detach().reshape(1))
+    try:
+        with torch.inference_mode():
+            value = closure()
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            error.add_note(
+                "A zeroth-order step calls its closure in inference mode: it returns the loss, without backward()."
+            )
+        raise
+    loss = _one_number(value)
+    if isinstance(loss, Tensor):
+        if loss.is_floating_point() and loss.dtype.itemsize < 4 and on_low_precision is not None:
+            on_low_precision(loss.dtype)
+        out.copy_(loss.detach().reshape(1))
     else:
-        raise ValueError(f"the closure must return one loss, got a tensor of shape {list(value.shape)}")
+        out.fill_(round_fp32(loss))
     if check_immediately and not math.isfinite(out.item()):
         raise NonFiniteLossError(
             f"the loss at {where} is {out.item()}; the weights are restored (try a smaller lr or eps)"
         )
+
+
+def _one_number(value: object) -> Tensor | float:
+    """Returns a closure's result if it is one real number; else raises ``TypeError`` or ``ValueError``."""
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"the closure must return one real loss, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(
+                f"the closure must return one loss, got a tensor of shape {list(value.shape)}; take its mean"
+            )
+        return value
+    if value is None:
+        raise TypeError("the closure returned None; end it with `return loss`")
+    if isinstance(value, str | bytes | Mapping | Sequence) or not isinstance(value, SupportsFloat):
+        raise TypeError(
+            f"the closure must return the loss alone, a scalar, got {type(value).__name__}; return its loss, such as "
+            f"`output.loss`"
+        )
+    return float(value)
+
+
+def warn_low_precision(dtype: torch.dtype) -> None:
+    """Warns that a loss is too coarse for differences of losses.
+
+    Args:
+        dtype: dtype of the loss, bfloat16 or float16.
+    """
+    warnings.warn(
+        f"the loss is {dtype}: near 1 it is a multiple of {torch.finfo(dtype).eps}, which rounds away most of the "
+        f"difference of a step's losses; compute the loss in float32, from `logits.float()`",
+        stacklevel=2,
+    )
 
 
 def nan_unless_all_finite(c: Tensor) -> Tensor:
@@ -205,8 +229,8 @@ def check_all_finite(records: Tensor, first: int, queries: int = 1) -> None:
 
 def check_eps(eps: float) -> None:
     """Raises ``ValueError`` unless the perturbation scale is finite and positive."""
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be finite and positive, got {eps}")
+    if not 2.0**-149 <= eps < 2.0**128:
+        raise ValueError(f"eps must be finite and positive in fp32, got {eps}")
 
 
 def check_queries(queries: int) -> int:
@@ -236,7 +260,7 @@ __all__ = [
     "ESTIMATES",
     "Estimator",
     "NonFinite",
-    "PendingUpdates",
+    "Weights",
     "check_all_finite",
     "check_eps",
     "check_estimator",
@@ -247,4 +271,5 @@ __all__ = [
     "gradients_or_nan",
     "nan_unless_all_finite",
     "two_point",
+    "warn_low_precision",
 ]

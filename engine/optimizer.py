@@ -10,32 +10,43 @@ References:
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from enum import Enum
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from .estimator import (
     ESTIMATES,
     Estimator,
     NonFinite,
-    PendingUpdates,
     check_all_finite,
     check_eps,
     check_estimator,
     check_nonfinite,
     check_queries,
     evaluate_closure,
-    gradients_or_nan,
-    nan_unless_all_finite,
 )
+from .journal import Journal
 from .mask import SparseMask
+from .param_groups import check_lr, check_masked, common_eps, group_numbers
 from .parameters import floating_parameters
+from .step_warnings import StepWarnings
 from .stream import VERSION, check_seed, step_seed
+from .updates import UpdateLog
 from .weights import MaskedWeights, round_fp32
 
 # Number of seeds sent to a GPU in one transfer.
 _SEEDS_PER_TRANSFER = 64
+
+
+class _Now(Enum):
+    """What the optimizer is doing."""
+
+    NOTHING = "nothing"
+    BETWEEN_STEPS = "between two steps of step_many"
+    STEP = "a step"
 
 
 class SparseZO(torch.optim.Optimizer):
@@ -56,11 +67,20 @@ class SparseZO(torch.optim.Optimizer):
         estimator: "two-point" or "forward-difference"; see ``Estimator``.
         nonfinite: "raise" or "skip": how to handle a query whose losses or coefficient are NaN or infinite; see
             ``step``.
+        frozen: whether masked elements of parameters that do not require gradients are trained too.
+        debug: whether to check before every pass, and not only before every ``step`` or ``step_many``, that nothing
+            else has written the masked weights, the closure included. It holds a second copy of the masked weights and
+            makes the host wait.
+
+    Between steps the masked weights belong to the optimizer. If something else writes them (``load_state_dict`` of the
+    model, averaged weights, another optimizer), the next step raises ``ModelChangedError``, and ``reload`` or
+    ``restore`` continues. Steps are for models in evaluation mode: with dropout in training mode, the two losses of a
+    query differ by more than the perturbation.
 
     Raises:
         ValueError: if the learning rate, eps, seed, a group, ``queries``, ``estimator`` or ``nonfinite`` is out of
-            range.
-        MaskError: if the mask was made for another model.
+            range; if a masked parameter is in no group, frozen, or cannot be written (see ``MaskedWeights``).
+        MaskError: if the mask was made for another model, or parameters share memory.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -85,49 +105,67 @@ class SparseZO(torch.optim.Optimizer):
         queries: int = 1,
         estimator: str = Estimator.TWO_POINT,
         nonfinite: str = NonFinite.RAISE,
+        frozen: bool = False,
+        debug: bool = False,
     ) -> None:
-        _check_lr(lr)
+        check_lr(lr)
         check_eps(eps)
         self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
         self.nonfinite = check_nonfinite(nonfinite)
         self.seed = check_seed(seed)
-        self.steps = 0
-        self._projected_gradients: list[float] = []
-        self._records: list[Tensor] = []  # records of the latest queries, still on the device
         self._groups_fixed = False
-        names = {id(p): name for name, p in floating_parameters(model)}
         if params is None:
             params = [{"params": [p for _, p in floating_parameters(model)]}]
         super().__init__(params, {"lr": lr, "eps": eps})
-        groups = {}
-        for number, group in enumerate(self.param_groups):
-            _check_lr(group["lr"])
-            for p in group["params"]:
-                if id(p) not in names:
-                    raise ValueError(
-                        f"parameter group {number} has a tensor {list(p.shape)} that the model does not have"
-                    )
-                groups[names[id(p)]] = number
-        self.weights = MaskedWeights(model, mask, backend, groups)
-        missing = [name for name in self.weights.names() if name not in groups]
-        if missing:
-            raise ValueError(f"parameter {missing[0]!r} has masked elements and is in no parameter group")
-        self._values = self.weights.values
-        # Check each loss right after its forward pass if a non-finite one is an error, except on a GPU: reading the
-        # loss there would make the host wait.
-        self._check_immediately = self.nonfinite is NonFinite.RAISE and self._values.device.type != "cuda"
+        for group in self.param_groups:
+            check_lr(group["lr"])
+        common_eps(self.param_groups)
+        self._model, self._mask, self._backend, self._debug = model, mask, backend, debug
+        self._numbers = group_numbers(model, self.param_groups)
+        self._warnings = StepWarnings(model)
+        self._now = _Now.NOTHING
+        self._unequal: Tensor | None = None  # counts of ``MaskedWeights.count_unequal`` that are still on the device
+        self._projected_gradients: list[float] = []
+        self._read_masters(frozen=frozen)
+        # Steps read values and run compiled code of their own, which torch.compile cannot trace. Closures are not traced
+        # either: compile the model instead.
+        self._step = torch.compiler.disable(self._step)  # type: ignore[method-assign]
+        self._step_many = torch.compiler.disable(self._step_many)  # type: ignore[method-assign]
         self._groups_fixed = True
 
+    def _read_masters(self, *, frozen: bool) -> None:
+        """Reads the masters from the live weights, and starts an empty journal."""
+        weights = MaskedWeights(self._model, self._mask, self._backend, self._numbers, debug=self._debug)
+        check_masked(self._model, weights.names(), self._numbers, frozen=frozen)
+        names = [[name for name in weights.names() if self._numbers[name] == i] for i in range(len(self.param_groups))]
+        journal = Journal(weights, tuple(map(tuple, names)) if len(names) > 1 else ())
+        self.weights, self._journal, self._unequal = weights, journal, None
+        # On a GPU a check of a value would make the host wait, so it comes when the scalars are read.
+        self._waits = weights.values.device.type != "cuda"
+        self._check_immediately = self._waits and self.nonfinite is NonFinite.RAISE
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken, those before a loaded state included."""
+        return self._journal.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._journal.steps = steps
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor | float], seed: int | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float], seed: SupportsIndex | Sequence[SupportsIndex] | None = None
+    ) -> Tensor:
         """Takes one step of ``queries`` perturbations.
 
         Args:
-            closure: computes the loss of the batch, a scalar. It is called in inference mode and must use the same
-                batch in every call. Two-point: called at +eps and at -eps of each query. Forward difference: called at
-                ``w``, then at +eps of each query.
-            seed: seed of the perturbation in [0, 2**64), allowed only with one query per step (see ``step_many`` for
-                more). None uses ``step_seed(root seed, 0, number of steps so far, query)``.
+            closure: computes the loss of the batch, a float32 scalar (in bfloat16 or float16 most of the difference of
+                two losses is rounded away). It is called in inference mode and must use the same batch in every call.
+                Two-point: called at +eps and at -eps of each query. Forward difference: called at ``w``, then at +eps
+                of each query.
+            seed: seed of the perturbation in [0, 2**64), or one seed for each query. None uses
+                ``step_seed(root seed, 0, number of steps so far, query)``.
 
         Returns:
             Two-point: mean of all losses. Forward difference: the loss at ``w``. Float32 scalar.
@@ -141,28 +179,53 @@ class SparseZO(torch.optim.Optimizer):
         device. The returned loss is computed from the losses as they are, and may be NaN or infinite.
 
         Raises:
-            ValueError: if a seed is given and a step has several queries.
+            TypeError: if there is no closure, or it returns something else than a number.
+            ValueError: if the number of seeds is not ``queries``, or a learning rate or eps was set out of range.
             NonFiniteLossError: with ``nonfinite="raise"``, if a loss is NaN or infinite. After this error, or any error
                 of the closure, the weights are restored and the step is not applied. On a GPU the error is raised when
-                ``projected_gradients`` is next read, and only the query with that loss is not applied.
-            ModelChangedError: if the model was moved, cast or rebuilt after the optimizer was created.
+                ``projected_gradients`` or ``log`` is next read, and only the query with that loss is not applied.
+            ModelChangedError: if something else has written the masked weights since the step before (nothing is
+                changed then; on a GPU the old values are put back and the error is raised when ``projected_gradients``
+                or ``log`` is next read); if the model was moved, cast or rebuilt after the optimizer was created; or
+                if the update has taken float16 weights beyond their range.
         """
-        if seed is not None and self.queries > 1:
-            raise ValueError(f"a step has {self.queries} queries, each with its own seed: step_many([closure], seeds)")
-        return self.step_many([closure], None if seed is None else [seed])[0]
+        return self._step(closure, seed)
+
+    def _step(
+        self, closure: Callable[[], Tensor | float], seed: SupportsIndex | Sequence[SupportsIndex] | None
+    ) -> Tensor:
+        if not callable(closure):
+            raise TypeError(
+                f"a step needs a closure that returns the loss, got {type(closure).__name__}; tools that call step() "
+                f"without one, such as torch.distributed.checkpoint's get_state_dict, cannot be used: save state_dict()"
+            )
+        if self._now is _Now.BETWEEN_STEPS:
+            return self._take_step(closure, seed)
+        self._check_idle("step")
+        try:
+            self._now = _Now.BETWEEN_STEPS
+            self._begin()
+            loss = self._take_step(closure, seed)
+        finally:
+            self._now = _Now.NOTHING
+            self._journal.finish_()
+        self._check_range()
+        return loss
 
     @torch.no_grad()
     def step_many(
-        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[int] | None = None
+        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[SupportsIndex] | None = None
     ) -> list[Tensor]:
         """Takes several steps and saves passes over the weights.
 
         With the two-point estimator, the last update of a step shares one pass with the first perturbation of the next.
-        Weights and scalars are bit-identical to calling ``step`` once per closure.
+        Weights and scalars are bit-identical to calling ``step`` once per closure. Hooks that are registered for
+        ``step`` run for each of them, with restored weights; then nothing is saved.
 
         Args:
             closures: one closure per step, see ``step``. The next closure is requested after the step before it, so a
-                generator may choose the batch and the learning rate at that moment.
+                generator may choose the batch and the learning rate at that moment; the weights are still perturbed
+                then.
             seeds: seeds in [0, 2**64), at least ``queries`` per step, in the order (step, query). None uses the default
                 seeds, see ``step``.
 
@@ -174,26 +237,22 @@ class SparseZO(torch.optim.Optimizer):
             NonFiniteLossError: see ``step``; the steps before it stay applied.
             ModelChangedError: see ``step``.
         """
-        given_seeds = None if seeds is None else self._seeds_on_device(seeds)
-        first_step, updates = self.steps, PendingUpdates(self.weights)
+        return self._step_many(closures, seeds)
+
+    def _step_many(
+        self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[SupportsIndex] | None
+    ) -> list[Tensor]:
+        self._check_idle("step_many")
         losses = []
-        self.weights.check_same_parameters()
         try:
-            for closure in closures:
-                if given_seeds is None:
-                    step_seeds: Sequence[Tensor] = self._default_seeds()
-                else:
-                    step_seeds = self._given_seeds(given_seeds, self.steps - first_step)
-                evaluate = functools.partial(evaluate_closure, closure, check_immediately=self._check_immediately)
-                loss, records = ESTIMATES[self.estimator](updates, step_seeds, self._eps(), evaluate, self._record)
-                self._records += records
-                updates.pending += [
-                    (seed, nan_unless_all_finite(record[2:])) for seed, record in zip(step_seeds, records, strict=True)
-                ]
-                self.steps += 1
-                losses.append(loss)
+            self._now = _Now.BETWEEN_STEPS
+            self._begin()
+            for number, closure in enumerate(closures):
+                losses.append(self.step(closure, None if seeds is None else self._given_seeds(seeds, number)))
         finally:
-            updates.flush_()
+            self._now = _Now.NOTHING
+            self._journal.finish_()
+        self._check_range()
         return losses
 
     @property
@@ -205,17 +264,26 @@ class SparseZO(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: with ``nonfinite="raise"``, once, if a loss on the GPU was NaN or infinite. That query
                 was not applied; the list contains its scalar unchanged.
+            ModelChangedError: on a GPU, see ``step``.
         """
-        if self._records:
-            records, self._records = torch.stack(self._records).cpu(), []
-            if self.nonfinite is NonFinite.SKIP:
-                self._projected_gradients += gradients_or_nan(records)
-                return self._projected_gradients
-            self._projected_gradients += records[:, 1].tolist()
-            check_all_finite(records, self.steps * self.queries - len(records), self.queries)
+        self._read()
         return self._projected_gradients
 
-    def unchanged_fraction(self, seed: int | None = None) -> float:
+    @property
+    def log(self) -> UpdateLog:
+        """All updates since the optimizer was created, or since ``load_state_dict`` or ``reload``; see ``replay``.
+
+        Raises:
+            NonFiniteLossError: see ``projected_gradients``.
+            ModelChangedError: if something else has written the masked weights, or set their masters.
+        """
+        self._check_idle("log")
+        self._journal.flush_()
+        self._read()
+        self.weights.check_unwritten()
+        return self._journal.log()
+
+    def unchanged_fraction(self, seed: SupportsIndex | None = None) -> float:
         """Share of the masked elements that a perturbation does not change, in [0, 1]. Check it before a run.
 
         Low-precision weights lie on a coarse grid: in [0.5, 1) the spacing is 2**-8 in bfloat16 and 2**-11 in float16,
@@ -231,19 +299,58 @@ class SparseZO(torch.optim.Optimizer):
             ModelChangedError: if the model was moved or cast after the optimizer was created.
         """
         return self.weights.unchanged_fraction(
-            step_seed(self.seed, 0, self.steps) if seed is None else seed, self._eps()
+            step_seed(self.seed, 0, self.steps) if seed is None else seed, common_eps(self.param_groups)
         )
 
-    def perturb(self, seed: int, scale: float) -> None:
-        """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters do not change."""
-        self.weights.perturb_(self._values.seed(seed), self._fp32(scale))
+    def perturb(self, seed: SupportsIndex, scale: float) -> None:
+        """Sets the masked weights to ``cast(master + scale * z(seed))``; the masters do not change.
+
+        Raises:
+            ModelChangedError: see ``step``.
+        """
+        self._check_idle("perturb")
+        self._check_unwritten()
+        self.weights.perturb_(self.weights.values.seed(check_seed(seed)), self._fp32(scale))
 
     def restore(self) -> None:
-        """Sets the masked weights back to ``cast(master)``, bit for bit."""
-        self.weights.restore_()
+        """Sets the masked weights back to ``cast(master)``, bit for bit, whatever has written them.
 
-    def apply(self, seed: int, g: float) -> None:
+        A model that was moved or cast is written where it is now.
+
+        Raises:
+            ModelChangedError: if a masked parameter was replaced in the model.
+        """
+        self._check_idle("restore")
+        self._unequal = None
+        if self._journal.pending():
+            self._journal.flush_()
+        self.weights.restore_anywhere_()
+
+    def reload(self) -> None:
+        """Reads the masters from the model as it is now: other values, dtype, device or parameter objects.
+
+        The number of steps stays; ``log`` starts again from here, and ``projected_gradients`` is not changed.
+
+        Raises:
+            MaskError: if the mask no longer fits the model.
+            ValueError: see the class.
+        """
+        self._check_idle("reload")
+        self._show_gradients()
+        steps, parameters = self.steps, dict(floating_parameters(self._model))
+        self._mask.check(self._model)
+        groups: list[list[nn.Parameter]] = [[] for _ in self.param_groups]
+        for name, number in self._numbers.items():
+            groups[number].append(parameters[name])
+        self._read_masters(frozen=True)  # checked when the optimizer was created
+        for group, members in zip(self.param_groups, groups, strict=True):
+            group["params"] = members
+        self.steps = steps
+
+    def apply(self, seed: SupportsIndex, g: float) -> None:
         """Applies the update of one query: ``master <- master - fp32((lr / queries) * g) * z(seed)``.
+
+        It is in ``log``, but is no step.
 
         Args:
             seed: seed of the query's perturbation, in [0, 2**64).
@@ -251,11 +358,19 @@ class SparseZO(torch.optim.Optimizer):
 
         Raises:
             ValueError: if ``g`` or its product with the learning rate is not finite in fp32.
+            ModelChangedError: see ``step``.
         """
-        c = [lr * g for lr in self._query_learning_rates()]
+        self._check_idle("apply")
+        seed, rates = check_seed(seed), self._query_learning_rates()
+        c = [lr * g for lr in rates]
         if not all(math.isfinite(round_fp32(value)) for value in (g, *c)):
             raise ValueError(f"projected gradient and lr * g must be finite in fp32, got {g} and {c}")
-        self.weights.update_(self._values.seed(seed), self._fp32(*c))
+        self._begin()
+        try:
+            self._journal.append_update(seed, self.weights.values.seed(seed), rates, float(g), self._fp32(*c))
+        finally:
+            self._journal.finish_()
+        self._check_range()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ``ValueError`` after construction: mask and groups are static."""
@@ -264,96 +379,211 @@ class SparseZO(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns masters (float32 [k], in mask order), step count, seed and groups: all that resuming needs."""
-        packed = super().state_dict()
-        packed["state"] = {
+        """Returns masters (float32 [k], in mask order), step count, seed and groups: all that resuming needs.
+
+        Raises:
+            ModelChangedError: if something else has written the masked weights, or masked parameters were replaced:
+                the masters would not be those of the model. A model that was moved or cast is no error.
+        """
+        self._check_idle("state_dict")
+        if self._journal.pending():
+            self._journal.flush_()
+        self.weights.check_masters_are_current()
+        own: dict[Any, Any] = {
             "masters": self.weights.masters(),
             "steps": self.steps,
             "seed": self.seed,
             "stream_version": VERSION,
             "mask_digest": self.weights.mask.digest,
+            **self._fixed_settings(),
         }
-        return packed
+        try:
+            self.state.update(own)  # torch packs it, and hooks see it
+            return super().state_dict()
+        finally:
+            self.state.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a ``state_dict`` and sets the model's masked weights to its masters.
+        """Loads a ``state_dict`` and sets the model's masked weights to its masters; ``log`` starts again from there.
+
+        Learning rates and eps are those of the state, as in any torch optimizer.
 
         Args:
-            state_dict: a result of ``state_dict`` of an optimizer with the same mask and groups.
+            state_dict: a result of ``state_dict`` of an optimizer with the same mask, groups and settings.
 
         Raises:
-            ValueError: if it belongs to another mask or stream version, or its groups differ.
+            ValueError: if it belongs to another mask or stream version, its masters are not finite, its groups differ,
+                or it is from an optimizer created with other ``queries``, ``estimator`` or ``eps``. Nothing is changed.
         """
-        state = state_dict["state"]
-        for key, expected in (("mask_digest", self.weights.mask.digest), ("stream_version", VERSION)):
-            if state.get(key) != expected:
-                raise ValueError(f"the state's {key} is {state.get(key)!r}, this optimizer's is {expected!r}")
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.weights.set_masters_(state["masters"])
-        self.steps = int(state["steps"])
-        self.seed = check_seed(state["seed"])
+        self._check_idle("load_state_dict")
+        super().load_state_dict(state_dict)
 
-    def _default_seeds(self) -> list[Tensor]:
-        """Seeds of the next step's queries, int64 [1] each; sent to the device for several steps at a time."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over a state that torch has unpacked, after checking all of it."""
+        own = state["state"]
+        wanted = {"mask_digest": self.weights.mask.digest, "stream_version": VERSION} | self._fixed_settings()
+        for key, expected in wanted.items():
+            if key not in own and key in self._fixed_settings():
+                continue  # a state of an earlier version
+            if own.get(key) != expected:
+                raise ValueError(f"the state's {key} is {own.get(key)!r}, this optimizer's is {expected!r}")
+        for group in state["param_groups"]:
+            check_lr(group["lr"])
+        common_eps(state["param_groups"])
+        masters, steps, seed = own["masters"], int(own["steps"]), check_seed(own["seed"])
+        self.weights.check_masters(masters)
+        self._show_gradients()
+        super().__setstate__({"param_groups": state["param_groups"]})
+        self.weights.set_masters_(masters)
+        self._journal.restart()
+        self._journal.steps, self.seed, self._unequal = steps, seed, None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raises ``TypeError``: a copy would not belong to any model."""
+        raise TypeError(
+            "SparseZO writes into its own model, so it cannot be copied or pickled; save state_dict(), build a new "
+            "optimizer for the other model, and load it there"
+        )
+
+    def _check_idle(self, what: str) -> None:
+        """Raises ``RuntimeError`` within a step: the masked weights are perturbed, and an update may be pending."""
+        if self._now is not _Now.NOTHING:
+            raise RuntimeError(f"{what} was called within a step; call it before or after step or step_many")
+
+    def _begin(self) -> None:
+        """Prepares for steps or updates: finishes what was interrupted, and checks the model."""
+        self._journal.finish_()
+        self._check_unwritten()
+        if self._journal.is_interrupted():
+            self._read()  # before the journal restarts
+        self._journal.begin()
+        self._warnings.mode()
+        self._warnings.compiler()
+
+    def _check_unwritten(self) -> None:
+        """Checks that nothing else has written the masked weights; on a GPU only counts, without waiting."""
+        counts = self.weights.count_unequal()
+        if self._waits:
+            self.weights.check_counts(counts)
+        else:
+            self._unequal = counts if self._unequal is None else self._unequal + counts
+
+    def _check_range(self) -> None:
+        """Raises ``ModelChangedError`` if float16 cannot hold an update; on a GPU the next step finds it."""
+        if self._waits and any(table.weights[0].dtype == torch.float16 for table in self.weights.tables()):
+            self.weights.check_unwritten()
+
+    def _take_step(
+        self, closure: Callable[[], Tensor | float], seeds: SupportsIndex | Sequence[SupportsIndex] | None
+    ) -> Tensor:
+        """Takes one step, whose last updates remain pending in the journal."""
+        eps, rates = common_eps(self.param_groups), self._query_learning_rates()
+        numbers = self._default_seeds() if seeds is None else self._check_seeds(seeds)
+        tensors = [self.weights.values.seed(seed) for seed in numbers]
+        evaluate = functools.partial(
+            evaluate_closure,
+            closure,
+            check_immediately=self._check_immediately,
+            on_low_precision=self._warnings.low_precision,
+        )
+        record = functools.partial(self._record, rates=rates)
+        self._now = _Now.STEP
+        loss, records = ESTIMATES[self.estimator](self._journal, tensors, eps, evaluate, record)
+        self._now = _Now.BETWEEN_STEPS
+        self._journal.append(numbers, tensors, rates, records)
+        if self._check_immediately:
+            self._warnings.gradients(record[1].item() for record in records)
+        if self._has_step_hooks():
+            self._journal.flush_()
+        return loss
+
+    def _has_step_hooks(self) -> bool:
+        """Whether hooks run between the steps of ``step_many``: they must see restored weights."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        )
+
+    def _check_seeds(self, seeds: SupportsIndex | Sequence[SupportsIndex]) -> list[int]:
+        """Returns the seeds of one step, one for each query."""
+        numbers = [check_seed(seed) for seed in seeds] if isinstance(seeds, Sequence) else [check_seed(seeds)]
+        if len(numbers) != self.queries:
+            raise ValueError(f"a step has {self.queries} queries, each with its own seed; got {len(numbers)} seeds")
+        return numbers
+
+    def _default_seeds(self) -> list[int]:
+        """Seeds of the next step's queries; sent to a GPU for several steps at a time."""
         steps_ahead = max(1, _SEEDS_PER_TRANSFER // self.queries)
-        if self.steps % steps_ahead == 0 and not self._check_immediately:
+        if self.steps % steps_ahead == 0 and not self._waits:
             steps = range(self.steps, self.steps + steps_ahead)
-            self._values.seeds([step_seed(self.seed, 0, t, j) for t in steps for j in range(self.queries)])
-        return [self._values.seed(step_seed(self.seed, 0, self.steps, j)) for j in range(self.queries)]
+            self.weights.values.seeds([step_seed(self.seed, 0, t, j) for t in steps for j in range(self.queries)])
+        return [step_seed(self.seed, 0, self.steps, j) for j in range(self.queries)]
 
-    def _seeds_on_device(self, seeds: Sequence[int]) -> list[Tensor]:
-        """Sends all seeds to the device in one transfer: int64 [1] each."""
-        on_device = self._values.seeds(seeds)
-        return [on_device[i : i + 1] for i in range(len(seeds))]
-
-    def _given_seeds(self, seeds: Sequence[Tensor], step: int) -> Sequence[Tensor]:
-        """Seeds of a step's queries.
+    def _given_seeds(self, seeds: Sequence[SupportsIndex], step: int) -> Sequence[SupportsIndex]:
+        """Selects the seeds of a step; sends them to a GPU for several steps at a time.
 
         Args:
-            seeds: all seeds of the call, int64 [1] each.
+            seeds: all seeds of the call.
             step: number of the step, 0 for the first step of the call.
         """
         first, stop = step * self.queries, (step + 1) * self.queries
         if stop > len(seeds):
             raise ValueError(f"{len(seeds)} seeds were given; {step + 1} steps of {self.queries} queries need {stop}")
-        return seeds[first:stop]
+        steps_ahead = max(1, _SEEDS_PER_TRANSFER // self.queries)
+        if step % steps_ahead == 0 and not self._waits:
+            self.weights.values.seeds([check_seed(s) for s in seeds[first : first + steps_ahead * self.queries]])
+        return list(seeds[first:stop])
 
     def _query_learning_rates(self) -> list[float]:
         """Learning rate of one query (``lr / queries``) in each parameter group."""
-        return [float(group["lr"]) / self.queries for group in self.param_groups]
+        return [check_lr(group["lr"]) / self.queries for group in self.param_groups]
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        """Settings that a state must share with the optimizer that loads it."""
+        return {"queries": self.queries, "estimator": str(self.estimator), "eps": self.defaults["eps"]}
 
     def _fp32(self, *values: float) -> Tensor:
-        return self._values.numbers(values, torch.float32)
+        return self.weights.values.numbers(values, torch.float32)
 
     def _fp64(self, *values: float) -> Tensor:
-        return self._values.numbers(values, torch.float64)
+        return self.weights.values.numbers(values, torch.float64)
 
-    def _record(self, pair: Tensor, eps: float) -> Tensor:
+    def _record(self, pair: Tensor, eps: float, rates: Sequence[float]) -> Tensor:
         """Makes a query's record, float32 [2 + groups]: mean loss, projected gradient, coefficient of each group.
 
         Args:
             pair: float32 [2], the two losses of the query.
             eps: half the distance between the two points, in units of ``z``.
+            rates: learning rate of one query in each group.
         """
-        record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*self._query_learning_rates()))
+        record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*rates))
         if self._check_immediately:
             check_all_finite(record[None], self.steps)
         return record
 
-    def _eps(self) -> float:
-        eps = cast(float, self.param_groups[0]["eps"])
-        for number, group in enumerate(self.param_groups):
-            if group["eps"] != eps:
-                raise ValueError(
-                    f"all parameter groups must have the same eps: group {number} has {group['eps']}, group 0 has {eps}"
-                )
-        check_eps(eps)
-        return eps
+    def _read(self) -> None:
+        """Brings the scalars of all steps from the device, with the checks that were postponed."""
+        new = self._show_gradients()
+        if not self._check_immediately:
+            self._warnings.gradients(new)
+        if self.nonfinite is NonFinite.RAISE:
+            self._journal.check_finite(self.queries)
+        if self._unequal is not None:
+            counts, self._unequal = self._unequal, None
+            self.weights.check_counts(counts)
 
-
-def _check_lr(lr: float | Tensor) -> None:
-    if not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr must be finite and not negative, got {lr}")
+    def _show_gradients(self) -> list[float]:
+        """Brings the scalars of all steps from the device into ``projected_gradients``; returns the new ones."""
+        journal = self._journal
+        journal.read()
+        entries = [entry for entry in journal.entries[journal.shown :] if entry.step]
+        new = [g for e in entries for g in (e.applied if self.nonfinite is NonFinite.SKIP else e.gradients)]
+        gradients, shown = self._projected_gradients + new, len(journal.entries)
+        # No call in between: an exception finds both or neither.
+        self._projected_gradients, journal.shown = gradients, shown
+        return new
 
 
 __all__ = ["Estimator", "NonFinite", "SparseZO"]

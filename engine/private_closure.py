@@ -52,7 +52,7 @@ def gaussian(seed: int, draw: int) -> float:
         >>> gaussian(3, 0) != gaussian(3, 1) != gaussian(4, 1)
         True
     """
-    ids = torch.arange(_SUMMANDS) * _ID_STRIDE + draw * _SUMMANDS * _ID_STRIDE
+    ids = torch.arange(_SUMMANDS, device="cpu") * _ID_STRIDE + draw * _SUMMANDS * _ID_STRIDE
     return stream.normal(seed, ids, "torch").double().sum().item() / math.sqrt(_SUMMANDS)
 
 
@@ -110,7 +110,7 @@ class PrivateClosure:
         self._losses, self._clip, self._noise = losses, clip, noise_multiplier * clip
         self._batch_size, self._seed = batch_size, stream.check_seed(seed)
         self._calls_made = 0
-        self._reference_losses = torch.empty(0)
+        self._reference_losses = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __call__(self) -> Tensor:
         """Evaluates the losses and returns the closure's next value, float32 scalar.

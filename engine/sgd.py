@@ -18,6 +18,7 @@ from .parameters import floating_parameters
 from .weights import MaskedWeights
 
 
+@torch.inference_mode(False)
 def sgd_steps(
     model: nn.Module,
     weights: MaskedWeights,
@@ -51,7 +52,7 @@ def sgd_steps(
         if not 0 <= lr < math.inf:
             raise ValueError(f"a learning rate must be finite and not negative, got {lr}")
     weights.mask.check(model)
-    weights.check_same_parameters()
+    weights.check_unwritten()
     weights.restore_()
     gradient = torch.zeros_like(weights.masters())
     receivers = _gradient_gatherers(model, weights, gradient)
@@ -60,9 +61,9 @@ def sgd_steps(
         if step >= len(learning_rates):
             raise ValueError(f"{len(learning_rates)} learning rates were given, but there are more steps")
         gradient.zero_()
-        with stream_gradients(model, receivers), torch.enable_grad():
+        with stream_gradients(model, receivers) as backward:
             loss = _check_loss(closure(), step)
-            loss.backward()
+            backward(loss)
         if not torch.isfinite(gradient).all():
             raise NonFiniteLossError(f"the gradient of step {step} is not finite (try a smaller lr)")
         weights.set_masters_(weights.masters() - gradient * learning_rates[step])

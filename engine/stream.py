@@ -4,6 +4,9 @@
 seeds, the order of the data, random masks. Nothing uses a global random generator.
 """
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -14,20 +17,33 @@ VERSION = 1
 
 _STEP_DOMAIN = 0x4D4B5631
 _DERIVED_DOMAIN = 0x4D4B5632
+# Numbers that ``distinct`` draws at a time.
+_WINDOW = 1 << 16
 
 
-def check_seed(seed: int) -> int:
-    """Checks that a seed is valid and returns it.
+def check_seed(seed: SupportsIndex) -> int:
+    """Checks that a seed is valid and returns it as an int.
 
     Raises:
-        TypeError: if it is not an integer.
+        TypeError: if it is not an integer, of Python, NumPy or torch.
         ValueError: if it is not in [0, 2**64).
     """
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-    return seed
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}") from None
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {number}")
+    return number
+
+
+def _check_numbers(name: str, numbers: Tensor) -> Tensor:
+    """Returns element ids or block numbers; raises ``ValueError`` unless they are int64 and not negative."""
+    if numbers.dtype != torch.int64 or numbers.dim() != 1:
+        raise ValueError(f"{name} must be int64 [n], got {numbers.dtype} {list(numbers.shape)}; use {name}.long()")
+    if numbers.numel() and int(numbers.min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {int(numbers.min())}")
+    return numbers
 
 
 def bits(seed: int, blocks: Tensor) -> Tensor:
@@ -40,11 +56,14 @@ def bits(seed: int, blocks: Tensor) -> Tensor:
     Returns:
         int64 [n, 4], values in [0, 2**32).
 
+    Raises:
+        ValueError: if the seed is out of range, or the block numbers are not as described.
+
     Example:
         >>> [hex(word) for word in bits(0, torch.tensor([0]))[0].tolist()]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    return reference.bits(check_seed(seed), blocks)
+    return reference.bits(check_seed(seed), _check_numbers("blocks", blocks))
 
 
 def normal(seed: int, ids: Tensor, backend: str = "auto") -> Tensor:
@@ -58,12 +77,15 @@ def normal(seed: int, ids: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         float32 [n] on the device of ``ids``. Each value depends only on the seed and the element id.
 
+    Raises:
+        ValueError: if the seed is out of range, or the ids are not as described. Checking them waits for the device.
+
     Example:
         >>> normal(7, torch.tensor([0, 1, 2**40])).tolist() == [
         ...     normal(7, torch.tensor([i])).item() for i in (0, 1, 2**40)]
         True
     """
-    return backends.resolve(backend, ids.device).normal(check_seed(seed), ids)
+    return backends.resolve(backend, ids.device).normal(check_seed(seed), _check_numbers("ids", ids))
 
 
 def step_seed(root: int, round: int, step: int, query: int = 0) -> int:
@@ -118,33 +140,48 @@ def poisson_sample(seed: int, n: int, expected: int) -> Tensor:
 def distinct(seed: int, k: int, size: int) -> Tensor:
     """Draws k distinct numbers below ``size``, ascending: int64 [k].
 
-    They are the first k distinct numbers of the stream, so the result for a smaller k is a subset.
+    They are the first k distinct numbers of the stream, so the result for a smaller k is a subset. Memory: about 18
+    bytes a number.
     """
-    drawn = torch.empty(0, dtype=torch.int64)
-    blocks = 0
-    while True:
-        stop = blocks + max(64, k)
-        numbers = _numbers(seed, blocks, stop) % size  # the bias is below 2**-20 for any model
-        blocks = stop
-        drawn = torch.cat([drawn, numbers])
-        distinct, index = torch.unique(drawn, return_inverse=True)
-        if distinct.numel() >= k:
-            first = torch.full_like(distinct, drawn.numel()).scatter_reduce_(
-                0, index, torch.arange(drawn.numel()), "amin"
-            )
-            chosen: Tensor = distinct[torch.argsort(first)[:k]]
-            return chosen.sort().values
+    parts: list[Tensor] = [torch.empty(0, dtype=torch.int64, device="cpu")]
+    position, missing = 0, k
+    while missing:  # as many as are missing are drawn, so there are never more than k
+        numbers = _sorted(_numbers_below(size, seed, position, missing)).unique_consecutive()
+        position += missing
+        for part in filter(Tensor.numel, parts):
+            place = torch.searchsorted(part, numbers).clamp_(max=part.numel() - 1)
+            numbers = numbers[part[place] != numbers]
+        parts.append(numbers)
+        missing -= numbers.numel()
+    return _sorted(torch.cat(parts))
+
+
+def _sorted(numbers: Tensor) -> Tensor:
+    """Sorts in place; ``torch.sort`` would also make the indices."""
+    numbers.numpy().sort()
+    return numbers
+
+
+def _numbers_below(size: int, seed: int, start: int, count: int) -> Tensor:
+    """Draws numbers below ``size``, from number ``start`` of the stream on, in windows: int64 [count]."""
+    drawn = torch.empty(count, dtype=torch.int64, device="cpu")
+    for first in range(0, count, _WINDOW):
+        part = drawn[first : first + _WINDOW]
+        begin, end = start + first, start + first + part.numel()
+        numbers = _numbers(seed, begin // 2, (end + 1) // 2)[begin % 2 :][: part.numel()]
+        part.copy_(numbers % size)  # the bias is below 2**-20 for any model
+    return drawn
 
 
 def _numbers(seed: int, start: int, stop: int) -> Tensor:
     """Draws numbers in [0, 2**63), two from each of the blocks [start, stop): int64 [2 * (stop - start)]."""
-    words = bits(seed, torch.arange(start, stop))
+    words = bits(seed, torch.arange(start, stop, device="cpu"))
     return ((words[:, 0::2] << 31) ^ words[:, 1::2]).reshape(-1)
 
 
 def _seed_from(root: int, counter: tuple[int, int, int, int]) -> int:
     """Makes a seed from the first two Philox words of a counter, with the root seed as the key."""
-    check_seed(root)
+    root = check_seed(root)
     for value in counter:
         if not 0 <= value < 1 << 32:
             raise ValueError(f"round, step and query must be in [0, 2**32), got {value}")

@@ -4,77 +4,33 @@
     restore:  w <- cast(master)
     update:   master <- master - c * z,  w <- cast(master)
 
-The live weight is always its rounded, possibly perturbed master. Elements outside the mask are never written.
+The live weight is always its rounded, possibly perturbed master. Elements outside the mask are never written. Every
+operation runs to its end: if an exception hits it, such as KeyboardInterrupt, it is completed before that is raised.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import ElementTable, build_table, can_be_dense, reference
-from . import backend as backends
-from .backend import Backend
+from ..triton_kernels import ElementTable, reference
 from .device_values import DeviceValues, to_device_async
-from .errors import MaskError, ModelChangedError
+from .errors import ModelChangedError
+from .launch_groups import LaunchGroup, MaskedParameter, launch_groups
 from .mask import SparseMask
-from .parameters import floating_parameters
 from .stream import check_seed
 
-
-@dataclass(frozen=True)
-class _MaskedParameter:
-    """One parameter with masked elements, and its address, dtype and device when the table was built."""
-
-    name: str
-    parameter: nn.Parameter
-    group: int
-    base: int  # element id of its first element
-    start: int  # its masked elements are mask.ids[start:stop]
-    stop: int
-    address: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def dense(self) -> bool:
-        """Whether all elements are masked and the alignment allows a table without offsets."""
-        return self.stop - self.start == self.parameter.numel() and can_be_dense(self.parameter, self.base)
-
-    @property
-    def launch_key(self) -> tuple[object, ...]:
-        """Parameters with the same key share one table, and so one launch per operation."""
-        return self.group, self.dtype, self.device, self.dense
-
-
-@dataclass(frozen=True)
-class _LaunchGroup:
-    """Masked parameters of one group, dtype and device, all dense or all sparse: one launch per operation."""
-
-    group: int
-    parameters: tuple[_MaskedParameter, ...]
-    table: ElementTable
-    master: Tensor  # float32 [slots] on the weights' device
-    backend: Backend
-
-    def to_device(self, value: Tensor) -> Tensor:
-        """Copies seeds, scales or coefficients to this group's device without waiting."""
-        return value.to(self.master.device, non_blocking=True)
-
-    def coefficient(self, c: Tensor) -> Tensor:
-        """Selects this group's coefficient, float32 [1], from the coefficients of all groups, float32 [groups]."""
-        return self.to_device(c[self.group : self.group + 1])
-
-    def slot_ranges(self) -> list[tuple[_MaskedParameter, int, int]]:
-        """Each parameter with its slots in ``master``: (parameter, start, stop)."""
-        starts, counts = self.table.starts, self.table.counts
-        return [(p, start, start + count) for p, start, count in zip(self.parameters, starts, counts, strict=False)]
+# One pass of an operation over a launch group. Arguments: the group, the number of updates before the pass, and whether
+# the pass is repeated because an exception hit it.
+_Pass = Callable[[LaunchGroup, int, bool], None]
 
 
 def round_fp32(value: float) -> float:
     """Rounds to the nearest fp32 number."""
-    return torch.tensor(value, dtype=torch.float32).item()
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 class MaskedWeights:
@@ -84,38 +40,56 @@ class MaskedWeights:
     parameter are masked.
 
     Args:
-        model: the model. Its parameters with masked elements must be contiguous; every operation writes them.
+        model: the model. Its parameters with masked elements must be float32, bfloat16 or float16, and contiguous;
+            every operation writes them.
         mask: a mask made for this model.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
         groups: group number by parameter name, for updates with one coefficient per group. None puts all parameters
             into group 0.
+        debug: whether each operation checks first that nothing has written the masked weights since the one before.
+            Holds a copy of them, and makes the host wait.
 
     Attributes:
         mask: the mask.
         values: makes seeds and scales for the operations, on the device of the first masked parameter.
+        updates: number of updates applied so far.
+        loads: number of times that the masters were replaced, or updates were replayed.
 
     Raises:
-        MaskError: if the mask was made for another model, or two parameters share memory.
-        ValueError: if a masked parameter is not contiguous.
+        MaskError: if the mask was made for another model, or a masked parameter shares memory with another parameter.
+        ValueError: if a masked parameter is not contiguous, or of a dtype or kind that the operations cannot write.
         ConfigError: if the backend is not available.
     """
 
     def __init__(
-        self, model: nn.Module, mask: SparseMask, backend: str = "auto", groups: Mapping[str, int] | None = None
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        backend: str = "auto",
+        groups: Mapping[str, int] | None = None,
+        *,
+        debug: bool = False,
     ) -> None:
         mask.check(model)
         self.mask = mask
         self._model = model
-        parameters = _masked_parameters(model, mask, groups or {})
-        keys = dict.fromkeys(p.launch_key for p in parameters)
-        self._launch_groups = [
-            _launch_group([p for p in parameters if p.launch_key == key], mask.ids, backend) for key in keys
-        ]
+        self._launch_groups = launch_groups(model, mask, groups or {}, backend)
         self.values = DeviceValues(self._launch_groups[0].master.device)
+        self.updates = self.loads = 0
+        # Pass that is not complete yet: the pass, the state afterwards, the number of updates before it and after it.
+        self._unfinished: tuple[_Pass, bool, int, int] | None = None
+        self._restored = True  # whether the live weights should be cast(master), or may be perturbed
+        self._debug = debug
+        self._written = self.live() if debug else None  # live weights after the last operation
+
+    @property
+    def restored(self) -> bool:
+        """Whether the live weights are ``cast(master)``, if nothing else has written them."""
+        return self._restored and self._unfinished is None
 
     def names(self) -> list[str]:
         """Names of the parameters that have masked elements, in id order."""
-        return [p.name for p in sorted(self._parameters(), key=lambda p: p.base)]
+        return [p.name for p in self._parameters()]
 
     def tables(self) -> list[ElementTable]:
         """Tables of the masked elements. Each operation launches once per table."""
@@ -132,63 +106,92 @@ class MaskedWeights:
             scale: float32 [1], ``+eps`` or ``-eps``; see ``values``.
 
         Raises:
-            ModelChangedError: if the model was moved or cast, in this and all other operations.
+            ModelChangedError: if the model was moved, cast or rebuilt, in this and all other operations.
         """
-        for group in self._checked_groups():
-            group.backend.perturb_(group.table, group.master, group.to_device(seed), group.to_device(scale))
+        self._run(lambda group, *_: _perturb_(group, seed, scale), restored=False)
 
     def restore_(self) -> None:
         """Sets ``w <- cast(master)``, exactly."""
-        for group in self._checked_groups():
-            group.backend.restore_(group.table, group.master)
+        self._run(lambda group, *_: _restore_(group), restored=True)
 
     def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
         """Computes mean loss, projected gradient and each group's ``c`` from two losses; ``reference.coefficients``."""
         return self._launch_groups[0].backend.coefficients(losses, eps, lr)
 
-    def update_(self, seed: Tensor, c: Tensor) -> None:
+    def update_(self, seed: Tensor, c: Tensor, *, anywhere: bool = False) -> None:
         """Applies ``master <- master - c * z``, then ``w <- cast(master)``.
 
         Args:
             seed: int64 [1], seed of ``z``.
             c: float32 [groups], coefficient ``lr * g`` of each group.
+            anywhere: whether a model that was moved, cast or rebuilt is accepted. Then the masters are updated, but its
+                weights are not written.
         """
-        for group in self._checked_groups():
-            group.backend.update_(group.table, group.master, group.to_device(seed), group.coefficient(c))
+
+        def run(group: LaunchGroup, number: int, repeated: bool) -> None:
+            if repeated and group.has(number + 1):
+                _restore_(group)
+                return
+            group.backend.update_(
+                group.table, group.master, group.to_device(seed), group.coefficient(c),
+                applied=group.applied, number=number,
+            )  # fmt: skip
+
+        self._run(run, restored=True, updates=1, check=not anywhere)
 
     def update_perturb_(self, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor) -> None:
         """Does ``update_(seed, c)``, then ``perturb_(next_seed, scale)``, in one pass over the weights."""
-        for group in self._checked_groups():
-            group.backend.update_perturb_(
-                group.table,
-                group.master,
-                group.to_device(seed),
-                group.coefficient(c),
-                group.to_device(next_seed),
-                group.to_device(scale),
-            )
 
-    def replay_(self, seeds: Sequence[int], c: Sequence[float]) -> None:
+        def run(group: LaunchGroup, number: int, repeated: bool) -> None:
+            if repeated and group.has(number + 1):
+                _perturb_(group, next_seed, scale)
+                return
+            group.backend.update_perturb_(
+                group.table, group.master, group.to_device(seed), group.coefficient(c), group.to_device(next_seed),
+                group.to_device(scale), applied=group.applied, number=number,
+            )  # fmt: skip
+
+        self._run(run, restored=False, updates=1)
+
+    def replay_(self, seeds: Sequence[int], c: Sequence[float] | Sequence[Sequence[float]]) -> None:
         """Applies many updates in order, in one pass over the weights: the bits of ``update_`` for each.
 
         Args:
             seeds: seed of each update, in [0, 2**64).
-            c: coefficient of each update, the same for all groups.
+            c: coefficient of each update, the same for all groups; or for each update a sequence with one coefficient
+                for each group.
 
         Raises:
             ValueError: if a coefficient is not finite in fp32.
+            ModelChangedError: also if something else has written the masked weights, see ``check_unwritten``.
         """
-        coefficients = torch.tensor(c, dtype=torch.float32)
+        if not len(seeds):
+            self.restore_()
+            return
+        coefficients = torch.tensor(c, dtype=torch.float32, device="cpu").reshape(len(seeds), -1)
         if not coefficients.isfinite().all():
-            position = int((~coefficients.isfinite()).nonzero()[0])
+            position = int((~coefficients.isfinite().all(1)).nonzero()[0])
             raise ValueError(f"the coefficient lr * g of update {position} is {c[position]}, which fp32 cannot hold")
-        device_seeds, coefficients = self.values.seeds(seeds), to_device_async(coefficients, self.values.device)
-        for group in self._checked_groups():
-            group.backend.replay_(
-                group.table, group.master, group.to_device(device_seeds), group.to_device(coefficients)
-            )
+        device_seeds, on_device = (
+            self.values.seeds(seeds),
+            to_device_async(coefficients.T.contiguous(), self.values.device),
+        )
 
-    def unchanged_fraction(self, seed: int, eps: float) -> float:
+        def run(group: LaunchGroup, number: int, repeated: bool) -> None:
+            if repeated and group.has(number + len(seeds)):
+                _restore_(group)
+                return
+            group.backend.replay_(
+                group.table, group.master, group.to_device(device_seeds),
+                group.to_device(on_device[group.group if len(on_device) > 1 else 0]),
+                applied=group.applied, number=number,
+            )  # fmt: skip
+
+        self.check_unwritten()
+        self.loads += 1
+        self._run(run, restored=True, updates=len(seeds))
+
+    def unchanged_fraction(self, seed: SupportsIndex, eps: float) -> float:
         """Share of the masked elements whose weight neither ``+eps`` nor ``-eps`` would change, in [0, 1].
 
         Counts elements with ``cast(master + scale * z) == cast(master)``, bit for bit, for both scales. Nothing is
@@ -199,11 +202,12 @@ class MaskedWeights:
             seed: seed of ``z``, in [0, 2**64).
             eps: perturbation scale.
         """
-        check_seed(seed)
+        number = check_seed(seed)
+        self.check_same_model()
         scale, unchanged = self.values.numbers([eps], torch.float32), 0
-        for group in self._checked_groups():
+        for group in self._launch_groups:
             for start, stop in reference.windows(group.table):
-                step = group.backend.normal(seed, group.table.ids(start, stop)) * group.to_device(scale)
+                step = group.backend.normal(number, group.table.ids(start, stop)) * group.to_device(scale)
                 master, dtype = group.master[start:stop], group.parameters[0].dtype
                 unmoved = _same_bits(master + step, master, dtype) & _same_bits(master - step, master, dtype)
                 tensor_slices = group.table.tensor_slices(start, stop)
@@ -214,107 +218,214 @@ class MaskedWeights:
 
     def masters(self) -> Tensor:
         """Returns a copy of the masters: float32 [k] in mask order, on the device of the first masked parameter."""
+        self._complete()
         out = torch.empty(len(self.mask), dtype=torch.float32, device=self._launch_groups[0].master.device)
         for group in self._launch_groups:
             for p, start, stop in group.slot_ranges():
                 out[p.start : p.stop] = group.master[start:stop]
         return out
 
+    def live(self) -> Tensor:
+        """Returns a copy of the live masked weights: float32 [k] in mask order, on the device of ``masters``."""
+        out = torch.empty(len(self.mask), dtype=torch.float32, device=self._launch_groups[0].master.device)
+        for group in self._launch_groups:
+            for p, live, _ in group.live_and_wanted():
+                out[p.start : p.stop] = live
+        return out
+
     def set_masters_(self, values: Tensor) -> None:
-        """Sets the masters and restores the weights to them.
+        """Sets the masters, all or none of them, and restores the weights to them.
 
         Args:
-            values: float32 [k], in mask order.
+            values: finite values, float32 [k], in mask order.
 
         Raises:
-            ValueError: if ``values`` has another shape or dtype.
+            ValueError: if ``values`` has another shape or dtype, or is not finite.
         """
+        self.check_masters(values)
+        self.check_same_model()
+        self._complete()
+        groups = []
+        for group in self._launch_groups:
+            master = torch.zeros_like(group.master)
+            for p, start, stop in group.slot_ranges():
+                master[start:stop] = values[p.start : p.stop]
+            groups.append(replace(group, master=master))
+        # Together, without a call in between: an exception finds all of it or nothing.
+        self._launch_groups, self.loads, self._unfinished = groups, self.loads + 1, self._restoring()
+        self._finish()
+
+    def check_masters(self, values: Tensor) -> None:
+        """Raises ``ValueError`` unless ``values`` are masters for this mask: finite, float32 [k]."""
         if values.shape != self.mask.ids.shape or values.dtype != torch.float32:
             raise ValueError(f"masters must be float32 [{len(self.mask)}], got {values.dtype} {list(values.shape)}")
+        finite = values.isfinite()
+        if not finite.all():
+            position = int((~finite).nonzero()[0])
+            raise ValueError(f"masters must be finite; position {position} holds {values[position].item()}")
+
+    def digest(self) -> str:
+        """SHA-256 of the mask, the dtypes of the masked parameters and the masters: what updates are applied to."""
+        digest = hashlib.sha256(self.mask.digest.encode())
+        for p in self._parameters():
+            digest.update(f" {p.name} {p.dtype}".encode())
+        digest.update(self.masters().cpu().numpy())  # type: ignore[arg-type]
+        return digest.hexdigest()
+
+    def count_unequal(self) -> Tensor:
+        """Counts what should not be, without making the host wait: int64 [2] on the device of ``values``.
+
+        The first is the number of live weights that are not ``cast(master)`` although nothing is perturbed: something
+        else has written them. The second is the number of masters that the weights' dtype cannot hold.
+        """
+        self.check_same_model()
+        self._complete()
+        counts = torch.zeros(2, dtype=torch.int64, device=self.values.device)
+        if self._restored:
+            for group in self._launch_groups:
+                own = (
+                    counts if group.master.device == counts.device else counts.new_zeros(2, device=group.master.device)
+                )
+                group.backend.compare(group.table, group.master, own)
+                if own is not counts:
+                    counts += group.to_device(own).to(counts.device, non_blocking=True)
+        return counts
+
+    def check_unwritten(self) -> None:
+        """Raises ``ModelChangedError`` if something else has written the masked weights; waits for the device.
+
+        The error also comes if a weight is infinite because its dtype cannot hold its master.
+        """
+        self.check_counts(self.count_unequal())
+
+    def check_masters_are_current(self) -> None:
+        """Raises ``ModelChangedError`` if the masters are not those of the model; waits for the device.
+
+        A model that was moved or cast is no error.
+        """
+        for group in self._launch_groups:
+            for p in group.parameters:
+                p.check_present(self._model)
+        if all(p.is_in_place() for group in self._launch_groups for p in group.parameters):
+            self.check_unwritten()
+
+    def check_counts(self, counts: Tensor) -> None:
+        """Raises ``ModelChangedError`` unless both counts of ``count_unequal`` are 0."""
+        changed, beyond = counts.tolist()
+        if changed:
+            names = [p.name for group in self._launch_groups for p in group.differing()]
+            raise ModelChangedError(
+                f"something else has written {changed} of the {len(self.mask)} masked weights"
+                + (f", the first in {names[0]!r}" if names else "")
+                + "; `reload()` of the optimizer continues from the new values, `restore()` puts the old ones back"
+            )
+        if beyond:
+            raise ModelChangedError(
+                f"updates have taken {beyond} masked weights beyond the range of their dtype, so they are infinite; "
+                f"use a smaller learning rate, or bfloat16 or float32 weights"
+            )
+
+    def check_same_model(self) -> None:
+        """Raises ``ModelChangedError`` if a masked parameter was moved, cast, or replaced in the model."""
+        for group in self._launch_groups:
+            for p in group.parameters:
+                p.check_present(self._model)
+                p.check_memory()
+
+    def restore_anywhere_(self) -> None:
+        """Restores the weights like ``restore_``, also in a model that was moved or cast.
+
+        Raises:
+            ModelChangedError: if a masked parameter was replaced in the model.
+        """
+        for group in self._launch_groups:
+            for p in group.parameters:
+                p.check_present(self._model)
+        self._complete()
+        self._written = None
         for group in self._launch_groups:
             for p, start, stop in group.slot_ranges():
-                group.master[start:stop] = values[p.start : p.stop]
-        self.restore_()
+                live = p.parameter.detach().view(-1)
+                offsets = (self.mask.ids[p.start : p.stop] - p.base).to(live.device)
+                with torch.inference_mode(live.is_inference()):  # it may have been cast within a closure
+                    live.index_copy_(0, offsets, group.master[start:stop].to(live.device, live.dtype))
+        self._restored = True
 
-    def _parameters(self) -> list[_MaskedParameter]:
-        return [p for group in self._launch_groups for p in group.parameters]
+    def _parameters(self) -> list[MaskedParameter]:
+        return sorted((p for group in self._launch_groups for p in group.parameters), key=lambda p: p.base)
 
-    def _checked_groups(self) -> list[_LaunchGroup]:
-        """Returns the launch groups after checking that their tables are still valid."""
-        self.check_not_moved()
-        return self._launch_groups
+    def _run(self, pass_: _Pass, *, restored: bool, updates: int = 0, check: bool = True) -> None:
+        """Runs one pass over all launch groups, to its end even if an exception hits it.
 
-    def check_not_moved(self) -> None:
-        """Raises ``ModelChangedError`` with the first parameter whose address, dtype or device has changed."""
-        for p in self._parameters():
-            live = p.parameter
-            if live.data_ptr() != p.address or live.dtype != p.dtype or live.device != p.device:
-                now = f"{live.dtype} on {live.device}"
-                if (live.dtype, live.device) == (p.dtype, p.device):
-                    now += " at another address"
+        Args:
+            pass_: the pass; it can be repeated.
+            restored: whether the weights are ``cast(master)`` afterwards.
+            updates: number of updates that the pass applies.
+            check: whether to check first that the model is the same.
+        """
+        if check:
+            for group in self._launch_groups:
+                for p in group.parameters:
+                    p.check_memory()
+        self._complete()
+        self._check_written()
+        self._unfinished = (pass_, restored, self.updates, self.updates + updates)
+        try:
+            for group in self._launch_groups:
+                pass_(group, self.updates, False)
+        except BaseException:
+            self._complete()
+            raise
+        # No call in between: an exception finds all of it or nothing, and then the pass is repeated.
+        self._unfinished, self._restored, self.updates = None, restored, self.updates + updates
+        self._written = self.live() if self._debug else None
+
+    def _check_written(self) -> None:
+        """In debug mode raises ``ModelChangedError``, once, if the live weights are not those of the last operation."""
+        written, self._written = self._written, None
+        if written is not None:
+            live = self.live()
+            changed = int(((live != written) & ~(live.isnan() & written.isnan())).sum())
+            if changed:
                 raise ModelChangedError(
-                    f"parameter {p.name!r} was moved or cast: it was {p.dtype} on {p.device}, now it is {now}; "
-                    f"move and cast the model first, then build the optimizer"
+                    f"something else, such as the closure, has written {changed} of the {len(self.mask)} masked "
+                    f"weights within a step"
                 )
 
-    def check_same_parameters(self) -> None:
-        """Raises ``ModelChangedError`` if a masked parameter is no longer a parameter of the model."""
-        present = {id(parameter) for parameter in self._model.parameters()}
-        for p in self._parameters():
-            if id(p.parameter) not in present:
-                raise ModelChangedError(
-                    f"parameter {p.name!r} was replaced in the model; build the optimizer after changing the model"
-                )
+    def _restoring(self) -> tuple[_Pass, bool, int, int]:
+        """The unfinished pass that restores the weights."""
+        return lambda group, *_: _restore_(group), True, self.updates, self.updates
+
+    def _finish(self) -> None:
+        """Does ``_complete``, to its end even if an exception hits it."""
+        try:
+            self._complete()
+        except BaseException:
+            self._complete()
+            raise
+
+    def _complete(self) -> None:
+        """Completes the pass that an exception has hit, if any."""
+        if self._unfinished is None:
+            return
+        pass_, restored, number, updates = self._unfinished
+        self._written = None
+        for group in self._launch_groups:
+            pass_(group, number, True)
+        self._unfinished, self._restored, self.updates = None, restored, updates
 
 
-def _masked_parameters(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[_MaskedParameter]:
-    masked = []
-    by_name = dict(floating_parameters(model))
-    for name, base, start, stop in mask.ranges():
-        parameter = by_name[name]
-        if not parameter.is_contiguous():
-            raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
-        masked.append(
-            _MaskedParameter(
-                name=name,
-                parameter=parameter,
-                group=groups.get(name, 0),
-                base=base,
-                start=start,
-                stop=stop,
-                address=parameter.data_ptr(),
-                dtype=parameter.dtype,
-                device=parameter.device,
-            )
-        )
-    if len({p.address for p in masked}) < len(masked):
-        raise MaskError("two parameters share their memory without being the same parameter; tie them as one Parameter")
-    return masked
+def _perturb_(group: LaunchGroup, seed: Tensor, scale: Tensor) -> None:
+    group.backend.perturb_(group.table, group.master, group.to_device(seed), group.to_device(scale))
 
 
-def _launch_group(parameters: list[_MaskedParameter], ids: Tensor, backend: str) -> _LaunchGroup:
-    """Builds the table of parameters with the same ``launch_key``, and reads their masters from the weights."""
-    weights = [p.parameter.detach() for p in parameters]
-    offsets = None if parameters[0].dense else [ids[p.start : p.stop] - p.base for p in parameters]
-    device = weights[0].device
-    table = build_table(weights, [p.base for p in parameters], offsets)
-    master = torch.zeros(table.slots, dtype=torch.float32, device=device)
-    group = _LaunchGroup(
-        group=parameters[0].group,
-        parameters=tuple(parameters),
-        table=table,
-        master=master,
-        backend=backends.resolve(backend, device),
-    )
-    for i, (_, start, stop) in enumerate(group.slot_ranges()):
-        weight = table.weights[i]
-        master[start:stop] = weight if offsets is None else weight[offsets[i].to(device)]
-    return group
+def _restore_(group: LaunchGroup) -> None:
+    group.backend.restore_(group.table, group.master)
 
 
 def _same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Compares two float32 tensors [n] bit for bit after a cast to ``dtype``: bool [n]."""
-    int_dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    int_dtype = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     return a.to(dtype).view(int_dtype) == b.to(dtype).view(int_dtype)
 
 

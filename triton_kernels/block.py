@@ -76,4 +76,17 @@ def round_to(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-__all__ = ["block_normals", "load_block", "round_to", "update_master"]
+@triton.jit
+def count_updates(applied_ptr, n):
+    """Adds ``n`` to the table's number of updates, once per launch.
+
+    Args:
+        applied_ptr: pointer to the number, int32 [1]; None counts nothing.
+        n: number of updates in this launch.
+    """
+    if applied_ptr is not None:  # noqa: SIM102, known when the kernel is compiled
+        if tl.program_id(0) == 0:
+            tl.store(applied_ptr, tl.load(applied_ptr) + n)
+
+
+__all__ = ["block_normals", "count_updates", "load_block", "round_to", "update_master"]

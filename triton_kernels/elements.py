@@ -139,7 +139,7 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
 def _padded_offsets(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
     """Concatenates the offsets of all tensors, padded to their slots: int32 or int64 [slots]."""
     fits_int32 = max(w.numel() for w in weights) <= _INT32_MAX
-    padded = torch.zeros(starts[-1], dtype=torch.int32 if fits_int32 else torch.int64)
+    padded = torch.zeros(starts[-1], dtype=torch.int32 if fits_int32 else torch.int64, device="cpu")
     for start, tensor_offsets in zip(starts, offsets, strict=False):
         padded[start : start + tensor_offsets.numel()] = tensor_offsets
     return padded
@@ -147,7 +147,7 @@ def _padded_offsets(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts
 
 def _block_rows(weight: Tensor, base: int, start: int, count: int, *, dense: bool) -> Tensor:
     """Makes the rows of ``ElementTable.blocks`` for one tensor whose ``count`` elements start at slot ``start``."""
-    first = torch.arange(0, count, BLOCK)  # first element of each block, counted within the tensor
+    first = torch.arange(0, count, BLOCK, device="cpu")  # first element of each block, counted within the tensor
     shift = first if dense else torch.zeros_like(first)
     addresses = weight.data_ptr() + shift * weight.element_size()
     return torch.stack((addresses, base + shift, first + start, (count - first).clamp(max=BLOCK)), dim=1)

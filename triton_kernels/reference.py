@@ -315,10 +315,46 @@ def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
-def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: DrawNormals = table_normals) -> None:
+def compare(table: ElementTable, master: Tensor, counts: Tensor) -> None:
+    """Counts the live weights that something else has written, and the masters that the weights cannot hold.
+
+    Nothing is written to weights or masters. NaN counts as equal to NaN.
+
+    Args:
+        table: table of the masked elements.
+        master: masters, float32 [slots].
+        counts: int64 [2], added to: the number of weights that differ from ``cast(master)``; the number of finite
+            masters for which ``cast(master)`` is infinite.
+    """
+    for start, stop in windows(table):
+        for tensor, low, high in table.tensor_slices(start, stop):
+            part, weight = master[low:high], table.weights[tensor]
+            if table.offsets is None:
+                weight = weight[low - table.starts[tensor] : high - table.starts[tensor]]
+            else:
+                weight = weight[table.offsets[low:high].long()]
+            wanted = part.to(weight.dtype)
+            counts[0] += ((weight != wanted) & ~(weight.isnan() & wanted.isnan())).sum()
+            counts[1] += (wanted.isinf() & part.isfinite()).sum()
+
+
+def update_(
+    table: ElementTable,
+    master: Tensor,
+    seed: Tensor,
+    c: Tensor,
+    draw: DrawNormals = table_normals,
+    *,
+    applied: Tensor | None = None,
+    number: int = 0,
+) -> None:
     """Applies ``master <- master - c * z``, then ``w <- cast(master)``.
 
     A coefficient that is not finite marks a skipped query: the masters do not change.
+
+    Each window of the table (see ``windows``) counts its updates, in the call that changes its masters, so that no
+    exception can separate the two. An operation that was interrupted can be called again with the same arguments: a
+    window that already has the update is only written to the weights.
 
     Args:
         table: table of the masked elements; their weights are written.
@@ -326,12 +362,12 @@ def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, draw: 
         seed: seed of ``z``, int64 [1] with its 64 bits.
         c: coefficient, learning rate times projected gradient, float32 [1].
         draw: draws the normals.
+        applied: number of updates that each window has, int32 [windows]; written. None counts nothing.
+        number: number of updates before this one.
     """
-    for start, stop in windows(table):
-        part = master[start:stop]
-        if torch.isfinite(c):
-            part -= draw(table, seed, start, stop) * c
-        _write_weights(table, start, part)
+    for i, (start, stop) in enumerate(windows(table)):
+        _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
+        _write_weights(table, start, master[start:stop])
 
 
 def update_perturb_(
@@ -342,6 +378,9 @@ def update_perturb_(
     next_seed: Tensor,
     scale: Tensor,
     draw: DrawNormals = table_normals,
+    *,
+    applied: Tensor | None = None,
+    number: int = 0,
 ) -> None:
     """Does ``update_`` and the next ``perturb_`` in one pass: ``w <- cast((master - c * z) + scale * next z)``.
 
@@ -353,15 +392,24 @@ def update_perturb_(
         next_seed: seed of the next perturbation's ``z``, int64 [1].
         scale: scale of the next perturbation, float32 [1].
         draw: draws the normals.
+        applied: see ``update_``.
+        number: see ``update_``.
     """
-    for start, stop in windows(table):
-        part = master[start:stop]
-        if torch.isfinite(c):
-            part -= draw(table, seed, start, stop) * c
-        _write_weights(table, start, part + draw(table, next_seed, start, stop) * scale)
+    for i, (start, stop) in enumerate(windows(table)):
+        _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
+        _write_weights(table, start, master[start:stop] + draw(table, next_seed, start, stop) * scale)
 
 
-def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw: DrawNormals = table_normals) -> None:
+def replay_(
+    table: ElementTable,
+    master: Tensor,
+    seeds: Tensor,
+    c: Tensor,
+    draw: DrawNormals = table_normals,
+    *,
+    applied: Tensor | None = None,
+    number: int = 0,
+) -> None:
     """Applies many updates in one pass over the elements: the bits of ``update_`` for each (seed, c) in order.
 
     Args:
@@ -370,13 +418,52 @@ def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, draw:
         seeds: seed of each update, int64 [n].
         c: coefficient of each update, float32 [n].
         draw: draws the normals.
+        applied: see ``update_``.
+        number: number of updates before the first one.
     """
-    for start, stop in windows(table):
-        part = master[start:stop]
-        for seed, coefficient in zip(seeds, c, strict=True):
-            if torch.isfinite(coefficient):
-                part -= draw(table, seed, start, stop) * coefficient
-        _write_weights(table, start, part)
+    for i, (start, stop) in enumerate(windows(table)):
+        for j, (seed, coefficient) in enumerate(zip(seeds, c, strict=True)):
+            _update_window(table, master, seed, coefficient, (start, stop), draw, _count(applied, i), number + j)
+        _write_weights(table, start, master[start:stop])
+
+
+def _count(applied: Tensor | None, window: int) -> Tensor | None:
+    """Selects a window's number of updates, int32 [1]."""
+    return None if applied is None else applied[window : window + 1]
+
+
+def _update_window(
+    table: ElementTable,
+    master: Tensor,
+    seed: Tensor,
+    c: Tensor,
+    window: tuple[int, int],
+    draw: DrawNormals,
+    count: Tensor | None,
+    number: int,
+) -> None:
+    """Updates the masters of one window and its number of updates, unless it has this update already.
+
+    Args:
+        table: table of the masked elements.
+        master: masters, float32 [slots]; written.
+        seed: seed of ``z``, int64 [1].
+        c: coefficient, float32 scalar.
+        window: first slot and end of the slots.
+        draw: draws the normals.
+        count: the window's number of updates, int32 [1]; written. None counts nothing.
+        number: number of updates before this one.
+    """
+    if count is not None and int(count) > number:
+        return
+    targets, changes = [], []
+    if torch.isfinite(c):
+        targets, changes = [master[window[0] : window[1]]], [draw(table, seed, *window) * c]
+    if count is not None:
+        targets.append(count)
+        changes.append(torch.full_like(count, -1))
+    if targets:
+        torch._foreach_sub_(targets, changes)  # one call: an exception comes before both or after both
 
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor, normal: Callable[[int, Tensor], Tensor] = normal) -> Tensor:
@@ -418,6 +505,7 @@ __all__ = [
     "NormalSource",
     "bits",
     "coefficients",
+    "compare",
     "inner",
     "normal",
     "normal_run",

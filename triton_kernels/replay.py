@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to, update_master
+from .block import block_normals, count_updates, load_block, round_to, update_master
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -18,6 +18,7 @@ def _replay_kernel(
     blocks_ptr,
     offsets_ptr,
     master_ptr,
+    applied_ptr,
     seeds_ptr,
     c_ptr,
     n: tl.int32,
@@ -30,12 +31,15 @@ def _replay_kernel(
     for t in range(n):
         master = update_master(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
     tl.store(masters_ptr, master, mask=slots)
+    count_updates(applied_ptr, n)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 
-def replay_(table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor) -> None:
-    """Applies many updates in order; see ``reference.replay_``."""
-    launch_masked(_replay_kernel, table, master, seeds_ptr=seeds, c_ptr=c, n=seeds.numel())
+def replay_(
+    table: ElementTable, master: Tensor, seeds: Tensor, c: Tensor, *, applied: Tensor | None = None, number: int = 0
+) -> None:
+    """Applies many updates in order; see ``reference.replay_``. A launch is one part, as in ``update.update_``."""
+    launch_masked(_replay_kernel, table, master, applied_ptr=applied, seeds_ptr=seeds, c_ptr=c, n=seeds.numel())
 
 
 __all__ = ["replay_"]

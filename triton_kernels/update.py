@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import block_normals, load_block, round_to, update_master
+from .block import block_normals, count_updates, load_block, round_to, update_master
 from .elements import ElementTable
 from .launch import launch_masked
 
@@ -19,6 +19,7 @@ def _update_kernel(
     blocks_ptr,
     offsets_ptr,
     master_ptr,
+    applied_ptr,
     seed_ptr,
     c_ptr,
     BLOCK: tl.constexpr,
@@ -29,6 +30,7 @@ def _update_kernel(
     )
     master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
+    count_updates(applied_ptr, 1)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 
@@ -38,6 +40,7 @@ def _update_perturb_kernel(
     blocks_ptr,
     offsets_ptr,
     master_ptr,
+    applied_ptr,
     seed_ptr,
     c_ptr,
     next_seed_ptr,
@@ -50,21 +53,39 @@ def _update_perturb_kernel(
     )
     master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
+    count_updates(applied_ptr, 1)
     value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 
-def update_(table: ElementTable, master: Tensor, seed: Tensor, c: Tensor) -> None:
-    """Applies one update; see ``reference.update_``."""
-    launch_masked(_update_kernel, table, master, seed_ptr=seed, c_ptr=c)
+def update_(
+    table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, *, applied: Tensor | None = None, number: int = 0
+) -> None:
+    """Applies one update; see ``reference.update_``. A launch is one part: the caller looks at ``applied``."""
+    launch_masked(_update_kernel, table, master, applied_ptr=applied, seed_ptr=seed, c_ptr=c)
 
 
 def update_perturb_(
-    table: ElementTable, master: Tensor, seed: Tensor, c: Tensor, next_seed: Tensor, scale: Tensor
+    table: ElementTable,
+    master: Tensor,
+    seed: Tensor,
+    c: Tensor,
+    next_seed: Tensor,
+    scale: Tensor,
+    *,
+    applied: Tensor | None = None,
+    number: int = 0,
 ) -> None:
-    """Applies one update and the next perturbation; see ``reference.update_perturb_``."""
+    """Applies one update and the next perturbation; see ``reference.update_perturb_`` and ``update_``."""
     launch_masked(
-        _update_perturb_kernel, table, master, seed_ptr=seed, c_ptr=c, next_seed_ptr=next_seed, scale_ptr=scale
+        _update_perturb_kernel,
+        table,
+        master,
+        applied_ptr=applied,
+        seed_ptr=seed,
+        c_ptr=c,
+        next_seed_ptr=next_seed,
+        scale_ptr=scale,
     )
 
 

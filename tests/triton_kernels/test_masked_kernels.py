@@ -17,6 +17,7 @@ from meerkat_engine.triton_kernels import (
     block,
     build_table,
     coefficients,
+    compare,
     inner,
     perturb,
     reference,
@@ -32,6 +33,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 KERNELS = SimpleNamespace(
     coefficients=coefficients.coefficients,
+    compare=compare.compare,
     inner=inner.inner,
     perturb_=perturb.perturb_,
     replay_=replay.replay_,
@@ -143,6 +145,62 @@ def test_fused_operations_have_the_bits_of_single_ones(dtype: torch.dtype, ops: 
             reference.update_(table, master, bits64(8), fp32(0.1))
             reference.perturb_(table, master, bits64(9), fp32(0.2))
         ends.append([*seen, *live, elements_of(table, master)])
+    assert all(same_bits(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter casts with numpy, which warns about overflow
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_something_else_wrote_are_counted(dtype: torch.dtype, ops: object, dense: bool) -> None:
+    live = weights_of([2000, BLOCK + 4], dtype)
+    table = build_table(live, [0, 2**33], None if dense else [torch.arange(0, w.numel(), 3) for w in live])
+    master, counts = masters_of(table), torch.zeros(2, dtype=torch.int64)
+    reference.restore_(table, master)
+    ops.compare(table, master, counts)  # type: ignore[attr-defined]
+    assert counts.tolist() == [0, 0]
+    live[0][0] += 1
+    live[0][3] = float("nan")
+    live[0][1] += 1  # masked only in a dense table
+    live[1][-1] = float("inf")
+    master[2] = float("nan")
+    if not dense:
+        live[0][6] = float("nan")  # as the master is now, so this is no difference
+    master[4] = 1e30  # infinite in float16
+    ops.compare(table, master, counts)  # type: ignore[attr-defined]
+    last = int(dense or (BLOCK + 3) % 3 == 0)
+    assert counts.tolist() == [2 + last + (2 if dense else 0) + 1, int(dtype == torch.float16)]
+
+
+@pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
+def test_updates_are_counted(ops: object) -> None:
+    (live,) = weights_of([100], torch.float32)
+    table = build_table([live], [0], None)
+    master, applied = masters_of(table), torch.zeros(1, dtype=torch.int32)
+    ops.update_(table, master, bits64(1), fp32(0.5), applied=applied)  # type: ignore[attr-defined]
+    ops.update_(table, master, bits64(1), fp32(math.nan), applied=applied, number=1)  # type: ignore[attr-defined]
+    ops.replay_(table, master, bits64(1, 2, 3), fp32(1, 2, 3), applied=applied, number=2)  # type: ignore[attr-defined]
+    ops.update_perturb_(  # type: ignore[attr-defined]
+        table, master, bits64(1), fp32(0.5), bits64(2), fp32(0.1), applied=applied, number=5
+    )
+    assert applied.tolist() == [6]
+
+
+def test_an_update_that_a_window_has_is_not_applied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an interrupt in the second of four windows, the same call completes the update."""
+    monkeypatch.setattr(reference, "_WINDOW", 32)
+    ends = []
+    for interrupted in (False, True):
+        (live,) = weights_of([128], torch.bfloat16)
+        table = build_table([live], [0], None)
+        master, applied = masters_of(table), torch.zeros(4, dtype=torch.int32)
+        for stop in [1, 4] if interrupted else [4]:
+            windows = list(reference.windows(table))[:stop]
+            with monkeypatch.context() as patch:
+                patch.setattr(reference, "windows", lambda _, windows=windows: iter(windows))
+                reference.replay_(table, master, bits64(1, 2), fp32(0.5, -0.25), applied=applied)
+        assert applied.tolist() == [2] * 4
+        ends.append((live, master))
     assert all(same_bits(a, b) for a, b in zip(*ends, strict=True))
 
 
