@@ -51,7 +51,7 @@ class FileKind:
 def write_checksummed(
     path: str | os.PathLike[str], kind: FileKind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file atomically.
+    """Writes a file atomically. An existing file is replaced if it is of the same kind, in any version, or empty.
 
     Args:
         path: path of the file.
@@ -61,7 +61,7 @@ def write_checksummed(
 
     Raises:
         MeerkatError: of the kind's error class, if a metadata string cannot be encoded; ``RunError`` if the file cannot
-            be written.
+            be written, or the path is that of another file, a directory, a device or the like.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata_and_format = {"format": kind.format, **metadata}
@@ -71,7 +71,17 @@ def write_checksummed(
         raise kind.error(
             f"cannot write the {kind.name} {os.fspath(path)!r}: {error.object!r} cannot be encoded as UTF-8"
         ) from error
-    write_atomic(Path(path), data)
+    write_atomic(Path(path), data, replaces=lambda existing: _is_of_kind(existing, kind))
+
+
+def _is_of_kind(path: Path, kind: FileKind) -> bool:
+    """Tells whether a file is of a kind, in any version of its format."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("format", "")
+    except (OSError, SafetensorError):
+        return False
+    return str(found).partition("/")[0] == kind.format.partition("/")[0]
 
 
 def read_checksummed(path: str | os.PathLike[str], kind: FileKind) -> tuple[dict[str, str], dict[str, Tensor]]:

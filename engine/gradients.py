@@ -1,4 +1,8 @@
-"""Gradients of chosen parameters, processed and freed one by one as backpropagation produces them."""
+"""Gradients of chosen parameters, processed and freed one by one as backpropagation produces them.
+
+Nothing of the model is changed, and no hook that is registered on a parameter runs: not a user's optimizer that steps
+in the backward pass, and no hook that changes gradients. The gradients are those of the loss.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,46 +12,74 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskError
-from .parameters import floating_parameters
+from .parameters import check_values, floating_parameters
 
 # Computes a model's loss on one batch, a scalar.
 LossFunction = Callable[[nn.Module, Any], Tensor]
-# Receives the gradient of one parameter, in its shape and dtype. Called once per backward pass.
+# Receives the gradient of one parameter, dense, in its shape and dtype. Called at most once per backward pass.
 Receiver = Callable[[Tensor], None]
+# Backpropagates from a loss.
+Backward = Callable[[Tensor], None]
 
 
 @contextmanager
-def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[None]:
-    """Context in which a backward pass hands each gradient to its parameter's receiver and frees it.
+def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[Backward]:
+    """Context that yields a backward pass which hands each gradient to its parameter's receiver and frees it.
+
+    In the context autograd is enabled, and only parameters with a receiver require gradients. The backward pass leaves
+    every ``grad`` as it is and runs none of the parameters' hooks. It cannot go through a checkpoint with
+    ``use_reentrant=True``, nor work in inference mode.
 
     Args:
-        model: the model. Parameters without a receiver get no gradient in this context. On exit ``requires_grad`` and
-            ``grad`` of all parameters are restored.
-        receivers: receiver by parameter name, as in ``model.named_parameters()``.
+        model: the model. On exit ``requires_grad`` and the hooks of all parameters are restored.
+        receivers: receiver by parameter name, as in ``model.named_parameters()``. A parameter that the loss does not
+            depend on gets no call.
+
+    Raises:
+        ModelError: if a parameter with a receiver has no values that can be differentiated; see
+            ``parameters.check_values``.
     """
-    named = list(floating_parameters(model))
-    before = [(p.requires_grad, p.grad) for _, p in named]
-    hooks = []
+    chosen = {name: p for name, p in floating_parameters(model) if name in receivers}
+    for name, parameter in chosen.items():
+        check_values(name, parameter)
+    with torch.enable_grad(), _requiring_gradients(model, chosen.values()):
+        for name, parameter in chosen.items():
+            parameter.register_hook(_hook(receivers[name]))
+
+        def backward(loss: Tensor) -> None:
+            # not loss.backward(), which would also run the hooks around the accumulation into `grad`
+            torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+
+        yield backward
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which only the chosen parameters require gradients, and none has its hooks. Restores both."""
+    ids = {id(parameter) for parameter in chosen}
+    before = [(p, p.requires_grad, p._backward_hooks) for p in model.parameters()]
     try:
-        for name, parameter in named:
-            parameter.requires_grad_(name in receivers)
-            if name in receivers:
-                parameter.grad = None
-                hooks.append(parameter.register_post_accumulate_grad_hook(_hook(receivers[name])))
+        for parameter, requires_grad, _ in before:
+            if requires_grad != (id(parameter) in ids):
+                parameter.requires_grad_(id(parameter) in ids)
+            if id(parameter) in ids:
+                parameter._backward_hooks = None
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for (_, parameter), (requires_grad, grad) in zip(named, before, strict=True):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        for parameter, requires_grad, hooks in before:
+            if id(parameter) in ids:
+                parameter._backward_hooks = hooks
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
 
-def _hook(receive: Receiver) -> Callable[[Tensor], None]:
-    def deliver(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+def _hook(receive: Receiver) -> Callable[[Tensor], Tensor | None]:
+    def deliver(gradient: Tensor) -> Tensor | None:
+        if gradient.layout != torch.strided:  # of an embedding with sparse=True: a few rows
+            receive(gradient.detach().to_dense())
+            return None
         receive(gradient.detach())
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand_as(gradient)  # frees the gradient
 
     return deliver
 
@@ -58,7 +90,8 @@ def stream_batch_gradients(
     """Computes the gradient on each calibration batch and hands it to the receivers.
 
     Args:
-        model: the model, run in evaluation mode. Mode, ``requires_grad`` and ``grad`` are restored.
+        model: the model, run in evaluation mode. Afterwards the model and torch's random generators are as before:
+            each submodule's mode, ``requires_grad``, ``grad``, hooks, and buffers that the loss writes in place.
         batches: inputs of ``loss``, at least one.
         loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
             causal LM.
@@ -68,30 +101,58 @@ def stream_batch_gradients(
         The number of batches.
 
     Raises:
-        MaskError: if there is no batch, or a loss is not finite or does not depend on any parameter with a receiver.
+        MaskError: if there is no batch, or a loss is not one finite number or does not depend on any parameter with a
+            receiver.
+        ModelError: if ``loss`` is None and the model is no causal LM of transformers, or see ``stream_gradients``.
     """
-    if loss is None:
-        from .lm.objective import language_model_loss  # deferred: it imports transformers
-
-        loss = language_model_loss
-    training = model.training
     count = 0
-    try:
-        model.eval()
-        with stream_gradients(model, receivers), torch.enable_grad():
-            for batch in batches:
-                value = loss(model, batch)
-                if not torch.isfinite(value):
-                    raise MaskError(f"the loss on calibration batch {count} is {value.item()}; it must be finite")
-                if not value.requires_grad:
-                    raise MaskError(f"the loss on calibration batch {count} does not depend on the chosen parameters")
-                value.backward()
-                count += 1
-    finally:
-        model.train(training)
+    with stream_gradients(model, receivers) as backward, _unchanged(model):
+        loss = loss or _default_loss(model)
+        for batch in batches:
+            value = loss(model, batch)
+            _check_loss(value, f"the loss on calibration batch {count}")
+            backward(value)
+            count += 1
     if count == 0:
         raise MaskError("no calibration batch was given; at least one is needed to compute gradients")
     return count
 
 
-__all__ = ["LossFunction", "Receiver", "stream_batch_gradients", "stream_gradients"]
+def _default_loss(model: nn.Module) -> LossFunction:
+    from .lm.causal import check_causal  # deferred: they import transformers
+    from .lm.objective import language_model_loss
+
+    check_causal(model)
+    return language_model_loss
+
+
+def _check_loss(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise MaskError(f"{name} must be a tensor with one element, got {shape}")
+    if not torch.isfinite(value):
+        raise MaskError(f"{name} is {value.item()}; it must be finite")
+    if not value.requires_grad:
+        raise MaskError(f"{name} does not depend on the chosen parameters")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Context in which the model is in evaluation mode. Restores modes, buffers and torch's random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers() if not buffer.is_inference()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, value, version in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
+
+
+__all__ = ["Backward", "LossFunction", "Receiver", "stream_batch_gradients", "stream_gradients"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .errors import MaskError, ModelError
 from .gradients import LossFunction, Receiver, stream_batch_gradients
+from .lm.causal import causal_lm
 from .parameters import floating_parameters
 
 
@@ -22,9 +23,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
     Raises:
         ModelError: if the model is no transformers causal LM, or its decoder has no list of blocks.
     """
-    if not hasattr(model, "get_decoder"):
-        raise ModelError(f"{type(model).__name__} is no transformers causal LM: it has no get_decoder()")
-    decoder = cast(Any, model).get_decoder()
+    decoder = cast(Any, causal_lm(model)).get_decoder()
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -44,6 +43,7 @@ def parameter_names(model: nn.Module, module: str) -> list[str]:
     return [name for name, _ in floating_parameters(model) if name.startswith(f"{module}.")]
 
 
+@torch.inference_mode(False)
 def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None = None) -> str:
     """Finds the block with the largest total squared gradient on calibration text; the first one in case of a tie.
 
@@ -63,7 +63,7 @@ def dominant_layer(model: nn.Module, batches: Iterable[Any], loss: LossFunction 
         MaskError: if there is no batch, or a loss or a gradient is not finite.
     """
     layers = decoder_layers(model)
-    totals = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
+    totals = {layer: torch.zeros((), dtype=torch.float64, device="cpu") for layer in layers}
 
     def adder(total: Tensor) -> Receiver:
         return lambda gradient: _add_squared_norm(total, gradient)

@@ -7,7 +7,7 @@ metadata. A checksum covers tensors and metadata (see ``docs/formats.md``).
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from . import sensitivity, stream
 from .checksummed import FileKind, read_checksummed, write_checksummed
+from .eligible import base_ids, check_density, element_count, element_ids, eligible_parameters, values_at_ids
 from .errors import MaskError
-from .parameters import ParameterTable, floating_parameters
+from .parameters import ParameterTable, check_values
 from .sensitivity import LossFunction
 
 _KIND = FileKind(
@@ -36,12 +37,14 @@ _KIND = FileKind(
 class SparseMask:
     """A static binary mask over the elements of one model.
 
-    Build a mask with ``from_gradients``, ``magnitude``, ``random``, ``dense`` or ``of_parameters``, or ``load`` one.
+    Build a mask with ``from_gradients``, ``magnitude``, ``random`` or ``dense``, which by default leave out parameters
+    that do not require gradients, with ``of_parameters``, which takes what it is told, or ``load`` one. Element ids
+    number all floating-point parameters, whether they require gradients or not.
 
     Args:
         ids: element ids, int64 [k] on the CPU, ascending.
         table: parameter table of the model that the mask was made for.
-        density: requested density ``u`` in (0, 1]; ``k = round(u * d)``, at least 1.
+        density: requested density ``u`` in (0, 1]; ``k = round(u * n)``, at least 1, of n elements to choose from.
         source: name of the method that chose the elements.
         calibration: description of the text used to choose the elements or to compute ``gradient``; empty if no text
             was used.
@@ -84,10 +87,11 @@ class SparseMask:
     def digest(self) -> str:
         """SHA-256 of the ids and the model's parameter table, in hexadecimal: equal masks select the same elements."""
         digest = hashlib.sha256(self.table.digest.encode())
-        digest.update(self.ids.numpy().tobytes())
+        digest.update(self.ids.contiguous().numpy())  # type: ignore[arg-type]
         return digest.hexdigest()
 
     @classmethod
+    @torch.inference_mode(False)
     def from_gradients(
         cls,
         model: nn.Module,
@@ -97,29 +101,42 @@ class SparseMask:
         loss: LossFunction | None = None,
         source: str = "sensitivity",
         calibration: str = "",
+        frozen: bool = False,
     ) -> "SparseMask":
         """Masks the elements with the largest mean squared gradient over calibration batches.
 
+        Works within ``torch.inference_mode`` too. Memory besides the model and the activations: 8 bytes per element to
+        choose from, one parameter's gradient at a time, a copy of the buffers, and then at most 80 bytes per masked
+        element (or for each of 2**20 elements, if these are more).
+
         Args:
-            model: the model to make the mask for; unchanged afterwards.
+            model: the model to make the mask for. Afterwards it is as before, and so are torch's random generators; no
+                hook on a parameter runs.
             batches: batches of calibration text: int64 token ids [B, L], or mappings with ``input_ids`` and
                 ``attention_mask``.
             density: ``u`` in (0, 1].
             loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
-                causal LM.
+                causal LM; any other model needs its own loss.
             source: name of the method, stored in the mask.
             calibration: description of the text, stored in the mask. Empty stores the number of batches.
+            frozen: whether parameters that do not require gradients can be masked too.
 
         Raises:
-            MaskError: if the density is out of range, there is no batch, or a loss or gradient is not finite.
+            MaskError: if the density is out of range, there is no batch, a loss or gradient is not finite, or no
+                parameter can be masked.
+            ModelError: if ``loss`` is None and the model is no causal LM of transformers; if the model is in a wrapper
+                (DDP, FSDP) or sharded; or if a parameter is on the meta device, offloaded, or made in inference mode.
+            DataError: if ``loss`` is None and a batch has no token to predict.
 
         References:
             Meerkat, arXiv 2506.03337, section 3.
         """
         table = ParameterTable.of(model)
-        k = element_count(density, table.size)
-        gradients = sensitivity.accumulate_gradients(model, batches, loss)
-        ids, scores = sensitivity.select_largest(lambda i: gradients.squares[i].view(-1), len(table.names), k)
+        names = eligible_parameters(model, frozen).keys()
+        k = element_count(density, table.size_of(names))
+        gradients = sensitivity.accumulate_gradients(model, batches, loss, names)
+        squares = list(gradients.squares.values())
+        ids, scores = sensitivity.select_largest(squares, k, bases=base_ids(table, names))
         return cls(
             ids=ids,
             table=table,
@@ -130,22 +147,25 @@ class SparseMask:
             scores=scores,
         )
 
+    @torch.inference_mode(False)
     def with_gradient(
         self, model: nn.Module, batches: Iterable[Any], *, loss: LossFunction | None = None, calibration: str = ""
     ) -> "SparseMask":
         """Returns the same mask with the mean gradient over calibration batches, which GradIP needs.
 
-        Memory: one parameter's gradient at a time, and 4 bytes per masked element. Parameters without masked elements
-        get no gradient.
+        Memory: one parameter's gradient at a time, 4 bytes per masked element, and a copy of the buffers. Parameters
+        without masked elements get no gradient.
 
         Args:
-            model: the model that the mask was made for; unchanged afterwards.
+            model: the model that the mask was made for; unchanged afterwards, see ``from_gradients``.
             batches: calibration batches, see ``from_gradients``.
             loss: loss function, see ``from_gradients``.
             calibration: description of the text; empty keeps the mask's present description.
 
         Raises:
             MaskError: if the mask was made for another model, there is no batch, or a loss or gradient is not finite.
+            ModelError: see ``from_gradients``.
+            DataError: see ``from_gradients``.
         """
         self.check(model)
         offsets = {name: self.ids[start:stop] - base for name, base, start, stop in self.ranges()}
@@ -160,36 +180,79 @@ class SparseMask:
         return self.table.ranges(self.ids)
 
     @classmethod
-    def magnitude(cls, model: nn.Module, density: float) -> "SparseMask":
-        """Masks the elements with the largest absolute weight."""
+    def magnitude(cls, model: nn.Module, density: float, *, frozen: bool = False) -> "SparseMask":
+        """Masks the elements with the largest absolute weight.
+
+        Args:
+            model: the model to make the mask for.
+            density: ``u`` in (0, 1].
+            frozen: whether parameters that do not require gradients can be masked too.
+
+        Raises:
+            MaskError: if the density is out of range, a weight is NaN, or no parameter can be masked.
+            ModelError: see ``from_gradients``.
+        """
         table = ParameterTable.of(model)
-        weights = [p.detach() for _, p in floating_parameters(model)]
-        k = element_count(density, table.size)
-        ids, scores = sensitivity.select_largest(lambda i: weights[i].reshape(-1).float().abs(), len(weights), k)
+        parameters = eligible_parameters(model, frozen)
+        k = element_count(density, table.size_of(parameters))
+        for name, parameter in parameters.items():
+            check_values(name, parameter)
+            if torch.isnan(parameter.detach()).any():
+                raise MaskError(f"parameter {name!r} contains NaN, which has no magnitude; check the model's weights")
+        weights = [p.detach() for p in parameters.values()]
+        ids, scores = sensitivity.select_largest(
+            weights, k, bases=base_ids(table, parameters), score=lambda weight: weight.float().abs()
+        )
         return cls(ids=ids, table=table, density=density, source="magnitude", scores=scores)
 
     @classmethod
-    def random(cls, model: nn.Module, density: float, seed: int) -> "SparseMask":
-        """Masks random elements. With the same seed, a sparser mask is a subset of a denser one, up to density 0.5."""
+    def random(cls, model: nn.Module, density: float, seed: int, *, frozen: bool = False) -> "SparseMask":
+        """Masks random elements. With the same seed, a sparser mask is a subset of a denser one, up to density 0.5.
+
+        Only shapes are read, so the model may be on the meta device. Memory: about 18 bytes per masked element.
+
+        Args:
+            model: the model to make the mask for.
+            density: ``u`` in (0, 1].
+            seed: seed in [0, 2**64).
+            frozen: whether parameters that do not require gradients can be masked too.
+
+        Raises:
+            MaskError: if the density is out of range, or no parameter can be masked.
+            ModelError: if the model is in a wrapper (DDP, FSDP) or sharded.
+        """
         table = ParameterTable.of(model)
-        k = element_count(density, table.size)
-        if 2 * k <= table.size:
-            ids = stream.distinct(seed, k, table.size)
+        names = eligible_parameters(model, frozen).keys()
+        size = table.size_of(names)
+        k = element_count(density, size)
+        if 2 * k <= size:
+            positions = stream.distinct(seed, k, size)
         else:  # draw the elements to leave out: they are fewer
-            chosen = torch.ones(table.size, dtype=torch.bool)
-            chosen[stream.distinct(seed, table.size - k, table.size)] = False
-            ids = torch.nonzero(chosen).view(-1)
+            chosen = torch.ones(size, dtype=torch.bool, device="cpu")
+            chosen[stream.distinct(seed, size - k, size)] = False
+            positions = torch.nonzero(chosen).view(-1)
+        ids = element_ids(table, names, positions)
         return cls(ids=ids, table=table, density=density, source=f"random, seed {seed}")
 
     @classmethod
-    def dense(cls, model: nn.Module) -> "SparseMask":
-        """Masks all elements, for dense zeroth-order fine-tuning. The ids need 8 bytes per element."""
+    def dense(cls, model: nn.Module, *, frozen: bool = False) -> "SparseMask":
+        """Masks all elements, for dense zeroth-order fine-tuning. The ids need 8 bytes per element.
+
+        Args:
+            model: the model to make the mask for.
+            frozen: whether to mask parameters that do not require gradients too.
+
+        Raises:
+            MaskError: if no parameter can be masked.
+            ModelError: see ``random``.
+        """
         table = ParameterTable.of(model)
-        return cls(ids=torch.arange(table.size), table=table, density=1.0, source="dense")
+        names = eligible_parameters(model, frozen).keys()
+        return cls(ids=_all_ids(table, names), table=table, density=1.0, source="dense")
 
     @classmethod
     def of_parameters(cls, model: nn.Module, names: Sequence[str], source: str = "parameters") -> "SparseMask":
-        """Masks all elements of the named parameters, for example adapters or one layer.
+        """Masks all elements of the named parameters, for example adapters or one layer; frozen ones too.
 
         Args:
             model: the model to make the mask for.
@@ -198,35 +261,42 @@ class SparseMask:
 
         Raises:
             MaskError: if ``names`` is empty or the model lacks one of the parameters; it names the first such one.
+            ModelError: see ``random``.
         """
         table = ParameterTable.of(model)
-        locations = dict(zip(table.names, zip(table.bases, table.shapes, strict=True), strict=True))
+        eligible_parameters(model, frozen=True)
+        present = set(table.names)
         for name in names:
-            if name not in locations:
+            if name not in present:
                 raise MaskError(
-                    f"the model has no floating-point parameter {name!r}; it has {len(locations)} parameters, "
+                    f"the model has no floating-point parameter {name!r}; it has {len(present)} parameters, "
                     f"{table.names[0]!r} to {table.names[-1]!r} (tied parameters share one name)"
                 )
         if not names:
             raise MaskError("a mask of parameters needs at least one parameter name")
-        selected = sorted(locations[name] for name in set(names))
-        ids = torch.cat([torch.arange(base, base + torch.Size(shape).numel()) for base, shape in selected])
+        ids = _all_ids(table, set(names))
         return cls(ids=ids, table=table, density=ids.numel() / table.size, source=source)
 
     def check(self, model: nn.Module) -> None:
-        """Raises ``MaskError`` with the first difference if the mask was made for another model."""
+        """Checks that the mask was made for a model.
+
+        Raises:
+            MaskError: if the model has other parameters; it names the first difference.
+            ModelError: if the model is in a wrapper (DDP, FSDP) or sharded.
+        """
         difference = self.table.difference(ParameterTable.of(model))
         if difference is not None:
             raise MaskError(f"the mask was made for another model: {difference}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the mask to a safetensors file atomically.
+        """Writes the mask to a safetensors file atomically. An existing file is replaced if it is a mask or empty.
 
         Args:
             path: path of the file.
 
         Raises:
-            RunError: if the file cannot be written.
+            RunError: if the file cannot be written, or the path is that of another file, a directory, a device or the
+                like.
         """
         tensors = {"ids": self.ids}
         if self.gradient is not None:
@@ -299,43 +369,9 @@ class SparseMask:
         return {"d": str(self.table.size), "table_digest": self.table.digest, "digest": self.digest}
 
 
-def check_density(density: float) -> None:
-    """Raises ``MaskError`` unless the density is in (0, 1]."""
-    if not 0 < density <= 1:
-        raise MaskError(f"density must be in (0, 1], got {density}")
+def _all_ids(table: ParameterTable, names: Collection[str]) -> Tensor:
+    """Ids of all elements of the named parameters: int64 [k], ascending."""
+    return element_ids(table, names, torch.arange(table.size_of(names), dtype=torch.int64, device="cpu"))
 
 
-def element_count(density: float, size: int) -> int:
-    """Number of masked elements: ``k = round(u * d)``, at least 1.
-
-    Args:
-        density: ``u`` in (0, 1].
-        size: ``d``, the model's number of elements.
-
-    Raises:
-        MaskError: if the density is out of range.
-    """
-    check_density(density)
-    return max(1, round(density * size))
-
-
-def values_at_ids(tensors: list[Tensor], table: ParameterTable, ids: Tensor) -> Tensor:
-    """Gathers the values of chosen elements.
-
-    Args:
-        tensors: one tensor per parameter of the table, with the parameter's shape.
-        table: the model's parameter table.
-        ids: ascending element ids, int64 [k] on the CPU.
-
-    Returns:
-        Values at the ids, [k] on the CPU.
-    """
-    by_name = dict(zip(table.names, tensors, strict=True))
-    values = []
-    for name, base, start, stop in table.ranges(ids):
-        tensor = by_name[name]
-        values.append(tensor.view(-1)[(ids[start:stop] - base).to(tensor.device)].cpu())
-    return torch.cat(values)
-
-
-__all__ = ["SparseMask", "check_density", "element_count", "values_at_ids"]
+__all__ = ["SparseMask"]

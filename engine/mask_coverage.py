@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from . import sensitivity
+from .eligible import values_at_ids
 from .gradients import LossFunction
-from .mask import SparseMask, values_at_ids
+from .mask import SparseMask
 from .sensitivity import Sensitivity
 
 
@@ -59,13 +60,13 @@ def measure_coverage(
     for mask in masks:
         mask.check(model)
     task_gradients = sensitivity.accumulate_gradients(model, batches, loss)
-    total = sum(float(square.sum(dtype=torch.float64)) for square in task_gradients.squares)
+    total = sum(float(square.sum(dtype=torch.float64)) for square in task_gradients.squares.values())
     return [_coverage(mask, task_gradients, total) for mask in masks]
 
 
 def _coverage(mask: SparseMask, task_gradients: Sensitivity, total: float) -> MaskCoverage:
     squares = task_gradients.squares
-    best, scores = sensitivity.select_largest(lambda i: squares[i].view(-1), len(squares), len(mask))
+    best, scores = sensitivity.select_largest(list(squares.values()), len(mask))
     return MaskCoverage(
         captured=float(values_at_ids(squares, mask.table, mask.ids).sum(dtype=torch.float64)) / total,
         best=float(scores.sum(dtype=torch.float64)) / total,
@@ -88,13 +89,14 @@ def concentration(gradients: Sensitivity, top: float = 1e-3, rest: float = 1e-2)
     References:
         Meerkat, arXiv 2506.03337, section 3: 52 for the top 0.1% over the next 0.9%.
     """
-    size = sum(square.numel() for square in gradients.squares)
+    squares = list(gradients.squares.values())
+    size = sum(square.numel() for square in squares)
     few, many = max(1, round(top * size)), round(rest * size)
     if not few < many <= size:
         raise ValueError(f"shares {top:g} and {rest:g} of {size} elements leave none between them")
-    _, scores = sensitivity.select_largest(lambda i: gradients.squares[i].view(-1), len(gradients.squares), many)
-    uses_density = scores.double().sort(descending=True).values
-    return float(uses_density[:few].mean() / uses_density[few:].mean())
+    _, scores = sensitivity.select_largest(squares, many)
+    largest = scores.double().sort(descending=True).values
+    return float(largest[:few].mean() / largest[few:].mean())
 
 
 __all__ = ["MaskCoverage", "concentration", "measure_coverage"]

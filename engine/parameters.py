@@ -6,11 +6,19 @@ A shared tensor counts once, at its first occurrence. Only floating-point tensor
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .errors import ModelError
+
+# Beginnings of the modules whose classes wrap a model, or become a base class of it, to train it in several processes.
+_REPLICATING = ("torch.nn.parallel.distributed", "torch.distributed._composable.replicate")
+_SHARDING = ("torch.distributed.fsdp",)
 
 
 def floating_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -36,7 +44,15 @@ class ParameterTable:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterTable":
-        """Builds the table of a model."""
+        """Builds the table of a model.
+
+        Only shapes are read: a model on the meta device has a table too.
+
+        Raises:
+            ModelError: if the model is in a wrapper that trains it in several processes (DDP, FSDP), or a parameter is
+                sharded over processes or has no shape yet; see ``check_whole``.
+        """
+        check_whole(model)
         names, shapes, bases, size = [], [], [], 0
         for name, parameter in floating_parameters(model):
             names.append(name)
@@ -84,12 +100,18 @@ class ParameterTable:
         """SHA-256 of the table, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def size_of(self, names: Collection[str]) -> int:
+        """Counts the elements of the named parameters."""
+        return sum(math.prod(shape) for name, shape in zip(self.names, self.shapes, strict=True) if name in names)
+
     def ranges(self, ids: Tensor) -> list[tuple[str, int, int, int]]:
         """Locates each parameter's elements in ascending ids: (name, base id, start, stop), in id order.
 
         Only parameters that contain some of the ids are listed. Their ids are ``ids[start:stop]``.
         """
-        bounds = torch.searchsorted(ids, torch.tensor([*self.bases, self.size])).tolist()
+        bounds = torch.searchsorted(
+            ids, torch.tensor([*self.bases, self.size], dtype=torch.int64, device="cpu")
+        ).tolist()
         rows = zip(self.names, self.bases, bounds[:-1], bounds[1:], strict=True)
         return [row for row in rows if row[2] < row[3]]
 
@@ -112,17 +134,114 @@ class ParameterTable:
         return None
 
 
+def check_whole(model: nn.Module) -> None:
+    """Checks that this process alone holds the model's parameters, whole.
+
+    Raises:
+        ModelError: if the model or a part of it is wrapped in DistributedDataParallel or FullyShardedDataParallel, or
+            changed by ``fully_shard`` or ``replicate``; if a parameter is a DTensor; or if it is lazy, without a shape.
+    """
+    for module in model.modules():
+        bases = [base.__module__ for base in type(module).__mro__]
+        if any(base.startswith(_REPLICATING) for base in bases):
+            raise ModelError(
+                f"the model is wrapped in {type(module).__name__}, whose ranks would step along different losses and "
+                f"drift apart; pass the inner module (`model.module`), and return the mean of the ranks' losses from "
+                f"the loss function or closure (torch.distributed.all_reduce)"
+            )
+        if any(base.startswith(_SHARDING) for base in bases):
+            raise ModelError(
+                f"the model is sharded over processes ({type(module).__name__}), so an element id means another weight "
+                f"on every rank; use a model that every process holds whole"
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(f"parameter {name!r} has no shape yet; run the model once to initialize it")
+        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__) or hasattr(parameter, "_is_flat_param"):
+            raise ModelError(
+                f"parameter {name!r} is sharded over processes ({type(parameter).__name__}); use a model that every "
+                f"process holds whole"
+            )
+
+
+def check_values(name: str, parameter: nn.Parameter) -> None:
+    """Checks that the values of a parameter can be read, written and differentiated.
+
+    Raises:
+        ModelError: if the parameter is on the meta device (not loaded, or offloaded), was made in inference mode, or is
+            of a subclass of tensors, such as packed weights.
+    """
+    if parameter.device.type == "meta":
+        raise ModelError(
+            f"parameter {name!r} is on the meta device, so it has no values; load the weights first, and do not offload"
+        )
+    if parameter.is_inference():
+        raise ModelError(
+            f"parameter {name!r} was made in inference mode, so it can be neither changed nor differentiated; build or "
+            f"load the model outside torch.inference_mode()"
+        )
+    if type(parameter.detach()) is not Tensor:
+        raise ModelError(
+            f"parameter {name!r} is a {type(parameter.detach()).__name__} and not a plain tensor; leave it out of the "
+            f"mask (requires_grad_(False)), or load the model with plain, unpacked weights"
+        )
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Computes SHA-256 over name, dtype, shape and bytes of every parameter with element ids, in hexadecimal."""
+    """Computes SHA-256 over name, dtype, shape and bytes of all that a model consists of, in hexadecimal.
+
+    These are the parameters with element ids, then those without (such as int8 weights), then the buffers that
+    ``state_dict`` holds (such as running means; not those that are computed from the configuration).
+
+    Raises:
+        ModelError: if a tensor has no bytes to read, as on the meta device.
+    """
+    return _digest(chain.from_iterable(_tensors_by_kind(model).values()))
+
+
+def fingerprint_by_kind(model: nn.Module) -> dict[str, str]:
+    """Computes a fingerprint for each kind of tensors by its name: two models of one fingerprint have equal ones here.
+
+    Raises:
+        ModelError: see ``fingerprint``.
+    """
+    return {kind: _digest(tensors) for kind, tensors in _tensors_by_kind(model).items()}
+
+
+def _tensors_by_kind(model: nn.Module) -> dict[str, Iterable[tuple[str, Tensor]]]:
+    """Tensors that a fingerprint covers, in its order: (name, tensor) by kind."""
+    return {
+        "floating-point parameters": floating_parameters(model),
+        "other parameters": ((name, p) for name, p in model.named_parameters() if not p.is_floating_point()),
+        "buffers": _saved_buffers(model),
+    }
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterates over the buffers that ``state_dict`` holds: (name, buffer)."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(prefix, recurse=False, remove_duplicate=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in floating_parameters(model):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(_bytes_of(parameter.detach()))
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        try:
+            digest.update(_bytes_of(tensor.detach()))
+        except (RuntimeError, TypeError) as error:  # meta, sparse and quantized tensors, wrappers such as DTensor
+            raise ModelError(
+                f"the model has no fingerprint: the values of {name!r} ({tensor.dtype} on {tensor.device}) cannot be "
+                f"read ({str(error).partition(chr(10))[0]}); load the model with plain tensors, all on their devices"
+            ) from error
     return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    plain = tensor.contiguous().cpu().resolve_conj().resolve_neg()
+    return memoryview(plain.reshape(plain.numel()).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-__all__ = ["ParameterTable", "fingerprint", "floating_parameters"]
+__all__ = ["ParameterTable", "check_values", "check_whole", "fingerprint", "fingerprint_by_kind", "floating_parameters"]

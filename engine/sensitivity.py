@@ -6,8 +6,9 @@ References:
     Meerkat, arXiv 2506.03337, section 3 (the mask); SensZOQ, arXiv 2406.02913 (sensitive parameters are static).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,47 +18,55 @@ from .errors import MaskError
 from .gradients import LossFunction, Receiver, stream_batch_gradients
 from .parameters import floating_parameters
 
+# Elements ranked at a time, unless more are selected: torch.topk needs 16 bytes for each.
+_PIECE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Gradient statistics of a calibration, one float32 tensor per parameter in id order.
+    """Gradient statistics of a calibration, one float32 tensor per parameter by its name, in id order.
 
     Args:
-        squares: mean squared gradient of each element, one tensor per parameter.
-        means: mean gradient of each element, one tensor per parameter.
+        squares: mean squared gradient of each element.
+        means: mean gradient of each element.
         batches: number of batches in the means.
     """
 
-    squares: list[Tensor]
-    means: list[Tensor]
+    squares: dict[str, Tensor]
+    means: dict[str, Tensor]
     batches: int
 
 
-def accumulate_gradients(model: nn.Module, batches: Iterable[Any], loss: LossFunction | None) -> Sensitivity:
-    """Computes mean and mean square of every parameter's gradient over batches.
+@torch.inference_mode(False)
+def accumulate_gradients(
+    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, names: Collection[str] | None = None
+) -> Sensitivity:
+    """Computes mean and mean square of parameters' gradients over batches.
 
-    Memory besides the model and the activations: 8 bytes per element for the accumulators, and one parameter's gradient
-    at a time. Each gradient is accumulated as backpropagation produces it, and freed.
+    Memory besides the model and the activations: 8 bytes per element for the accumulators, one parameter's gradient at
+    a time (dense, also of an embedding with sparse gradients), and a copy of the buffers. Each gradient is accumulated
+    as backpropagation produces it, and freed.
 
     Args:
-        model: the model, run in evaluation mode. Mode, ``requires_grad`` and ``grad`` are restored.
+        model: the model, run in evaluation mode and unchanged afterwards; see ``gradients.stream_batch_gradients``.
         batches: inputs of ``loss``, at least one.
         loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
             causal LM.
+        names: names of the parameters; None for all that have element ids, frozen ones too.
 
     Raises:
         MaskError: if there is no batch, or a loss or gradient is not finite.
+        ModelError: if ``loss`` is None and the model is no causal LM of transformers, or a parameter has no values that
+            can be differentiated.
     """
-    parameters = dict(floating_parameters(model))
-    squares = [
-        torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in parameters.values()
-    ]
-    means = [torch.zeros_like(square) for square in squares]
-    collectors = {name: _collector(square, mean) for name, square, mean in zip(parameters, squares, means, strict=True)}
+    parameters = {name: p for name, p in floating_parameters(model) if names is None or name in names}
+    squares = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+    means = {name: torch.zeros_like(square) for name, square in squares.items()}
+    collectors = {name: _collector(squares[name], means[name]) for name in parameters}
     count = stream_batch_gradients(model, batches, loss, collectors)
-    for name, square, mean in zip(parameters, squares, means, strict=True):
+    for name, square in squares.items():
         square.div_(count)
-        mean.div_(count)
+        means[name].div_(count)
         if not torch.isfinite(square).all():
             raise MaskError(f"the gradient of {name!r} is not finite or overflows when squared; calibrate in float32")
     return Sensitivity(squares, means, count)
@@ -72,6 +81,7 @@ def _collector(square: Tensor, mean: Tensor) -> Receiver:
     return collect
 
 
+@torch.inference_mode(False)
 def gradient_at(
     model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, offsets: Mapping[str, Tensor]
 ) -> list[Tensor]:
@@ -93,7 +103,9 @@ def gradient_at(
         MaskError: see ``accumulate_gradients``.
     """
     devices = {name: p.device for name, p in floating_parameters(model)}
-    sums = {name: torch.zeros(chosen.numel(), device=devices[name]) for name, chosen in offsets.items()}
+    sums = {
+        name: torch.zeros(chosen.numel(), dtype=torch.float32, device=devices[name]) for name, chosen in offsets.items()
+    }
 
     def adder(name: str) -> Receiver:
         chosen, total = offsets[name].to(devices[name]), sums[name]
@@ -110,41 +122,61 @@ def gradient_at(
     return [total.cpu() for total in sums.values()]
 
 
-def select_largest(scores: Callable[[int], Tensor], count: int, k: int) -> tuple[Tensor, Tensor]:
-    """Selects the k largest scores over all tensors. Ties go to the lower id.
+def select_largest(
+    tensors: Sequence[Tensor],
+    k: int,
+    *,
+    bases: Sequence[int] | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selects the k elements with the largest scores over all tensors. Ties go to the lower id.
 
-    Holds the scores of one tensor at a time, and the k best values so far.
+    Memory besides the tensors: at most 80 bytes for each of ``max(k, 2**20)`` elements, the result included.
 
     Args:
-        scores: returns the scores of tensor ``i``, float32, flat. Called twice for each tensor.
-        count: number of tensors. Their elements have consecutive ids, in order.
+        tensors: values of the elements, of any shape.
         k: number of elements to select, from 1 to the total number of elements.
+        bases: id of each tensor's first element, ascending; within a tensor the ids are consecutive. None numbers the
+            elements of all tensors from 0.
+        score: computes the scores of a flat piece of a tensor, float32 [n] without NaN. None takes the values as the
+            scores, which must then be float32.
 
     Returns:
         ids: int64 [k], ascending.
         best: float32 [k], the scores at these ids.
     """
-    best = torch.empty(0)
-    for i in range(count):
-        tensor = scores(i)
-        values = torch.topk(tensor, min(k, tensor.numel()), sorted=False).values.cpu()
+    if bases is None:
+        bases = list(accumulate([tensor.numel() for tensor in tensors], initial=0))[:-1]
+    best = torch.empty(0, dtype=torch.float32, device="cpu")
+    for _, scores in _pieces(tensors, bases, k, score):
+        if best.numel() == k:
+            scores = scores[scores > best.min().to(scores.device)]
+        values = torch.topk(scores, min(k, scores.numel()), sorted=False).values.cpu()
         merged = torch.cat([best, values])
         best = torch.topk(merged, min(k, merged.numel()), sorted=False).values
     threshold = best.min()
     ties = k - int((best > threshold).sum())
-    ids, chosen, base = [], [], 0
-    for i in range(count):
-        tensor = scores(i)
-        above = tensor > threshold.to(tensor.device)
+    ids, chosen = [], []
+    for base, scores in _pieces(tensors, bases, k, score):
+        above = scores > threshold.to(scores.device)
         if ties:
-            equal = torch.nonzero(tensor == threshold.to(tensor.device)).view(-1)[:ties]
+            equal = torch.nonzero(scores == threshold.to(scores.device)).view(-1)[:ties]
             above[equal] = True
             ties -= equal.numel()
         at = torch.nonzero(above).view(-1)
         ids.append((at + base).cpu())
-        chosen.append(tensor[at].cpu())
-        base += tensor.numel()
+        chosen.append(scores[at].cpu())
     return torch.cat(ids), torch.cat(chosen)
+
+
+def _pieces(
+    tensors: Sequence[Tensor], bases: Sequence[int], k: int, score: Callable[[Tensor], Tensor] | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Cuts the tensors into pieces and yields each one's first id and its scores, float32 [n], in id order."""
+    for base, tensor in zip(bases, tensors, strict=True):
+        for piece in tensor.reshape(-1).split(max(k, _PIECE)):
+            yield base, piece if score is None else score(piece)
+            base += piece.numel()
 
 
 __all__ = ["LossFunction", "Sensitivity", "accumulate_gradients", "gradient_at", "select_largest"]

@@ -33,7 +33,7 @@ def add_lora(
 
     B is zero. A is normal with standard deviation ``1 / sqrt(3 in)``, that of peft's uniform default. It is drawn from
     the project's stream, so equal seeds give equal bits. The adapters have the dtype and device of their layers.
-    Afterwards no parameter of the model requires a gradient.
+    Afterwards the adapters require gradients, and no other parameter does.
 
     Args:
         model: a transformers model; the target layers are replaced by layers with adapters.
@@ -60,17 +60,21 @@ def add_lora(
     _check_targets(model, targets)
     training = model.training
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws from torch's generator
+    # peft draws from torch's generator, and makes adapters on torch's default device
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft warns when it corrects this setting itself
         peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
     _initialize(model, stream.derived_seed(seed, "lora"))
-    model.requires_grad_(False).train(training)
+    model.train(training)
     prefixes = [f"{name}." for name, _ in _adapted_layers(model)]
-    return [
+    adapters = [
         name
         for name, _ in floating_parameters(model)
         if any(name.startswith(prefix) and not name.startswith(f"{prefix}base_layer.") for prefix in prefixes)
     ]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in adapters)
+    return adapters
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -155,7 +159,7 @@ def _initialize(model: nn.Module, seed: int) -> None:
         for adapter in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
             adapter.to(device=weight.device, dtype=weight.dtype)
         a: Tensor = layer.lora_A[_NAME].weight
-        z = stream.normal(seed, torch.arange(first, first + a.numel())).view(a.shape)
+        z = stream.normal(seed, torch.arange(first, first + a.numel(), dtype=torch.int64, device="cpu")).view(a.shape)
         a.copy_(z / math.sqrt(3 * a.shape[1]))
         layer.lora_B[_NAME].weight.zero_()
         first += a.numel()

@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
+from .causal import causal_lm, position_ids
 from .examples import Batch
 
 # Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
@@ -184,13 +185,12 @@ def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     Raises:
         ModelError: if the model returns another number of positions.
     """
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
     output = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        position_ids=positions,
         logits_to_keep=keep,
         use_cache=False,
+        **position_ids(model, batch.attention_mask),
     )
     logits = cast(Tensor, output.logits)
     if logits.shape[1] != keep:
@@ -204,13 +204,17 @@ def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
 def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross-entropy on text: float32 scalar, differentiable.
 
+    Positions count from each text's first token, whatever padding is before it, so the loss is that of the same texts
+    without padding.
+
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM; see ``causal.causal_lm``.
         batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask`` and
             ``labels`` (-100 at positions that are not predicted), as tokenizers and collators make them.
 
     Raises:
         ModelError: if the model is no transformers causal LM, or the batch has another or a missing key.
+        DataError: if the token ids are not [B, L], or no token is predicted.
     """
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     unknown = inputs.keys() - {"input_ids", "attention_mask", "labels"}
@@ -218,23 +222,35 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
         raise ModelError(
             f"a text batch needs input_ids, and may have attention_mask and labels; got {', '.join(sorted(inputs))}"
         )
-    if not hasattr(model, "get_decoder"):
-        raise ModelError(f"{type(model).__name__} is no transformers causal LM; pass your own loss function")
-    device = next(model.parameters()).device
-    input_ids = inputs["input_ids"].to(device)
-    mask = inputs.get("attention_mask", torch.ones_like(input_ids)).to(device)
-    labels = inputs.get("labels", input_ids).to(device)
-    decoder = cast(Any, model).get_decoder()
-    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    hidden = output.last_hidden_state
+    lm = causal_lm(model)
+    device = next(lm.parameters()).device
+    inputs = {name: _differentiable(tensor.to(device)) for name, tensor in inputs.items()}
+    input_ids = inputs["input_ids"]
+    if input_ids.dim() != 2:
+        raise DataError(f"the token ids of a text batch must be [batch, length], got {list(input_ids.shape)}")
+    mask = inputs.get("attention_mask", torch.ones_like(input_ids))
+    labels = inputs.get("labels", input_ids)
     scored = (mask[:, :-1] * mask[:, 1:]).bool() & (labels[:, 1:] != -100)
+    if not scored.any():
+        raise DataError(
+            "a text batch has no token to predict: each text is a single token, or all its labels are -100; leave such "
+            "texts out"
+        )
+    decoder = cast(Any, lm).get_decoder()
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **position_ids(decoder, mask))
+    hidden = output.last_hidden_state
     hidden, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for hidden_part, targets_part in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
         total = total + checkpoint(
-            _summed_loss, model, decoder, type(output), hidden_part, targets_part, use_reentrant=False
+            _summed_loss, lm, decoder, type(output), hidden_part, targets_part, use_reentrant=False
         )
     return total / targets.numel()
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Returns a tensor that autograd can save, also if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _summed_loss(
@@ -271,11 +287,15 @@ def _patched_forward(module: nn.Module, output: ModelOutput) -> Iterator[list[No
         calls.append(None)
         return output
 
+    own = vars(module).get("forward")  # libraries that hook into modules, such as accelerate, put a forward here
     module.forward = forward
     try:
         yield calls
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 __all__ = ["MicroBatchMap", "Objective", "candidate_scores", "example_losses", "language_model_loss", "task_loss"]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
-from meerkat_engine.engine.errors import MaskError
+from meerkat_engine.engine.errors import MaskError, RunError
 from meerkat_engine.engine.mask import _KIND
 from meerkat_engine.engine.parameters import ParameterTable
 
@@ -194,3 +194,28 @@ def test_unwritable_strings_and_unreadable_paths_are_named(tmp_path: Path) -> No
     for path, message in ((tmp_path, "it is a directory"), (tmp_path / "m", "No such file")):
         with pytest.raises(MaskError, match=f"cannot read the mask '{path}': .*{message}"):
             SparseMask.load(path)
+
+
+@pytest.mark.parametrize("existing", ["text", "weights", "delta", "damaged mask"])
+def test_saving_a_mask_does_not_replace_another_file(tmp_path: Path, existing: str) -> None:
+    mask, path = small_mask(), tmp_path / "m"
+    if existing == "text":
+        path.write_text("notes")
+    elif existing == "damaged mask":
+        mask.save(path)
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        metadata = {"format": "meerkat-delta/1"} if existing == "delta" else None
+        save_file({"ids": mask.ids}, path, metadata)
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=r"cannot write .*m: another file is there, which is not replaced"):
+        mask.save(path)
+    assert path.read_bytes() == before
+
+
+def test_saving_a_mask_replaces_a_mask_of_any_version(tmp_path: Path) -> None:
+    mask, path = small_mask(), tmp_path / "m"
+    save_file({"ids": mask.ids}, path, {"format": "meerkat-mask/1"})
+    for _ in range(2):
+        mask.save(path)
+        assert same_mask(SparseMask.load(path), mask)

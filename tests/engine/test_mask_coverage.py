@@ -30,7 +30,9 @@ def batches(generator: torch.Generator) -> list[Tensor]:
 
 
 def test_coverage_is_the_share_of_the_squared_gradient(model: nn.Module, batches: list[Tensor]) -> None:
-    squares = torch.cat([s.view(-1) for s in accumulate_gradients(model, batches, loss).squares]).double().numpy()
+    squares = (
+        torch.cat([s.view(-1) for s in accumulate_gradients(model, batches, loss).squares.values()]).double().numpy()
+    )
     masks = [SparseMask.random(model, 0.1, 3), SparseMask.magnitude(model, 0.05)]
     best = [np.argsort(-squares, kind="stable")[: len(mask)] for mask in masks]
     for mask, best_ids, coverage in zip(masks, best, measure_coverage(masks, model, batches, loss), strict=True):
@@ -59,7 +61,7 @@ def test_a_mask_of_another_model_is_rejected(model: nn.Module, batches: list[Ten
 def test_concentration_is_a_ratio_of_means() -> None:
     values = torch.tensor([1.0] * 890 + [2.0] * 90 + [50.0] * 10 + [0.0] * 10)
     shuffled = values[torch.randperm(1000, generator=torch.Generator().manual_seed(2))]
-    gradients = Sensitivity([shuffled[:400].view(20, 20), shuffled[400:]], [], 1)
+    gradients = Sensitivity({"a": shuffled[:400].view(20, 20), "b": shuffled[400:]}, {}, 1)
     assert concentration(gradients, 0.01, 0.1) == pytest.approx(25.0)
     with pytest.raises(ValueError, match="leave none between them"):
-        concentration(replace(gradients, squares=[shuffled[:5]]), 0.1, 0.2)
+        concentration(replace(gradients, squares={"a": shuffled[:5]}), 0.1, 0.2)

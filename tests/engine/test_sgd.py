@@ -26,12 +26,10 @@ def closure_of(model: nn.Module) -> Callable[[], torch.Tensor]:
 
 
 def gradient_of(model: nn.Module, mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor]:
-    model.requires_grad_(True)
     loss = language_model_loss(model, BATCH)
     loss.backward()
     gradient = torch.cat([p.grad.view(-1) for p in model.parameters()])[mask.ids].float()  # type: ignore[union-attr]
     model.zero_grad()
-    model.requires_grad_(False)
     return loss.detach(), gradient
 
 
@@ -62,7 +60,7 @@ def test_steps_equal_torch_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
     sgd_steps(llama, MaskedWeights(llama, mask), [closure_of(llama)] * 3, [0.5] * 3)
     ones = torch.zeros(flat_weights(other).numel())
     ones[mask.ids] = 1
-    opt = torch.optim.SGD(other.requires_grad_(True).parameters(), lr=0.5)
+    opt = torch.optim.SGD(other.parameters(), lr=0.5)
     for _ in range(3):
         opt.zero_grad()
         language_model_loss(other, BATCH).backward()
@@ -74,7 +72,7 @@ def test_steps_equal_torch_sgd_on_a_masked_gradient(llama: nn.Module) -> None:
 
 
 def test_requires_grad_and_grad_are_restored(llama: nn.Module) -> None:
-    parameters = dict(llama.named_parameters())
+    parameters = dict(llama.requires_grad_(False).named_parameters())
     one, two = parameters["model.norm.weight"], parameters["model.layers.0.mlp.up_proj.weight"]
     for p in (one, two):
         p.requires_grad_(True)
@@ -86,9 +84,10 @@ def test_requires_grad_and_grad_are_restored(llama: nn.Module) -> None:
         seen.append([name for name, p in parameters.items() if p.requires_grad])
         return language_model_loss(llama, BATCH)
 
-    with torch.no_grad():  # an outer context must not turn the gradients off
-        sgd_steps(llama, MaskedWeights(llama, mask), [closure], [0.1])
-    assert seen == [["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]]
+    for context in (torch.no_grad, torch.inference_mode):  # an outer context must not turn the gradients off
+        with context():
+            sgd_steps(llama, MaskedWeights(llama, mask), [closure], [0.1])
+    assert seen == [["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]] * 2
     assert [name for name, p in parameters.items() if p.requires_grad] == [
         "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
     ]  # fmt: skip
@@ -113,7 +112,7 @@ def test_a_step_that_fails_is_not_applied(llama: nn.Module, failure: str) -> Non
         sgd_steps(llama, weights, [closure_of(llama), broken], [0.1, 0.1])
     assert same_bits(flat_weights(llama), flat_weights(other))
     assert same_bits(weights.masters(), flat_weights(other)[mask.ids])
-    assert not any(p.requires_grad for p in llama.parameters())
+    assert all(p.requires_grad and p.grad is None for p in llama.parameters())
 
 
 def test_invalid_arguments_are_rejected(llama: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """Scores and losses on prompts and text, and the number of logits they compute."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from meerkat_engine.engine.errors import ModelError
+from meerkat_engine.engine.errors import DataError, ModelError
 from meerkat_engine.engine.lm.objective import Objective, candidate_scores, language_model_loss, task_loss
 from meerkat_engine.engine.lm.tasks import SST2, Task
 
@@ -46,13 +48,14 @@ def test_language_model_loss_matches_transformers(architecture: str) -> None:
     mask[0, :6] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, 6] = -100  # the token before it is padding
-    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
     expected.backward()
     expected_gradients = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
     model.zero_grad()
     labels[1, 5:9] = -100
     with_labels = language_model_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
-    expected_with_labels = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected_with_labels = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
     assert with_labels.item() == pytest.approx(expected_with_labels.item(), abs=1e-5)
     loss = language_model_loss(model, {"input_ids": ids, "attention_mask": mask})
     loss.backward()
@@ -67,8 +70,50 @@ def test_text_loss_rejects_other_batches_and_models(llama: nn.Module) -> None:
         ModelError, match="a text batch needs input_ids, and may have attention_mask and labels; got ids"
     ):
         language_model_loss(llama, {"ids": torch.ones(1, 3)})
-    with pytest.raises(ModelError, match="Linear is no transformers causal LM; pass your own loss function"):
-        language_model_loss(nn.Linear(2, 2), torch.ones(1, 3))
+    with pytest.raises(DataError, match=r"must be \[batch, length\], got \[3\]"):
+        language_model_loss(llama, torch.tensor([3, 4, 5]))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.tensor([[3], [4]]),
+        {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])},
+        {"input_ids": torch.tensor([[0, 3], [0, 4]]), "attention_mask": torch.tensor([[0, 1], [0, 1]])},
+    ],
+    ids=["one token", "labels", "one token each"],
+)
+def test_a_text_batch_without_a_token_to_predict_is_rejected(llama: nn.Module, batch: Any) -> None:
+    with pytest.raises(DataError, match="no token to predict: each text is a single token, or all its labels are -100"):
+        language_model_loss(llama, batch)
+
+
+def test_padding_does_not_change_the_gradient_of_texts(architecture: str) -> None:
+    """The reference is a loop over single texts in plain torch."""
+    texts = [torch.arange(3, 3 + length).view(1, -1) for length in (3, 12, 7, 2)]
+    model, other = make_model(architecture), make_model(architecture)
+    total = sum(len(text[0]) - 1 for text in texts)
+    for text in texts:
+        log_p = other(input_ids=text).logits.log_softmax(-1)
+        (-log_p[0, :-1].gather(-1, text[0, 1:, None]).sum() / total).backward()
+    input_ids, mask = torch.zeros(4, 12, dtype=torch.int64), torch.zeros(4, 12, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        input_ids[row, -text.shape[1] :] = text[0]
+        mask[row, -text.shape[1] :] = 1
+    language_model_loss(model, {"input_ids": input_ids, "attention_mask": mask}).backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert q.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_forward_that_a_library_put_into_the_decoder_stays(llama: nn.Module) -> None:
+    decoder = llama.model
+    original, calls = decoder.forward, []  # type: ignore[union-attr]
+    decoder.forward = lambda *args, **kwargs: [calls.append(1), original(*args, **kwargs)][1]  # type: ignore
+    language_model_loss(llama, torch.ones(1, 3, dtype=torch.int64)).backward()
+    assert len(calls) == 1
+    llama(input_ids=torch.ones(1, 3, dtype=torch.int64))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("loss", ["candidates", "language-model", "text"])
