@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .engine.parameters import fingerprint as fingerprint
     from .engine.replay import replay as replay
     from .engine.trainer import SparseZOTrainer as SparseZOTrainer
-    from .engine.updates import read_updates as read_updates
-    from .engine.updates import write_updates as write_updates
+    from .engine.updates import UpdateLog as UpdateLog
 
 __version__ = "0.1.0"
 
@@ -35,13 +34,12 @@ _MODULES = {
     "SparseMask": "engine.mask",
     "SparseZO": "engine.optimizer",
     "SparseZOTrainer": "engine.trainer",
+    "UpdateLog": "engine.updates",
     "fingerprint": "engine.parameters",
     "load_model": "engine.lm.models",
-    "read_updates": "engine.updates",
     "replay": "engine.replay",
     "save_checkpoint": "engine.lm.checkpoint",
     "stream": "engine.stream",
-    "write_updates": "engine.updates",
 }
 
 __all__ = ["__version__", *_MODULES]

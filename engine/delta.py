@@ -4,7 +4,9 @@ File: safetensors with ``ids`` int64 [k] and ``masters`` float32 [k]. Everything
 tensors and metadata (see ``docs/formats.md``).
 """
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +15,13 @@ from torch import Tensor, nn
 from .checksummed import FileKind, read_checksummed, write_checksummed
 from .errors import DeltaError, MaskError
 from .mask import SparseMask
-from .parameters import ParameterTable, fingerprint, floating_parameters
+from .parameters import ParameterTable, fingerprint, fingerprint_by_kind, floating_parameters
 from .weights import MaskedWeights
 
 _KIND = FileKind(
     name="delta",
-    format="meerkat-delta/1",
-    keys=frozenset({"base", "dtype", "mask", "method", "round", "table", "table_digest", "weights"}),
+    format="meerkat-delta/2",
+    keys=frozenset({"base", "base_by_kind", "dtype", "mask", "method", "round", "table", "table_digest", "weights"}),
     tensors={"ids": "I64", "masters": "F32"},
     error=DeltaError,
     remedy="create it again with `meerkat-engine replay RUN --delta FILE`",
@@ -36,6 +38,7 @@ class Delta:
         mask: mask with the elements that the delta sets.
         masters: finite masters of these elements, float32 [k] on the CPU, in mask order.
         base: fingerprint of the base model.
+        base_by_kind: ``parameters.fingerprint_by_kind`` of the base model.
         weights: fingerprint of the model after applying the delta.
         dtype: dtype of the base model's parameters, as in ``models.DTYPES``; "mixed" if they have several.
         method: name of the method that made the masters; may be empty.
@@ -49,6 +52,7 @@ class Delta:
     mask: SparseMask
     masters: Tensor
     base: str
+    base_by_kind: Mapping[str, str]
     weights: str
     dtype: str
     method: str = ""
@@ -68,38 +72,62 @@ class Delta:
             raise DeltaError(f"the round must be 0 or more, got {self.round}")
 
     @classmethod
-    def of(cls, model: nn.Module, weights: MaskedWeights, *, base: str, method: str = "", round: int = 0) -> "Delta":
+    def of(
+        cls, model: nn.Module, weights: MaskedWeights, *, base: str, start: Tensor, method: str = "", round: int = 0
+    ) -> "Delta":
         """Makes the delta from the base model to the model's present weights.
 
         Args:
-            model: the fine-tuned model.
+            model: the fine-tuned model. Its masked weights are set to those of the base model for a moment.
             weights: the model's masked weights, in the restored state (true at any time except within a step).
             base: ``parameters.fingerprint`` of the base model.
+            start: ``weights.masters()`` of the base model, float32 [k], taken before anything was trained.
             method: name of the method that changed the weights, stored in the delta.
             round: last round of the run, stored in the delta.
+
+        Raises:
+            DeltaError: if the model differs from the base model in more than its masked weights, or a masked weight is
+                not its rounded master: a delta would lose the difference.
         """
+        after, masters = fingerprint(model), weights.masters()
+        try:
+            weights.set_masters_(start)
+            before, base_by_kind = fingerprint(model), fingerprint_by_kind(model)
+        finally:
+            weights.set_masters_(masters)
+        if before != base:
+            raise DeltaError(
+                f"the model is not its base model {base[:12]} with other masked weights, but {before[:12]}: a delta "
+                f"would lose what else was changed; leave everything else as it is (batch normalization moves buffers "
+                f"in training mode), or save the whole model"
+            )
+        if fingerprint(model) != after:
+            raise DeltaError("masked weights were changed without the optimizer, which has now set them back")
         dtypes = {str(p.dtype).removeprefix("torch.") for _, p in floating_parameters(model)}
         return cls(
             mask=weights.mask,
-            masters=weights.masters().cpu(),
+            masters=masters.cpu(),
             base=base,
-            weights=fingerprint(model),
+            base_by_kind=base_by_kind,
+            weights=after,
             dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
             method=method,
             round=round,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the delta to a safetensors file atomically.
+        """Writes the delta to a safetensors file atomically. An existing file is replaced if it is a delta or empty.
 
         Args:
             path: path of the file.
 
         Raises:
-            RunError: if the file cannot be written.
+            RunError: if the file cannot be written, or the path is that of another file, a directory, a device or the
+                like.
         """
         metadata = {
             "base": self.base,
+            "base_by_kind": json.dumps(dict(self.base_by_kind)),
             "dtype": self.dtype,
             "method": self.method,
             "round": str(self.round),
@@ -124,8 +152,15 @@ class Delta:
             table = ParameterTable.from_json(metadata["table"])
             mask = SparseMask(ids=ids, table=table, density=ids.numel() / max(1, table.size), source="delta")
             plain = {key: metadata[key] for key in ("base", "weights", "dtype", "method")}
-            delta = cls(mask=mask, masters=tensors["masters"], round=int(metadata["round"]), where=where, **plain)
-        except ValueError as error:
+            delta = cls(
+                mask=mask,
+                masters=tensors["masters"],
+                round=int(metadata["round"]),
+                where=where,
+                base_by_kind=dict(json.loads(metadata["base_by_kind"])),
+                **plain,
+            )
+        except (TypeError, ValueError, RecursionError) as error:
             raise DeltaError(f"{where} is damaged: {error}") from error
         for key, value in _derived(mask).items():
             if metadata[key] != value:
@@ -149,9 +184,11 @@ class Delta:
             raise DeltaError(f"{self.where} was made for another model: {difference}")
         base = fingerprint(model)
         if base != self.base:
+            by_kind = fingerprint_by_kind(model).items()
+            differing = [kind for kind, digest in by_kind if digest != self.base_by_kind.get(kind)]
             raise DeltaError(
                 f"{self.where} needs a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; "
-                f"this model has fingerprint {base[:12]}"
+                f"this model has fingerprint {base[:12]} (other {' and '.join(differing)})"
             )
         try:
             weights = MaskedWeights(model, self.mask, backend)

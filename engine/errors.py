@@ -34,7 +34,7 @@ class NonFiniteLossError(MeerkatError, ArithmeticError):
 
 
 class LedgerError(MeerkatError, ValueError):
-    """A ledger is damaged or does not belong to this model and mask."""
+    """A ledger or a log of updates is damaged, or does not belong to this model and mask."""
 
 
 class MessageError(MeerkatError, ValueError):

@@ -14,17 +14,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_accelerate_available
 
-from . import stream
 from .errors import ConfigError
-from .estimator import Estimator, NonFinite
+from .estimator import Estimator, NonFinite, warn_low_precision
 from .extras import install_hint
 from .mask import SparseMask
 from .optimizer import SparseZO
-from .trainer_checks import UPDATES, check_arguments, check_checkpoint, check_processes
-from .updates import Update, read_updates, write_updates
+from .trainer_checks import (
+    UPDATES,
+    check_arguments,
+    check_checkpoint,
+    check_is_saved,
+    check_processes,
+    check_same_settings,
+    settings_of,
+)
+from .updates import UpdateLog
+from .weights import MaskedWeights
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,17 @@ class _StepOnlyWithClosure(SparseZO):
         return None if closure is None else super().step(closure, seed)
 
 
+class _Float32LabelSmoother(LabelSmoother):
+    """``LabelSmoother`` that computes in float32, whatever the dtype of the logits.
+
+    In bfloat16 its loss has three digits, and the difference of two losses none.
+    """
+
+    def __call__(self, model_output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        return cast(Tensor, super().__call__({"logits": logits.float()}, labels, *args, **kwargs))
+
+
 class SparseZOTrainer(Trainer):
     """``Trainer`` that fine-tunes the masked elements of its model with zeroth-order steps.
 
@@ -61,6 +81,10 @@ class SparseZOTrainer(Trainer):
     ``grad_norm``. Every checkpoint and saved model comes with ``updates.jsonl``, from which ``replay`` reconstructs its
     weights, given the base model and the mask. With several processes the loss is the mean over all of them, and all
     have the same weights.
+
+    The loss should be float32: in bfloat16 or float16 the difference of two losses has few digits or none, and the
+    Trainer warns. Models for classification return the loss in their own dtype; for these pass a
+    ``compute_loss_func`` that computes the loss of ``outputs.logits.float()``.
 
     Args:
         *args: see ``Trainer``. ``args.learning_rate`` and ``args.seed`` are learning rate and root seed of the
@@ -72,6 +96,7 @@ class SparseZOTrainer(Trainer):
         nonfinite: "raise" or "skip", how to handle a query whose losses or coefficient are NaN or infinite; see
             ``SparseZO``.
         backend: "auto", "torch", "numba" or "triton"; see ``SparseZO``.
+        frozen: whether masked parameters may have ``requires_grad=False``; see ``SparseZO``.
         **kwargs: see ``Trainer``.
 
     Attributes:
@@ -83,6 +108,7 @@ class SparseZOTrainer(Trainer):
     """
 
     optimizer: Any  # Trainer's attribute: wrapped by accelerate when training starts
+    label_smoother: Any  # Trainer's attribute
 
     def __init__(
         self,
@@ -93,6 +119,7 @@ class SparseZOTrainer(Trainer):
         estimator: str = Estimator.TWO_POINT,
         nonfinite: str = NonFinite.RAISE,
         backend: str = "auto",
+        frozen: bool = False,
         **kwargs: Any,
     ) -> None:
         if not is_accelerate_available():
@@ -104,12 +131,15 @@ class SparseZOTrainer(Trainer):
             "estimator": estimator,
             "nonfinite": nonfinite,
             "backend": backend,
+            "frozen": frozen,
         }
         self.zo: SparseZO | None = None
-        self._updates: list[Update] = []
-        self._pending: list[tuple[int, float]] = []  # seed and lr of updates whose scalar is still on the device
+        self._loaded_log: UpdateLog | None = None  # of the checkpoint that the optimizer was loaded from
         self._parts: list[_Part] = []
+        self._warned_of_dtype = False
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            self.label_smoother = _Float32LabelSmoother(epsilon=self.args.label_smoothing_factor)
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise ConfigError(
                 "SparseZOTrainer creates its optimizer itself, from mask, eps, queries and the training arguments; do "
@@ -144,14 +174,17 @@ class SparseZOTrainer(Trainer):
             model: model to optimize; None is the trainer's model.
 
         Raises:
-            ConfigError: if the processes have different models or masks.
+            ConfigError: if the processes have different models, masks or settings, or the mask has elements of a
+                parameter that ``save_model`` does not save.
+            ValueError: if a masked parameter is frozen, and the trainer was not created with ``frozen=True``.
         """
         self._parts.clear()
         if self.optimizer is None:
             optimized = self.model if model is None else model
+            check_is_saved(self.accelerator.unwrap_model(optimized, keep_torch_compile=False), self.mask)
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._zo_options}
             self.optimizer = self.zo = _StepOnlyWithClosure(optimized, self.mask, **options)
-            check_processes(self.accelerator, optimized, self.mask)
+            check_processes(self.accelerator, optimized, self.zo)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def train(
@@ -163,15 +196,16 @@ class SparseZOTrainer(Trainer):
         """Trains; see ``Trainer.train``.
 
         Raises:
-            ConfigError: if the checkpoint to resume from lacks a file that is needed.
+            ConfigError: if the checkpoint to resume from lacks a file that is needed, or was trained with another mask
+                or other settings of the steps than this trainer has.
         """
         if resume_from_checkpoint is True:  # if there is no checkpoint, Trainer raises
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            self._load_updates(resume_from_checkpoint)
-        elif self.zo is None or self.model_init is not None:
-            self._updates, self._pending = [], []
+            check_checkpoint(resume_from_checkpoint)
+        elif self.model_init is not None:
+            self._loaded_log = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
@@ -196,23 +230,17 @@ class SparseZOTrainer(Trainer):
         inputs = dict(self._prepare_inputs(inputs))
         self._parts.append(_Part(inputs, num_items_in_batch, self.current_gradient_accumulation_steps))
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         parts, self._parts = self._parts, []
-        rate = float(self.zo.param_groups[0]["lr"]) / self.zo.queries
-        seeds = [stream.step_seed(self.zo.seed, 0, self.zo.steps, j) for j in range(self.zo.queries)]
-        loss = self.zo.step_many([lambda: self._loss(model, parts)])[0]
-        self._pending += [(seed, rate) for seed in seeds]
-        return loss
+        return self.zo.step_many([lambda: self._loss(model, parts)])[0]
 
     @property
-    def updates(self) -> list[Update]:
-        """All updates from the base model to the current weights, as (seed, lr, g) in the format of ``replay``."""
-        if self.zo is not None:
-            gradients = self.zo.projected_gradients
-            self._updates += [(seed, lr, g) for (seed, lr), g in zip(self._pending, gradients, strict=True)]
-            self._pending.clear()
-            gradients.clear()
-        return self._updates
+    def update_log(self) -> UpdateLog:
+        """All updates from the base model to the current weights, also those before a resume; see ``replay``."""
+        if self.zo is None:
+            weights = MaskedWeights(self.model, self.mask)
+            return UpdateLog(mask=self.mask.digest, start=weights.digest(), updates=(), end=weights.digest())
+        return self.zo.log if self._loaded_log is None else self._loaded_log + self.zo.log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs like ``Trainer.log``, with ``projected_gradient`` in place of ``grad_norm``.
@@ -221,8 +249,9 @@ class SparseZOTrainer(Trainer):
         """
         if "grad_norm" in logs and self.zo is not None:
             del logs["grad_norm"]
-            latest = [g for _, _, g in self.updates[-self.zo.queries :]]
-            logs["projected_gradient"] = sum(latest) / len(latest)
+            latest = self.zo.projected_gradients[-self.zo.queries :]
+            if latest:  # the caller may have cleared the list
+                logs["projected_gradient"] = sum(latest) / len(latest)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -230,7 +259,7 @@ class SparseZOTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
-            write_updates(directory / UPDATES, self.updates)
+            self.update_log.save(directory / UPDATES)
         super().save_model(output_dir, _internal_call)
 
     def _loss(self, model: nn.Module, parts: list[_Part]) -> Tensor:
@@ -240,10 +269,19 @@ class SparseZOTrainer(Trainer):
             with self.compute_loss_context_manager():
                 # A copy, because compute_loss removes the labels from its inputs.
                 loss = self.compute_loss(model, dict(part.inputs), num_items_in_batch=part.items)
+            self._check_loss(loss)
             total += loss.double() if self._is_scaled(part) else loss.double() / part.parts
         if self.args.world_size > 1:  # gathered, not reduced, so that all processes add in the same order
             total = self.accelerator.gather(total).mean()
         return total.float()
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises ``ConfigError`` unless a part's loss is one number; warns once if its dtype is too coarse."""
+        if loss.numel() != 1:
+            raise ConfigError(f"compute_loss must return one loss, got a tensor of shape {list(loss.shape)}")
+        if loss.dtype in (torch.bfloat16, torch.float16) and not self._warned_of_dtype:
+            self._warned_of_dtype = True
+            warn_low_precision(loss.dtype)
 
     def _is_scaled(self, part: _Part) -> bool:
         """Whether the batch's loss is the sum of the parts' losses (True) or their mean (False). Trainer's own rule."""
@@ -256,20 +294,31 @@ class SparseZOTrainer(Trainer):
         """Loads the best model like Trainer, and also its updates and its fp32 masters."""
         assert self.zo is not None
         best, steps = self.state.best_model_checkpoint, self.zo.steps
-        self._load_updates(best)
+        check_checkpoint(best)
         super()._load_best_model()
         self._load_optimizer_and_scheduler(best)
         self.zo.steps = steps  # so that another training uses new seeds
 
-    def _load_updates(self, checkpoint: str) -> None:
-        """Loads the updates of a checkpoint.
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads optimizer and scheduler like Trainer, and also the updates that lead to their state.
 
         Raises:
-            ConfigError: if the checkpoint lacks one of the files that training resumes from.
+            ConfigError: if the checkpoint was trained with another mask or other settings of the steps, or its files do
+                not belong together.
         """
-        check_checkpoint(checkpoint)
-        self.updates.clear()
-        self._updates = read_updates(Path(checkpoint, UPDATES))
+        if checkpoint is None:
+            return
+        assert self.zo is not None
+        settings = settings_of(self.zo)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ConfigError(f"training cannot resume from the checkpoint {checkpoint}: {error}") from error
+        check_same_settings(checkpoint, settings_of(self.zo), settings)
+        self._loaded_log = UpdateLog.load(Path(checkpoint, UPDATES))
+        if self._loaded_log.end != self.zo.weights.digest():
+            raise ConfigError(f"checkpoint {checkpoint}: its {UPDATES} ends at other weights than its optimizer.pt has")
+        check_processes(self.accelerator, self.model, self.zo)
 
 
 __all__ = ["UPDATES", "SparseZOTrainer"]

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from meerkat_engine import SparseMask, SparseZO, replay
-from meerkat_engine.engine import stream
+from meerkat_engine import SparseMask, SparseZO, UpdateLog, fingerprint, replay
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.lm.data import token_batches
 from meerkat_engine.engine.lm.evaluation import evaluate
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.objective import Objective, task_loss
-from meerkat_engine.engine.parameters import fingerprint
-from meerkat_engine.engine.updates import read_updates, write_updates
 
 SEED = 7
 
@@ -40,18 +37,15 @@ def main(steps: int, output: Path) -> None:
 
     optimizer = SparseZO(lm.model, mask, lr=1e-2, seed=SEED)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    log = []
     while optimizer.steps < steps:
         for indices in loader:
             batch = train.batch(indices.tolist(), answers="all", device=lm.model.device)
 
-            def closure(batch=batch) -> Tensor:  # called twice a step, at +eps and at -eps
+            def closure(batch=batch) -> Tensor:  # called twice a step, at +eps and at -eps; returns a float32 loss
                 return task_loss(lm.model, batch, Objective.CANDIDATES)
 
-            seed, (lr,) = stream.step_seed(SEED, 0, optimizer.steps), scheduler.get_last_lr()
             loss = optimizer.step(closure)
             scheduler.step()
-            log.append((seed, lr, optimizer.projected_gradients.pop()))
             if optimizer.steps % 50 == 0 or optimizer.steps == steps:
                 accuracy = evaluate(lm.model, held_out).accuracy
                 print(f"step {optimizer.steps}: loss {loss:.4f}, held-out accuracy {accuracy:.4f}")
@@ -60,10 +54,10 @@ def main(steps: int, output: Path) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     mask.save(output / "mask.safetensors")
-    write_updates(output / "updates.jsonl", log)
+    optimizer.log.save(output / "updates.jsonl")
     print(f"trained   {fingerprint(lm.model)}")
     base = embedded.load().model
-    replay(base, SparseMask.load(output / "mask.safetensors"), read_updates(output / "updates.jsonl"))
+    replay(base, SparseMask.load(output / "mask.safetensors"), UpdateLog.load(output / "updates.jsonl"))
     print(f"replayed  {fingerprint(base)}")
 
 

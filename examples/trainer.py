@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from meerkat_engine import SparseMask, replay
+from meerkat_engine import SparseMask, SparseZOTrainer, UpdateLog, fingerprint, replay
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.lm.data import token_batches
-from meerkat_engine.engine.parameters import fingerprint
-from meerkat_engine.engine.trainer import SparseZOTrainer
-from meerkat_engine.engine.updates import read_updates
+from meerkat_engine.engine.lm.evaluation import predictions
 
 
 def main(steps: int, output: Path, resume: bool) -> None:
@@ -32,7 +30,10 @@ def main(steps: int, output: Path, resume: bool) -> None:
     answers = lm.tokenizer(list(task.label_words), add_special_tokens=False, return_tensors="pt")["input_ids"][:, 0]
 
     def scores(logits: Tensor) -> Tensor:
-        """Logits of the label words at the last position, which ends the prompt because of left padding."""
+        """Logits of the label words at the last position, which ends the prompt because of left padding.
+
+        In float32, whatever the model's dtype, so that the difference of a step's losses is not rounded away.
+        """
         return logits[:, -1, answers].float()
 
     def loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
@@ -59,14 +60,14 @@ def main(steps: int, output: Path, resume: bool) -> None:
         eval_dataset=held_out,
         processing_class=lm.tokenizer,
         compute_loss_func=loss,
-        preprocess_logits_for_metrics=lambda logits, _: scores(logits).argmax(-1),
+        preprocess_logits_for_metrics=lambda logits, _: predictions(scores(logits)),
         compute_metrics=lambda result: {"accuracy": float((result.predictions == result.label_ids).mean())},
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(output / "best")
     print(f"best      {fingerprint(lm.model)}, after step {trainer.state.best_global_step}")
     base = embedded.load().model
-    replay(base, mask, read_updates(output / "best" / "updates.jsonl"))
+    replay(base, mask, UpdateLog.load(output / "best" / "updates.jsonl"))
     print(f"replayed  {fingerprint(base)}")
 
 

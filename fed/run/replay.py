@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...engine.delta import Delta
 from ...engine.errors import ConfigError, LedgerError, ModelError, RunError
@@ -33,6 +34,7 @@ class Replayed:
         summary: the run's summary; None if the run did not finish.
         lm: the model after the round, and its tokenizer.
         masked: the model's masked weights.
+        start: masters of the base model's masked weights, float32 [k].
         round: number of the round; 0 is the base model.
         weights: fingerprint of the model's weights.
     """
@@ -44,6 +46,7 @@ class Replayed:
     summary: dict[str, Any] | None
     lm: LanguageModel
     masked: MaskedWeights
+    start: Tensor
     round: int
     weights: str
 
@@ -72,7 +75,12 @@ class Replayed:
                 f"use --output DIR, which saves a checkpoint with the adapters merged"
             )
         return Delta.of(
-            self.lm.model, self.masked, base=self.ledger.header.base, method=self.config.method, round=self.round
+            self.lm.model,
+            self.masked,
+            base=self.ledger.header.base,
+            start=self.start,
+            method=self.config.method,
+            round=self.round,
         )
 
 
@@ -110,6 +118,7 @@ def replay_run(
             f"{model or config.model.source} has {base[:12]}"
         )
     masked = MaskedWeights(lm.model, mask, config.model.backend)
+    start = masked.masters()
     _apply_rounds(masked, ledger, last_round)
     return Replayed(
         directory=directory,
@@ -119,6 +128,7 @@ def replay_run(
         summary=next((line["summary"] for line in metrics if isinstance(line.get("summary"), dict)), None),
         lm=lm,
         masked=masked,
+        start=start,
         round=last_round,
         weights=fingerprint(lm.model),
     )
@@ -128,6 +138,11 @@ def _check_run(directory: Path) -> None:
     if not directory.is_dir():
         raise RunError(f"{directory} is not a run directory: there is no such directory")
     missing = [name for name in (CONFIG, MASK, LEDGER) if not (directory / name).is_file()]
+    if missing == [MASK]:
+        raise RunError(
+            f"{directory / MASK} is missing; put it back, or make it again with `meerkat-engine run --resume "
+            f"{directory}`"
+        )
     if missing:
         raise RunError(f"{directory} is not a run directory: it has no {' and no '.join(missing)}")
 

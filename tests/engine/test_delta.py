@@ -37,9 +37,10 @@ def trained(dtype: torch.dtype, architecture: str = "llama", steps: int = 3) -> 
     model = make_model(architecture, dtype)
     base = fingerprint(model)
     opt = SparseZO(model, SparseMask.random(model, 0.05, 1), lr=0.02, eps=1e-2, seed=3)
+    start = opt.weights.masters()
     for _ in range(steps):
         opt.step(lambda: language_model_loss(model, BATCH))
-    return model, Delta.of(model, opt.weights, base=base, method="three steps", round=2)
+    return model, Delta.of(model, opt.weights, base=base, start=start, method="three steps", round=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,8 +66,8 @@ def test_masters_keep_more_precision_than_the_dtype(tmp_path: Path) -> None:
 
 
 def unchanged_check(model: nn.Module) -> Callable[[], bool]:
-    before = [p.clone() for p in model.parameters()]
-    return lambda: all(same_bits(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    before = fingerprint(model)
+    return lambda: fingerprint(model) == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,24 +112,82 @@ def test_parameters_that_share_memory_are_rejected(tmp_path: Path) -> None:
             self.b = nn.Parameter(torch.zeros(4))
 
     apart = Twice()
-    delta = Delta.of(apart, MaskedWeights(apart, SparseMask.dense(apart)), base=fingerprint(apart))
+    weights = MaskedWeights(apart, SparseMask.dense(apart))
+    delta = Delta.of(apart, weights, base=fingerprint(apart), start=weights.masters())
     shared = Twice()
     shared.b.data = shared.a.data
-    with pytest.raises(DeltaError, match="cannot be applied: two parameters share their memory"):
+    with pytest.raises(DeltaError, match=r"cannot be applied: .* share memory"):
         delta.apply(shared)
+
+
+class Mixed(nn.Module):
+    """Trainable float weights, int8 weights, and the buffers of batch normalization."""
+
+    def __init__(self, int8: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 6))
+        self.int8 = nn.Parameter(torch.full((6, 6), int8, dtype=torch.int8), requires_grad=False)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(x @ self.weight @ self.int8.float())
+        return normed
+
+
+def mixed_delta(*, training: bool, int8: int = 3) -> tuple[Mixed, Delta]:
+    """Trains a mixed model, with batch normalization in training or in evaluation mode."""
+    model = Mixed(int8).train(training)
+    base, x = fingerprint(model), torch.arange(24.0).view(4, 6) / 24
+    opt = SparseZO(model, SparseMask.random(model, 0.2, 1), lr=0.01)
+    start = opt.weights.masters()
+    opt.step(lambda: model(x).square().mean())
+    return model, Delta.of(model, opt.weights, base=base, start=start)
+
+
+def test_a_base_with_other_buffers_or_int8_weights_is_rejected() -> None:
+    trained_model, delta = mixed_delta(training=False)
+    base = Mixed().eval()
+    delta.apply(base)
+    assert fingerprint(base) == fingerprint(trained_model)
+    moved = Mixed()
+    moved.norm.running_mean[2] += 1  # type: ignore[index]
+    for model, kinds in ((Mixed(int8=4), "other parameters"), (moved, "buffers")):
+        is_unchanged = unchanged_check(model)
+        with pytest.raises(DeltaError, match=rf"this model has fingerprint \w+ \(other {kinds}\)$"):
+            delta.apply(model.eval())
+        assert is_unchanged()
+
+
+@pytest.mark.filterwarnings("ignore:the model is in training mode")
+def test_no_delta_is_made_that_would_lose_moved_buffers() -> None:
+    with pytest.raises(DeltaError, match="a delta would lose what else was changed"):
+        mixed_delta(training=True)
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [(1.0, "masked weights were changed without the optimizer"), (0.2, "would lose what else was changed")],
+)
+def test_no_delta_is_made_of_weights_changed_without_the_optimizer(density: float, message: str) -> None:
+    model = Mixed().eval()
+    weights = MaskedWeights(model, SparseMask.random(model, density, 1))
+    base, start = fingerprint(model), weights.masters()
+    nn.init.constant_(model.weight, 2.0)
+    with pytest.raises(DeltaError, match=message):
+        Delta.of(model, weights, base=base, start=start)
 
 
 def small_delta() -> Delta:
     model = nn.Linear(3, 2)
     mask = SparseMask(ids=torch.tensor([0, 3, 7]), table=ParameterTable.of(model), density=0.375, source="delta")
     return Delta(
-        mask=mask, masters=torch.tensor([0.5, -0.0, 3.0]), base="0" * 64, weights="1" * 64, dtype="float32",
-        method="a test", round=7,
+        mask=mask, masters=torch.tensor([0.5, -0.0, 3.0]), base="0" * 64, base_by_kind={"buffers": "2" * 64},
+        weights="1" * 64, dtype="float32", method="a test", round=7,
     )  # fmt: skip
 
 
 def contents(delta: Delta) -> tuple[object, ...]:
-    plain = (delta.base, delta.weights, delta.dtype, delta.method, delta.round, delta.mask.table)
+    plain = (delta.base, delta.base_by_kind, delta.weights, delta.dtype, delta.method, delta.round, delta.mask.table)
     return (*plain, delta.mask.ids.tolist(), delta.masters.view(torch.int32).tolist())
 
 
@@ -171,6 +230,8 @@ def test_random_damage_of_a_larger_delta_is_rejected(larger: tuple[Delta, bytes,
         ({"mask": "0" * 64}, "its mask does not match its ids and table"),
         ({"table_digest": "0" * 64}, "its table_digest does not match its ids and table"),
         ({"table": "[]"}, "density must be in|must be in"),
+        ({"base_by_kind": "[1]"}, "is damaged: "),
+        ({"base_by_kind": "7"}, "is damaged: "),
         ({"extra": "1"}, "unknown 'extra' in its metadata"),
     ],
     ids=str,
@@ -192,7 +253,7 @@ def test_non_finite_masters_are_rejected(tmp_path: Path, value: float) -> None:
     with pytest.raises(DeltaError, match=r"masters must be finite; position 1 holds"):
         Delta.load(tmp_path / "d")
     with pytest.raises(DeltaError, match=r"masters must be float32 \[3\], got torch.float32 \[2\]"):
-        Delta(mask=small_delta().mask, masters=torch.zeros(2), base="", weights="", dtype="float32")
+        Delta(mask=small_delta().mask, masters=torch.zeros(2), base="", base_by_kind={}, weights="", dtype="float32")
 
 
 def test_paths_in_a_file_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

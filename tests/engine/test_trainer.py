@@ -8,13 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from meerkat_engine import replay
+from meerkat_engine import UpdateLog, replay
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.replay import replay_
-from meerkat_engine.engine.updates import read_updates
 from meerkat_engine.engine.weights import MaskedWeights
 
 from helpers.trainers import LR, Batch, TrainerSetup, grouped, loss_share, plain_loop
@@ -40,9 +39,9 @@ def test_training_gives_the_bits_of_a_plain_loop(tmp_path: Path, zo: dict[str, A
     means = [sum(opt.projected_gradients[i : i + queries]) / queries for i in range(0, 6 * queries, queries)]
     assert [line["projected_gradient"] for line in logged] == means
     assert not any("grad_norm" in line for line in logged)
-    assert [g for _, _, g in trainer.updates] == opt.projected_gradients
+    assert [g for _, _, g in trainer.update_log.updates] == opt.projected_gradients
     base = embedded.load(dtype).model
-    replay(base, setup.mask, trainer.updates)
+    replay(base, setup.mask, trainer.update_log)
     assert fingerprint(base) == fingerprint(model)
 
 
@@ -143,8 +142,8 @@ def test_resumed_training_gives_the_bits_of_an_uninterrupted_one(tmp_path: Path,
     resumed_trainer = resumed.trainer(tmp_path, zo={"queries": 2}, **arguments)
     resumed_trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert fingerprint(resumed.model) == fingerprint(uninterrupted.model)
-    assert resumed_trainer.updates == trainer.updates
-    assert len(resumed_trainer.updates) == 18
+    assert resumed_trainer.update_log == trainer.update_log
+    assert len(resumed_trainer.update_log.updates) == 18
     assert trainer.zo is not None
     assert resumed_trainer.zo is not None
     assert torch.equal(trainer.zo.weights.masters(), resumed_trainer.zo.weights.masters())
@@ -171,7 +170,7 @@ def test_resume_true_uses_the_last_checkpoint(tmp_path: Path) -> None:
     trainer = resumed.trainer(tmp_path, **arguments)
     trainer.train(resume_from_checkpoint=True)
     assert fingerprint(resumed.model) == fingerprint(uninterrupted.model)
-    assert len(trainer.updates) == 6
+    assert len(trainer.update_log.updates) == 6
 
 
 def test_every_saved_model_is_the_base_after_its_updates(tmp_path: Path) -> None:
@@ -180,10 +179,10 @@ def test_every_saved_model_is_the_base_after_its_updates(tmp_path: Path) -> None
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     for name, steps in (("checkpoint-4", 4), ("checkpoint-6", 6), ("final", 6)):
-        updates = read_updates(tmp_path / name / "updates.jsonl")
-        assert len(updates) == steps
+        log = UpdateLog.load(tmp_path / name / "updates.jsonl")
+        assert len(log.updates) == steps
         base = embedded.load().model
-        replay(base, setup.mask, updates)
+        replay(base, setup.mask, log)
         saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert fingerprint(saved) == fingerprint(base)
     assert not (tmp_path / "checkpoint-2").exists()
@@ -203,19 +202,21 @@ def test_best_model_is_loaded_with_its_updates_and_training_continues_from_it(
     best = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", dtype=dtype)
     base = embedded.load(dtype).model
     weights = MaskedWeights(base, setup.mask)
-    replay_(weights, trainer.updates)
-    assert len(trainer.updates) == 4
+    replay_(weights, trainer.update_log.updates)  # type: ignore[arg-type]
+    assert len(trainer.update_log.updates) == 4
     assert fingerprint(setup.model) == fingerprint(base) == fingerprint(best)
     assert trainer.zo is not None
     assert torch.equal(trainer.zo.weights.masters(), weights.masters())  # not the rounded weights
     trainer.args.load_best_model_at_end = False
     trainer.train()
-    assert [lr for _, lr, _ in trainer.updates[4:]] == pytest.approx([LR * (1 - step / 6) for step in range(6)])
+    assert [lr for _, lr, _ in trainer.update_log.updates[4:]] == pytest.approx(
+        [LR * (1 - step / 6) for step in range(6)]
+    )
     # New seeds: none of any earlier step, the steps after the best model included.
     seeds = [stream.step_seed(3, 0, step) for step in (*range(4), *range(6, 12))]
-    assert [seed for seed, _, _ in trainer.updates] == seeds
+    assert [seed for seed, _, _ in trainer.update_log.updates] == seeds
     base = embedded.load(dtype).model
-    replay(base, setup.mask, trainer.updates)
+    replay(base, setup.mask, trainer.update_log)
     assert fingerprint(setup.model) == fingerprint(base) != fingerprint(best)
 
 
@@ -224,9 +225,9 @@ def test_a_second_training_continues_from_the_weights(tmp_path: Path) -> None:
     trainer = setup.trainer(tmp_path, max_steps=3)
     trainer.train()
     trainer.train()
-    assert len({seed for seed, _, _ in trainer.updates}) == 6
+    assert len({seed for seed, _, _ in trainer.update_log.updates}) == 6
     base = embedded.load().model
-    replay(base, setup.mask, trainer.updates)
+    replay(base, setup.mask, trainer.update_log)
     assert fingerprint(base) == fingerprint(setup.model)
 
 
@@ -240,7 +241,7 @@ def test_parts_of_an_unfinished_step_are_dropped(tmp_path: Path) -> None:
     setup = TrainerSetup()
     trainer = setup.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2, callbacks=[Stop()])
     trainer.train()
-    assert trainer.updates == []
+    assert trainer.update_log.updates == ()
     trainer.remove_callback(Stop)
     setup.batches.clear()
     trainer.train()
@@ -256,7 +257,7 @@ def test_model_init_restarts_every_training(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.train()
         prints.add(fingerprint(trainer.model))
-        assert len(trainer.updates) == 3
+        assert len(trainer.update_log.updates) == 3
     assert len(prints) == 1
     assert fingerprint(embedded.load().model) not in prints
 

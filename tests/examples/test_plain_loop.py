@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine import SparseMask, replay
+from meerkat_engine import SparseMask, UpdateLog, replay
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
-from meerkat_engine.engine.updates import read_updates
 
 from helpers.examples import fingerprints, run_example
 
@@ -21,9 +20,9 @@ def test_saved_files_replay_to_the_trained_model(tmp_path: Path) -> None:
     assert "step 60: loss" in printed
     trained, replayed = fingerprints(printed)
     model = embedded.load().model
-    updates = read_updates(tmp_path / "updates.jsonl")
-    replay(model, SparseMask.load(tmp_path / "mask.safetensors"), updates)
+    log = UpdateLog.load(tmp_path / "updates.jsonl")
+    replay(model, SparseMask.load(tmp_path / "mask.safetensors"), log)
     assert fingerprint(model) == trained == replayed != fingerprint(embedded.load().model)
-    assert [seed for seed, _, _ in updates] == [stream.step_seed(7, 0, step) for step in range(60)]
+    assert [seed for seed, _, _ in log.updates] == [stream.step_seed(7, 0, step) for step in range(60)]
     cosine = [0.01 * (1 + math.cos(math.pi * step / 60)) / 2 for step in range(60)]
-    assert [lr for _, lr, _ in updates] == pytest.approx(cosine)
+    assert [lr for _, lr, _ in log.updates] == pytest.approx(cosine)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from meerkat_engine import UpdateLog
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
-from meerkat_engine.engine.updates import read_updates
 
 from helpers.examples import fingerprints, run_example
 
@@ -18,9 +18,9 @@ def test_resumed_example_ends_with_the_same_model(tmp_path: Path) -> None:
     best, replayed = fingerprints(uninterrupted)
     assert best == replayed != fingerprint(embedded.load().model)
     assert "eval_accuracy" in uninterrupted
-    updates = read_updates(tmp_path / "checkpoint-100" / "updates.jsonl")
+    log = UpdateLog.load(tmp_path / "checkpoint-100" / "updates.jsonl")
     shutil.rmtree(tmp_path / "checkpoint-100")
     resumed = run_example("trainer.py", "--steps", 100, "--output", tmp_path, "--resume")
     assert resumed.splitlines()[-2:] == uninterrupted.splitlines()[-2:]
-    assert read_updates(tmp_path / "checkpoint-100" / "updates.jsonl") == updates
-    assert len(updates) == 100
+    assert UpdateLog.load(tmp_path / "checkpoint-100" / "updates.jsonl") == log
+    assert len(log.updates) == 100

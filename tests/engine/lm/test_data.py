@@ -12,7 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from meerkat_engine.engine.errors import DataError
-from meerkat_engine.engine.lm.data import calibration_texts, custom_rows, read_jsonl, task_rows, token_batches
+from meerkat_engine.engine.lm.data import (
+    calibration_texts,
+    custom_rows,
+    read_jsonl,
+    stratified_sample,
+    task_rows,
+    token_batches,
+)
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.hub import HubSource
 from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_task
@@ -44,6 +51,42 @@ def test_error_names_the_invalid_line_or_example(
         task_rows(SST2, "train", path.parent.parent)
 
 
+SURROGATE = r'{"sentence": "a \ud83d film", "label": 1}'
+
+
+def test_odd_json_is_an_error_that_names_the_line(write_jsonl: Callable[[str, list[str]], Path]) -> None:
+    good = '{"sentence": "good", "label": 1}'
+    for line, message in (
+        ('{"a":' * 100_000, "line 2: not JSON, or none that can be read"),
+        (f'{{"sentence": "a", "label": {"9" * 5000}}}', "line 2: not JSON, or none that can be read"),
+        ('{"sentence": NaN, "label": 1}', "example 2: field 'sentence' must be text, got float"),
+        ('{"sentence": "a", "label": NaN}', "example 2: label nan is outside"),
+        (SURROGATE, r"example 2: field 'sentence' has half of a surrogate pair \('\\ud83d'\) at character 3"),
+    ):
+        path = write_jsonl("sst2/train.jsonl", [good, line])
+        with pytest.raises(DataError, match=message):
+            task_rows(SST2, "train", path.parent.parent)
+
+
+def test_byte_order_marks_are_skipped(tmp_path: Path) -> None:
+    """Each file has one at its beginning, and ``cat`` of two files one in the middle."""
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "\ufeffa"}\n\ufeff{"text": "b"}\n\ufeff\n', encoding="utf-8")
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"text": "\ufeffa"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 10, 99, 150, 200, 1000])
+def test_a_stratified_sample_has_the_shares_of_the_classes(count: int) -> None:
+    labels = [0] * 100 + [1] * 50 + [2] * 50  # sorted by class
+    sample = stratified_sample(labels, count, 5)
+    assert sample == sorted(set(sample))
+    assert len(sample) == min(count, 200)
+    for label in range(3):
+        assert abs(sum(labels[i] == label for i in sample) - min(count, 200) * labels.count(label) / 200) < 1
+    assert stratified_sample(labels, count, 5) == sample
+    if count < 200:
+        assert stratified_sample(labels, count, 6) != sample
+
+
 def test_error_names_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*sst2/train\.jsonl"):
         task_rows(SST2, "train", tmp_path)
@@ -63,6 +106,9 @@ def test_calibration_texts_are_read(write_jsonl: Callable[[str, list[str]], Path
     bad = write_jsonl("bad.jsonl", ['{"content": "a"}'])
     with pytest.raises(DataError, match="needs the field 'text'"):
         calibration_texts(bad, None, 1)
+    half = write_jsonl("half.jsonl", [r'{"text": "a \udc00"}'])
+    with pytest.raises(DataError, match=r"half\.jsonl, example 1: field 'text' has half of a surrogate pair"):
+        calibration_texts(half, None, 1)
 
 
 def test_token_batches_truncate_and_pad() -> None:

@@ -21,6 +21,16 @@ def test_splits_are_disjoint_and_balanced() -> None:
         assert sum(row["label"] for row in rows) == len(rows) / 2
 
 
+def test_default_device_of_torch_does_not_matter() -> None:
+    expected = list(corpus.texts(20, 3))
+    torch.set_default_device("meta")
+    try:
+        assert list(corpus.texts(20, 3)) == expected
+        assert {p.device.type for p in embedded.load().model.parameters()} == {"cpu"}
+    finally:
+        torch.set_default_device(None)
+
+
 def test_pretraining_text_never_contains_the_task() -> None:
     for text in corpus.texts(2000, 1):
         assert "so my answer is" not in text

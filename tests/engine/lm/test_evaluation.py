@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from meerkat_engine.engine.lm.evaluation import confusion_matrix, evaluate, macro_f1
+from meerkat_engine.engine.lm.evaluation import confusion_matrix, evaluate, macro_f1, predictions
 from meerkat_engine.engine.lm.objective import candidate_scores
 
 from helpers.constants import CPU
@@ -26,7 +26,7 @@ def test_macro_f1_matches_a_calculation_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 0, 1, 1, 0, 0])
     confusion = confusion_matrix(labels, predicted, 4)
-    assert confusion.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert confusion.tolist() == [[2, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     # class 0: precision 2/4, recall 2/3; class 1: 1/2 and 1/2; class 2 is never predicted; class 3 does not occur
     assert macro_f1(confusion) == pytest.approx((4 / 7 + 1 / 2 + 0) / 3, abs=1e-12)
 
@@ -42,3 +42,20 @@ def test_evaluation_reports_macro_f1_of_its_predictions(llama: nn.Module) -> Non
     expected = macro_f1(confusion_matrix(data.labels, predicted, 2))
     for batch_size in (1, 2, 32):
         assert evaluate(llama, data, batch_size).macro_f1 == expected
+
+
+def test_examples_without_finite_scores_are_wrong_and_counted(llama: nn.Module) -> None:
+    """NaN is the largest number to ``argmax``: without care, all examples count as class 0."""
+    scores = torch.tensor([[0.1, 0.2], [float("nan"), 0.0], [0.0, float("inf")], [-1.0, float("-inf")], [2.0, 1.0]])
+    assert predictions(scores).tolist() == [1, 2, 2, 2, 0]
+    # two of class 0, of which one is right; three of class 1, of which one is right
+    confusion = confusion_matrix(torch.tensor([1, 0, 1, 1, 0]), predictions(scores), 2)
+    assert confusion.tolist() == [[1, 0, 1], [0, 1, 2]]
+    assert macro_f1(confusion) == pytest.approx((2 / (1 + 2) + 2 / (1 + 3)) / 2, abs=1e-12)
+    llama.get_input_embeddings().weight.data.fill_(float("nan"))  # type: ignore[operator]
+    result = evaluate(llama, encode_task())
+    assert (result.accuracy, result.macro_f1, result.nonfinite, result.examples) == (0.0, 0.0, 3, 3)
+
+
+def test_finite_scores_have_no_example_without_a_prediction(llama: nn.Module) -> None:
+    assert evaluate(llama, encode_task()).nonfinite == 0

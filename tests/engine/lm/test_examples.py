@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import processors
+import torch
+from tokenizers import pre_tokenizers, processors
 
 from meerkat_engine.engine.errors import DataError, ModelError
 from meerkat_engine.engine.lm.data import task_rows
 from meerkat_engine.engine.lm.examples import EncodedTask
-from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task
 
+from helpers.constants import CPU
 from helpers.models import make_byte_tokenizer, make_tokenizer
 from helpers.prompts import ROWS, WORDS, encode_task
 
@@ -59,6 +61,56 @@ def test_special_token_after_the_prompt_raises_but_unknown_word_does_not() -> No
         else:
             with pytest.raises(ModelError, match=message):
                 EncodedTask(SST2, ROWS, tokenizer, 32, "test")
+
+
+def test_a_template_that_begins_with_the_first_token_does_not_double_it() -> None:
+    """Chat templates begin with it, and many tokenizers put it in front of every text."""
+    tokenizer = make_tokenizer(f"{WORDS} assistant")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    first = tokenizer.bos_token_id
+
+    def encoded(template: str, adds_first: bool) -> EncodedTask:
+        single = "<s> $A" if adds_first else "$A"
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", first)]
+        )
+        return EncodedTask(custom_task("t", template, "terrible,great", label="label"), ROWS, tokenizer, 9, "test")
+
+    expected = encoded("{sentence} assistant\n", True)
+    for adds_first in (True, False):
+        data = encoded("<s> {sentence} assistant\n", adds_first)
+        assert data.prompts == expected.prompts
+        assert data.candidates == expected.candidates
+    assert [ids[:2].count(first) for ids in expected.prompts] == [1, 1, 1]
+    assert expected.truncated == 1
+
+
+def test_prompts_beyond_the_positions_of_the_model_raise() -> None:
+    for positions in (11, None):
+        assert EncodedTask(SST2, ROWS, make_tokenizer(WORDS), 32, "test", positions).truncated == 0
+    message = "test: the longest prompt and answer have 11 tokens, and the model has 10 positions; give --max-length 10"
+    with pytest.raises(DataError, match=message):
+        EncodedTask(SST2, ROWS, make_tokenizer(WORDS), 32, "test", 10)
+    assert EncodedTask(SST2, ROWS, make_tokenizer(WORDS), 10, "test", 10).truncated == 1
+
+
+def test_a_prompt_without_tokens_raises() -> None:
+    task = custom_task("t", "{sentence}\n", "terrible,great")
+    with pytest.raises(DataError, match="test, example 4: its prompt has no tokens"):
+        EncodedTask(task, [*ROWS, {"sentence": " ", "label": 0}], make_tokenizer(WORDS), 32, "test")
+
+
+def test_tensors_do_not_follow_the_default_device_and_dtype() -> None:
+    expected = encode_task().batch([0, 1], answers="all", device=CPU)
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        batch = encode_task().batch([0, 1], answers="all", device=CPU)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in vars(expected).items():
+        assert torch.equal(getattr(batch, name), tensor), name
 
 
 @pytest.fixture(params=TASKS.values(), ids=TASKS)

@@ -1,24 +1,28 @@
 """Loading models from directories and GGUF files, and rejecting unsafe or damaged ones."""
 
+import contextlib
 import json
 import os
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.engine.errors import ModelError
 from meerkat_engine.engine.lm.checkpoint import save_checkpoint
-from meerkat_engine.engine.lm.models import load_model, prepare_tokenizer
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.models import load_model, max_positions, prepare_tokenizer
 from meerkat_engine.engine.parameters import fingerprint
 
-from helpers.models import make_byte_tokenizer, make_model, make_tokenizer
+from helpers.command import call
+from helpers.constants import FUZZ
+from helpers.models import make_model, make_tokenizer
 from helpers.tensors import same_bits
 
 
@@ -29,7 +33,7 @@ def test_model_and_tokenizer_are_loaded_from_a_directory(tmp_path: Path, llama: 
     lm = load_model(str(tmp_path), dtype)
     assert {p.dtype for p in lm.model.parameters()} == {dtype}
     assert not lm.model.training
-    assert not any(p.requires_grad for p in lm.model.parameters())
+    assert all(p.requires_grad for p in lm.model.parameters())
     assert lm.tokenizer.padding_side == "left"
     for a, b in zip(lm.model.parameters(), llama.parameters(), strict=True):
         assert torch.equal(a, b.to(dtype))
@@ -46,65 +50,6 @@ def test_buffers_are_those_of_plain_transformers(tmp_path: Path, llama: nn.Modul
     assert all(same_bits(b, buffers[name]) for name, b in model.named_buffers())
     ids = torch.arange(3, 43).view(2, 20)
     assert same_bits(model(input_ids=ids).logits, plain(input_ids=ids).logits)
-
-
-def write_gguf(path: Path, model: nn.Module) -> None:
-    """Writes a Llama model to a GGUF file in llama.cpp's layout: float32 tensors, byte-level tokenizer."""
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)  # type: ignore[union-attr]
-    writer.add_embedding_length(config.hidden_size)  # type: ignore[union-attr]
-    writer.add_block_count(config.num_hidden_layers)  # type: ignore[union-attr]
-    writer.add_feed_forward_length(config.intermediate_size)  # type: ignore[union-attr]
-    writer.add_head_count(config.num_attention_heads)  # type: ignore[union-attr]
-    writer.add_head_count_kv(config.num_key_value_heads)  # type: ignore[union-attr]
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)  # type: ignore[union-attr]
-    writer.add_vocab_size(config.vocab_size)  # type: ignore[union-attr]
-    tokens = make_byte_tokenizer().get_vocab()
-    names = sorted(tokens, key=lambda token: int(tokens[token]))
-    names += ["ab", *(f"<unused{i}>" for i in range(config.vocab_size - len(names) - 1))]  # type: ignore[union-attr]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(names)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    renames = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
-    }  # fmt: skip
-    for name, p in model.named_parameters():
-        value = p.detach().numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}  # type: ignore[union-attr]
-        for projection, n in heads.items():
-            if projection in name:  # llama.cpp interleaves the two halves that rotary embedding pairs
-                value = value.reshape(n, 2, value.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(value.shape)
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        writer.add_tensor(name, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_gguf_model_is_loaded_trained_and_saved(tmp_path: Path) -> None:
-    original = make_model("llama", vocabulary=300)
-    write_gguf(tmp_path / "model.gguf", original)
-    lm = load_model(str(tmp_path / "model.gguf"))
-    ids = torch.arange(3, 43).view(2, 20)
-    torch.testing.assert_close(lm.model(input_ids=ids).logits, original(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
-    opt = SparseZO(lm.model, SparseMask.random(lm.model, 0.1, 0), lr=1e-3)
-    assert torch.isfinite(opt.step(lambda: language_model_loss(lm.model, ids)))
-    save_checkpoint(lm, tmp_path / "out", "# a card")
-    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert all(same_bits(a, b) for a, b in zip(plain.parameters(), lm.model.parameters(), strict=True))
-    half = load_model(str(tmp_path / "model.gguf"), torch.bfloat16).model
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -281,6 +226,112 @@ def test_remote_code_of_a_built_in_architecture_is_ignored(saved: Path, tmp_path
     add_code(saved, tmp_path / "proof", model_type="llama")
     assert type(load_model(str(saved)).model).__module__.startswith("transformers.")
     assert not (tmp_path / "proof").exists()
+
+
+def test_tokens_beyond_the_embedding_are_refused(saved: Path) -> None:
+    tokenizer = make_tokenizer(" ".join(f"word{i}" for i in range(92)))
+    tokenizer.save_pretrained(saved)
+    assert len(load_model(str(saved)).tokenizer) == 96
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(saved)
+    assert_rejected(
+        saved, "1 of its tokenizer's tokens are beyond the 96 rows of its embedding, among them '<tool>' wi"
+    )
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(saved)
+    assert_rejected(saved, "2 of its tokenizer's tokens are beyond .*, the padding token '<padding>' with id 97")
+
+
+def test_a_refused_model_leaves_no_run_directory(saved: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("a b")
+    tokenizer.add_tokens([f"<tool{i}>" for i in range(100)])
+    tokenizer.save_pretrained(saved)
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "class": "b"}\n' * 8)
+    data = ["--data", tmp_path / "data.jsonl", "--template", "{text}", "--labels", "a,b", "--label-field", "class"]
+    result = call("run", "--model", saved, *data, "--output", tmp_path / "run")
+    assert result.exit_code == 1
+    (message,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert "10 of its tokenizer's tokens are beyond the 96 rows of its embedding" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_that_makes_no_tokens_is_refused(saved: Path) -> None:
+    tokenizer = make_tokenizer("a")
+    tokenizer.backend_tokenizer.pre_tokenizer = None  # the whole text is one unknown word
+    tokenizer.save_pretrained(saved)
+    assert_rejected(saved, "its tokenizer makes 1 tokens of the text")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "positions"),
+    [
+        ("llama", {}, 64),
+        ("gpt2", {"n_positions": 48}, 48),
+        ("mpt", {"max_seq_len": 32, "d_model": 32, "n_heads": 4, "n_layers": 1}, 32),
+        ("bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 1}, None),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 1}, None),
+    ],
+)
+def test_number_of_positions(architecture: str, settings: dict[str, int], positions: int | None) -> None:
+    if architecture == "llama":
+        model = make_model(positions=64)
+    else:
+        config = AutoConfig.for_model(architecture, vocab_size=96, **settings)
+        model = AutoModelForCausalLM.from_config(config)
+    assert max_positions(model) == positions
+    assert max_positions(nn.Linear(2, 2)) is None
+
+
+def test_default_device_and_dtype_of_torch_do_not_matter(saved: Path) -> None:
+    expected = load_model(str(saved)).model
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = load_model(str(saved))
+        save_checkpoint(loaded, saved.parent / "out", "# a card")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for (name, a), b in zip(expected.state_dict().items(), loaded.model.state_dict().values(), strict=True):
+        assert same_bits(a, b), name
+    assert {b.device.type for b in loaded.model.buffers()} == {"cpu"}
+
+
+CONTENTS = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{" * 50_000, b'{"a": 1e999}', None]),
+)
+
+
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_directories_raise_model_error(data: st.DataObject, llama: nn.Module) -> None:
+    """Files are replaced, cut, changed, or become directories; the model is loaded as it was, or refused."""
+    with TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        llama.save_pretrained(directory)  # type: ignore[operator]
+        make_tokenizer("a b").save_pretrained(directory)
+        name = data.draw(st.sampled_from(sorted(path.name for path in directory.iterdir())))
+        path = directory / name
+        good = path.read_bytes()
+        kind = data.draw(st.sampled_from(["replaced", "cut", "a value changed", "missing", "a directory"]))
+        if kind == "replaced":
+            content = data.draw(CONTENTS)
+            path.write_bytes(good[: len(good) // 2] + b"\0" + good[len(good) // 2 :] if content is None else content)
+        elif kind == "cut":
+            path.write_bytes(good[: data.draw(st.integers(0, len(good) - 1))])
+        elif kind == "a value changed" and name.endswith(".json"):
+            content = json.loads(good)
+            key = data.draw(st.sampled_from(sorted(content)))
+            content[key] = data.draw(st.sampled_from([None, -1, 0, "x", [], {}, [1], {"a": 1}, 0.5, True, 1e400]))
+            path.write_text(json.dumps(content))
+        else:
+            path.unlink()
+            if kind == "a directory":
+                path.mkdir()
+        with contextlib.suppress(ModelError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_model(str(directory))
 
 
 def test_tokenizer_without_padding_and_end_token_raises() -> None:

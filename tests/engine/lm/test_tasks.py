@@ -85,6 +85,35 @@ def test_custom_task() -> None:
         custom_task("mail", "{subject}: {body}", "a,b", cut="text")
 
 
+@pytest.mark.parametrize(
+    ("template", "labels", "prompt_and_words"),
+    [
+        ("{t} It was", "bad, good", ("{t} It was", " bad", " good")),
+        ("{t} It was  ", "bad,good", ("{t} It was", " bad", " good")),
+        ("{t}\nassistant\n", "bad, good", ("{t}\nassistant\n", "bad", "good")),
+        ("{t}\t", "bad,good", ("{t}\t", "bad", "good")),
+        ("{t}\n ", "bad,good", ("{t}\n", " bad", " good")),
+        ("{t} (", '"bad)", "so, good)"', ("{t} (", "bad)", "so, good)")),
+        ("{t}\n", '" bad","good"', ("{t}\n", " bad", "good")),
+    ],
+)
+def test_label_words_follow_the_prompt(template: str, labels: str, prompt_and_words: tuple[str, ...]) -> None:
+    task = custom_task("t", template, labels)
+    assert (task.template, *task.label_words) == prompt_and_words
+
+
+@pytest.mark.parametrize("labels", ['"bad",good', '"bad,good', '"bad"good,"x"'])
+def test_label_words_that_are_partly_quoted_raise(labels: str) -> None:
+    with pytest.raises(ConfigError, match="either all label words are in double quotes or none"):
+        custom_task("t", "{text}", labels)
+
+
+@pytest.mark.parametrize(("template", "labels"), [("{t} \ud83d", "bad,good"), ("{t}", "bad,\udc00")])
+def test_half_of_a_surrogate_pair_in_template_or_label_words_raises(template: str, labels: str) -> None:
+    with pytest.raises(ConfigError, match="has half of a surrogate pair"):
+        custom_task("t", template, labels)
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_prompts_end_without_space_and_label_words_start_with_one(task: Task) -> None:
     assert task.template == task.template.rstrip()
