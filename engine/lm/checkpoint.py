@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from ..atomic_files import sync_directory
 from ..errors import ConfigError, MeerkatError, RunError
-from .models import LanguageModel
+from ..parameters import fingerprint, floating_parameters
+from .models import LanguageModel, load_complete
 
 
 def check_does_not_exist(path: Path) -> None:
@@ -18,8 +21,8 @@ def check_does_not_exist(path: Path) -> None:
 def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
     """Writes a model, its tokenizer and a model card, in transformers' layout.
 
-    The checkpoint is written under a temporary name in the same directory and renamed, so it is complete as soon as
-    ``output`` exists.
+    The checkpoint is written under a temporary name in the same directory, loaded again and compared with the model,
+    and then renamed, so it is complete and right as soon as ``output`` exists. Meanwhile memory holds the model twice.
 
     Args:
         lm: the model, which is saved in the dtype it has.
@@ -28,7 +31,8 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
 
     Raises:
         ConfigError: if ``output`` exists already.
-        RunError: if the checkpoint cannot be written, or transformers rejects the model; nothing is left on disk.
+        RunError: if the checkpoint cannot be written, transformers rejects the model, or loading the checkpoint does
+            not give the same weights and tokenizer; nothing is left on disk.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +40,7 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
             complete = Path(temporary) / output.name
             complete.mkdir()
             _write_files(complete, lm, card)
+            _compare(complete, lm)
             check_does_not_exist(output)  # the rename alone would replace an empty directory
             os.rename(complete, output)
         sync_directory(output.parent)
@@ -58,6 +63,28 @@ def _write_files(directory: Path, lm: LanguageModel, card: str) -> None:
                 os.fsync(file.fileno())
     for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
         sync_directory(path)
+
+
+def _compare(directory: Path, lm: LanguageModel) -> None:
+    """Raises ``RunError`` unless loading the directory gives the model's bits and the tokenizer's tokens."""
+    own = dict(floating_parameters(lm.model))
+    dtypes = {parameter.dtype for parameter in own.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all values of the smaller dtypes
+    try:
+        with torch.device("cpu"):  # whatever torch's default device is
+            loaded = load_complete(type(lm.model), str(directory), dtype, {})
+    except ValueError as error:
+        raise RunError(f"the checkpoint would not give the model back: {error}; nothing was saved") from error
+    for name, parameter in floating_parameters(loaded):
+        if name in own:
+            parameter.data = parameter.data.to(own[name].dtype)
+    if fingerprint(loaded) != fingerprint(lm.model):
+        raise RunError(
+            f"the checkpoint would not give the model back: {type(lm.model).__name__} loads other weights from it; "
+            f"nothing was saved"
+        )
+    if type(lm.tokenizer).from_pretrained(str(directory)).get_vocab() != lm.tokenizer.get_vocab():
+        raise RunError("the checkpoint would not give the tokenizer back: it loads other tokens; nothing was saved")
 
 
 __all__ = ["check_does_not_exist", "save_checkpoint"]

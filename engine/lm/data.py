@@ -1,7 +1,7 @@
 """Reads the examples of tasks and calibration text, from JSON Lines files or the Hugging Face hub."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from .. import stream
 from ..errors import DataError
 from .hub import HubSource
 from .tasks import Row, Task
+from .text import check_text
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON Lines file. Blank lines are skipped.
+    """Reads the objects of a JSON Lines file in UTF-8. Blank lines and byte order marks are skipped.
 
     Raises:
         DataError: if the file cannot be read, or a line is not a JSON object; the message names the line.
@@ -24,18 +25,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-                rows.append(row)
+                text = line.removeprefix("\ufeff").strip()
+                if text:
+                    rows.append(_parse(text, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return rows
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    """The object in a line of JSON; raises ``DataError``."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
+        raise DataError(f"{where}: not JSON, or none that can be read ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+    return row
 
 
 def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
@@ -96,6 +102,32 @@ def custom_rows(task: Task, data: Path, validation: Path | None, seed: int) -> t
     return [rows[i] for i in training], [rows[i] for i in held_out]
 
 
+def stratified_sample(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Draws examples at random, from each class as many as its share of all examples, rounded up or down.
+
+    Args:
+        labels: class of each example.
+        count: number of examples to draw, at most all.
+        seed: seed of the draw, in [0, 2**64).
+
+    Returns:
+        Ascending indices.
+    """
+    members: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
+    for i, label in enumerate(labels):
+        members[label].append(i)
+    count = min(count, len(labels))
+    # Each class gets its share rounded down; what remains goes to the largest remainders.
+    shares = {label: divmod(count * len(of_class), len(labels)) for label, of_class in members.items()}
+    rest = count - sum(whole for whole, _ in shares.values())
+    rounded_up = sorted(shares, key=lambda label: -shares[label][1])[:rest]
+    chosen: list[int] = []
+    for label, of_class in members.items():
+        order = stream.permutation(stream.derived_seed(seed, "eval", label), len(of_class)).tolist()
+        chosen += [of_class[i] for i in order[: shares[label][0] + (label in rounded_up)]]
+    return sorted(chosen)
+
+
 def _checked(task: Task, rows: Iterable[Row], where: str) -> list[Row]:
     """Returns the rows as a list.
 
@@ -134,8 +166,8 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
         path = data_dir / "c4_sample" / "train.jsonl"
     if path is None:
         try:
-            stream = HubSource(path="allenai/c4", config="en").rows("train", streaming=True)
-            return [row["text"] for row, _ in zip(stream, range(count), strict=False)], "C4 (hub), first documents"
+            documents = HubSource(path="allenai/c4", config="en").rows("train", streaming=True)
+            return [row["text"] for row, _ in zip(documents, range(count), strict=False)], "C4 (hub), first documents"
         except DataError as error:
             raise DataError(
                 f"no calibration text found: pass --calibration FILE.jsonl (with the field text), a --data-dir with "
@@ -145,6 +177,7 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
     for number, row in enumerate(read_jsonl(path)[:count], 1):
         if not isinstance(row.get("text"), str):
             raise DataError(f"{path}, example {number}: calibration text needs the field 'text'; found {sorted(row)}")
+        check_text(row["text"], f"{path}, example {number}: field 'text'")
         texts.append(row["text"])
     if not texts:
         raise DataError(f"{path} has no texts")
@@ -174,4 +207,4 @@ def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int
             yield batch
 
 
-__all__ = ["calibration_texts", "custom_rows", "read_jsonl", "task_rows", "token_batches"]
+__all__ = ["calibration_texts", "custom_rows", "read_jsonl", "stratified_sample", "task_rows", "token_batches"]

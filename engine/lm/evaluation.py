@@ -15,16 +15,19 @@ class Evaluation:
     """Results of a model on a set of examples.
 
     Args:
-        accuracy: share of examples whose most likely candidate is the right one, in [0, 1].
+        accuracy: share of examples whose most likely candidate is the right one, in [0, 1]. An example without finite
+            scores counts as wrong.
         macro_f1: mean of the classes' F1, in [0, 1]; see ``macro_f1``.
-        loss: mean cross-entropy over the candidates.
+        loss: mean cross-entropy over the candidates; NaN or infinite if a score is.
         examples: number of examples.
+        nonfinite: number of examples with a score that is NaN or infinite.
     """
 
     accuracy: float
     macro_f1: float
     loss: float
     examples: int
+    nonfinite: int = 0
 
 
 @torch.inference_mode()
@@ -38,18 +41,32 @@ def evaluate(model: nn.Module, data: EncodedTask, batch_size: int = 32) -> Evalu
     """
     device = next(model.parameters()).device
     order = sorted(range(len(data)), key=lambda i: len(data.prompts[i]))
-    confusion, loss = torch.zeros(len(data.candidates), len(data.candidates), dtype=torch.int64), 0.0
+    classes, loss = len(data.candidates), 0.0
+    confusion = torch.zeros(classes, classes + 1, dtype=torch.int64, device="cpu")
     for start in range(0, len(order), batch_size):
         batch = data.batch(order[start : start + batch_size], answers="all", device=device)
         scores = candidate_scores(model, batch)
-        confusion += confusion_matrix(batch.labels.cpu(), scores.argmax(-1).cpu(), len(confusion))
+        confusion += confusion_matrix(batch.labels.cpu(), predictions(scores).cpu(), classes)
         loss += float(functional.cross_entropy(scores, batch.labels, reduction="sum"))
     return Evaluation(
         accuracy=int(confusion.trace()) / len(order),
         macro_f1=macro_f1(confusion),
         loss=loss / len(order),
         examples=len(order),
+        nonfinite=int(confusion[:, classes].sum()),
     )
+
+
+def predictions(scores: Tensor) -> Tensor:
+    """The class with the highest score of each example.
+
+    Args:
+        scores: [n, C].
+
+    Returns:
+        int64 [n] in [0, C); C, which is no class, for an example with a score that is NaN or infinite.
+    """
+    return torch.where(scores.isfinite().all(-1), scores.argmax(-1), scores.shape[-1])
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -57,13 +74,14 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
     Args:
         labels: int64 [n], true classes.
-        predicted: int64 [n], predicted classes.
+        predicted: int64 [n], predicted classes; see ``predictions``.
         classes: number of classes, C.
 
     Returns:
-        int64 [C, C].
+        int64 [C, C + 1]. The last column counts the examples without a prediction.
     """
-    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    columns = classes + 1
+    return torch.bincount(labels * columns + predicted, minlength=classes * columns).view(classes, columns)
 
 
 def macro_f1(confusion: Tensor) -> float:
@@ -72,11 +90,11 @@ def macro_f1(confusion: Tensor) -> float:
     A class that is neither present nor predicted has no F1 and is left out.
 
     Args:
-        confusion: int64 [C, C], true class (row) by predicted class (column).
+        confusion: int64 [C, C + 1]; see ``confusion_matrix``. An example without a prediction counts as present.
     """
-    hits, present_or_predicted = confusion.diagonal().double(), confusion.sum(0) + confusion.sum(1)
+    hits, present_or_predicted = confusion.diagonal().double(), confusion.sum(0)[:-1] + confusion.sum(1)
     counted = present_or_predicted > 0
     return float((2 * hits[counted] / present_or_predicted[counted]).mean())
 
 
-__all__ = ["Evaluation", "confusion_matrix", "evaluate", "macro_f1"]
+__all__ = ["Evaluation", "confusion_matrix", "evaluate", "macro_f1", "predictions"]

@@ -1,10 +1,13 @@
 """Data sets on the Hugging Face hub, read with the field names and labels of this project's tasks."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .hub_connection import hub_or_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +57,7 @@ class HubSource:
 
         field_of = {column: name for name, column in self.columns.items()}
         try:
-            for row in datasets.load_dataset(
-                self.path,
-                self.config,
-                split=self.validation if split == "validation" else split,
-                revision=self.revision,
-                streaming=streaming,
-            ):
+            for row in self._load(split, streaming):
                 renamed = {field_of.get(column, column): value for column, value in row.items()}
                 if self.first_label and isinstance(renamed.get(self.label), int):
                     renamed[self.label] -= self.first_label
@@ -69,6 +66,19 @@ class HubSource:
             raise DataError(
                 f"cannot load {self} from the hub: {error}; to read local files, pass --data-dir"
             ) from error
+
+    def _load(self, split: str, streaming: bool) -> Any:
+        """Loads a split as ``datasets`` gives it."""
+        import datasets
+
+        with nullcontext() if Path(self.path).exists() else hub_or_cache(str(self)):
+            return datasets.load_dataset(
+                self.path,
+                self.config,
+                split=self.validation if split == "validation" else split,
+                revision=self.revision,
+                streaming=streaming,
+            )
 
 
 __all__ = ["HubSource"]

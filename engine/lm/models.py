@@ -1,6 +1,6 @@
 """Loads a causal language model and its tokenizer from a Hugging Face id, a local directory or a GGUF file."""
 
-import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,20 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
-from ..errors import ModelError
+from ..errors import MeerkatError, ModelError
 from ..extras import install_hint
+from .gguf_files import GgufFile
+from .hub_connection import hub_or_cache
+from .model_source import PICKLES, check_source
+from .padding_probe import check_padding
+from .weight_files import check_all_used, safetensors_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PICKLES = (
-    "a pickle can contain code, so weights are read from safetensors or GGUF files only; "
-    "if you trust the file, convert it to safetensors"
-)
+_PROBE = "The film was long, but its story and its actors kept me in my seat until the very end of it."
+_PROBE_TOKENS = 12
+# Makes transformers list the tensors that do not fit, in place of an error that names none.
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,11 @@ def load_model(
 ) -> LanguageModel:
     """Loads a model and its tokenizer. Weights are read from safetensors or GGUF files only.
 
-    All floating-point parameters are cast to ``dtype``. Buffers, such as rotary frequencies, keep the dtype that the
-    architecture gives them, as in any other program that loads the model.
+    All floating-point parameters are cast to ``dtype``, and all parameters are trainable. Buffers, such as rotary
+    frequencies, keep the dtype that the architecture gives them, as in any other program that loads the model.
+
+    What the files hold and what the model holds are compared in both directions. Tensors that the architecture lists as
+    not its own, such as further prediction heads, are named in a warning; any other difference raises.
 
     Args:
         source: a local directory, a ``.gguf`` file, or a Hugging Face model id.
@@ -58,15 +65,25 @@ def load_model(
             raises.
 
     Raises:
-        ModelError: if the model cannot be found or loaded (the message names the place searched), its weights are
-            pickles, it is an adapter without its base model, or it needs remote code that is not trusted.
+        ModelError: if the model cannot be found or loaded (the message names the place searched); its weights are
+            pickles, are packed (quantized), or do not belong to its config; it is an adapter without its base model; it
+            needs remote code that is not trusted; its tokenizer has tokens that it does not know; or left padding
+            changes its scores.
     """
     device = check_device(device)
     path = Path(source)
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(f"there is no GGUF file {source!r}")
     try:
-        model, tokenizer = _load_with_transformers(path, source, dtype, trust_remote_code)
+        local = path.exists() or path.suffix == ".gguf"
+        with torch.device("cpu"), nullcontext() if local else hub_or_cache(repr(source)):
+            model, tokenizer = _load_with_transformers(path, source, dtype, trust_remote_code)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        lm = LanguageModel(model.to(device).eval(), prepare_tokenizer(tokenizer), source)
+        _check_tokens(lm)
+        check_padding(lm.model, _probe_ids(lm), lm.tokenizer.pad_token_id, dtype)
     except ImportError as error:
         if path.suffix != ".gguf":
             raise ModelError(f"cannot load the model {source!r}: {error}") from error
@@ -77,28 +94,72 @@ def load_model(
         raise ModelError(
             f"cannot load the model {source!r} {_place(path, source)}: {_reason(error, trust_remote_code)}"
         ) from error
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return LanguageModel(model.to(device).eval().requires_grad_(False), prepare_tokenizer(tokenizer), source)
+    return lm
 
 
 def _load_with_transformers(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any, Any]:
-    """Returns the model and its tokenizer as transformers loads them."""
+    """Returns the model and its tokenizer as transformers loads them, after comparing the model with its files."""
     # Always passed, also when False: without it transformers would ask at the terminal.
-    common: dict[str, Any] = {"trust_remote_code": trust}
-    model_options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust}
     if path.suffix == ".gguf":
-        source, common, model_options = str(path.parent), common | {"gguf_file": path.name}, _dequantize_gguf()
-    else:
-        _check_weights(path, source, common)
-    tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    model, loading_info = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **model_options
-    )
-    if missing := sorted(loading_info["missing_keys"]):  # transformers would initialize them at random
-        raise ValueError(f"its weights lack {len(missing)} of the model's tensors, among them {missing[0]!r}")
+        return _load_gguf(path, dtype, options)
+    weights_name = check_source(source, options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    model = load_complete(AutoModelForCausalLM, source, dtype, options, weights_name)
     return model, tokenizer
+
+
+def load_complete(
+    kind: Any, source: str, dtype: torch.dtype, options: dict[str, Any], weights_name: str | None = None
+) -> Any:
+    """Loads a model from safetensors files and compares it with them.
+
+    Args:
+        kind: class whose ``from_pretrained`` loads the model.
+        source: a local directory or a Hugging Face id.
+        dtype: dtype of the weights.
+        options: further options for ``from_pretrained``.
+        weights_name: file name of the weights or their index that the model's config names; None if it names none.
+
+    Raises:
+        ValueError: if the files lack tensors of the model, or hold tensors that it does not use.
+    """
+    model, info = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **_REPORT, **options)
+    _check_loaded(info)
+    check_all_used(model, safetensors_files(source, weights_name), info["unexpected_keys"])
+    return model
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+    options = options | {"gguf_file": path.name}
+    directory = str(path.parent)
+    file = GgufFile(path)
+    config = AutoConfig.from_pretrained(directory, **options)
+    file.check_settings(config)
+    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    file.remove_new_tokens(tokenizer)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, **_REPORT, **options, **_dequantize_gguf()
+    )
+    _check_loaded(info)
+    file.check_tensors(model)
+    return model, tokenizer
+
+
+def _check_loaded(loading_info: dict[str, Any]) -> None:
+    """Checks that the weights have every tensor of the model, in its shape.
+
+    Raises:
+        ValueError: if they do not; transformers would initialize these tensors at random.
+    """
+    if mismatched := sorted(loading_info["mismatched_keys"], key=str):
+        name, stored, shape = mismatched[0]
+        raise ValueError(
+            f"{len(mismatched)} stored tensors have another shape than in the model, among them {name!r}, "
+            f"{tuple(stored)} instead of {tuple(shape)}; use the config that belongs to the weights"
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        raise ValueError(f"its weights lack {len(missing)} of the model's tensors, among them {missing[0]!r}")
 
 
 def _dequantize_gguf() -> dict[str, Any]:
@@ -110,36 +171,53 @@ def _dequantize_gguf() -> dict[str, Any]:
     return {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
 
 
-def _check_weights(path: Path, source: str, common: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for an adapter, for pickled weights, and for weights outside the model's directory."""
-    if find_adapter_config_file(source) is not None:  # its base model can be anywhere, and its weights can be a pickle
-        raise ValueError(
-            "it is an adapter or contains one; merge the adapter into its base model, save that, and load the result"
-        )
-    pickles = sorted(file.name for suffix in (".bin", ".pt", ".pth") for file in path.glob(f"*{suffix}"))
-    if pickles and not any(path.glob("*.safetensors")):
-        raise ValueError(f"its weights are a pickle ({pickles[0]}); {_PICKLES}")
-    config = AutoConfig.from_pretrained(source, **common)
-    weights_name = getattr(config, "transformers_weights", None)  # has precedence over use_safetensors
-    if weights_name is not None and not str(weights_name).endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"its config names {weights_name!r} as its weights; {_PICKLES}")
-    for index in {SAFE_WEIGHTS_INDEX_NAME, str(weights_name)}:
-        if index.endswith(".index.json"):
-            _check_index(source, index)
+def max_positions(model: nn.Module) -> int | None:
+    """Number of positions that a model has been built for: the longest sequence, in tokens; None if it has no limit.
+
+    Args:
+        model: a transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    values = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def _check_index(source: str, name: str) -> None:
-    """Raises ``ValueError`` unless all shards that an index names are safetensors files in the index's directory."""
-    index = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        return
-    shards = map(str, json.loads(Path(index).read_bytes())["weight_map"].values())
-    forbidden = sorted({file for file in shards if not file.endswith(".safetensors") or Path(file).name != file})
-    if forbidden:
-        raise ValueError(
-            f"its {name} names {forbidden[0]!r} as weights, which is not a safetensors file in the same directory; "
-            f"{_PICKLES}"
+def _check_tokens(lm: LanguageModel) -> None:
+    """Checks that the tokenizer is one that this project can use, and that the model knows its tokens.
+
+    Raises:
+        ModelError: if the tokenizer cannot tell where in a text its tokens are, or has tokens beyond the embedding.
+    """
+    tokenizer = lm.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"its tokenizer {type(tokenizer).__name__} cannot tell where in a text its tokens are; save the model with "
+            f"a fast tokenizer (a tokenizer.json)"
         )
+    rows = lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if beyond:
+        number, token = next((entry for entry in beyond if entry[0] == tokenizer.pad_token_id), beyond[0])
+        role = "the padding token" if number == tokenizer.pad_token_id else "among them"
+        raise ModelError(
+            f"{len(beyond)} of its tokenizer's tokens are beyond the {rows} rows of its embedding, {role} {token!r} "
+            f"with id {number}; resize the embedding (resize_token_embeddings) and save the model, or remove the tokens"
+        )
+
+
+def _probe_ids(lm: LanguageModel) -> list[int]:
+    """Token ids of a short text, for ``check_padding``.
+
+    Raises:
+        ModelError: if the text has fewer than three tokens.
+    """
+    limit = min(_PROBE_TOKENS, max_positions(lm.model) or _PROBE_TOKENS)
+    ids = [int(number) for number in lm.tokenizer(_PROBE)["input_ids"][:limit]]
+    if len(ids) < 3:
+        raise ModelError(f"its tokenizer makes {len(ids)} tokens of the text {_PROBE!r}; use the model's own tokenizer")
+    return ids
 
 
 def prepare_tokenizer(tokenizer: Any) -> Any:
@@ -185,13 +263,23 @@ def _reason(error: BaseException, trust: bool) -> str:
     if "trust_remote_code" in str(error) and not trust:
         return "it needs code of its own; read that, and if you trust it, give --trust-remote-code"
     if "use_safetensors" in str(error):
-        return f"it has no safetensors files; {_PICKLES}"
-    message_is_clear = isinstance(error, OSError | ValueError | RuntimeError)
+        return f"it has no safetensors files; {PICKLES}"
+    message_is_clear = isinstance(error, MeerkatError | OSError | ValueError | RuntimeError)
     return _first_line(error) if message_is_clear else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """First line of an error's message, with the second one if that explains it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-__all__ = ["DTYPES", "LanguageModel", "check_device", "load_model", "prepare_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "LanguageModel",
+    "check_device",
+    "load_complete",
+    "load_model",
+    "max_positions",
+    "prepare_tokenizer",
+]

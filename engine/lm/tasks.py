@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from .hub import HubSource
+from .label_words import follow_prompt
 from .template import fill, template_fields
+from .text import check_text
 
 Row = Mapping[str, Any]
 
@@ -25,7 +27,8 @@ class Task:
         hub: the task's data set on the Hugging Face hub; None if it is not there.
         template: the prompt, with field names in braces; the label word follows it.
         cut: name of the field whose end is cut when the prompt is too long.
-        label_words: one word per class, at least two, each with the space in front of it.
+        label_words: one word per class, at least two, each exactly as it follows the prompt: in most cases with a space
+            in front.
         label: name of the field with the class: an integer from 0, a bool, or a label word.
         client_field: name of the field that names the client an example belongs to, for the partition "natural"; None
             if there is no such field.
@@ -34,7 +37,7 @@ class Task:
 
     Raises:
         ConfigError: if the template is malformed, ``cut`` is not one of its fields, a label word is empty or occurs
-            twice, or there are fewer than two.
+            twice, there are fewer than two, or template or label words hold half of a surrogate pair.
     """
 
     name: str
@@ -47,6 +50,11 @@ class Task:
     domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            check_text(self.template, "the template")
+            check_text("".join(self.label_words), f"a label word of task {self.name!r}")
+        except DataError as error:
+            raise ConfigError(str(error)) from None
         fields = self.fields
         if self.cut not in fields:
             raise ConfigError(f"cut {self.cut!r} is not a field of the template, whose fields are {', '.join(fields)}")
@@ -70,7 +78,7 @@ class Task:
             where: where the row comes from, for the error message.
 
         Raises:
-            DataError: if a field is missing or is not text, or the label is invalid.
+            DataError: if a field is missing, is not text or holds half of a surrogate pair, or the label is invalid.
         """
         for name in (*self.fields, self.label):
             if name not in row:
@@ -78,6 +86,7 @@ class Task:
         for name in self.fields:
             if not isinstance(row[name], str):
                 raise DataError(f"{where}: field {name!r} must be text, got {type(row[name]).__name__}")
+            check_text(row[name], f"{where}: field {name!r}")
         try:
             self.class_of(row)
         except DataError as error:
@@ -220,20 +229,20 @@ def custom_task(name: str, template: str, labels: str, *, label: str = "label", 
 
     Args:
         name: the task's name, used in messages and in the names of run directories.
-        template: the prompt, with field names in braces; trailing spaces are dropped, because every label word starts
-            with a space.
-        labels: the label words, separated by commas.
+        template: the prompt, with field names in braces; see ``label_words.follow_prompt`` for how it may end.
+        labels: the label words, separated by commas; all of them may be in double quotes.
         label: name of the field with the class.
         cut: name of the field that may be cut; None is the first field of the template.
 
     Raises:
-        ConfigError: see ``Task``.
+        ConfigError: see ``Task`` and ``label_words.follow_prompt``.
     """
+    template, label_words = follow_prompt(template, labels)
     return Task(
         name=name,
-        template=template.rstrip(" "),
+        template=template,
         cut=cut or template_fields(template)[0],
-        label_words=tuple(" " + word.strip() for word in labels.split(",")),
+        label_words=label_words,
         label=label,
     )
 

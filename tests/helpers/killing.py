@@ -134,7 +134,8 @@ def without_times(line: Any) -> Any:
 
 def contents(path: Path) -> dict[str, Any]:
     """The contents of a run directory that must not depend on whether the run was stopped, by file."""
-    files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock"}
+    found = [file for file in path.iterdir() if file.is_file() and file.name != ".lock"]
+    files: dict[str, Any] = {file.name: file.read_bytes() for file in found}
     for name in files:
         if name.endswith(".safetensors"):  # the order of its metadata varies
             with safe_open(path / name, framework="np") as tensors:

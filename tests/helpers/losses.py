@@ -35,13 +35,11 @@ def micro_batches(data: EncodedTask, objective: Objective, sizes: list[int]) -> 
 
 def gradient_moments(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes mean squared and mean gradient over the batches by plain autograd, each as one vector."""
-    model.requires_grad_(True)
     gradients = []
     for batch in CALIBRATION_BATCHES:
         model.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         gradients.append(torch.cat([p.grad.view(-1).clone() for _, p in floating_parameters(model)]))  # type: ignore[union-attr]
     model.zero_grad()
-    model.requires_grad_(False)
     stacked = torch.stack(gradients)
     return (stacked**2).mean(0), stacked.mean(0)

@@ -50,7 +50,7 @@ def make_model(
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.data += 0.01 * torch.arange(p.numel()).remainder(7) * (1 if "bias" in name else 0.1)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.to(dtype).eval()
 
 
 def make_tokenizer(words: str) -> transformers.PreTrainedTokenizerFast:

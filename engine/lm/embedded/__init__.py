@@ -12,7 +12,7 @@ from . import corpus
 NAME = "embedded"
 TASKS = {task.name: task for task in (corpus.TASK, corpus.TOPIC)}
 _SEED = 1
-_DIRECTORY = Path(__file__).parent / "model"
+DIRECTORY = Path(__file__).parent / "model"
 _TRAIN, _VALIDATION = 800, 400
 
 
@@ -23,7 +23,7 @@ def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu")
         dtype: dtype of the weights.
         device: device to put the model on.
     """
-    return load_model(str(_DIRECTORY), dtype, device)
+    return load_model(str(DIRECTORY), dtype, device)
 
 
 @cache
@@ -46,4 +46,4 @@ def calibration_texts(count: int) -> tuple[list[str], str]:
     return corpus.texts(count, _SEED + 2), f"embedded corpus, {count} texts"
 
 
-__all__ = ["NAME", "TASKS", "calibration_texts", "load", "rows"]
+__all__ = ["DIRECTORY", "NAME", "TASKS", "calibration_texts", "load", "rows"]

@@ -91,7 +91,8 @@ class _Draws:
     def below(self, n: int) -> int:
         """Draws an integer in [0, n)."""
         if not self._words:
-            self._words = stream.bits(self._seed, torch.arange(self._block, self._block + 64)).view(-1).tolist()
+            ids = torch.arange(self._block, self._block + 64, dtype=torch.int64, device="cpu")
+            self._words = stream.bits(self._seed, ids).view(-1).tolist()
             self._block += 64
         return self._words.pop() * n >> 32
 

@@ -55,7 +55,7 @@ def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                ids = torch.arange(base, base + parameter.numel())
+                ids = torch.arange(base, base + parameter.numel(), dtype=torch.int64, device="cpu")
                 parameter.copy_(stream.normal(seed, ids).view_as(parameter) * parameter.shape[1] ** -0.5)
             base += parameter.numel()
     return model
