@@ -271,6 +271,19 @@ def _write_weights(table: ElementTable, start: int, values: Tensor) -> None:
             table.weights[tensor].index_copy_(0, offsets[low - start : high - start], value)
 
 
+def _read_weights(table: ElementTable, start: int, wanted: Tensor) -> Tensor:
+    """Reads the live weights of slots ``start`` onwards; slots without an element get the value of ``wanted``."""
+    live = wanted.clone()
+    offsets = None if table.offsets is None else table.offsets[start : start + wanted.numel()]
+    for tensor, low, high in table.tensor_slices(start, start + wanted.numel()):
+        part, weight = live[low - start : high - start], table.weights[tensor]
+        if offsets is None:
+            part.copy_(weight[low - table.starts[tensor] : high - table.starts[tensor]])
+        else:
+            torch.index_select(weight, 0, offsets[low - start : high - start], out=part)
+    return live
+
+
 def restore_(table: ElementTable, master: Tensor) -> None:
     """Sets ``w <- cast(master)`` on the masked elements: exact, so nothing drifts.
 
@@ -327,15 +340,11 @@ def compare(table: ElementTable, master: Tensor, counts: Tensor) -> None:
             masters for which ``cast(master)`` is infinite.
     """
     for start, stop in windows(table):
-        for tensor, low, high in table.tensor_slices(start, stop):
-            part, weight = master[low:high], table.weights[tensor]
-            if table.offsets is None:
-                weight = weight[low - table.starts[tensor] : high - table.starts[tensor]]
-            else:
-                weight = weight[table.offsets[low:high].long()]
-            wanted = part.to(weight.dtype)
-            counts[0] += ((weight != wanted) & ~(weight.isnan() & wanted.isnan())).sum()
-            counts[1] += (wanted.isinf() & part.isfinite()).sum()
+        part = master[start:stop]
+        wanted = part.to(table.weights[0].dtype)
+        live = _read_weights(table, start, wanted)
+        counts[0] += ((live != wanted) & ~(live.isnan() & wanted.isnan())).sum()
+        counts[1] += (wanted.isinf() & part.isfinite()).sum()
 
 
 def update_(
