@@ -1,11 +1,17 @@
 """``meerkat-engine``: the command line."""
 
 import datetime
+import io
 import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from . import __version__
 from .bench.command import bench
@@ -25,23 +31,55 @@ from .fed.run.terminal import show_run
 from .fed.setup.data import check_files, encode
 from .fed.setup.mask import make_mask, mask_coverage
 from .fed.setup.model import load_language_model
+from .fed.setup.threads import choose_threads
 from .fed.torchrun.rank_pool import RankPool
 from .fed.torchrun.ranks import torchrun_ranks
 from .fed.torchrun.worker_rank import run_worker_rank
 
 
 class _Group(click.Group):
-    """Prints errors of the engine and of the file system as one line and exits with code 1."""
+    """Prints errors of the engine, of the file system and of lack of memory as one line and exits with code 1."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # so that a name outside the console's encoding can be shown
+                stream.reconfigure(errors="backslashreplace")
+        for argument in args:
+            if not _is_text(argument):
+                raise click.UsageError(
+                    f"the argument {argument!a} is not {sys.getfilesystemencoding()}; rename the file"
+                )
+        return super().make_context(info_name, args, *rest, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MeerkatError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(" ".join(str(error).splitlines())) from error
         except OSError as error:
             raise click.ClickException(
-                f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+                f"cannot write or read {error.filename or 'a file'}: {error.strerror or error}"
             ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise click.ClickException(
+                "there is not enough memory; use a smaller --micro-batch-size, --calibration-batch-size or model"
+            ) from error
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument has no bytes that cannot be decoded, which the operating system allows."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # on a CPU, torch raises a RuntimeError
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,28 +148,51 @@ def _run_or_resume(
     """Does the work of ``meerkat-engine run`` in the process that has the server."""
     execution: dict[str, Any] = {"trust_remote_code": trust_remote_code, "pool": pool}
     user_settings = settings_from_file(config_file) | given_options(options)
-    if resumed is not None:
-        if output is not None or compare_random:
-            raise ConfigError("--resume continues in the run's own directory; leave --output and --compare-random out")
-        if is_run(resumed) or not user_settings:
-            check_same_settings(user_settings, resumed)
-            show_run(resumed, lambda report, log: resume(resumed, report, log, **execution))
-            return
-        output = resumed
-    config = make_config(user_settings)
+    if resumed is not None and output is not None:
+        raise ConfigError("--resume continues in the run's own directory; leave --output out")
+    if resumed is not None and (is_run(resumed) or not user_settings):
+        config, output = check_same_settings(user_settings, resumed), resumed
+    else:
+        config, output = make_config(user_settings), output or resumed
+    choose_threads(config.model.source)
     if output is None:
         output = Path("runs") / f"{config.task.name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random:
         _check_compare_random(config)
-    summary = _execute_and_show(config, output, execution)
-    if compare_random:
-        click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
-        random_config = config.replace(method=Method.RANDOM_MASK)
-        random_summary = _execute_and_show(random_config, output / "random-mask", execution)
-        click.echo(
-            f"\naccuracy after   {config.method} {summary['accuracy_after']:.4f}   "
-            f"random {random_summary['accuracy_after']:.4f}   (both at learning rate {config.step.lr:g})"
-        )
+    may_resume = resumed is not None
+    with _resume_command_when_stopped(output, " --compare-random" if compare_random else ""):
+        summary = _execute_and_show(config, output, execution, may_resume=may_resume)
+        if compare_random:
+            _compare_random(config, summary, output, execution, may_resume=may_resume)
+
+
+@contextmanager
+def _resume_command_when_stopped(output: Path, options: str) -> Iterator[None]:
+    """Context that, on Ctrl-C, shows the command which continues the run in ``output``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_run(output):
+            command = f"meerkat-engine run --resume {shlex.quote(str(output))}{options}"
+            click.echo(f"\nstopped; to continue: {command}", err=True)
+        raise
+
+
+def _compare_random(
+    config: RunConfig, summary: dict[str, Any], output: Path, execution: dict[str, Any], *, may_resume: bool
+) -> None:
+    """Runs the settings of a finished run with a random mask, and shows the accuracies of both."""
+    click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
+    random_config = config.replace(method=Method.RANDOM_MASK)
+    random_summary = _execute_and_show(random_config, output / "random-mask", execution, may_resume=may_resume)
+    accuracies = f"{config.method} {_accuracy_after(summary)}   random {_accuracy_after(random_summary)}"
+    click.echo(f"\naccuracy after   {accuracies}   (both at learning rate {config.step.lr:g})")
+
+
+def _accuracy_after(summary: dict[str, Any]) -> str:
+    """The accuracy after training in words, with the number of examples without finite scores if there are any."""
+    not_scored = summary.get("nonfinite_after")
+    return f"{summary['accuracy_after']:.4f}" + (f" ({not_scored} examples not scored)" if not_scored else "")
 
 
 def _check_compare_random(config: RunConfig) -> None:
@@ -145,9 +206,21 @@ def _check_compare_random(config: RunConfig) -> None:
             f"--compare-random compares masks only, and {config.method} differs from random-mask in more than its "
             f"mask; leave it out"
         )
+    if config.model.dtype != "float32":
+        raise ConfigError(
+            f"--compare-random needs --dtype float32: a random mask changes the loss by so little that "
+            f"{config.model.dtype} rounds it to noise"
+        )
 
 
-def _execute_and_show(config: RunConfig, output: Path, execution: dict[str, Any]) -> dict[str, Any]:
+def _execute_and_show(
+    config: RunConfig, output: Path, execution: dict[str, Any], *, may_resume: bool
+) -> dict[str, Any]:
+    """Runs the settings in a directory, or resumes the run with these settings that it holds if that is allowed."""
+    if may_resume and is_run(output):
+        if check_same_settings({}, output).digest() != config.digest():
+            raise ConfigError(f"{output} holds a run with other settings; move it away")
+        return show_run(output, lambda report, log: resume(output, report, log, **execution))
     return show_run(output, lambda report, log: execute(config, output, report, log, **execution))
 
 
@@ -245,8 +318,9 @@ def mask(
             f"{config.method} needs no mask file: its elements follow from the settings; leave --output out"
         )
     check_files(config)
+    choose_threads(config.model.source)
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
-    sparse_mask = make_mask(config, lm, encode(config, lm.tokenizer).train if chosen_on_task else None)
+    sparse_mask = make_mask(config, lm, encode(config, lm).train if chosen_on_task else None)
     click.echo(f"{len(sparse_mask)} of {sparse_mask.table.size} elements "
                f"({sparse_mask.source}; {sparse_mask.calibration or 'no calibration'})")  # fmt: skip
     if output is not None:

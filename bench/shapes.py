@@ -57,7 +57,7 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         return embedded.load(dtype, device).model
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(_CONFIGS[name](), dtype=dtype)
-    model.eval().requires_grad_(False)
+    model.eval()
     return cast(nn.Module, model)
 
 

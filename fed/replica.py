@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.errors import MaskError, MessageError
 from ..engine.estimator import Estimator, NonFinite
@@ -31,7 +31,10 @@ class Replica:
         model: the model.
         terms: the federation's terms.
         optimizer: the optimizer of the local steps, on the model's masked weights.
-        round: the round at whose beginning the model is, from 1.
+
+    Each method changes weights and round completely or, if it raises, not at all. Only an interrupt (Ctrl-C) can come
+    between; the change is then undone, at the latest when the replica is next used. For this, the masters before the
+    change are kept while it lasts: 4 bytes per masked element.
 
     Raises:
         MaskError: if the mask has another digest than the terms', or does not fit the model.
@@ -52,23 +55,37 @@ class Replica:
             backend=backend,
             queries=terms.queries,
             estimator=Estimator.FORWARD_DIFFERENCE if forward_difference else Estimator.TWO_POINT,
+            frozen=True,  # the terms' mask says what is trained
             nonfinite=NonFinite.SKIP,  # a bad batch of one client must not stop the others
         )
-        self.round = 1
+        self._round = 1
+        self._before: tuple[Tensor, int] | None = None  # masters and round before the change that is being made
+
+    @property
+    def round(self) -> int:
+        """The round at whose beginning the model is, from 1."""
+        return self._round if self._before is None else self._before[1]
+
+    @round.setter
+    def round(self, value: int) -> None:
+        self._round = value
 
     def apply_rounds(self, scalars: Sequence[Sequence[float]]) -> None:
         """Applies the updates of some rounds in one pass over the weights.
 
         Args:
             scalars: aggregated scalars of consecutive rounds, from the replica's round on: [rounds][T q].
+
+        Raises:
+            ValueError: if a round has another number of scalars, or a product with its learning rate is not finite in
+                fp32.
         """
-        seeds, coefficients = [], []
-        for row in scalars:
-            for seed, lr, g in self.terms.updates(self.round, row):
-                seeds.append(seed)
-                coefficients.append(lr * g)
-            self.round += 1
-        self.optimizer.weights.replay_(seeds, coefficients)
+        updates = [update for i, row in enumerate(scalars) for update in self.terms.updates(self.round + i, row)]
+        if not updates:
+            return
+        with self._change():
+            self.optimizer.weights.replay_([seed for seed, _, _ in updates], [lr * g for _, lr, g in updates])
+            self._round += len(scalars)
 
     def catch_up(self, first_round: int, scalars: np.ndarray) -> None:
         """Applies those of some rounds that this replica has not applied yet.
@@ -104,8 +121,14 @@ class Replica:
             raise MessageError(f"got {len(masters)} master values, {self.terms.elements} were expected")
         if not np.isfinite(masters).all():
             raise MessageError("a master value is not finite")
-        self.optimizer.weights.set_masters_(torch.from_numpy(masters.copy()))
-        self.round = round
+        with self._change():
+            self.optimizer.weights.set_masters_(torch.from_numpy(masters.copy()))
+            self._round = round
+
+    def masters(self) -> Tensor:
+        """Returns a copy of the masked weights in fp32: float32 [k], on the device of the first masked parameter."""
+        self._undo_change()
+        return self.optimizer.weights.masters()
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the next step."""
@@ -114,12 +137,34 @@ class Replica:
     @contextmanager
     def rolled_back(self) -> Iterator[SparseZO]:
         """Context with the optimizer for a client's local steps. On exit, the weights are restored bit for bit."""
-        masters = self.optimizer.weights.masters()
+        self._begin_change()
         try:
             yield self.optimizer
         finally:
+            self._undo_change()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Context of a change of weights and round, which is undone if anything is raised in it."""
+        self._begin_change()
+        try:
+            yield
+            self._before = None  # one assignment: with it, the change has been made
+        finally:
+            self._undo_change()
+
+    def _begin_change(self) -> None:
+        self._undo_change()
+        self._before = self.optimizer.weights.masters(), self._round
+
+    def _undo_change(self) -> None:
+        """Undoes a change that was not finished. If this is interrupted too, the next call does it from the start."""
+        if self._before is not None:
+            masters, round = self._before
             self.optimizer.weights.set_masters_(masters)
             self.optimizer.projected_gradients.clear()
+            self._round = round
+            self._before = None
 
 
 __all__ = ["Replica"]

@@ -9,10 +9,11 @@ from tqdm import tqdm
 from ...engine.atomic_files import write_atomic
 from ...engine.extras import require_matplotlib
 from ...fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
+from ...fed.setup.threads import choose_threads
 from .attacks import Attacks
 from .concentration import Concentration
 from .gradip import GradIPPaths
-from .grid import Experiment, Results, run_all
+from .grid import Experiment, Results, configuration, run_all
 from .local_steps import LocalSteps
 from .mask_source import MaskSource
 from .selection import Selection
@@ -56,6 +57,7 @@ def experiment(
     task_names = [task.strip() for task in tasks.split(",") if task.strip()]
     if task_names and "data" not in user_settings:
         user_settings.setdefault("task", task_names[0])
+    choose_threads(configuration(selected, user_settings).model.source)
     results = run_all(selected, user_settings, task_names, seeds, directory, lambda line: tqdm.write(line))
     click.echo(_write(selected, results, directory))
     click.echo(f"wrote {directory / 'result.md'} and {directory / 'figure.png'}", err=True)
@@ -63,8 +65,9 @@ def experiment(
 
 def _write(selected: Experiment, results: Results, directory: Path) -> str:
     """Writes the tables and the figure; returns the tables."""
-    text = f"**{selected.title}**\n\n{selected.table(results)}\n"
-    write_atomic(directory / "result.md", text.encode())
+    paragraphs = [f"**{selected.title}**", selected.table(results), results.not_scored()]
+    text = "\n\n".join(filter(None, paragraphs)) + "\n"
+    write_atomic(directory / "result.md", text.encode(), replaces=lambda _: True)  # the directory is the experiment's
     selected.draw(results, directory / "figure.png")
     return text
 

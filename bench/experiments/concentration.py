@@ -43,7 +43,7 @@ class Concentration(Experiment):
         measured: dict[str, Any] = {"model": config.model.source, "calibration": calibration, "ratios": [], "held": []}
         for part in range(len(configs)):
             sensitivity = accumulate_gradients(lm.model, batches[part :: len(configs)], language_model_loss)
-            measured["elements"] = sum(square.numel() for square in sensitivity.squares)
+            measured["elements"] = sum(square.numel() for square in sensitivity.squares.values())
             measured["ratios"].append(concentration(sensitivity))
             measured["held"].append(_held_shares(sensitivity))
         return measured
@@ -70,10 +70,10 @@ class Concentration(Experiment):
 
 def _held_shares(sensitivity: Sensitivity) -> list[float]:
     """Returns the share of the squared gradient in the largest elements, for each share of the elements."""
-    squares = sensitivity.squares
+    squares = list(sensitivity.squares.values())
     size = sum(square.numel() for square in squares)
     counts = [max(1, round(share * size)) for share in _SHARES]
-    _, values = select_largest(lambda i: squares[i].view(-1), len(squares), counts[-1])
+    _, values = select_largest(squares, counts[-1])
     cumulative = values.sort(descending=True).values.cumsum(0, dtype=torch.float64)
     total = sum(float(square.sum(dtype=torch.float64)) for square in squares)
     return [float(cumulative[count - 1]) / total for count in counts]

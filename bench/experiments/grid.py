@@ -20,9 +20,11 @@ from ...engine.errors import ConfigError, RunError
 from ...engine.lm import embedded
 from ...fed.config.run_config import RunConfig, make_config
 from ...fed.config.toml import config_toml, read_toml
+from ...fed.ledger.file import read_ledger
 from ...fed.methods import Elements
-from ...fed.run.directory import CONFIG, GRADIP, METRICS, is_run
+from ...fed.run.directory import CONFIG, LEDGER, METRICS, is_run
 from ...fed.run.execute import execute, resume
+from ...fed.run.gradip_file import read_gradip
 from ...fed.run.jsonl import read_lines
 from ...fed.setup.mask import make_mask
 from ...fed.setup.model import load_language_model
@@ -83,7 +85,7 @@ class FinishedRun:
     @property
     def traces(self) -> list[dict[str, Any]]:
         """GradIP, gradient norm and cosine of the clients, one object per round, as in ``gradip.jsonl``."""
-        return read_lines(self.directory / GRADIP)
+        return read_gradip(self.directory, read_ledger(self.directory / LEDGER))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,18 @@ class Results:
     def accuracy(self, arm: str) -> list[float]:
         """Returns the accuracy after training of an arm's runs, one per seed."""
         return [float(run.summary["accuracy_after"]) for run in self.arms[arm]]
+
+    def not_scored(self) -> str:
+        """Returns a sentence about the runs in which held-out examples had no finite score; empty if there are none."""
+        summaries = {
+            f"{arm} (run {i})": run.summary for arm, runs in self.arms.items() for i, run in enumerate(runs, 1)
+        }
+        found = [
+            f"{name}: {summary['nonfinite_after']} of {summary['validation_examples']}"
+            for name, summary in summaries.items()
+            if summary.get("nonfinite_after")
+        ]
+        return f"Held-out examples without finite scores, which count as wrong: {'; '.join(found)}." if found else ""
 
 
 class Experiment(ABC):

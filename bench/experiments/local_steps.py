@@ -91,10 +91,14 @@ def _drift(run: FinishedRun) -> float:
 
 
 def _squares(line: RoundRecord, rates: list[float]) -> list[float]:
-    """Returns ``sum_t (lr_t (g_i^t - g^t))**2`` of each client; ``g_i^t`` is 0 for steps after its last one."""
+    """Returns ``sum_t (lr_t (g_i^t - g^t))**2`` of each client.
+
+    ``g_i^t`` is 0 for steps after its last one, and for skipped queries (NaN), which did not move its weights.
+    """
     squares = []
     for scalars in line.clients.values():
-        padded = [*scalars, *[0.0] * (len(rates) - len(scalars))]
+        moved = [0.0 if math.isnan(g) else g for g in scalars]
+        padded = [*moved, *[0.0] * (len(rates) - len(scalars))]
         squares.append(sum((lr * (g - mean)) ** 2 for lr, g, mean in zip(rates, padded, line.scalars, strict=True)))
     return squares
 

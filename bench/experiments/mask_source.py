@@ -55,7 +55,7 @@ class MaskSource(Experiment):
         measured: dict[str, dict[str, list[dict[str, float]]]] = {}
         for config in configs:
             lm = load_language_model(config)
-            train = encode(config, lm.tokenizer).train
+            train = encode(config, lm).train
             masks = [make_mask(config.replace(method=method), lm, train) for method in _SOURCES]
             for task in tasks:
                 coverages = mask_coverage(config.on_task(task), lm, masks)

@@ -55,7 +55,11 @@ class DataConfig(Checked):
         None, "JSON Lines file with the validation examples for --data", shown="a fifth of --data, held out"
     )
     template: str | None = setting(None, "prompt for --data, with field names in braces: '{text} It was'")
-    labels: str | None = setting(None, "label words for --data, one per class, separated by commas: terrible,great")
+    labels: str | None = setting(
+        None,
+        "label words for --data, one per class, separated by commas: terrible,great; each after a space, unless "
+        "the template ends with a line break or the words are in double quotes",
+    )
     label_field: str = setting("label", "field of --data that holds the class (a number from 0) or the label word")
     cut: str | None = setting(
         None, "field of --data that is shortened if a prompt is too long", shown="the template's first field"
@@ -163,24 +167,26 @@ class LoraConfig(Checked):
 class SelectionConfig(Checked):
     """``[selection]``: virtual-path client selection, which finds the clients to stop early."""
 
-    steps: int = setting(100, "meerkat-vp: number of steps T_cali of a client's virtual path", option="vp_steps")
-    initial: int = setting(
-        20, "meerkat-vp: number of first steps of the path, compared with the last ones", option="vp_initial"
+    steps: int = setting(
+        100, "meerkat-vp and random-stop: number of steps T_cali of a client's virtual path", option="vp_steps"
     )
-    later: int = setting(50, "meerkat-vp: number of last steps of the path", option="vp_later")
+    initial: int = setting(
+        20, "early stopping: number of first steps of the path, compared with the last ones", option="vp_initial"
+    )
+    later: int = setting(50, "early stopping: number of last steps of the path", option="vp_later")
     rho_later: float | None = setting(
         None,
-        "meerkat-vp: threshold of rho_later",
+        "early stopping: threshold of rho_later",
         option="vp_rho_later",
         shown="from null paths, on held-out examples",
     )
     rho_quie: float | None = setting(
-        None, "meerkat-vp: threshold of rho_quie", option="vp_rho_quie", shown="from null paths"
+        None, "early stopping: threshold of rho_quie", option="vp_rho_quie", shown="from null paths"
     )
     sigma: float | None = setting(
-        None, "meerkat-vp: |GradIP| below which a step is quiet", option="vp_sigma", shown="from null paths"
+        None, "early stopping: |GradIP| below which a step is quiet", option="vp_sigma", shown="from null paths"
     )
-    null_paths: int = setting(4, "meerkat-vp: number of null paths", option="vp_null_paths")
+    null_paths: int = setting(4, "early stopping: number of null paths", option="vp_null_paths")
 
     def __post_init__(self) -> None:
         for name in ("initial", "later"):
@@ -287,7 +293,9 @@ class EvaluationConfig(Checked):
     every: int = setting(
         0, "number of rounds between evaluations; 0: only before and after training", option="eval_every"
     )
-    examples: int = setting(0, "number of validation examples; 0: all", option="eval_examples")
+    examples: int = setting(
+        0, "number of validation examples, drawn by the seed, from each class its share; 0: all", option="eval_examples"
+    )
 
     def __post_init__(self) -> None:
         for name in ("every", "examples"):

@@ -10,7 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ...engine.errors import ConfigError
+from ...engine.errors import ConfigError, DataError
+from ...engine.lm.text import check_text
 
 
 def setting(default: Any, help: str, *, option: str | None = None, shown: str | None = None) -> Any:
@@ -56,7 +57,8 @@ class Setting:
         """Converts a value from a file or the command line to the type of the setting.
 
         Raises:
-            ConfigError: if the value does not fit the type.
+            ConfigError: if the value does not fit the type, is an integer with too many bits, or is text that no file
+                or path can hold.
         """
         types = get_args(self.type) or (self.type,)
         if value is None and type(None) in types:
@@ -64,6 +66,10 @@ class Setting:
         expected = types[0]
         if isinstance(value, bool) and expected is not bool:
             raise ConfigError(f"{self.option} must be {expected.__name__}, got {value}")
+        if isinstance(value, int) and value.bit_length() > self._bits:  # some have too many digits to print
+            raise ConfigError(f"{self.option} must be an integer of {self._bits} bits, got one of {value.bit_length()}")
+        if isinstance(value, str | Path):
+            self._check_text(str(value))
         if isinstance(value, expected):
             return value
         if expected is Path and isinstance(value, str):
@@ -76,6 +82,20 @@ class Setting:
             except ValueError:
                 raise ConfigError(f"unknown {self.option} {value!r}; known: {', '.join(expected)}") from None
         raise ConfigError(f"{self.option} must be {expected.__name__}, got {value!r}")
+
+    @property
+    def _bits(self) -> int:
+        """Number of bits of the largest integer: what messages hold, except for the seed."""
+        return 64 if self.option == "seed" else 32
+
+    def _check_text(self, value: str) -> None:
+        """Raises ``ConfigError`` for text that neither a file of settings nor a path can hold."""
+        try:
+            check_text(value, self.option)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        if "\0" in value:
+            raise ConfigError(f"{self.option} has a null character; remove it")
 
 
 def settings_of(section: str, section_class: type) -> list[Setting]:

@@ -26,7 +26,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, or has an unknown setting or one in the wrong section.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the settings in {path}: {error}") from error
     return parse_toml(text, str(path))
@@ -47,7 +47,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     """
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
         raise ConfigError(f"cannot read the settings in {where}: {error}") from error
     settings: dict[str, Any] = {}
     for key, value in content.items():

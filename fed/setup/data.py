@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
-from ...engine.lm.data import custom_rows, task_rows
+from ...engine.lm.data import custom_rows, stratified_sample, task_rows
 from ...engine.lm.examples import EncodedTask
+from ...engine.lm.models import LanguageModel, max_positions
 from ...engine.lm.tasks import Row, Task
 from ..config.run_config import RunConfig
 from ..partition import Group, Partition, natural_client_names, split
@@ -53,18 +54,27 @@ def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
     else:
         train = task_rows(task, "train", config.data.directory)
         validation = task_rows(task, "validation", config.data.directory)
-    return task, train, validation[: config.evaluation.examples or None]
+    return task, train, _sample(config, task, validation)
 
 
-def encode(config: RunConfig, tokenizer: object) -> TaskData:
-    """Reads and tokenizes the run's examples."""
+def _sample(config: RunConfig, task: Task, validation: Sequence[Row]) -> Sequence[Row]:
+    """The validation rows that ``eval_examples`` asks for: a sample by the seed, stratified by class."""
+    if not config.evaluation.examples:
+        return validation
+    labels = [task.class_of(row) for row in validation]
+    return [validation[i] for i in stratified_sample(labels, config.evaluation.examples, config.seed)]
+
+
+def encode(config: RunConfig, lm: LanguageModel) -> TaskData:
+    """Reads the run's examples and tokenizes them for a model."""
     task, train, validation = read_rows(config)
     groups = None
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
         groups = natural_client_names(train, task.client_field, f"{task.name}, train")
+    length, positions = config.data.max_length, max_positions(lm.model)
     return TaskData(
-        EncodedTask(task, train, tokenizer, config.data.max_length, f"{task.name}, train"),
-        EncodedTask(task, validation, tokenizer, config.data.max_length, f"{task.name}, validation"),
+        EncodedTask(task, train, lm.tokenizer, length, f"{task.name}, train", positions),
+        EncodedTask(task, validation, lm.tokenizer, length, f"{task.name}, validation", positions),
         groups,
     )
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...engine import stream
-from ...engine.errors import ConfigError
+from ...engine.errors import ConfigError, DataError
 from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
 from ...engine.lm.data import calibration_texts, token_batches
 from ...engine.lm.examples import Batch, EncodedTask
-from ...engine.lm.models import LanguageModel
+from ...engine.lm.models import LanguageModel, max_positions
 from ...engine.lm.objective import Objective, task_loss
 from ...engine.mask import SparseMask
 from ...engine.mask_coverage import MaskCoverage, measure_coverage
@@ -43,11 +43,11 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = 
         return _from_file(config, lm.model)
     model, elements = lm.model, config.method.recipe.elements
     if elements is Elements.ALL:
-        return SparseMask.dense(model)
+        return SparseMask.dense(model, frozen=True)
     if elements is Elements.MAGNITUDE:
-        return SparseMask.magnitude(model, config.mask.density)
+        return SparseMask.magnitude(model, config.mask.density, frozen=True)
     if elements is Elements.RANDOM:
-        return SparseMask.random(model, config.mask.density, stream.derived_seed(config.seed, "mask"))
+        return SparseMask.random(model, config.mask.density, stream.derived_seed(config.seed, "mask"), frozen=True)
     if elements is Elements.LORA:
         return SparseMask.of_parameters(model, lm.adapters, f"lora, rank {config.lora.rank}")
     if elements is Elements.TASK:
@@ -57,7 +57,9 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = 
     batches, calibration = calibration_batches(config, lm)
     if elements is Elements.LAYER:
         return _layer_mask(config, model, batches)
-    return SparseMask.from_gradients(model, _with_progress_bar(batches), config.mask.density, calibration=calibration)
+    return SparseMask.from_gradients(
+        model, _with_progress_bar(batches), config.mask.density, calibration=calibration, frozen=True
+    )
 
 
 def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
@@ -73,10 +75,20 @@ def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
 
 
 def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict[str, Tensor]], str]:
-    """The calibration text in token batches, and a description of it in words."""
+    """The calibration text in token batches, and a description of it in words.
+
+    Raises:
+        DataError: if there is no text, or a text has more tokens than the model has positions.
+    """
     texts, description = _calibration_texts(config)
     size, length = config.mask.batch_size, config.mask.length
     batches = list(token_batches(texts, lm.tokenizer, size, length))
+    longest, positions = max((batch["input_ids"].shape[1] for batch in batches), default=0), max_positions(lm.model)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"{description}: the longest text has {longest} tokens, and the model has {positions} positions; give "
+            f"--calibration-length {positions}"
+        )
     return batches, f"{description}; batches of {size}, at most {length} tokens a text"
 
 
@@ -98,7 +110,7 @@ def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, p
 
 def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> list[MaskCoverage]:
     """Measures which share of the squared gradient of the run's task each mask covers."""
-    train = encode(config, lm.tokenizer).train
+    train = encode(config, lm).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
     return measure_coverage(
         masks, lm.model, _with_progress_bar(batches), lambda net, batch: task_loss(net, batch, config.step.objective)
@@ -114,6 +126,7 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
         loss=lambda net, batch: task_loss(net, batch, config.step.objective),
         source="task",
         calibration=f"{train.task.name}: {len(batches)} batches of {config.mask.batch_size}",
+        frozen=True,
     )
     return dataclasses.replace(mask, gradient=None)  # GradIP is about the gradient on pre-training text
 

@@ -21,6 +21,9 @@ def load_language_model(
 ) -> LanguageModel:
     """Loads the run's model and its tokenizer, and adds adapters if the method trains them.
 
+    All parameters are frozen: steps need no autograd, and torch's forward has other last bits for parameters that
+    require gradients, also in inference mode.
+
     Args:
         config: the settings.
         model: where the base model is now; None: where the settings say.
@@ -31,7 +34,8 @@ def load_language_model(
     if config.method.recipe.elements is Elements.LORA:
         lora = config.lora
         added = add_lora(lm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.modules, seed=config.seed)
-        return dataclasses.replace(lm, adapters=tuple(added))
+        lm = dataclasses.replace(lm, adapters=tuple(added))
+    lm.model.requires_grad_(False)
     return lm
 
 

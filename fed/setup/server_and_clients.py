@@ -195,7 +195,7 @@ class Federation:
         """GradIP along null paths: the paths that IID clients would have on the server's held-out examples."""
         assert self._gradip is not None
         held_out, terms = self.data.validation, self._replica.terms
-        all_indices = torch.arange(len(held_out))
+        all_indices = torch.arange(len(held_out), device="cpu")
         scalars = {}
         for i in range(self.config.selection.null_paths):
             client = self._client(i, held_out, all_indices, "null")

@@ -1,6 +1,8 @@
 """Runs on the user's own data, and with natural clients, through the command line."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from meerkat_engine.fed.config.toml import read_toml
 
 from helpers.command import call, summary_of
 from helpers.models import make_model, make_tokenizer
+from helpers.terminal import run_on_terminal
 
 WORDS = "good bad fine poor film It was terrible great the a sounds All in all, that negative positive"
 SHORT = ["--batch-size", "4", "--clients", "2", "--rounds", "1", "--local-steps", "2", "--density", "0.05",
@@ -155,3 +158,62 @@ def test_run_config_rejects_a_task_together_with_own_data() -> None:
 def test_the_embedded_task_has_no_natural_clients() -> None:
     with pytest.raises(ConfigError, match="the task 'embedded' defines no natural clients"):
         make_config({"partition": "natural"})
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc00"])
+def test_half_an_emoji_is_an_error_before_a_run_begins(
+    own: list[str | Path], films: Path, tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path], half: str
+) -> None:
+    row = films.read_text().splitlines()[0]
+    text, site = row.replace("a bad", half), row.replace("south", half)
+    natural = ["--partition", "natural", "--client-field", "site"]
+    for line, options in ((text, []), (site, natural)):
+        broken = write_jsonl("broken.jsonl", [line, *films.read_text().splitlines()])
+        result = call(*own, "--data", broken, *options, "--output", tmp_path / "r")
+        assert result.exit_code == 1
+        assert "example 1: field" in result.output
+        assert "has half of a surrogate pair" in result.output
+        assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--max-length", "films, train: the longest prompt and answer have 68 tokens, and the model has 64 positions; "
+                         "give --max-length 64"),
+        ("--calibration-length", "the longest text has 100 tokens, and the model has 64 positions; "
+                                 "give --calibration-length 64"),
+    ],
+)  # fmt: skip
+def test_texts_beyond_the_positions_of_the_model_are_errors_that_name_the_option(
+    own: list[str | Path], films: Path, tmp_path: Path, write_jsonl: Callable[[str, list[str]], Path],
+    option: str, message: str,
+) -> None:  # fmt: skip
+    make_model("gpt2").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    if option == "--max-length":
+        films.write_text(films.read_text() + json.dumps({"text": "film " * 65, "label": 0, "site": "south"}) + "\n")
+    texts = write_jsonl("texts.jsonl", [json.dumps({"text": "a good film " * 40})])
+    arguments = [*own, "--calibration", texts, "--method", "meerkat", "--output", tmp_path / "r"]
+    result = call(*arguments, *(["--calibration-length", "100"] if option != "--max-length" else []))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "r").exists()
+    result = call(*arguments, "--calibration-length", "64", "--max-length", "64")
+    assert result.exit_code == 0, result.output
+
+
+def test_names_outside_the_encoding_of_the_console_are_escaped(
+    own: list[str | Path], films: Path, tmp_path: Path
+) -> None:
+    films.write_text(films.read_text().replace('"south"', '"s\u00fcd \U0001f600"'), encoding="utf-8")
+    natural = ["--partition", "natural", "--client-field", "site", "--output", str(tmp_path / "s\u00fcd")]
+    text = run_on_terminal(*map(str, own), *natural, PYTHONIOENCODING="ascii")
+    assert r"client 1 (s\xfcd \U0001f600): 12 examples" in text
+    assert summary_of(tmp_path / "s\u00fcd")["natural_clients"] == ["north", "s\u00fcd \U0001f600"]
+
+
+def test_an_argument_that_is_no_text_is_an_error(own: list[str | Path]) -> None:
+    command = [sys.executable, "-m", "meerkat_engine", *map(str, own), "--output", b"no-\xff-text"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert r"Error: the argument 'no-\udcff-text' is not utf-8; rename the file" in result.stderr

@@ -12,7 +12,7 @@ from meerkat_engine.fed import RunConfig, make_config
 from meerkat_engine.fed.config.options import settings
 from meerkat_engine.fed.config.run_config import SETTINGS, convert
 from meerkat_engine.fed.config.sections import ClientsConfig, MaskConfig, StepConfig
-from meerkat_engine.fed.config.toml import config_toml, parse_toml, to_toml
+from meerkat_engine.fed.config.toml import config_toml, parse_toml, read_toml, to_toml
 
 from helpers.command import call
 
@@ -87,6 +87,27 @@ def test_errors_in_a_file_name_the_right_place(tmp_path: Path, text: str, messag
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "r").exists()
+
+
+def test_a_byte_order_mark_at_the_start_of_a_file_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfrounds = 7\n")
+    assert read_toml(tmp_path / "c.toml") == {"rounds": 7}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rounds": 2**32}, "rounds must be an integer of 32 bits, got one of 33"),
+        ({"seed": 2**64}, "seed must be an integer of 64 bits, got one of 65"),
+        ({"lr": 2**20000}, "lr must be an integer of 32 bits, got one of 20001"),
+        ({"layer": "a\0b"}, "layer has a null character"),
+        ({"data_dir": Path("a\ud83d")}, "data_dir has half of a surrogate pair"),
+    ],
+    ids=["int", "seed", "float", "null", "surrogate"],
+)
+def test_values_that_no_file_can_hold_are_errors(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(values)
 
 
 def test_flat_names_in_a_file_are_errors_that_name_the_section() -> None:
