@@ -117,7 +117,7 @@ def empty_launch(device: torch.device) -> float | None:
         return None
     from .empty_kernel import empty_kernel  # triton exists for Linux only
 
-    x: Tensor = torch.zeros(1, device=device)
+    x: Tensor = torch.zeros(1, dtype=torch.float32, device=device)
     watch = Stopwatch(device)
     seconds = [watch.seconds(watch.cold(lambda: empty_kernel[(1,)](x))) for _ in range(21)][1:]
     return statistics.median(seconds)

@@ -32,13 +32,11 @@ from .journal import Journal
 from .mask import SparseMask
 from .param_groups import check_lr, check_masked, common_eps, group_numbers
 from .parameters import floating_parameters
+from .step_seeds import StepSeeds
 from .step_warnings import StepWarnings
 from .stream import VERSION, check_seed, step_seed
 from .updates import UpdateLog
 from .weights import MaskedWeights, round_fp32
-
-# Number of seeds sent to a GPU in one transfer.
-_SEEDS_PER_TRANSFER = 64
 
 
 class _Now(Enum):
@@ -127,8 +125,8 @@ class SparseZO(torch.optim.Optimizer):
         self._unequal: Tensor | None = None  # counts of ``MaskedWeights.count_unequal`` that are still on the device
         self._projected_gradients: list[float] = []
         self._read_masters(frozen=frozen)
-        # Steps read values and run compiled code of their own, which torch.compile cannot trace. Closures are not traced
-        # either: compile the model instead.
+        # Steps read values and run code that numba has compiled, which torch.compile cannot trace. Closures are not
+        # traced either: compile the model instead.
         self._step = torch.compiler.disable(self._step)  # type: ignore[method-assign]
         self._step_many = torch.compiler.disable(self._step_many)  # type: ignore[method-assign]
         self._groups_fixed = True
@@ -140,6 +138,7 @@ class SparseZO(torch.optim.Optimizer):
         names = [[name for name in weights.names() if self._numbers[name] == i] for i in range(len(self.param_groups))]
         journal = Journal(weights, tuple(map(tuple, names)) if len(names) > 1 else ())
         self.weights, self._journal, self._unequal = weights, journal, None
+        self._seeds = StepSeeds(weights.values, self.queries)
         # On a GPU a check of a value would make the host wait, so it comes when the scalars are read.
         self._waits = weights.values.device.type != "cuda"
         self._check_immediately = self._waits and self.nonfinite is NonFinite.RAISE
@@ -248,7 +247,7 @@ class SparseZO(torch.optim.Optimizer):
             self._now = _Now.BETWEEN_STEPS
             self._begin()
             for number, closure in enumerate(closures):
-                losses.append(self.step(closure, None if seeds is None else self._given_seeds(seeds, number)))
+                losses.append(self.step(closure, None if seeds is None else self._seeds.given(seeds, number)))
         finally:
             self._now = _Now.NOTHING
             self._journal.finish_()
@@ -478,7 +477,7 @@ class SparseZO(torch.optim.Optimizer):
     ) -> Tensor:
         """Takes one step, whose last updates remain pending in the journal."""
         eps, rates = common_eps(self.param_groups), self._query_learning_rates()
-        numbers = self._default_seeds() if seeds is None else self._check_seeds(seeds)
+        numbers = self._seeds.default(self.seed, self.steps) if seeds is None else self._seeds.one_each(seeds)
         tensors = [self.weights.values.seed(seed) for seed in numbers]
         evaluate = functools.partial(
             evaluate_closure,
@@ -505,36 +504,6 @@ class SparseZO(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         )
-
-    def _check_seeds(self, seeds: SupportsIndex | Sequence[SupportsIndex]) -> list[int]:
-        """Returns the seeds of one step, one for each query."""
-        numbers = [check_seed(seed) for seed in seeds] if isinstance(seeds, Sequence) else [check_seed(seeds)]
-        if len(numbers) != self.queries:
-            raise ValueError(f"a step has {self.queries} queries, each with its own seed; got {len(numbers)} seeds")
-        return numbers
-
-    def _default_seeds(self) -> list[int]:
-        """Seeds of the next step's queries; sent to a GPU for several steps at a time."""
-        steps_ahead = max(1, _SEEDS_PER_TRANSFER // self.queries)
-        if self.steps % steps_ahead == 0 and not self._waits:
-            steps = range(self.steps, self.steps + steps_ahead)
-            self.weights.values.seeds([step_seed(self.seed, 0, t, j) for t in steps for j in range(self.queries)])
-        return [step_seed(self.seed, 0, self.steps, j) for j in range(self.queries)]
-
-    def _given_seeds(self, seeds: Sequence[SupportsIndex], step: int) -> Sequence[SupportsIndex]:
-        """Selects the seeds of a step; sends them to a GPU for several steps at a time.
-
-        Args:
-            seeds: all seeds of the call.
-            step: number of the step, 0 for the first step of the call.
-        """
-        first, stop = step * self.queries, (step + 1) * self.queries
-        if stop > len(seeds):
-            raise ValueError(f"{len(seeds)} seeds were given; {step + 1} steps of {self.queries} queries need {stop}")
-        steps_ahead = max(1, _SEEDS_PER_TRANSFER // self.queries)
-        if step % steps_ahead == 0 and not self._waits:
-            self.weights.values.seeds([check_seed(s) for s in seeds[first : first + steps_ahead * self.queries]])
-        return list(seeds[first:stop])
 
     def _query_learning_rates(self) -> list[float]:
         """Learning rate of one query (``lr / queries``) in each parameter group."""

@@ -13,11 +13,11 @@ import pytest
 import meerkat_engine
 from meerkat_engine import fed, stream
 from meerkat_engine.engine import optimizer, private_closure
-from meerkat_engine.engine.lm import template
+from meerkat_engine.engine.lm import label_words, template
 
 from helpers.imports import LAYERS, ROOT, import_edges, imported_names, sources, violations
 
-DOCUMENTED = [stream, optimizer, private_closure, template]
+DOCUMENTED = [stream, optimizer, private_closure, template, label_words]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)
@@ -41,17 +41,18 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 UNITS = {
     "triton_kernels": [
         "philox", "elements", "launch", "block", "reference", "numba_normal", "normal", "coefficients", "perturb",
-        "restore", "update", "replay", "inner",
+        "restore", "compare", "update", "replay", "inner",
     ],
     "engine": [
-        "errors", "clock", "parameters", "extras", "atomic_files", "checksummed", "updates", "backend", "stream",
-        "device_values", "lm", "gradients", "layers", "sensitivity", "mask", "mask_coverage", "weights", "delta",
-        "replay", "sgd", "estimator", "private_closure", "optimizer", "trainer_checks", "trainer",
+        "errors", "clock", "parameters", "extras", "atomic_files", "checksummed", "backend", "stream", "updates",
+        "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask", "mask_coverage",
+        "launch_groups", "weights", "delta", "replay", "sgd", "estimator", "journal", "private_closure", "param_groups",
+        "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
-        "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "privacy", "terms",
-        "replica", "client", "ledger", "gradip", "server", "exchange", "attack", "config", "setup", "torchrun", "run",
-        "report", "flower",
+        "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",
+        "terms", "replica", "reply_checks", "client", "ledger", "gradip", "server", "exchange", "attack", "config",
+        "setup", "torchrun", "run", "report", "flower",
     ],
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
@@ -94,6 +95,36 @@ def test_an_import_of_a_missing_module_is_found() -> None:
         import_edges(sources() | {"engine/new.py": "from .masks import SparseMask"})
 
 
+# torch's functions that make tensors on the default device, and those of them that make the default dtype.
+_DTYPED = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+_FACTORIES = _DTYPED | {"arange", "as_tensor", "randint", "randperm", "tensor"}
+
+
+def implicit_defaults(text: str) -> list[str]:
+    """The calls in a module that leave device or dtype to torch's defaults, which a user can change."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name = node.func.attr
+        if not isinstance(node.func.value, ast.Name) or node.func.value.id != "torch" or name not in _FACTORIES:
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        if not given & {"device", "out"} or (name in _DTYPED and not given & {"dtype", "out"}):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", sources())
+def test_nothing_depends_on_the_default_device_or_dtype(path: str) -> None:
+    assert implicit_defaults(sources()[path]) == []
+
+
+def test_a_call_that_depends_on_a_default_is_found() -> None:
+    text = "torch.zeros(3, device=d); torch.arange(3); torch.empty(3, out=o); torch.tensor(1, device=d)"
+    assert implicit_defaults(text) == ["torch.zeros(3, device=d)", "torch.arange(3)"]
+
+
 TESTS = [path for folder in ("tests", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -125,8 +156,7 @@ def exported_for_checkers(path: Path) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert sorted(meerkat_engine.__all__) == [
         "Delta", "Estimator", "LanguageModel", "MeerkatError", "SparseMask", "SparseZO", "SparseZOTrainer",
-        "__version__", "fingerprint", "load_model", "read_updates", "replay", "save_checkpoint", "stream",
-        "write_updates",
+        "UpdateLog", "__version__", "fingerprint", "load_model", "replay", "save_checkpoint", "stream",
     ]  # fmt: skip
     assert sorted(fed.__all__) == [
         "Client", "ClientData", "RemotePool", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest",

@@ -113,7 +113,7 @@ def test_a_perturbation_that_never_reaches_the_loss_is_warned_of(build: Callable
     assert opt.projected_gradients == [0.0] * 7
     message = "the last 8 queries had equal losses at both points.*does not reach the loss"
     with pytest.warns(UserWarning, match=message):  # when the step is taken, or when its scalar is read
-        assert opt.step(closure).isfinite() and opt.projected_gradients
+        assert [opt.step(closure).isfinite().all(), len(opt.projected_gradients)] == [True, 8]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step_many([closure] * 20)

@@ -1,4 +1,4 @@
-"""``SparseZO`` among the things that torch does with optimizers: copies, hooks, schedules, states, defaults, compilers."""
+"""``SparseZO`` among what torch does with optimizers: copies, hooks, schedules, states, defaults, compilers."""
 
 import copy
 import pickle

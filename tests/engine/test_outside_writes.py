@@ -202,7 +202,7 @@ def test_debug_finds_a_closure_that_writes_the_weights() -> None:
 
 def test_float16_weights_beyond_their_range_are_an_error() -> None:
     model = make_mlp(torch.float16)
-    opt, closure = make_step(model)
+    opt, _ = make_step(model)
     with pytest.raises(ModelChangedError, match=r"beyond the range of their dtype.*use a smaller learning rate"):
         opt.apply(3, 1e7)
     opt, _ = make_step(make_mlp(torch.bfloat16))

@@ -70,7 +70,7 @@ def test_a_seed_out_of_range_is_rejected(seed: int) -> None:
 
 
 def test_a_seed_of_wrong_type_is_rejected() -> None:
-    with pytest.raises(TypeError, match="seed must be an int, got float"):
+    with pytest.raises(TypeError, match="seed must be an integer, got float"):
         stream.bits(1.0, torch.tensor([0]))  # type: ignore[arg-type]
 
 
