@@ -13,12 +13,12 @@ import triton
 # Kinds of instructions. The first pattern that matches an instruction's name decides its kind.
 _NVIDIA = {
     "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.\w*64\w*",
-    "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)",
+    "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)|HSETP2",
     "special": r"MUFU",
     "convert": r"(I2F|I2FP|F2F|F2FP|F2I)",
-    "memory": r"(LD|ST|ULDC|ATOM|RED)",
+    "memory": r"(LD|ST|ULDC|ATOM|RED|MEMBAR|ERRBAR|CGAERRBAR|CCTL)",
     "control": r"(BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|CALL|RET|DEPBAR|YIELD)",
-    "uniform": r"U[A-Z0-9]+|S2UR|R2UR",
+    "uniform": r"U[A-Z0-9]+|S2UR|R2UR|VOTEU",
     "move": r"(MOV|CS2R|S2R|P2R|R2P|PLOP3|SHFL|HFMA2\.MMA)",  # HFMA2.MMA loads constants: no half arithmetic
     "integer": r"(IMAD|IADD|LOP|SHF|LEA|ISETP|SEL|PRMT|VIADD|IABS|IMNMX|VIMNMX|SGXT|BMSK|I2I|FLO|POPC)",
 }
@@ -78,11 +78,17 @@ class Assembly:
 
     def square_roots(self) -> int:
         """Returns the number of square roots per thread."""
-        return len(re.findall(r"= (?:tail )?call .*sqrt", self._kernel.asm["llir"]))
+        return self._lanes(r"= (?:tail )?call (?:<(\d+) x )?.*sqrt")
 
     def quotients(self) -> int:
         """Returns the number of float64 divisions per thread."""
-        return len(re.findall(r"= (?:tail )?call double @llvm\.nvvm\.div|= fdiv double", self._kernel.asm["llir"]))
+        return self._lanes(r"= (?:tail )?call (?:<(\d+) x )?double>? @llvm\.nvvm\.div") + self._lanes(
+            r"= fdiv (?:<(\d+) x )?double"
+        )
+
+    def _lanes(self, pattern: str) -> int:
+        """Number of values that the operations in the LLVM code compute; the group is an operation's vector length."""
+        return sum(int(length or 1) for length in re.findall(pattern, self._kernel.asm["llir"]))
 
     def wide_loads(self) -> int:
         """Returns the number of 16-byte loads per thread from global memory."""

@@ -94,6 +94,10 @@ def _quotient_kernel(x_ptr, y_ptr):
     tl.store(y_ptr, tl.load(x_ptr) / tl.load(y_ptr))
 
 
+def _zeros(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
 def launch_everything(dtype: torch.dtype) -> None:
     """Calls every launcher, with counts and list lengths of every kind that the compiler could specialize on.
 
@@ -101,12 +105,12 @@ def launch_everything(dtype: torch.dtype) -> None:
         dtype: dtype of the live weights.
     """
     for size in (5000, 16 * 1024):
-        weight = torch.zeros(size, dtype=dtype)
-        sparse = build_table([weight], [0], [torch.arange(0, size, 3)])
+        weight = torch.zeros(size, dtype=dtype, device="cpu")
+        sparse = build_table([weight], [0], [torch.arange(0, size, 3, device="cpu")])
         for table in (sparse, build_table([weight], [0], None)):
-            master, applied = torch.zeros(table.slots), torch.zeros(1, dtype=torch.int32)
+            master, applied = _zeros(table.slots), _zeros(1, torch.int32)
             for steps in (1, 2, 16):
-                seeds, c = torch.zeros(steps, dtype=torch.int64), torch.zeros(steps)
+                seeds, c = _zeros(steps, torch.int64), _zeros(steps)
                 perturb_(table, master, seeds[:1], c[:1])
                 update_(table, master, seeds[:1], c[:1], applied=applied)
                 update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1], applied=applied)
@@ -114,9 +118,9 @@ def launch_everything(dtype: torch.dtype) -> None:
                 if table is sparse:
                     inner(master, table.ids(0, table.slots), seeds)
             restore_(table, master)
-            compare(table, master, torch.zeros(2, dtype=torch.int64))
+            compare(table, master, _zeros(2, torch.int64))
         for groups in (1, 2, 16):
-            coefficients(torch.zeros(2), torch.zeros(1, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64))
+            coefficients(_zeros(2), _zeros(1, torch.float64), _zeros(groups, torch.float64))
         normal(0, sparse.ids(0, sparse.slots))
         bits(0, sparse.ids(0, sparse.slots))
 
@@ -131,7 +135,7 @@ def square_roots(target: str, roots: int) -> Any:
     config = masked_config(TARGETS[target].warp_size)
     n = roots * config.num_warps * TARGETS[target].warp_size
     with compiling_for(TARGETS[target]) as compiled:
-        _root_kernel[(1,)](torch.zeros(n), torch.zeros(n), **config.options() | {"BLOCK": n})
+        _root_kernel[(1,)](_zeros(n), _zeros(n), **config.options() | {"BLOCK": n})
     return compiled[0]
 
 
@@ -141,7 +145,7 @@ def quotient(target: str) -> Any:
     Args:
         target: a key of ``TARGETS``.
     """
-    double = torch.zeros(1, dtype=torch.float64)
+    double = _zeros(1, torch.float64)
     with compiling_for(TARGETS[target]) as compiled:
         _quotient_kernel[(1,)](double, double.clone(), num_warps=1, enable_fp_fusion=False)
     return compiled[0]

@@ -21,8 +21,8 @@ def _compare_kernel(
     infinite = (tl.abs(wanted) == float("inf")) & (tl.abs(master) < float("inf"))
     beyond = tl.sum((live & infinite).to(tl.int32))
     if changed + beyond > 0:  # almost never, so the atomics cost nothing
-        tl.atomic_add(counts_ptr, changed.to(tl.int64))
-        tl.atomic_add(counts_ptr + 1, beyond.to(tl.int64))
+        tl.atomic_add(counts_ptr, changed.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, beyond.to(tl.int64), sem="relaxed")
 
 
 def compare(table: ElementTable, master: Tensor, counts: Tensor) -> None:

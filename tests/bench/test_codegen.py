@@ -14,7 +14,8 @@ from meerkat_engine.bench.assembly import Assembly
 
 pytestmark = pytest.mark.slow  # compiles every kernel for three GPUs: run it after a change to a kernel
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-TABLE_KERNELS = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
+WRITING_KERNELS = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
+TABLE_KERNELS = WRITING_KERNELS | {"_compare_kernel"}
 LIST_KERNELS = {"_normal_kernel", "_bits_kernel", "_inner_kernel", "_coefficients_kernel"}
 
 
@@ -93,10 +94,14 @@ def test_one_compilation_serves_every_seed_scale_and_count(reports: list[dict[st
 def test_contiguous_values_are_accessed_sixteen_bytes_at_a_time(reports: list[dict[str, Any]]) -> None:
     """Applies to masters and offsets, four elements per thread, and to the weights of dense fp32 tensors."""
     for r in reports:
-        if r["kernel"] in TABLE_KERNELS:
+        wide_weights = r["dense"] and r["dtype"] == "fp32"
+        if r["kernel"] in WRITING_KERNELS:
             assert r["wide_loads"] == (1 if r["dense"] else 2), r
-            stores = (r["kernel"] not in ("_perturb_kernel", "_restore_kernel")) + (r["dense"] and r["dtype"] == "fp32")
+            stores = (r["kernel"] not in ("_perturb_kernel", "_restore_kernel")) + wide_weights
             assert r["wide_stores"] == stores, r
+        elif r["kernel"] in TABLE_KERNELS:  # reads the weights and writes two counts
+            assert r["wide_loads"] == (1 if r["dense"] else 2) + wide_weights, r
+            assert r["wide_stores"] == 0, r
 
 
 def test_fusion_is_detected_when_it_is_enabled() -> None:
@@ -112,6 +117,17 @@ def test_fusion_is_detected_when_it_is_enabled() -> None:
     nvidia, amd = json.loads(run_python("-c", script))
     assert nvidia > 50
     assert amd > 50
+
+
+def test_operations_on_vectors_count_once_a_value() -> None:
+    """Newer compilers combine the square roots of a thread into vectors."""
+    code = (
+        "  %1 = tail call float @llvm.sqrt.f32(float %0)\n  %2 = call <2 x float> @llvm.sqrt.v2f32(<2 x float> %9)\n"
+        "  %3 = tail call <4 x float> @llvm.sqrt.v4f32(<4 x float> %8)\n  %4 = fdiv <2 x double> %5, %6\n"
+        "  %7 = tail call double @llvm.nvvm.div.rn.d(double %5, double %6)\n  %8 = fdiv <2 x float> %1, %2\n"
+    )
+    assembly = Assembly(SimpleNamespace(asm={"llir": code}))
+    assert (assembly.square_roots(), assembly.quotients()) == (7, 3)
 
 
 @pytest.mark.parametrize(
