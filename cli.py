@@ -160,7 +160,8 @@ def _run_or_resume(
     if compare_random:
         _check_compare_random(config)
     may_resume = resumed is not None
-    with _resume_command_when_stopped(output, " --compare-random" if compare_random else ""):
+    options_again = " --compare-random" * compare_random + " --trust-remote-code" * trust_remote_code
+    with _resume_command_when_stopped(output, options_again):
         summary = _execute_and_show(config, output, execution, may_resume=may_resume)
         if compare_random:
             _compare_random(config, summary, output, execution, may_resume=may_resume)

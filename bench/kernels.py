@@ -124,7 +124,7 @@ def bits_of(values: torch.Tensor) -> torch.Tensor:
 
 def _is_moved_by(new: torch.Tensor, old: torch.Tensor, z: torch.Tensor, scale: float, *, exact: bool) -> bool:
     """Whether ``new`` is ``old + scale * z``: to the bit if ``exact``, else within rounding errors."""
-    expected = old.float() + z * torch.tensor(scale, dtype=torch.float32)
+    expected = old.float() + z * torch.tensor(scale, dtype=torch.float32, device="cpu")
     if exact:
         return torch.equal(bits_of(new), bits_of(expected.to(new.dtype)))
     # At most four roundings of numbers no larger than the weight plus three perturbations.

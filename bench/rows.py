@@ -71,7 +71,7 @@ class Row(ABC):
 
 def masked_offsets(model: nn.Module, mask: SparseMask) -> list[Tensor]:
     """Returns the flat offsets of the masked elements of each parameter, int64 [n_i], on the CPU."""
-    bounds = torch.searchsorted(mask.ids, torch.tensor([*mask.table.bases, mask.table.size])).tolist()
+    bounds = torch.searchsorted(mask.ids, torch.tensor([*mask.table.bases, mask.table.size], device="cpu")).tolist()
     return [
         mask.ids[start:stop] - base
         for base, start, stop in zip(mask.table.bases, bounds, bounds[1:], strict=False)
@@ -148,7 +148,7 @@ def _sector_bytes(offsets: Tensor, itemsize: int) -> int:
 
 def _masters_of(table: ElementTable) -> Tensor:
     """Returns new fp32 masters of a table's elements, one per slot."""
-    master = torch.zeros(table.slots, device=table.blocks.device)
+    master = torch.zeros(table.slots, dtype=torch.float32, device=table.blocks.device)
     for tensor, low, high in table.tensor_slices(0, table.slots):
         offsets = slice(None) if table.offsets is None else table.offsets[low:high].long()
         master[low:high] = table.weights[tensor][offsets]
@@ -197,7 +197,7 @@ def _masked_noise(mask: SparseMask, params: Sequence[Tensor], seed: int) -> Iter
     z = stream.normal(seed, mask.ids, backend="torch")
     start = 0
     for p, base in zip(params, mask.table.bases, strict=True):
-        out = torch.zeros(p.numel(), device=p.device)
+        out = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
         stop = int(torch.searchsorted(mask.ids, base + p.numel()))
         out[(mask.ids[start:stop] - base).to(p.device)] = z[start:stop].to(p.device)
         start = stop
@@ -360,7 +360,7 @@ class Indexing(_Additive):
     def noise(self, seed: int) -> Iterator[Tensor]:
         self._generator.manual_seed(seed)
         for p, offsets in zip(self._params, self._offsets, strict=True):
-            z = torch.zeros(p.numel(), device=p.device)
+            z = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
             z[offsets] = self._draw_normals(offsets.shape, p.dtype).float()
             yield z
 

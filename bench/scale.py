@@ -47,7 +47,7 @@ def encoded_replies(clients: int, steps: int) -> list[bytes]:
         clients: number of clients.
         steps: local steps ``T``, and scalars per reply.
     """
-    scalars = stream.normal(_SEED, torch.arange(clients * steps)).reshape(clients, steps).numpy()
+    scalars = stream.normal(_SEED, torch.arange(clients * steps, device="cpu")).reshape(clients, steps).numpy()
     scalars[::100, 0] = math.nan
     return [
         TrainReply(client=i, round=1, local_steps=steps, examples=1 + i % 997, loss=0.5, scalars=row).encode()

@@ -31,7 +31,7 @@ def make_closure(net: nn.Module, batch_size: int, length: int) -> Callable[[], T
         length: number of tokens per example.
     """
     vocabulary: int = net.config.vocab_size  # type: ignore[union-attr, assignment]
-    tokens = stream.bits(SEED, torch.arange(batch_size * length))[:, 0] % vocabulary
+    tokens = stream.bits(SEED, torch.arange(batch_size * length, device="cpu"))[:, 0] % vocabulary
     ids = tokens.view(batch_size, length).to(next(net.parameters()).device)
 
     @torch.inference_mode()

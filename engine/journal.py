@@ -194,14 +194,6 @@ class Journal:
             self.weights.restore_()
         self._forget_applied()
 
-    def finish_(self) -> None:
-        """Does ``flush_``, to its end even if an exception hits it."""
-        try:
-            self.flush_()
-        except BaseException:
-            self.flush_()
-            raise
-
     def read(self) -> None:
         """Brings the scalars of all entries from the device."""
         stop = len(self.entries)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from .step_warnings import StepWarnings
 from .stream import VERSION, check_seed, step_seed
 from .updates import UpdateLog
 from .weights import MaskedWeights, round_fp32
+
+_T = TypeVar("_T")
 
 
 class _Now(Enum):
@@ -200,16 +202,7 @@ class SparseZO(torch.optim.Optimizer):
             )
         if self._now is _Now.BETWEEN_STEPS:
             return self._take_step(closure, seed)
-        self._check_idle("step")
-        try:
-            self._now = _Now.BETWEEN_STEPS
-            self._begin()
-            loss = self._take_step(closure, seed)
-        finally:
-            self._now = _Now.NOTHING
-            self._journal.finish_()
-        self._check_range()
-        return loss
+        return self._changing("step", lambda: self._take_step(closure, seed))
 
     @torch.no_grad()
     def step_many(
@@ -241,18 +234,13 @@ class SparseZO(torch.optim.Optimizer):
     def _step_many(
         self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[SupportsIndex] | None
     ) -> list[Tensor]:
-        self._check_idle("step_many")
-        losses = []
-        try:
-            self._now = _Now.BETWEEN_STEPS
-            self._begin()
-            for number, closure in enumerate(closures):
-                losses.append(self.step(closure, None if seeds is None else self._seeds.given(seeds, number)))
-        finally:
-            self._now = _Now.NOTHING
-            self._journal.finish_()
-        self._check_range()
-        return losses
+        def take_steps() -> list[Tensor]:
+            return [
+                self.step(closure, None if seeds is None else self._seeds.given(seeds, number))
+                for number, closure in enumerate(closures)
+            ]
+
+        return self._changing("step_many", take_steps)
 
     @property
     def projected_gradients(self) -> list[float]:
@@ -364,12 +352,10 @@ class SparseZO(torch.optim.Optimizer):
         c = [lr * g for lr in rates]
         if not all(math.isfinite(round_fp32(value)) for value in (g, *c)):
             raise ValueError(f"projected gradient and lr * g must be finite in fp32, got {g} and {c}")
-        self._begin()
-        try:
-            self._journal.append_update(seed, self.weights.values.seed(seed), rates, float(g), self._fp32(*c))
-        finally:
-            self._journal.finish_()
-        self._check_range()
+        self._changing(
+            "apply",
+            lambda: self._journal.append_update(seed, self.weights.values.seed(seed), rates, float(g), self._fp32(*c)),
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ``ValueError`` after construction: mask and groups are static."""
@@ -449,9 +435,31 @@ class SparseZO(torch.optim.Optimizer):
         if self._now is not _Now.NOTHING:
             raise RuntimeError(f"{what} was called within a step; call it before or after step or step_many")
 
+    def _changing(self, what: str, change: Callable[[], _T]) -> _T:
+        """Runs a change of the weights, and leaves them restored with all updates, whatever is raised.
+
+        Args:
+            what: name of the method, for errors.
+            change: enters steps or updates in the journal.
+        """
+        self._check_idle(what)
+        try:
+            self._now = _Now.BETWEEN_STEPS
+            self._begin()
+            result = change()
+        finally:
+            self._now = _Now.NOTHING
+            try:  # here and not in a function, because an interrupt can also come when a function is entered
+                self._journal.flush_()
+            except BaseException:
+                self._journal.flush_()
+                raise
+        self._check_range()
+        return result
+
     def _begin(self) -> None:
         """Prepares for steps or updates: finishes what was interrupted, and checks the model."""
-        self._journal.finish_()
+        self._journal.flush_()
         self._check_unwritten()
         if self._journal.is_interrupted():
             self._read()  # before the journal restarts

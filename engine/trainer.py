@@ -58,8 +58,9 @@ class _StepOnlyWithClosure(SparseZO):
     Trainer calls ``step()`` after ``training_step``, which has already done the zeroth-order step.
     """
 
-    def step(self, closure: Callable[[], Tensor | float] | None = None, seed: int | None = None) -> Tensor | None:  # type: ignore[override]
-        return None if closure is None else super().step(closure, seed)
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor | float] | None = None, seed: Any = None) -> Tensor | None:  # type: ignore[override]
+        return None if closure is None else self._step(closure, seed)  # not super().step: hooks would run twice
 
 
 class _Float32LabelSmoother(LabelSmoother):

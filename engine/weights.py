@@ -253,7 +253,11 @@ class MaskedWeights:
             groups.append(replace(group, master=master))
         # Together, without a call in between: an exception finds all of it or nothing.
         self._launch_groups, self.loads, self._unfinished = groups, self.loads + 1, self._restoring()
-        self._finish()
+        try:
+            self._complete()
+        except BaseException:
+            self._complete()
+            raise
 
     def check_masters(self, values: Tensor) -> None:
         """Raises ``ValueError`` unless ``values`` are masters for this mask: finite, float32 [k]."""
@@ -395,14 +399,6 @@ class MaskedWeights:
     def _restoring(self) -> tuple[_Pass, bool, int, int]:
         """The unfinished pass that restores the weights."""
         return lambda group, *_: _restore_(group), True, self.updates, self.updates
-
-    def _finish(self) -> None:
-        """Does ``_complete``, to its end even if an exception hits it."""
-        try:
-            self._complete()
-        except BaseException:
-            self._complete()
-            raise
 
     def _complete(self) -> None:
         """Completes the pass that an exception has hit, if any."""

@@ -95,7 +95,7 @@ class ClientData:
         self.poisson = poisson
         self.seen = 0
         self._seed = seed
-        self._epoch, self._order = -1, indices
+        self._shuffled = -1, indices  # an epoch, and the order of its examples
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -112,10 +112,9 @@ class ClientData:
         batch: list[int] = []
         while len(batch) < self.batch_size:
             epoch, position = divmod(self.seen, len(self))
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
-            part = self._order[position : position + self.batch_size - len(batch)]
+            if epoch != self._shuffled[0]:
+                self._shuffled = epoch, stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
+            part = self._shuffled[1][position : position + self.batch_size - len(batch)]
             batch += self.indices[part].tolist()
             self.seen += part.numel()
         return batch

@@ -31,8 +31,10 @@ class ClientLike(Protocol):
 def serve(server: Server, exchange: Exchange, rounds: int) -> Iterator[RoundResult]:
     """Runs rounds over a transport.
 
+    A round that was interrupted, or had no usable answer, continues with the clients whose answers are missing.
+
     Args:
-        server: the server, at the beginning of a round.
+        server: the server, in any round.
         exchange: the transport. It is called once a round, and a second time if there are stale clients.
         rounds: number of the last round. The calibration is run in addition, as round 0.
 
@@ -43,7 +45,7 @@ def serve(server: Server, exchange: Exchange, rounds: int) -> Iterator[RoundResu
         RoundFailedError: if no client sent a usable answer in a round; the round stays open.
     """
     while server.round <= rounds:
-        stale = _exchange_messages(server, exchange, server.participants())
+        stale = _exchange_messages(server, exchange, server.unanswered())
         if stale:
             _exchange_messages(server, exchange, stale)
         yield server.finish_round()
@@ -53,7 +55,7 @@ def simulate(server: Server, clients: Sequence[ClientLike], rounds: int) -> Iter
     """Runs rounds in this process, one client after the other.
 
     Args:
-        server: the server, at the beginning of a round.
+        server: the server, in any round.
         clients: the server's clients, which may share the server's replica.
         rounds: see ``serve``.
     """
@@ -69,6 +71,8 @@ def local_exchange(clients: Iterable[ClientLike]) -> Exchange:
 def _exchange_messages(server: Server, exchange: Exchange, clients: Sequence[int]) -> list[int]:
     """Sends the round's requests to some clients and receives their answers; returns the ids of the stale clients."""
     stale = set()
+    if not clients:
+        return []
     for sender, answer in exchange((i, server.request(i)) for i in clients):
         try:
             server.receive(answer, sender=sender)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine import stream
 from ..engine.errors import DataError
 from ..engine.lm.tasks import Row
+from ..engine.lm.text import check_text
 
 # Name of a natural client: a value of a field of the data.
 Group = str | int
@@ -122,6 +123,8 @@ def natural_client_names(rows: Sequence[Row], field: str, where: str) -> list[Gr
                 f"{where}, example {number}: the field {field!r} must name a client by text or by an integer, the same "
                 f"in all examples; got {value!r}"
             )
+        if isinstance(value, str):
+            check_text(value, f"{where}, example {number}: field {field!r}")
         names.append(value)
     return names
 
@@ -140,7 +143,7 @@ def _natural(groups: Sequence[Group], clients: int, at_least: int) -> list[Tenso
                 f"client {number} ({name}) has {len(members[name])} examples, fewer than the {at_least} of a batch; "
                 f"use a smaller batch or another partition"
             )
-    return [torch.tensor(members[name]) for name in sorted(members)]
+    return [torch.tensor(members[name], dtype=torch.int64, device="cpu") for name in sorted(members)]
 
 
 def _shuffled_class(labels: Tensor, label: int, seed: int) -> Tensor:

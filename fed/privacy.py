@@ -6,8 +6,9 @@ together are one Gaussian mechanism with noise multiplier ``sigma / sqrt(q)``. T
 if they differ by one example, added or removed.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from ..engine.extras import install_hint
 from ..engine.private_closure import check_mechanism
 
 # The accountant rounds privacy losses up to multiples of an interval. The interval is _INTERVAL, or larger if the
-# composition of all steps without sampling would have more than _MAX_POINTS values (measured: epsilon takes a second or
-# two, and has the same four digits).
+# composition of all steps without sampling would have more than _MAX_POINTS values (measured: epsilon then takes a
+# second or two, and has the same four digits).
 _INTERVAL, _MAX_POINTS = 1e-4, 1e7
 
 
@@ -72,14 +73,9 @@ def epsilon(privacy: Privacy, examples: int, steps: int, queries: int = 1) -> fl
         )
     if steps == 0:
         return 0.0
-    dp_accounting, pld = _accounting()
     noise = privacy.noise_multiplier / math.sqrt(queries)
-    step = dp_accounting.PoissonSampledDpEvent(privacy.batch_size / examples, dp_accounting.GaussianDpEvent(noise))
-    accountant = pld.PLDAccountant(
-        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _interval(math.sqrt(steps) / noise)
-    )
-    accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    result = float(accountant.get_epsilon(privacy.delta))
+    start, step = _privacy_losses(noise, privacy.batch_size / examples, _interval(math.sqrt(steps) / noise))
+    result = float(start.compose(step.self_compose(steps)).get_epsilon_for_delta(privacy.delta))
     if not math.isfinite(result):
         raise ConfigError(
             f"epsilon of {steps} steps is infinite with noise multiplier {privacy.noise_multiplier:g} and delta "
@@ -107,20 +103,73 @@ def largest_epsilon(privacy: Privacy, spent: Iterable[tuple[int, int]], queries:
     return largest
 
 
+class Releases:
+    """Counts what private clients have released, for their epsilon.
+
+    Every client that has sent a message counts, whether the message was accepted or not, with all steps that it was
+    asked for. A client from which nothing has come does not count: nobody has seen anything of its examples.
+
+    Args:
+        privacy: the clients' privacy settings; None: the clients are not private, and nothing is counted.
+        queries: ``q``, number of queries of a step.
+
+    Attributes:
+        of_rejected: number of examples, by client, of clients whose messages were rejected. It counts until an answer
+            of the client is accepted.
+    """
+
+    def __init__(self, privacy: Privacy | None, queries: int) -> None:
+        self._privacy, self._queries = privacy, queries
+        self.of_rejected: dict[int, int] = {}
+
+    def add_rejected(self, client: int, examples: int | None) -> None:
+        """Counts a rejected message.
+
+        Args:
+            client: the sender.
+            examples: number of examples in the message; None: it cannot be read. Then the client counts with the fewest
+                that it may have, a batch, which give the largest epsilon.
+        """
+        if self._privacy is not None:
+            least = self._privacy.batch_size
+            examples = max(examples or least, least)
+            self.of_rejected[client] = min(examples, self.of_rejected.get(client, examples))
+
+    def epsilon(self, steps: Mapping[int, int], examples: Mapping[int, int]) -> float | None:
+        """Computes the largest epsilon that any client has spent; None if the clients are not private.
+
+        Args:
+            steps: number of steps requested so far, by client.
+            examples: number of examples of the clients of which an answer was accepted.
+        """
+        if self._privacy is None:
+            return None
+        spent = {(count, steps[client]) for client, count in {**self.of_rejected, **examples}.items()}
+        return largest_epsilon(self._privacy, spent, self._queries)
+
+
 def _interval(mu: float) -> float:
     """Interval for privacy losses that, without sampling, are normal with mean ``mu**2 / 2`` and deviation ``mu``."""
     return max(_INTERVAL, (mu**2 / 2 + 10 * mu) / _MAX_POINTS)
 
 
-def _accounting() -> tuple[Any, Any]:
+@functools.lru_cache(maxsize=64)
+def _privacy_losses(noise: float, rate: float, interval: float) -> tuple[Any, Any]:
+    """Privacy loss distributions of no step and of one step. To make them takes most of the time of ``epsilon``.
+
+    Args:
+        noise: noise multiplier of the step's queries together.
+        rate: probability with which an example is in the step's batch, in (0, 1].
+        interval: interval of the discretisation.
+    """
     try:
-        import dp_accounting
-        from dp_accounting import pld
+        from dp_accounting.pld import privacy_loss_distribution as pld
     except ImportError as error:
         raise ConfigError(
             f"computing epsilon needs the package dp-accounting ({error}); {install_hint('dp')}"
         ) from error
-    return dp_accounting, pld
+    step = pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)
+    return pld.identity(value_discretization_interval=interval), step
 
 
-__all__ = ["Privacy", "epsilon", "largest_epsilon"]
+__all__ = ["Privacy", "Releases", "epsilon", "largest_epsilon"]

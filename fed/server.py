@@ -9,13 +9,15 @@ import numpy as np
 
 from ..engine import stream
 from ..engine.errors import MeerkatError
-from .aggregation import Aggregation, aggregate, client_weights, mean_masters, sum_in_order
+from .aggregation import Aggregation, aggregate, client_weights, mean_masters
+from .answers import Answers
 from .gradip import GradIP, Trace
 from .ledger.file import LedgerWriter, RoundRecord
 from .messages import Stale, TrainReply, TrainRequest, decode_answer
-from .privacy import largest_epsilon
+from .privacy import Releases
 from .rejection import RejectedError, Rejection
 from .replica import Replica
+from .reply_checks import check_reply, rejected
 from .scalars import ClientScalars
 from .selection import Selection
 from .terms import CALIBRATION
@@ -41,10 +43,32 @@ class RoundResult:
     traces: Mapping[int, Trace] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _FinishedRound:
+    """A round that is finished, and what the server's state is after it.
+
+    Args:
+        result: its result.
+        in_ledger: whether the ledger had the round before the server.
+        update_model: whether the server updates the model; if False, the caller sets the masters.
+        rejected: see ``Server``.
+        steps_requested: local steps requested from each client so far.
+    """
+
+    result: RoundResult
+    in_ledger: bool
+    update_model: bool
+    rejected: Counter[str]
+    steps_requested: dict[int, int]
+
+
 class Server:
     """The server of a federation.
 
     It starts with the calibration (round 0) if the terms have one, and with round 1 otherwise.
+
+    Any method may be interrupted (Ctrl-C) and called again. An answer is then accepted or not, and a round is written
+    to the ledger and applied to the model once.
 
     Args:
         clients: ids of the clients.
@@ -101,26 +125,32 @@ class Server:
         self._steps_requested = dict.fromkeys(self._clients, 0)
         self._client_round = dict.fromkeys(self._clients, 1)
         self._history = array("f")  # the aggregated scalars of all rounds so far
+        self._releases = Releases(replica.terms.privacy, replica.terms.queries)
+        self._finished: _FinishedRound | None = None  # while the server moves to the next round
         self._open_round()
         self._sampled: tuple[int, frozenset[int]] | None = None  # (round, ids of its participants)
 
     def _open_round(self) -> None:
-        # The clients' fp32 values, kept as bytes: Python's garbage collector would walk a hundred thousand arrays.
-        self._answers: dict[int, bytes] = {}
-        self._losses: dict[int, float] = {}
-        self._steps = self._bytes_up = self._bytes_down = 0
-        self._max_values = self._max_values_of_reply()
+        self._answers = Answers()
+        self._bytes_up = self._bytes_down = 0
         self._rejected_before = Counter(self.rejected)
         self._claimed_before = frozenset(self.claimed_examples)
+        self._releases_before = dict(self._releases.of_rejected)
 
     @property
     def round(self) -> int:
         """The current round, from 1; 0 during the calibration."""
+        if self._finished is not None:  # ``finish_round`` was interrupted
+            return self._finished.result.record.round
         return CALIBRATION if self._calibrating else self.replica.round
 
     def participants(self) -> list[int]:
         """Ids of the clients that take part in the current round, ascending; all clients in the calibration."""
         return sorted(self._sampled_clients())
+
+    def unanswered(self) -> list[int]:
+        """Ids of the participants whose answer has not been accepted so far, ascending."""
+        return [] if self._finished is not None else sorted(self._sampled_clients() - self._answers.values.keys())
 
     def _sampled_clients(self) -> frozenset[int]:
         if self._sampled is None or self._sampled[0] != self.round:
@@ -144,6 +174,7 @@ class Server:
         Returns:
             An encoded ``TrainRequest``.
         """
+        self._complete_finished_round()
         scalars: np.ndarray | None
         masters: np.ndarray | None
         if self._calibrating:  # the path starts from the base model: nothing to catch up
@@ -177,7 +208,7 @@ class Server:
         terms = self.replica.terms
         by_weights = terms.sends_weights and self.round > first
         if by_weights or (self.round - first) * terms.scalars_per_round > terms.elements:
-            return self.round, None, self.replica.optimizer.weights.masters().cpu().numpy()
+            return self.round, None, self.replica.masters().cpu().numpy()
         return first, np.array(self._history[(first - 1) * terms.scalars_per_round :], dtype=np.float32), None
 
     def receive(self, message: bytes, sender: int | None = None) -> TrainReply:
@@ -197,27 +228,33 @@ class Server:
                 message. A stale client's answer is rejected too (``Rejection.STALE``); the next request to that client
                 contains all the rounds it missed.
         """
+        self._complete_finished_round()
         self._bytes_up += len(message)
+        answer: TrainReply | Stale | None = None
         try:
-            answer = decode_answer(message, self._max_values)
+            answer = decode_answer(message, self._max_values_of_reply())
             self._check_sender(answer, sender)
             if isinstance(answer, Stale):
                 self._client_round[answer.client] = min(answer.at_round, self._client_round[answer.client])
                 raise answer.as_error()
-            self._check_reply(answer)
+            check_reply(
+                answer,
+                self.replica.terms,
+                steps=self.local_steps(answer.client),
+                claimed=self.claimed_examples.get(answer.client),
+                max_scalar=self._max_scalar,
+                max_examples=self._max_examples,
+            )
         except RejectedError as error:
             client = error.client if sender is None else sender
             name = f"client {client}" if client in self._client_round else "unknown"
             self.rejected[f"{name}: {error.rejection}"] += 1
+            if client in self._client_round and not isinstance(answer, Stale):
+                self._releases.add_rejected(client, None if answer is None else answer.examples)
             raise
-        values = answer.masters if answer.scalars is None else answer.scalars
-        assert values is not None
-        self._answers[answer.client] = values.tobytes()
-        self._steps += answer.local_steps
-        if answer.loss is not None:
-            self._losses[answer.client] = answer.loss
         self._client_round[answer.client] = max(self.round, 1)
         self.claimed_examples[answer.client] = answer.examples
+        self._answers.add(answer)
         return answer
 
     def rejected_this_round(self) -> dict[str, int]:
@@ -236,43 +273,14 @@ class Server:
             text = f"client {sender} sent a message in the name of client {answer.client}"
             raise RejectedError(Rejection.IMPOSTOR, text, answer.client)
         if answer.client not in self._client_round:
-            raise _rejected(answer, Rejection.UNKNOWN, "is not part of this federation")
+            raise rejected(answer, Rejection.UNKNOWN, "is not part of this federation")
         round = self.round
         if answer.round != round:
-            raise _rejected(answer, Rejection.ROUND, f"sent an answer for round {answer.round} in round {round}")
-        if answer.client in self._answers:
-            raise _rejected(answer, Rejection.REPEATED, f"has already answered round {round}")
+            raise rejected(answer, Rejection.ROUND, f"sent an answer for round {answer.round} in round {round}")
+        if answer.client in self._answers.values:
+            raise rejected(answer, Rejection.REPEATED, f"has already answered round {round}")
         if answer.client not in self._sampled_clients():
-            raise _rejected(answer, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
-
-    def _check_reply(self, reply: TrainReply) -> None:
-        """Raises ``RejectedError`` unless a reply contains the requested values and a plausible number of examples."""
-        terms, steps, examples = self.replica.terms, self.local_steps(reply.client), reply.examples
-        if reply.local_steps != steps:
-            text = f"sent a reply for {reply.local_steps} local steps, {steps} were requested"
-            raise _rejected(reply, Rejection.COUNT, text)
-        if terms.sends_weights:
-            sent, noun, expected = reply.masters, "master values", terms.elements
-        else:
-            sent, noun, expected = reply.scalars, "scalars", steps * terms.queries
-        if sent is None:
-            text = f"sent no {noun}, {expected} were expected (gradient: {terms.gradient})"
-            raise _rejected(reply, Rejection.COUNT, text)
-        if len(sent) != expected:
-            raise _rejected(reply, Rejection.COUNT, f"sent {len(sent)} {noun}, {expected} were expected")
-        if reply.scalars is not None and len(sent):
-            largest = float(np.fmax.reduce(np.abs(sent)))
-            if largest > self._max_scalar:
-                text = f"sent a scalar of absolute value {largest:g}, at most {self._max_scalar:g} is allowed"
-                raise _rejected(reply, Rejection.TOO_LARGE, text)
-        if examples == 0:
-            raise _rejected(reply, Rejection.EXAMPLES, "reported 0 examples, at least 1 was expected")
-        if 0 < self._max_examples < examples:
-            text = f"reported {examples} examples, at most {self._max_examples} are allowed"
-            raise _rejected(reply, Rejection.EXAMPLES, text)
-        if examples != self.claimed_examples.get(reply.client, examples):
-            text = f"reported {examples} examples, {self.claimed_examples[reply.client]} in an earlier round"
-            raise _rejected(reply, Rejection.EXAMPLES, text)
+            raise rejected(answer, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and updates the model.
@@ -280,18 +288,17 @@ class Server:
         Raises:
             RoundFailedError: if no answer was accepted; the round stays open.
         """
-        if not self._answers:
-            raise RoundFailedError(
-                f"round {self.round}: no client sent a usable answer (rejected messages: {self.rejected_this_round()})"
-            )
-        by_weights = self.replica.terms.sends_weights
-        scalars = ClientScalars.from_bytes({} if by_weights else self._answers)
-        traces = self._traces(self.round, scalars)
-        record = self._make_record(scalars, traces)
-        if self._ledger is not None:
-            self._ledger.append(record)
-        self._advance(record)
-        return RoundResult(record=record, traces=traces)
+        if self._finished is None:
+            if not self._answers.values:
+                raise RoundFailedError(
+                    f"round {self.round}: no client sent a usable answer (rejected messages: "
+                    f"{self.rejected_this_round()})"
+                )
+            scalars = ClientScalars.from_lists({}) if self.replica.terms.sends_weights else self._answers.scalars()
+            traces = self._traces(self.round, scalars)
+            result = RoundResult(record=self._make_record(scalars, traces), traces=traces)
+            self._finish(result, self.rejected, in_ledger=False)
+        return self._open_next_round()
 
     def restore(self, record: RoundRecord, *, update_model: bool = True, compute_traces: bool = True) -> RoundResult:
         """Applies the current round from a ledger, in place of requesting it from the clients.
@@ -306,12 +313,15 @@ class Server:
         """
         if record.round != self.round:
             raise ValueError(f"the ledger line is of round {record.round}, the server is at round {self.round}")
-        traces = self._traces(record.round, record.clients) if compute_traces or self._calibrating else {}
-        self.rejected.update(record.rejected)
-        self.claimed_examples |= record.examples
-        self._client_round |= {i: max(record.round, 1) for i in record.clients if i in self._client_round}
-        self._advance(record, update_model=update_model)
-        return RoundResult(record=record, traces=traces)
+        if self._finished is None:
+            traces = self._traces(record.round, record.clients) if compute_traces or self._calibrating else {}
+            self.claimed_examples |= record.examples
+            self._releases.of_rejected |= record.rejected_examples
+            self._client_round |= {i: max(record.round, 1) for i in record.clients if i in self._client_round}
+            result = RoundResult(record=record, traces=traces)
+            rejected = self.rejected + Counter(record.rejected)
+            self._finish(result, rejected, in_ledger=True, update_model=update_model)
+        return self._open_next_round()
 
     def _traces(self, round: int, scalars: Mapping[int, Sequence[float]]) -> Mapping[int, Trace]:
         if self._gradip is None or not scalars:
@@ -321,7 +331,9 @@ class Server:
     def _make_record(self, client_scalars: ClientScalars, traces: Mapping[int, Trace]) -> RoundRecord:
         """Aggregates the current round into its ledger line."""
         terms, number = self.replica.terms, self.round
-        weights = client_weights({i: self.claimed_examples[i] for i in self._answers}, self._aggregation.weighting)
+        weights = client_weights(
+            {i: self.claimed_examples[i] for i in self._answers.values}, self._aggregation.weighting
+        )
         scalars: list[float] = []
         selection = Selection()
         masters = None
@@ -329,8 +341,7 @@ class Server:
             assert self._select is not None
             selection = self._select(traces)
         elif terms.sends_weights:
-            client_masters = {i: np.frombuffer(data, dtype=np.float32) for i, data in self._answers.items()}
-            masters = mean_masters(client_masters, weights)
+            masters = mean_masters(self._answers.masters(), weights)
         else:
             scalars = aggregate(client_scalars, weights, terms.scalars_per_round, self._aggregation)
         return RoundRecord(
@@ -339,54 +350,67 @@ class Server:
             scalars=scalars,
             clients=client_scalars,
             examples={i: self.claimed_examples[i] for i in sorted(self.claimed_examples.keys() - self._claimed_before)},
-            loss=self._mean_loss(),
-            steps=self._steps,
+            loss=self._answers.mean_loss(self.claimed_examples, self._aggregation.weighting),
+            steps=sum(map(self.local_steps, self._answers.values)),
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             rejected=self.rejected_this_round(),
-            epsilon=self._epsilon(),
+            epsilon=self._releases.epsilon(self._steps_after_round(), self.claimed_examples),
+            rejected_examples=dict(sorted(self._releases.of_rejected.items() - self._releases_before.items())),
             stopped=selection.stopped,
             thresholds=selection.thresholds,
             masters=masters,
         )
 
-    def _mean_loss(self) -> float | None:
-        """Mean training loss of the clients that reported one, weighted by ``p_i``; None if no client did."""
-        losses = self._losses
-        if not losses:
-            return None
-        weights = client_weights({i: self.claimed_examples[i] for i in losses}, self._aggregation.weighting)
-        return float(sum_in_order(np.array([p * losses[i] for i, p in weights.items()])))
-
-    def _epsilon(self) -> float | None:
-        """Largest epsilon that any client has spent after the current round; None without privacy."""
-        terms = self.replica.terms
-        if terms.privacy is None:
-            return None
+    def _steps_after_round(self) -> dict[int, int]:
+        """Local steps requested from each client, those of the current round included."""
         this_round = {i: self._steps_requested[i] + self.local_steps(i) for i in self._sampled_clients()}
-        requested = self._steps_requested | this_round
-        spent = {(self.claimed_examples[i], steps) for i, steps in requested.items() if i in self.claimed_examples}
-        return largest_epsilon(terms.privacy, spent, terms.queries)
+        return self._steps_requested | this_round
 
-    def _advance(self, record: RoundRecord, *, update_model: bool = True) -> None:
-        """Moves the server from the current round to the next."""
-        for i in self._sampled_clients():
-            self._steps_requested[i] += self.local_steps(i)
-        if self._calibrating:
+    def _finish(
+        self, result: RoundResult, rejected: Counter[str], *, in_ledger: bool, update_model: bool = True
+    ) -> None:
+        self._finished = _FinishedRound(
+            result=result,
+            in_ledger=in_ledger,
+            update_model=update_model,
+            rejected=rejected,
+            steps_requested=self._steps_after_round(),
+        )
+
+    def _complete_finished_round(self) -> None:
+        """Moves the server to the next round if it was interrupted while it did that."""
+        if self._finished is not None:
+            self._open_next_round()
+
+    def _open_next_round(self) -> RoundResult:
+        """Writes the finished round to the ledger and moves the server to the next; returns the round's result.
+
+        If this is interrupted, it is done again from the start. So every line leaves what it did before as it is.
+        """
+        assert self._finished is not None
+        finished, record, replica = self._finished, self._finished.result.record, self.replica
+        if self._ledger is not None and not finished.in_ledger and self._ledger.round != record.round:
+            self._ledger.append(record)
+        self.rejected, self._steps_requested = finished.rejected, finished.steps_requested
+        if record.round == CALIBRATION:
             self.stopped, self._calibrating = frozenset(record.stopped), False
         else:
+            del self._history[(record.round - 1) * replica.terms.scalars_per_round :]
             self._history.extend(record.scalars)
-            if not update_model:
-                self.replica.round += 1
-            elif record.masters is not None:
-                self.replica.load_masters(record.round + 1, record.masters)
-            else:
-                self.replica.apply_rounds([record.scalars])
+            if replica.round == record.round:
+                self._update_replica(record, finished.update_model)
         self._open_round()
+        self._finished = None
+        return finished.result
 
-
-def _rejected(answer: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
-    return RejectedError(rejection, f"client {answer.client} {text}", answer.client)
+    def _update_replica(self, record: RoundRecord, update_model: bool) -> None:
+        if not update_model:
+            self.replica.round = record.round + 1
+        elif record.masters is not None:
+            self.replica.load_masters(record.round + 1, record.masters)
+        else:
+            self.replica.apply_rounds([record.scalars])
 
 
 __all__ = ["RoundFailedError", "RoundResult", "SelectionRule", "Server"]

@@ -132,7 +132,7 @@ def _half_period_cosine(steps: range, total: int) -> list[float]:
 
     The cosines of math libraries differ in the last bit; those of replicas must not.
     """
-    words = torch.tensor([round(step / total * 2**23) << 8 for step in steps])
+    words = torch.tensor([round(step / total * 2**23) << 8 for step in steps], dtype=torch.int64, device="cpu")
     return reference.sin_cos(words)[1].tolist()
 
 

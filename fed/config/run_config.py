@@ -58,7 +58,9 @@ class RunConfig(Checked):
     rounds: int = setting(20, "number of rounds R")
     local_steps: int = setting(10, "number of local steps T of a client in a round")
     seed: int = setting(0, "root seed, in [0, 2**64)")
-    snapshot_every: int = setting(10, "number of rounds between snapshots, which make --resume faster; 0: none")
+    snapshot_every: int = setting(
+        10, "number of rounds between snapshots, which make --resume faster; 4 bytes a trained element; 0: none"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)

@@ -25,6 +25,7 @@ class RunDescription:
         settings: the run's settings as TOML, without those that concern the server alone.
         base: fingerprint of the base model.
         mask_digest: digest of the mask.
+        stream_version: version of the perturbation stream.
         mask: contents of the mask's file; empty if the node has the file or makes the mask itself.
         seconds: time limit for a node to load the run.
     """
@@ -32,6 +33,7 @@ class RunDescription:
     settings: str
     base: str
     mask_digest: str
+    stream_version: int
     mask: bytes
     seconds: float
 
@@ -46,6 +48,7 @@ class RunDescription:
             "settings": self.settings,
             "base": self.base,
             "mask": self.mask_digest,
+            "stream_version": self.stream_version,
             "seconds": self.seconds,
         }
         array = np.frombuffer(self.mask, dtype=np.uint8)
@@ -61,6 +64,7 @@ class RunDescription:
             settings=str(plain["settings"]),
             base=str(plain["base"]),
             mask_digest=str(plain["mask"]),
+            stream_version=int(str(plain["stream_version"])),
             seconds=float(str(plain["seconds"])),
             mask=content.array_records[_MASK]["file"].numpy().tobytes(),
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ...engine.errors import LedgerError
+from ...engine.parameters import fingerprint
 from ..replica import Replica
 from .file import Ledger, read_ledger
 from .snapshot import Snapshot
@@ -22,12 +23,17 @@ def catch_up(replica: Replica, ledger: Path, snapshot: Path | None = None) -> bo
         Whether the snapshot was used. The resulting weights have the same bits either way.
 
     Raises:
-        LedgerError: if a file is damaged, the ledger has other terms than the replica, or the ledger ends before the
-            replica's round.
+        LedgerError: if a file is damaged, the ledger has other terms than the replica, the replica is at round 1 with
+            another base model, or the ledger ends before the replica's round.
     """
     content = read_ledger(ledger)
     if content.header.terms != replica.terms:
         raise LedgerError(f"the ledger {ledger} belongs to a federation with other terms than this replica's")
+    if replica.round == 1 and (base := fingerprint(replica.model)) != content.header.base:
+        raise LedgerError(
+            f"the ledger {ledger} starts from a base model with fingerprint {content.header.base[:12]}, this replica's "
+            f"has {base[:12]}"
+        )
     end = len(content.rounds) + 1
     if end < replica.round:
         raise LedgerError(

@@ -6,10 +6,9 @@ are preserved exactly. ``docs/formats.md`` describes the format.
 """
 
 import hashlib
-import json
+import os
 import re
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any, BinaryIO, Self
 
 from ...engine.atomic_files import append_fsync, sync_directory
 from ...engine.errors import LedgerError, RunError
-from ..scalars import ClientScalars
 from ..terms import CALIBRATION
-from .lines import FORMAT, LedgerHeader, RoundRecord, client_scalars_json, parse_header, parse_round
+from .lines import FORMAT, LedgerHeader, RoundRecord, parse_header, parse_round
+from .sealed_lines import decode_line, encode_line
 
-_CRC_KEY = b',"crc32":"'
 _COMPLETE_END = re.compile(rb',"crc32":"[0-9a-f]{8}"}')
 
 
@@ -82,9 +80,6 @@ class LedgerWriter:
         header: first line of a new file.
         after: content of an existing file to continue. An incomplete last line in the file is removed.
 
-    Attributes:
-        crc: CRC-32 of the last line.
-
     Raises:
         FileExistsError: if the file exists and ``after`` is None.
         RunError: if the header cannot be written.
@@ -93,20 +88,35 @@ class LedgerWriter:
     def __init__(self, path: Path, header: LedgerHeader, after: Ledger | None = None) -> None:
         self._file: BinaryIO = open(path, "r+b" if after else "xb", buffering=0)  # noqa: SIM115
         if after is not None:
-            self.crc = after.crcs[-1]
+            last_round = after.lines[-1].round if after.lines else None
+            self._last: tuple[int | None, int, int] = (
+                last_round,
+                after.crcs[-1],
+                after.ends[-1],
+            )  # of the last line; it ends there in the file
             self._file.truncate(after.ends[-1])
             return
-        self.crc = 0
-        self._write(header.fields())
+        self._last = None, 0, 0
+        self._write(None, header.fields())
         sync_directory(path.parent)
 
+    @property
+    def crc(self) -> int:
+        """CRC-32 of the last line."""
+        return self._last[1]
+
+    @property
+    def round(self) -> int | None:
+        """Round of the last line; None if it is the header."""
+        return self._last[0]
+
     def append(self, line: RoundRecord) -> None:
-        """Writes and fsyncs the line of one round.
+        """Writes and fsyncs the line of one round. If this is interrupted, the next call replaces the line.
 
         Raises:
             RunError: if this fails; an incompletely written line is removed again.
         """
-        self._write(line.fields())
+        self._write(line.round, line.fields())
 
     def __enter__(self) -> Self:
         return self
@@ -114,15 +124,18 @@ class LedgerWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _write(self, fields: dict[str, Any]) -> None:
-        data, crc = _encode_line(fields, self.crc)
+    def _write(self, round: int | None, fields: dict[str, Any]) -> None:
+        _, previous_crc, end = self._last
+        data, crc = encode_line(fields, previous_crc)
         try:
+            if self._file.seek(0, os.SEEK_END) > end:  # a line whose writing was interrupted
+                self._file.truncate(end)
             append_fsync(self._file, data)
         except OSError as error:
             raise RunError(
                 f"cannot write {self._file.name}: {error.strerror}; the rounds written before are complete"
             ) from error
-        self.crc = crc
+        self._last = round, crc, end + len(data)
 
 
 def read_ledger(path: Path) -> Ledger:
@@ -142,46 +155,15 @@ def read_ledger(path: Path) -> Ledger:
         warnings.warn(f"{path}: dropped the torn last line {len(texts) + 1} ({len(rest)} bytes)", stacklevel=2)
     if not texts:
         raise LedgerError(f"the ledger {path} has no header")
-    fields, crc = _decode_line(texts[0], 0, path, 1)
+    fields, crc = decode_line(texts[0], 0, f"{path}, line 1", LedgerError)
     header, lines, crcs, ends = parse_header(fields, path), [], [crc], [len(texts[0]) + 1]
     first = CALIBRATION if header.terms.calibration_steps else 1
     for number, text in enumerate(texts[1:], 2):
-        fields, crc = _decode_line(text, crcs[-1], path, number)
+        fields, crc = decode_line(text, crcs[-1], f"{path}, line {number}", LedgerError)
         lines.append(parse_round(fields, path, number, header, number - 2 + first))
         crcs.append(crc)
         ends.append(ends[-1] + len(text) + 1)
     return Ledger(header, lines, crcs, ends, hashlib.sha256(data).hexdigest())
-
-
-def _encode_line(fields: dict[str, Any], previous_crc: int) -> tuple[bytes, int]:
-    """Returns a line and its CRC-32, which is continued from the CRC-32 of the line before it."""
-    body = b"{" + b",".join(b"%b:%b" % (_json(name), _json(value)) for name, value in fields.items())
-    crc = zlib.crc32(body, previous_crc)
-    return b'%b%b%08x"}\n' % (body, _CRC_KEY, crc), crc
-
-
-def _json(value: Any) -> bytes:
-    if isinstance(value, ClientScalars):
-        return client_scalars_json(value)
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _decode_line(line: bytes, previous_crc: int, path: Path, number: int) -> tuple[dict[str, Any], int]:
-    """Returns a line's fields and CRC-32; raises ``LedgerError`` if it is damaged or does not follow the one before."""
-    body, key, written_crc = line.rpartition(_CRC_KEY)
-    crc = zlib.crc32(body, previous_crc)
-    if not key or written_crc != f'{crc:08x}"}}'.encode():
-        raise LedgerError(
-            f"{path}, line {number}: the checksum does not match; the line is damaged, or was not written directly "
-            f"after the lines before it"
-        )
-    try:
-        fields = json.loads(body + b"}")
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(f"{path}, line {number}: the line is not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise LedgerError(f"{path}, line {number}: the line is not a JSON object")
-    return fields, crc
 
 
 __all__ = ["FORMAT", "Ledger", "LedgerHeader", "LedgerWriter", "RoundRecord", "read_ledger"]

@@ -80,6 +80,8 @@ class RoundRecord:
         bytes_down: total size of the messages to clients.
         rejected: number of rejected messages by client and reason.
         epsilon: largest epsilon that a client has spent so far; None without privacy.
+        rejected_examples: number of examples with which clients count for epsilon that have sent messages, none of
+            which was accepted; of the clients for which it is new or changed. Only with privacy.
         stopped: ids of the clients that take one step a round from now on; in round 0 only.
         thresholds: the thresholds by which these clients were selected; in round 0 only.
         masters: float32 [k], the masked weights after the round if clients train by backpropagation; else None.
@@ -96,6 +98,7 @@ class RoundRecord:
     bytes_down: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     epsilon: float | None = None
+    rejected_examples: dict[int, int] = field(default_factory=dict)
     stopped: list[int] = field(default_factory=list)
     thresholds: Thresholds | None = None
     masters: np.ndarray | None = None
@@ -119,6 +122,8 @@ class RoundRecord:
         }
         if self.epsilon is not None:
             fields["epsilon"] = self.epsilon
+        if self.rejected_examples:
+            fields["rejected_examples"] = {str(i): count for i, count in self.rejected_examples.items()}
         if self.round == CALIBRATION:
             fields["stopped"] = self.stopped
             fields["thresholds"] = None if self.thresholds is None else vars(self.thresholds)
@@ -219,6 +224,7 @@ def parse_round(fields: dict[str, Any], path: Path, number: int, header: LedgerH
             bytes_down=int(fields["bytes_down"]),
             rejected={str(reason): int(count) for reason, count in fields["rejected"].items()},
             epsilon=float(fields["epsilon"]) if terms.privacy is not None else None,
+            rejected_examples={int(i): int(count) for i, count in fields.get("rejected_examples", {}).items()},
             stopped=[int(i) for i in fields["stopped"]] if expected == CALIBRATION else [],
             thresholds=_thresholds(fields["thresholds"]) if expected == CALIBRATION else None,
             masters=_masters(fields["masters"]) if terms.sends_weights else None,

@@ -43,6 +43,7 @@ def run_card(replayed: Replayed, name: str, weights: str) -> str:
         **_privacy(replayed),
         "accuracy": _change(before, after, "accuracy"),
         "macro-F1": _change(before, after, "macro_f1"),
+        **_nonfinite(before, after),
         "base fingerprint": _code(header.base),
         "mask digest": _code(header.terms.mask_digest),
         "ledger SHA-256": _code(replayed.ledger.digest),
@@ -142,6 +143,14 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> st
     """A metric before and after training, in words."""
     values = [f"{line[key]:.4f}" if is_number(line.get(key)) else "not evaluated" for line in (before, after)]
     return f"{values[0]} before, {values[1]} after"
+
+
+def _nonfinite(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """A row with the numbers of held-out examples without finite scores; none if all have finite scores."""
+    counts = [line.get("nonfinite", 0) for line in (before, after)]
+    if not any(counts):
+        return {}
+    return {"not scored": f"{counts[0]} held-out examples before, {counts[1]} after: their scores were not finite"}
 
 
 def _privacy(replayed: Replayed) -> dict[str, str]:

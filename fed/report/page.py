@@ -148,13 +148,15 @@ def _paths(run: Run) -> Picture | None:
         return None
     calibrated = any(line["round"] == 0 for line in run.gradip)
     where = "of the virtual path" if calibrated else "of training, over all rounds"
+    queries = run.settings.get("queries", 1)
+    x = "local step" if queries == 1 else f"scalar ({queries} a local step)"
     stopped = ", ".join(sorted(run.stopped & paths.keys(), key=in_order)) or "none"
     alt = (
-        f"Three line charts of |GradIP|, gradient norm and cosine of {len(paths)} clients against the local step "
-        f"{where}. Values are moving means over 10 steps; the axes of |GradIP| and norm are logarithmic. "
+        f"Three line charts of |GradIP|, gradient norm and cosine of {len(paths)} clients against the {x} "
+        f"{where}. Values are moving means over 10 values; the axes of |GradIP| and norm are logarithmic. "
         f"Stopped clients, in another colour: {stopped}."
     )
-    return draw_paths(paths, run.stopped, f"local step {where}", alt)
+    return draw_paths(paths, run.stopped, f"{x} {where}", alt)
 
 
 __all__ = ["write_report"]

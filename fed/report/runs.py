@@ -7,10 +7,10 @@ from typing import Any
 
 from ...engine.errors import RunError
 from ..config.toml import read_toml
-from ..run.directory import CONFIG, GRADIP, METRICS
+from ..ledger.file import read_ledger
+from ..run.directory import CONFIG, LEDGER, METRICS
+from ..run.gradip_file import MEASURES, read_gradip
 from ..run.jsonl import is_number, read_lines
-
-MEASURES = ("gradip", "norm", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +83,8 @@ def _read(path: Path, name: str) -> Run:
     metrics = read_lines(path / METRICS)
     summary = metrics.pop()["summary"] if metrics and isinstance(metrics[-1].get("summary"), dict) else None
     _require(all(is_number(line.get("round")) for line in metrics), path / METRICS, "a line has no round")
-    gradip = read_lines(path / GRADIP)
-    _require(all(map(_is_gradip, gradip)), path / GRADIP, f"a line lacks round, clients, or lists of {MEASURES}")
+    gradip = read_gradip(path, read_ledger(path / LEDGER) if (path / LEDGER).is_file() else None)
     return Run(path=path, name=name, settings=read_toml(path / CONFIG), rounds=metrics, summary=summary, gradip=gradip)
-
-
-def _is_gradip(line: dict[str, Any]) -> bool:
-    """Whether a line of ``gradip.jsonl`` has a round, and a list of numbers for each client and measure."""
-    clients = line.get("clients")
-    return (
-        is_number(line.get("round"))
-        and isinstance(clients, dict)
-        and all(
-            isinstance(path, dict)
-            and all(isinstance(path.get(m), list) and all(map(is_number, path[m])) for m in MEASURES)
-            for path in clients.values()
-        )
-    )
 
 
 def _require(holds: bool, path: Path, problem: str) -> None:
@@ -118,6 +103,11 @@ def _partial_summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracy_after": last["accuracy"],
         "macro_f1_before": first.get("macro_f1"),
         "macro_f1_after": last.get("macro_f1"),
+        **{
+            f"nonfinite_{when}": line["nonfinite"]
+            for when, line in (("before", first), ("after", last))
+            if "nonfinite" in line
+        },
         "bytes_up": sum(line.get("bytes_up", 0) for line in rounds),
         "bytes_down": sum(line.get("bytes_down", 0) for line in rounds),
     }

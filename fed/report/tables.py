@@ -75,6 +75,10 @@ def results(runs: list[Run]) -> list[Row]:
         "trained elements": lambda s: _join(s, "{} of {}", ",", "masked_elements", "elements"),
         "accuracy, before → after": lambda s: _join(s, "{} → {}", ".4f", "accuracy_before", "accuracy_after"),
         "macro-F1, before → after": lambda s: _join(s, "{} → {}", ".4f", "macro_f1_before", "macro_f1_after"),
+        "held-out examples without finite scores, before → after": lambda s: _join(
+            s, "{} → {}", ",", "nonfinite_before", "nonfinite_after"
+        ),
+        "skipped queries": lambda s: _format(s.get("queries_skipped") or None, ","),
         "bytes up": lambda s: _format(s.get("bytes_up"), ","),
         "bytes down": lambda s: _format(s.get("bytes_down"), ","),
         "bytes of the mask, sent to each client once": lambda s: _format(s.get("mask_bytes"), ","),

@@ -1,5 +1,6 @@
 """A run directory: its files, and the lock that lets one process write them."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import transformers
@@ -19,12 +20,14 @@ from ...engine.errors import RunError
 from ...engine.mask import SparseMask
 from ..config.run_config import RunConfig
 from ..config.toml import config_toml
-from ..gradip import Trace
 from ..ledger.file import LedgerHeader, LedgerWriter
 from .jsonl import Line
 
 CONFIG, MASK, ORIGIN = "config.toml", "mask.safetensors", "origin.json"
 LEDGER, METRICS, GRADIP, SNAPSHOT = "ledger.jsonl", "metrics.jsonl", "gradip.jsonl", "snapshot.safetensors"
+ORIGIN_REMEDY = (
+    "put a copy back, or start a new run: without it nothing tells whether the examples and settings are still the same"
+)
 _LOCK = ".lock"
 _PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, MASK, ORIGIN, SNAPSHOT)))})\.\d+\.partial")
 
@@ -126,10 +129,15 @@ class RunDirectory:
 
     def write_mask_and_origin(self, mask: SparseMask, origin: Origin) -> None:
         """Writes the mask file and ``origin.json``, unless they exist."""
+        self.write_mask(mask)
+        if not (self.path / ORIGIN).exists():
+            fields = {**vars(origin), "checksum": _checksum(vars(origin))}
+            write_atomic(self.path / ORIGIN, (json.dumps(fields, indent=1) + "\n").encode())
+
+    def write_mask(self, mask: SparseMask) -> None:
+        """Writes the mask file, unless it exists."""
         if not (self.path / MASK).exists():
             mask.save(self.path / MASK)
-        if not (self.path / ORIGIN).exists():
-            write_atomic(self.path / ORIGIN, (json.dumps(vars(origin), indent=1) + "\n").encode())
 
     def create_ledger(self, header: LedgerHeader) -> LedgerWriter:
         """Creates the ledger. Replaces one whose header is incomplete because the process was killed."""
@@ -156,30 +164,15 @@ class RunDirectory:
 
     def add_metrics(self, line: Line) -> None:
         """Appends a line to ``metrics.jsonl``; raises ``RunError`` if it cannot be written."""
-        self._append(METRICS, line)
+        self.append(METRICS, (json.dumps(line, allow_nan=False) + "\n").encode())
 
-    def add_traces(self, round: int, traces: Mapping[int, Trace]) -> None:
-        """Appends a line to ``gradip.jsonl``, with six digits a number.
-
-        Args:
-            round: number of the round.
-            traces: GradIP, gradient norm and cosine of each client's steps in the round.
-
-        Raises:
-            RunError: if the line cannot be written.
-        """
-        clients = {
-            str(i): {name: [float(f"{x:.6g}") for x in values] for name, values in vars(trace).items()}
-            for i, trace in traces.items()
-        }
-        self._append(GRADIP, {"round": round, "clients": clients})
-
-    def _append(self, name: str, line: Line) -> None:
+    def append(self, name: str, line: bytes) -> None:
+        """Appends a line to a file and fsyncs it; raises ``RunError`` if it cannot be written."""
         path = self.path / name
         new = not path.exists()
         try:
             with open(path, "ab", buffering=0) as file:
-                append_fsync(file, (json.dumps(line, allow_nan=False) + "\n").encode())
+                append_fsync(file, line)
             if new:
                 sync_directory(self.path)
         except OSError as error:
@@ -187,14 +180,29 @@ class RunDirectory:
 
 
 def read_origin(path: Path) -> Origin | None:
-    """Reads ``origin.json`` in a run directory. Returns None if there is none; raises ``RunError`` if it is damaged."""
+    """Reads ``origin.json`` in a run directory.
+
+    Returns:
+        The origin; None if there is no file.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
     file = path / ORIGIN
     if not file.exists():
         return None
     try:
-        return Origin(**json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{file} is damaged ({error}); nothing was changed") from error
+        fields = json.loads(file.read_bytes())
+        if fields.pop("checksum") != _checksum(fields):
+            raise ValueError("its checksum does not match")
+        return Origin(**fields)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise RunError(f"{file} is damaged ({error}); {ORIGIN_REMEDY}; nothing was changed") from error
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields of ``origin.json`` without the checksum, as JSON without spaces, in hexadecimal."""
+    return hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode()).hexdigest()
 
 
 def is_run(path: Path) -> bool:
@@ -225,6 +233,7 @@ __all__ = [
     "MASK",
     "METRICS",
     "ORIGIN",
+    "ORIGIN_REMEDY",
     "SNAPSHOT",
     "Origin",
     "RunDirectory",

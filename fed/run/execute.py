@@ -15,7 +15,7 @@ from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
 from ..config.toml import read_toml
-from ..ledger.file import LedgerHeader, read_ledger
+from ..ledger.file import LedgerHeader
 from ..partition import label_counts
 from ..privacy import largest_epsilon
 from ..setup.data import TaskData, check_files, client_shares, encode
@@ -23,7 +23,8 @@ from ..setup.mask import make_mask
 from ..setup.model import load_language_model
 from ..setup.pool import ClientPool, LocalPool
 from ..setup.server_and_clients import Federation, check_perturbation, check_selection, make_terms
-from .directory import CONFIG, LEDGER, MASK, ORIGIN, Origin, RunDirectory, check_unused, is_run, read_origin
+from .directory import CONFIG, MASK, ORIGIN, ORIGIN_REMEDY, Origin, RunDirectory, check_unused, is_run, read_origin
+from .finished import check_made_again, lost_files, write_lost_files
 from .metrics import Metrics, read_summary
 from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
@@ -54,7 +55,8 @@ def execute(
         The summary, as in the last line of ``metrics.jsonl``.
 
     Raises:
-        MeerkatError: if settings, model, data or mask do not fit together, or a round fails. Files written so far stay.
+        MeerkatError: if settings, model, data or mask do not fit together, a round fails, or no step had a finite loss.
+            Files written so far stay.
     """
     check_unused(output)
     check_files(config)
@@ -89,7 +91,8 @@ def resume(
         pool: see ``execute``.
 
     Returns:
-        The summary. If the run is finished, this is its summary, and nothing is changed.
+        The summary. If the run is finished, this is its summary, and only files that were lost are written: the mask
+        and GradIP, where settings and ledger give them again.
 
     Raises:
         RunError: if there is no run, another process is writing to it, or a file is damaged.
@@ -99,8 +102,8 @@ def resume(
     """
     config = _config_of(path)
     finished = read_summary(path)
-    if finished is not None:
-        _check_finished(config, path)
+    lost = lost_files(config, path) if finished is not None else []
+    if finished is not None and not lost:
         log("this run is finished; nothing to do")
         return finished
     with RunDirectory(path) as directory:
@@ -110,12 +113,18 @@ def resume(
         check_files(config)
         inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
         mask = SparseMask.load(path / MASK, inputs.lm.model) if has_mask else inputs.choose_mask(log)
+        if not has_mask and directory.has_ledger():
+            check_made_again(mask, path)
+        if finished is not None:
+            write_lost_files(directory, mask, inputs.lm.model, config.model.backend)
+            log(f"this run is finished; {' and '.join(lost)} had been lost and was written again")
+            return finished
         _check_before_start(inputs, mask, log)
         return _run(inputs, directory, mask, report, log)
 
 
-def check_same_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Checks that the given settings are those that a run was started with.
+def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
+    """Checks that the given settings are those that a run was started with, and returns all settings of the run.
 
     Args:
         settings: values by flat names; other settings are not compared.
@@ -135,6 +144,7 @@ def check_same_settings(settings: Mapping[str, Any], path: Path) -> None:
                 f"the run in {path} has {name} {run_settings[name]}, {value} was given; a run keeps the settings that "
                 f"it started with, so leave {name} out; nothing was changed"
             )
+    return config
 
 
 def _config_of(path: Path) -> RunConfig:
@@ -210,7 +220,7 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
     )
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
-    data = encode(config, lm.tokenizer)
+    data = encode(config, lm)
     shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
@@ -239,17 +249,6 @@ def _check_before_start(inputs: _Inputs, mask: SparseMask, log: Log) -> None:
         )
 
 
-def _check_finished(config: RunConfig, path: Path) -> None:
-    """Raises ``MeerkatError`` if a file of a finished run is missing, damaged or changed."""
-    ledger, origin = read_ledger(path / LEDGER), read_origin(path)
-    if origin is None:
-        raise RunError(f"{path / ORIGIN} is missing; nothing was changed")
-    if origin.settings != config.digest():
-        raise RunError(f"{path / CONFIG} has changed since the run started; nothing was changed")
-    if SparseMask.load(path / MASK).digest != ledger.header.terms.mask_digest:
-        raise RunError(f"{path / MASK} is not the mask that the ledger names; nothing was changed")
-
-
 def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
     """Compares this process with the origin of the run, if it has one.
 
@@ -259,7 +258,9 @@ def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
     origin = read_origin(directory.path)
     if origin is None:
         if directory.has_ledger():
-            raise RunError(f"{directory.path} has a ledger, but {ORIGIN} is missing; nothing was changed")
+            raise RunError(
+                f"{directory.path} has a ledger, but {ORIGIN} is missing; {ORIGIN_REMEDY}; nothing was changed"
+            )
         return
     if origin.settings != current.settings:
         raise RunError(f"{directory.path / CONFIG} has changed since the run started; nothing was changed")
@@ -293,6 +294,7 @@ def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Rep
         exchange = inputs.pool.connect(federation, directory.path / MASK)
         metrics = Metrics(directory, saved.metrics, len(inputs.data.validation))
         Rounds(federation, exchange, directory, ledger, metrics, report, log).run(saved)
+    metrics.check_trained(header.terms.queries)
     summary = metrics.summary() | federation_summary(federation)
     summary |= selection_summary(federation.selection, inputs.label_counts)
     summary |= {

@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...engine.errors import RunError
+from ...engine.errors import NonFiniteLossError, RunError
 from ...engine.lm.evaluation import Evaluation
 from ..ledger.file import RoundRecord
 from ..scalars import ClientScalars
 from .directory import METRICS, RunDirectory
 from .jsonl import Line, finite_or_none, is_number, read_lines
+from .summary import check_summary
 
 _TIMES = ("seconds", "seconds_in_steps", "seconds_in_forwards")
 
@@ -69,6 +70,27 @@ class Metrics:
         self.bytes += line["bytes_up"] + line["bytes_down"]
         return line
 
+    def check_trained(self, queries: int) -> None:
+        """Checks that the run trained something.
+
+        Args:
+            queries: number of queries of a step.
+
+        Raises:
+            NonFiniteLossError: if every query of every step was skipped.
+        """
+        steps = self._sum("steps")
+        if steps and self._skipped == steps * queries:
+            raise NonFiniteLossError(
+                f"all {steps} local steps of the run were skipped, because no loss was finite: nothing was trained; "
+                f"use dtype float32 or bfloat16 if it was float16, else a smaller eps or other data"
+            )
+
+    @property
+    def _skipped(self) -> int:
+        """Number of skipped queries of all rounds."""
+        return sum(line.get("skipped", 0) for line in self._lines)
+
     def summary(self) -> dict[str, Any]:
         """The fields of the summary that follow from the lines."""
         evaluations = [self._evaluation(line) for line in self._lines if "accuracy" in line]
@@ -85,8 +107,9 @@ class Metrics:
             "validation_loss_before": finite_or_none(before.loss),
             "validation_loss_after": finite_or_none(last.loss),
             "validation_examples": before.examples,
+            **_nonfinite_fields(before, last),
             "steps": self._sum("steps"),
-            "queries_skipped": sum(line.get("skipped", 0) for line in self._lines),
+            "queries_skipped": self._skipped,
             "bytes_up": self._sum("bytes_up"),
             "bytes_down": self._sum("bytes_down"),
             **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),
@@ -108,6 +131,7 @@ class Metrics:
             macro_f1=line["macro_f1"],
             loss=math.nan if line["validation_loss"] is None else line["validation_loss"],
             examples=self._examples,
+            nonfinite=line.get("nonfinite", 0),
         )
 
 
@@ -120,7 +144,7 @@ def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> No
         where: file and line number, for messages.
 
     Raises:
-        RunError: if a value differs from the ledger's, or an evaluation or a time is not a number.
+        RunError: if a value differs from the ledger's, or an evaluation, a count of examples or a time is no number.
     """
     for name, value in _round_fields(record).items():
         if name not in line or line[name] != value:
@@ -131,6 +155,9 @@ def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> No
     lacks_evaluation = "accuracy" not in line and macro_f1 is None and loss is None
     if not evaluated and not (may_lack_evaluation and lacks_evaluation):
         raise RunError(f"{where}: accuracy, macro_f1 or validation_loss is not a number; nothing was changed")
+    nonfinite = line.get("nonfinite", 0)
+    if isinstance(nonfinite, bool) or not isinstance(nonfinite, int) or nonfinite < 0:
+        raise RunError(f"{where}: nonfinite is {nonfinite!r}, not a number of examples; nothing was changed")
     for name in _TIMES:
         if not is_number(line.get(name)):
             raise RunError(f"{where}: {name} is {line.get(name)!r}, not a number; nothing was changed")
@@ -146,10 +173,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     summary: dict[str, Any] | None = lines[-1].get("summary") if lines else None
     if summary is None:
         return None
-    if not isinstance(summary, dict) or not {"weights", "accuracy_after"} <= summary.keys():
-        raise RunError(
-            f"{path / METRICS}, line {len(lines)}: the summary lacks weights or accuracy_after; the file is damaged"
-        )
+    check_summary(summary, f"{path / METRICS}, line {len(lines)}")
     return summary
 
 
@@ -161,7 +185,15 @@ def _evaluation_fields(evaluation: Evaluation | None) -> Line:
         "validation_loss": finite_or_none(evaluation.loss),
         "accuracy": evaluation.accuracy,
         "macro_f1": evaluation.macro_f1,
+        **({"nonfinite": evaluation.nonfinite} if evaluation.nonfinite else {}),
     }
+
+
+def _nonfinite_fields(before: Evaluation, after: Evaluation) -> dict[str, int]:
+    """Numbers of held-out examples without finite scores; no fields if there are none."""
+    if not before.nonfinite and not after.nonfinite:
+        return {}
+    return {"nonfinite_before": before.nonfinite, "nonfinite_after": after.nonfinite}
 
 
 def _round_fields(record: RoundRecord | None) -> Line:

@@ -12,6 +12,7 @@ from ..server import RoundResult
 from ..setup.server_and_clients import Federation
 from ..terms import CALIBRATION
 from .directory import SNAPSHOT, RunDirectory
+from .gradip_file import append_traces
 from .metrics import Metrics
 from .saved_rounds import SavedRounds
 
@@ -84,33 +85,46 @@ class Rounds:
             if not federation.server.replica.terms.calibration_steps:
                 self._write(None, initial)
         for record in saved.pending:
-            self._finish_round(federation.restore(record), initial)
+            self._finish_round(federation.restore(record), initial, saved.crc_of(record))
         self._save_snapshot_if_due(saved)
         if federation.server.round == CALIBRATION:
             self._log(
                 f"calibration: {self._config.selection.steps} steps of every client, to find extreme non-IID clients"
             )
         for result in serve(federation.server, self._exchange, self._config.rounds):
-            self._finish_round(result, initial)
+            self._finish_round(result, initial, self._ledger.crc)
             self._save_snapshot_if_due(saved)
 
     def _restore(self, saved: SavedRounds) -> None:
-        """Brings server, clients and model to the last round of which everything has been written."""
+        """Brings server, clients and model to the last round of which everything has been written.
+
+        Writes lines of GradIP that were lost.
+        """
         snapshot = saved.snapshot
-        for record in saved.complete:
-            self._federation.restore(
-                record, update_model=snapshot is None or record.round > snapshot.round, compute_traces=False
+        for number, record in enumerate(saved.complete):
+            result = self._federation.restore(
+                record,
+                update_model=snapshot is None or record.round > snapshot.round,
+                compute_traces=number >= saved.traced,
             )
+            if number >= saved.traced and result.traces:
+                append_traces(self._directory, record.round, result.traces, saved.crc_of(record))
             if snapshot is not None and record.round == snapshot.round:
                 self._federation.server.replica.optimizer.weights.set_masters_(snapshot.masters)
         if saved.complete:
             self._log(f"resuming after round {saved.complete[-1].round}")
 
-    def _finish_round(self, result: RoundResult, initial: Evaluation) -> None:
-        """Evaluates the model after a round if that is due, and writes GradIP and metrics of the round."""
+    def _finish_round(self, result: RoundResult, initial: Evaluation, ledger_crc: int) -> None:
+        """Evaluates the model after a round if that is due, and writes GradIP and metrics of the round.
+
+        Args:
+            result: result of the round.
+            initial: evaluation before training.
+            ledger_crc: CRC-32 of the round's line in the ledger.
+        """
         number, every = result.record.round, self._config.evaluation.every
         if result.traces:
-            self._directory.add_traces(number, result.traces)
+            append_traces(self._directory, number, result.traces, ledger_crc)
         evaluation = None
         if number == CALIBRATION:  # which does not change the model
             evaluation = initial
@@ -119,7 +133,13 @@ class Rounds:
         self._write(result.record, evaluation)
 
     def _evaluate(self) -> Evaluation:
-        return evaluate(self._federation.model, self._federation.data.validation)
+        evaluation = evaluate(self._federation.model, self._federation.data.validation)
+        if evaluation.nonfinite:
+            self._log(
+                f"{evaluation.nonfinite} of {evaluation.examples} held-out examples have scores that are not finite; "
+                f"they count as wrong"
+            )
+        return evaluation
 
     def _write(self, record: RoundRecord | None, evaluation: Evaluation | None) -> None:
         """Writes and reports the metrics of a round; see ``Metrics.add``."""
@@ -154,7 +174,7 @@ class Rounds:
                 round=round,
                 crc=self._ledger.crc,
                 mask=replica.terms.mask_digest,
-                masters=replica.optimizer.weights.masters(),
+                masters=replica.masters(),
             )
             snapshot.save(self._directory.path / SNAPSHOT)
 

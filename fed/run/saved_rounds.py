@@ -7,6 +7,7 @@ from ...engine.errors import LedgerError, RunError
 from ..ledger.file import Ledger, LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from ..ledger.snapshot import Snapshot
 from .directory import GRADIP, LEDGER, METRICS, SNAPSHOT, RunDirectory
+from .gradip_file import read_gradip
 from .jsonl import Line, read_lines
 from .metrics import check_metrics_line
 
@@ -18,7 +19,7 @@ class SavedRounds:
     Args:
         ledger: the ledger; None if there is none or its header is incomplete.
         metrics: lines of ``metrics.jsonl``, round 0 first.
-        traced: number of lines of ``gradip.jsonl`` that belong to rounds in ``metrics``.
+        traced: number of lines of ``gradip.jsonl`` that belong to rounds in ``metrics``; they are of the first rounds.
         snapshot: the snapshot, if there is one and its round is in ``metrics``; else None.
     """
 
@@ -37,6 +38,11 @@ class SavedRounds:
         """Rounds that are in the ledger but not in the metrics yet."""
         return [line for line in self._lines if line.round >= len(self.metrics)]
 
+    def crc_of(self, record: RoundRecord) -> int:
+        """CRC-32 of a round's line in the ledger."""
+        assert self.ledger is not None
+        return self.ledger.crcs[1 + record.round - self.ledger.lines[0].round]
+
     @property
     def _lines(self) -> list[RoundRecord]:
         return self.ledger.lines if self.ledger is not None else []
@@ -54,22 +60,21 @@ def read_saved_rounds(directory: RunDirectory, header: LedgerHeader) -> SavedRou
         RunError: if ``metrics.jsonl`` or ``gradip.jsonl`` is damaged.
     """
     path = directory.path
-    metrics, gradip = read_lines(path / METRICS), read_lines(path / GRADIP)
-    _check_round_numbers(metrics, gradip, path)
+    metrics = read_lines(path / METRICS)
+    _check_round_numbers(metrics, path)
     if not directory.has_ledger():
-        if metrics or gradip or (path / SNAPSHOT).exists():
+        if metrics or read_gradip(path, None) or (path / SNAPSHOT).exists():
             raise LedgerError(f"{path} has rounds but no {LEDGER}, so it was lost; nothing was changed")
         return SavedRounds()
     ledger = read_ledger(path / LEDGER)
     _check_header(ledger.header, header, path / LEDGER)
     # The ledger's line of each line of the metrics. Without calibration, the line of round 0 has none.
     records = ledger.lines if header.terms.calibration_steps else [None, *ledger.lines]
-    gradip_end = gradip[-1]["round"] + 1 if gradip else 0
-    if max(len(metrics), gradip_end) > len(records):
+    if len(metrics) > len(records):
         raise LedgerError(
-            f"{path / LEDGER} ends before {METRICS} or {GRADIP}, which are written after it: it has lost rounds; "
-            f"nothing was changed"
+            f"{path / LEDGER} ends before {METRICS}, which is written after it: it has lost rounds; nothing was changed"
         )
+    gradip = read_gradip(path, ledger)
     for number, (line, record) in enumerate(zip(metrics, records, strict=False), 1):
         check_metrics_line(line, record, f"{path / METRICS}, line {number}")
     snapshot = None
@@ -100,20 +105,11 @@ def reopen_ledger(directory: RunDirectory, header: LedgerHeader, saved: SavedRou
     return LedgerWriter(directory.path / LEDGER, header, saved.ledger)
 
 
-def _check_round_numbers(metrics: list[Line], gradip: list[Line], path: Path) -> None:
-    """Checks that rounds count from 0 in the metrics, and ascend in GradIP."""
+def _check_round_numbers(metrics: list[Line], path: Path) -> None:
+    """Checks that rounds count from 0 in the metrics."""
     for number, line in enumerate(metrics):
         if line.get("round") != number:
             raise RunError(f"{path / METRICS}, line {number + 1}: expected round {number}; nothing was changed")
-    previous = -1
-    for number, line in enumerate(gradip, 1):
-        round = line.get("round")
-        if not isinstance(round, int) or round <= previous:
-            raise RunError(
-                f"{path / GRADIP}, line {number}: expected a round of {previous + 1} or later, found {round!r}; "
-                f"nothing was changed"
-            )
-        previous = round
 
 
 def _check_header(header: LedgerHeader, expected: LedgerHeader, path: Path) -> None:
@@ -126,7 +122,7 @@ def _check_header(header: LedgerHeader, expected: LedgerHeader, path: Path) -> N
     if header.terms.mask_digest != expected.terms.mask_digest:
         raise LedgerError(
             f"{path}, line 1: the run uses the mask {header.terms.mask_digest[:12]}; the mask file in its directory is "
-            f"{expected.terms.mask_digest[:12]}; nothing was changed"
+            f"{expected.terms.mask_digest[:12]}; put the right one back, or delete it; nothing was changed"
         )
     for part, expected_part in ((header.terms, expected.terms), (header, expected)):
         for field_ in fields(part):

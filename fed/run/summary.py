@@ -3,11 +3,58 @@
 import dataclasses
 from typing import Any
 
+from ...engine.errors import RunError
 from ...engine.parameters import floating_parameters
 from ..attack import attack_summary
 from ..selection import PathStatistics, Selection
 from ..setup.server_and_clients import Federation
-from .jsonl import finite_or_none
+from .jsonl import finite_or_none, is_number
+
+_NUMBERS = (
+    "accuracy_before", "accuracy_after", "macro_f1_before", "macro_f1_after", "validation_examples", "truncated_train",
+    "truncated_validation", "masked_elements", "elements", "steps", "queries_skipped", "mask_bytes", "bytes_up",
+    "bytes_down", "bytes_each_way_if_weights_were_sent",
+)  # fmt: skip
+# Fields that not every summary has, with those that come with them.
+_TOGETHER = {
+    "nonfinite_after": ("nonfinite_before",),
+    "single_label_clients": ("stopped", "precision", "recall"),
+    "attackers": ("attack",),
+    "epsilon": ("delta",),
+}
+_LISTS, _TEXTS = ("stopped", "single_label_clients", "attackers"), ("weights", "attack")
+_MAY_BE_NULL = ("precision", "recall", "seconds_per_step", "forward_share_of_step")
+
+
+def check_summary(summary: Any, where: str) -> None:
+    """Checks that a summary from a file has the fields that are shown.
+
+    Args:
+        summary: the summary, as read from JSON.
+        where: file and line number, for messages.
+
+    Raises:
+        RunError: if a field is missing or has a value of another kind.
+    """
+    if not isinstance(summary, dict):
+        raise RunError(f"{where}: the summary is no object; the file is damaged")
+    names = ["weights", *_NUMBERS, "seconds_per_step", "forward_share_of_step"]
+    names += [name for name in _LISTS if name in summary]
+    names += [name for first, others in _TOGETHER.items() if first in summary for name in (first, *others)]
+    for name in names:
+        if name not in summary or not _is_of_kind(name, summary[name]):
+            raise RunError(f"{where}: the summary has no {name}, or one of another kind; the file is damaged")
+    if (summary["seconds_per_step"] is None) != (summary["forward_share_of_step"] is None):
+        raise RunError(f"{where}: the summary has one of two times of a step; the file is damaged")
+
+
+def _is_of_kind(name: str, value: Any) -> bool:
+    """Whether a field has a value of its kind."""
+    if value is None:
+        return name in _MAY_BE_NULL
+    if name in _LISTS:
+        return isinstance(value, list)
+    return isinstance(value, str) if name in _TEXTS else is_number(value)
 
 
 def federation_summary(federation: Federation) -> dict[str, Any]:
@@ -63,4 +110,4 @@ def _statistics_fields(statistics: PathStatistics) -> dict[str, float | None]:
     return {name: finite_or_none(value) for name, value in vars(statistics).items()}
 
 
-__all__ = ["federation_summary", "selection_summary"]
+__all__ = ["check_summary", "federation_summary", "selection_summary"]

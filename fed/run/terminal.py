@@ -42,6 +42,9 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
     click.echo(f"accuracy        {s['accuracy_before']:.4f} before, {s['accuracy_after']:.4f} after "
                f"({s['validation_examples']} held-out examples); "
                f"macro-F1 {s['macro_f1_before']:.4f}, {s['macro_f1_after']:.4f}")  # fmt: skip
+    if "nonfinite_after" in s:
+        click.echo(f"not scored      {s['nonfinite_before']} held-out examples before, {s['nonfinite_after']} after: "
+                   f"their scores were not finite; they count as wrong")  # fmt: skip
     if s["truncated_train"] or s["truncated_validation"]:
         click.echo(f"cut to fit      {s['truncated_train']} training examples, "
                    f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
@@ -51,7 +54,7 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]
         click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
-                   f"({full / sent:,.0f} times as much)")  # fmt: skip
+                   f"({full / max(sent, 1):,.0f} times as much)")  # fmt: skip
     if s["mask_bytes"]:
         click.echo(
             f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"

@@ -15,7 +15,7 @@ from ..config.toml import config_toml
 from ..messages import TrainRequest
 from ..methods import Elements
 from ..setup.server_and_clients import Federation
-from .ranks import Ranks
+from .ranks import Ranks, software
 
 # Kinds of messages from rank 0, and of answers.
 LOAD, BUILD, ANSWER, END = b"load", b"build", b"answer", b"end"
@@ -67,15 +67,25 @@ class RankPool:
         yield f"{ranks.world} processes, {sharing} at a time"
 
     def check(self, base: str, examples: str) -> None:
-        """Checks that all ranks have the same base model and examples; raises ``RunError`` if one has others."""
+        """Checks that all ranks have the same base model, examples, versions and number of threads.
+
+        Raises:
+            RunError: if one has others.
+        """
         for rank in self._ranks.others:
             answers = _answer_of(self._ranks, rank)
-            for name, own, other in zip(("base model", "examples"), (base, examples), answers, strict=True):
-                if own.encode() != other:
+            others_base, others_examples, others_software = (part.decode() for part in answers)
+            for name, own, other in (("base model", base, others_base), ("examples", examples, others_examples)):
+                if own != other:
                     raise RunError(
-                        f"the {name} on rank {rank} ({other.decode()[:12]}) and rank 0 ({own[:12]}) differ; "
+                        f"the {name} on rank {rank} ({other[:12]}) and rank 0 ({own[:12]}) differ; "
                         f"give all processes the same files"
                     )
+            if others_software != software():
+                raise RunError(
+                    f"rank {rank} runs {others_software}, and rank 0 {software()}; install the same versions "
+                    f"everywhere, and set OMP_NUM_THREADS to the same number"
+                )
 
     def connect(self, federation: Federation, mask: Path) -> "RankExchange":
         """Makes the other ranks create the clients, and returns the exchange."""

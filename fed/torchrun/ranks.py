@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, distributed
 
+from ... import __version__
+from ...engine import stream
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm.objective import MicroBatchMap
 
@@ -70,10 +72,10 @@ class Ranks:
         Raises:
             RunError: if the other process or this run has ended.
         """
-        sizes = torch.tensor([len(parts), *(len(part) for part in parts)])
+        sizes = torch.tensor([len(parts), *map(len, parts)], dtype=torch.int64, device="cpu")
         data = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
         with _lost_process_error(rank):
-            distributed.send(torch.tensor([len(sizes)]), rank)
+            distributed.send(torch.tensor([len(sizes)], dtype=torch.int64, device="cpu"), rank)
             distributed.send(sizes, rank)
             distributed.send(data, rank)
 
@@ -89,13 +91,13 @@ class Ranks:
         Raises:
             RunError: if the other process or this run has ended.
         """
-        count = torch.empty(1, dtype=torch.int64)
+        count = torch.empty(1, dtype=torch.int64, device="cpu")
         with _lost_process_error(rank):
             distributed.recv(count, rank)
-            sizes = torch.empty(int(count), dtype=torch.int64)
+            sizes = torch.empty(int(count), dtype=torch.int64, device="cpu")
             distributed.recv(sizes, rank)
             lengths: list[int] = sizes[1:].tolist()
-            data = torch.empty(max(1, sum(lengths)), dtype=torch.uint8)
+            data = torch.empty(max(1, sum(lengths)), dtype=torch.uint8, device="cpu")
             distributed.recv(data, rank)
         message, ends = data.numpy().tobytes(), list(accumulate(lengths))
         return [message[end - length : end] for end, length in zip(ends, lengths, strict=True)]
@@ -109,13 +111,21 @@ class Ranks:
         self, parts: Sequence[Callable[[], Tensor]], sizes: Sequence[int], device: torch.device
     ) -> list[Tensor]:
         """Computes the losses of all micro-batches; see ``MicroBatchMap``."""
-        losses = torch.zeros(sum(sizes), device=device)
+        losses = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         losses_of_parts = list(losses.split(list(sizes)))
         for i in range(self.rank % self.per_client, len(parts), self.per_client):
             losses_of_parts[i].copy_(parts[i]().reshape(-1))
         with _lost_process_error(None):
             distributed.all_reduce(losses, group=self._group)  # exact: of the summands of a loss, all but one are 0
         return losses_of_parts
+
+
+def software() -> str:
+    """What the bits of this process depend on besides its inputs: versions, and the number of threads."""
+    return (
+        f"meerkat-engine {__version__}, perturbation stream {stream.VERSION}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 @contextmanager
@@ -191,4 +201,4 @@ def _lost_process_error(rank: int | None) -> Iterator[None]:
         raise RunError(f"{process} of this run was lost ({str(error).splitlines()[0]}); {_RESUMABLE}") from error
 
 
-__all__ = ["Ranks", "torchrun_ranks"]
+__all__ = ["Ranks", "software", "torchrun_ranks"]

@@ -12,8 +12,9 @@ from ..setup.data import client_shares, encode
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model
 from ..setup.server_and_clients import Federation
+from ..setup.threads import choose_threads
 from .rank_pool import BUILD, DONE, END, FAILED, LOAD, TIMING
-from .ranks import Ranks
+from .ranks import Ranks, software
 
 
 class _Inputs:
@@ -21,13 +22,14 @@ class _Inputs:
 
     def __init__(self, config: RunConfig, trust_remote_code: bool) -> None:
         self.config = config
+        choose_threads(config.model.source)
         self.lm = load_language_model(config, trust_remote_code=trust_remote_code)
-        self.data = encode(config, self.lm.tokenizer)
+        self.data = encode(config, self.lm)
         self.shares = client_shares(config, self.data)
 
     def digests(self) -> list[bytes]:
-        """Fingerprint of the base model and digest of the examples, which rank 0 compares with its own."""
-        return [fingerprint(self.lm.model).encode(), self.data.digest(self.shares).encode()]
+        """Fingerprint of the base model, digest of the examples, and software: rank 0 compares them with its own."""
+        return [fingerprint(self.lm.model).encode(), self.data.digest(self.shares).encode(), software().encode()]
 
 
 class _Clients:

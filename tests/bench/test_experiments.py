@@ -1,5 +1,6 @@
 """Tests of ``meerkat-engine experiment``: each experiment runs, reports its result, and repeats no finished run."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from meerkat_engine.bench.tables import over_seeds
 from meerkat_engine.cli import main
 from meerkat_engine.engine import stream
 from meerkat_engine.fed import execute, make_config, read_ledger
+from meerkat_engine.fed.ledger.file import RoundRecord
 
 TINY = ("--rounds", "1", "--local-steps", "1", "--eval-examples", "40", "--calibration-texts", "16", "--vp-steps", "8",
         "--vp-initial", "3", "--vp-later", "4", "--vp-null-paths", "3", "--clients", "4", "--batch-size", "8",
@@ -155,6 +157,12 @@ def test_drift_is_the_distance_of_the_clients_weights_from_the_average(tmp_path:
             squares.append(float((end - average).square().sum()))
     expected = (sum(squares) / len(squares)) ** 0.5
     assert local_steps._drift(FinishedRun(tmp_path / "r")) == pytest.approx(expected, rel=0.1)  # z: nearly orthogonal
+
+
+def test_a_skipped_query_does_not_count_as_drift_of_its_own() -> None:
+    """The client's weights stay where they are, while the average moves on."""
+    line = RoundRecord(round=1, lr=[0.5, 0.5], scalars=[2.0, 4.0], clients={0: [math.nan, 6.0], 1: [2.0]})
+    assert local_steps._squares(line, [0.5, 0.5]) == [1.0 + 1.0, 0.0 + 4.0]
 
 
 def test_detection_adds_up_the_clients_of_all_seeds(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_steps_on_a_batch_with_a_nan_loss_are_skipped(federation: Make, gradient
 def test_a_client_whose_losses_are_all_nan_skips_all_queries(federation: Make, gradient: Gradient) -> None:
     fed = federation(steps=3, gradient=gradient)
     fed.replica.model.model.norm.weight.data[:] = float("nan")
+    fed.replica.optimizer.restore()  # of its masked elements
     masters = fed.replica.optimizer.weights.masters()
     results, loss = fed.clients[0].train(1, 3)
     assert np.isnan(results["scalars"]).tolist() == [True] * 3
@@ -112,6 +113,7 @@ def test_the_mean_loss_is_of_steps_with_a_finite_loss_and_a_finite_scalar(
 def test_backpropagation_still_raises(federation: Make) -> None:
     fed = federation(gradient=Gradient.BACKPROPAGATION)
     fed.replica.model.model.norm.weight.data[:] = float("nan")
+    fed.replica.optimizer.restore()  # of its masked elements
     masters = fed.replica.optimizer.weights.masters()
     with pytest.raises(
         NonFiniteLossError, match="client 0, round 1: the loss of step 0 is nan; the step was not applied"
@@ -125,8 +127,9 @@ def test_a_null_path_with_a_skipped_query_is_an_error() -> None:
         "method": "meerkat-vp", "clients": 2, "vp_steps": 50, "vp_initial": 10, "vp_later": 25, "eval_examples": 100,
     })  # fmt: skip
     lm = load_language_model(config)
-    data = encode(config, lm.tokenizer)
-    mask = SparseMask.random(lm.model, 0.01, 1).with_gradient(lm.model, [torch.ones(2, 9, dtype=torch.int64)])
+    data = encode(config, lm)
+    mask = SparseMask.random(lm.model, 0.01, 1, frozen=True)
+    mask = mask.with_gradient(lm.model, [torch.ones(2, 9, dtype=torch.int64)])
     fed = Federation(config, lm.model, mask, data, [torch.arange(50), torch.arange(50, 100)], None)  # type: ignore[arg-type]
     token = lm.tokenizer.convert_tokens_to_ids("bed")
     lm.model.model.embed_tokens.weight.data[token] = float("nan")

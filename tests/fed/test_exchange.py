@@ -27,7 +27,7 @@ def independent_clients(settings: dict[str, Any]) -> dict[int, Client]:
     clients = {}
     for i in range(config.clients.count):
         lm = load_language_model(config)
-        data = encode(config, lm.tokenizer)
+        data = encode(config, lm)
         mask = make_mask(config, lm)
         own_data = ClientData(
             data.train, client_shares(config, data)[i], config.step.batch_size, stream.derived_seed(0, "data", i)

@@ -16,6 +16,7 @@ from meerkat_engine.fed import execute, make_config, read_ledger, simulate
 from meerkat_engine.fed.aggregation import Rule, Weighting
 from meerkat_engine.fed.attack import Attack, HostileClient, with_attackers
 from meerkat_engine.fed.messages import HEADER_BYTES, TrainReply
+from meerkat_engine.fed.privacy import Privacy, epsilon
 from meerkat_engine.fed.rejection import RejectedError, Rejection
 from meerkat_engine.fed.server import RoundFailedError
 
@@ -34,7 +35,7 @@ def answer(fed: Any, client: int) -> TrainReply:
 def state(fed: Any, ledger: Path) -> tuple[Any, ...]:
     """All state that a rejected message must not change."""
     server = fed.server
-    of_clients = (dict(server.claimed_examples), dict(server._client_round), dict(server._answers))
+    of_clients = (dict(server.claimed_examples), dict(server._client_round), dict(server._answers.values))
     of_round = (server.round, server.participants())
     return fed.weights, fed.replica.optimizer.weights.masters().tolist(), ledger.read_bytes(), of_clients, of_round
 
@@ -230,6 +231,50 @@ def test_a_hostile_sender_cannot_fill_the_servers_memory(federation: Make) -> No
     tracemalloc.stop()
     assert fed.server.rejected == {key: 2 * count for key, count in keys.items()}
     assert grown < 20_000
+
+
+def private_federation(federation: Make, ledger: Path) -> Any:
+    return federation(ledger=ledger, privacy=Privacy(clip=1.0, noise_multiplier=2.0, delta=1e-4, batch_size=8))
+
+
+def test_epsilon_counts_clients_none_of_whose_answers_was_accepted(federation: Make, tmp_path: Path) -> None:
+    """Whoever received their messages has seen scalars of theirs."""
+    pytest.importorskip("dp_accounting")
+    fed = private_federation(federation, tmp_path / "l")
+    privacy, resumed = fed.terms.privacy, private_federation(federation, tmp_path / "m")
+    honest = replace(answer(fed, 0), examples=400)
+    short, rounds = replace(honest, local_steps=1), []
+    for round, of_client_1 in ((1, b"unreadable"), (2, replace(short, client=1, round=2, examples=9).encode())):
+        of_client_2 = replace(short, client=2, round=round, examples=50).encode()
+        for client, message in ((1, of_client_1), (2, of_client_2)):
+            with pytest.raises(RejectedError):
+                fed.server.receive(message, sender=client)
+        fed.server.receive(replace(honest, round=round).encode(), sender=0)
+        rounds.append(fed.server.finish_round().record)
+    # client 1 has an unknown number of examples, and counts with the fewest that a private client may have
+    assert [line.epsilon for line in rounds] == [epsilon(privacy, 8, 2), epsilon(privacy, 8, 4)]
+    assert [line.rejected_examples for line in rounds] == [{1: 8, 2: 50}, {}]
+    ledger = read_ledger(tmp_path / "l")
+    assert ledger.rounds == rounds
+    for line in ledger.rounds:
+        resumed.server.restore(line)
+    for client in (1, 2):  # with an accepted answer, its number of examples is known
+        for server in (fed.server, resumed.server):
+            server.receive(replace(honest, client=client, round=3, examples=60 * client).encode(), sender=client)
+    result = fed.server.finish_round().record
+    assert result == resumed.server.finish_round().record
+    assert result.epsilon == epsilon(privacy, 60, 6)
+
+
+def test_a_private_client_that_reports_less_than_a_batch_of_examples_is_rejected(
+    federation: Make, tmp_path: Path
+) -> None:
+    fed = private_federation(federation, tmp_path / "l")
+    few = replace(answer(fed, 0), examples=7).encode()
+    with pytest.raises(
+        RejectedError, match=r"client 0 reported 7 examples, at least 8 \(a private batch\) were expected"
+    ):
+        fed.server.receive(few)
 
 
 def test_a_client_that_was_not_sampled_is_rejected(federation: Make, tmp_path: Path) -> None:

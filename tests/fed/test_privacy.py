@@ -3,11 +3,13 @@
 import math
 import sys
 
+import dp_accounting
 import pytest
+from dp_accounting import pld
 from scipy import integrate, optimize, stats
 
 from meerkat_engine.engine.errors import ConfigError
-from meerkat_engine.fed.privacy import Privacy, epsilon
+from meerkat_engine.fed.privacy import Privacy, epsilon, largest_epsilon
 
 
 def privacy(noise: float, batch_size: int = 10, delta: float = 1e-5) -> Privacy:
@@ -88,6 +90,28 @@ def test_epsilon_does_not_depend_on_the_clip() -> None:
     )
 
 
+@pytest.mark.parametrize("examples", [10, 200])
+def test_the_numbers_are_those_of_the_package_s_accountant(examples: int) -> None:
+    step = dp_accounting.PoissonSampledDpEvent(10 / examples, dp_accounting.GaussianDpEvent(1.5))
+    for steps in (1, 4, 70):
+        accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-4)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+        assert epsilon(privacy(1.5), examples, steps) == accountant.get_epsilon(1e-5)
+
+
+def test_the_distribution_of_a_step_is_made_once_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = pld.privacy_loss_distribution.from_gaussian_mechanism
+    monkeypatch.setattr(
+        pld.privacy_loss_distribution,
+        "from_gaussian_mechanism",
+        lambda *given, **named: (made.append(named["sampling_prob"]), original(*given, **named))[1],
+    )
+    for round in range(1, 6):
+        largest_epsilon(privacy(1.75), [(100, 3 * round), (70, round)])
+    assert made == [10 / 70, 10 / 100]
+
+
 def test_a_very_large_epsilon_is_computed_in_seconds() -> None:
     """Such an epsilon is useless, but must be correct: it equals mu^2 / 2 + mu * 4.26 to 1e-3."""
     result = epsilon(privacy(0.05), 10, 1000)
@@ -119,6 +143,6 @@ def test_arguments_of_epsilon_out_of_range_are_errors(examples: int, steps: int,
 
 
 def test_a_missing_dp_accounting_is_an_error_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     with pytest.raises(ConfigError, match=r"needs the package dp-accounting .*; in a clone .* '\.\[dp\]'"):
-        epsilon(privacy(1.0), 200, 5)
+        epsilon(privacy(1.25), 201, 5)  # of which no other test has computed a step

@@ -10,7 +10,8 @@ from meerkat_engine.fed.flower.records import RunDescription
 from meerkat_engine.fed.flower.server.nodes import Nodes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-DESCRIPTION = RunDescription(settings="seed = 1", base="b" * 64, mask_digest="m" * 64, mask=b"ids", seconds=3.0)
+DESCRIPTION = RunDescription(settings="seed = 1", base="b" * 64, mask_digest="m" * 64, stream_version=1, mask=b"ids",
+                             seconds=3.0)  # fmt: skip
 
 
 def test_description_survives_the_message() -> None:

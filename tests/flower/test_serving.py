@@ -260,10 +260,20 @@ def encoded_request(round: int) -> bytes:
 def handler_of(description: RunDescription) -> RequestHandler:
     """The handler of a worker that has loaded a run, in the session "one"."""
     header: Any = {"do": "setup", "session": "one", "settings": description.settings, "base": description.base,
-                   "mask": description.mask_digest, "node": {}, "client": 0}  # fmt: skip
+                   "mask": description.mask_digest, "stream_version": description.stream_version, "node": {},
+                   "client": 0}  # fmt: skip
     handler = RequestHandler()
     assert handler.handle(header, description.mask)[0]["known"]
     return handler
+
+
+def test_node_with_another_version_of_the_stream_cannot_take_part(reference: Path) -> None:
+    """Its perturbations would be others, and its scalars about other directions."""
+    description = describe_run(reference, seconds=1)
+    header: Any = {"do": "setup", "session": "one", "settings": description.settings, "base": description.base,
+                   "mask": description.mask_digest, "stream_version": 2, "node": {}, "client": 0}  # fmt: skip
+    reply, _ = RequestHandler().handle(header, description.mask)
+    assert str(reply["error"]).startswith("the run's perturbation stream has version 2, this node's has 1; install")
 
 
 def private(description: RunDescription) -> RunDescription:

@@ -11,7 +11,7 @@ from helpers.imports import ROOT
 
 # Python looks for signals when a function starts, after a call, and when a loop jumps back.
 _AFTER = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}
-_AT = {"RESUME", "JUMP_BACKWARD"}
+_AT = {"JUMP_BACKWARD"}
 _CODE = tuple(str(ROOT / folder) for folder in ("engine", "triton_kernels", "fed"))
 
 
@@ -37,14 +37,15 @@ class Interrupts:
         if not frame.f_code.co_filename.startswith(_CODE):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        here = event == "call"
         if event == "opcode":
             name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             here = name in _AT or self._previous.get(frame) in _AFTER
             self._previous[frame] = name
-            if here:
-                number, self.seen = self.seen, self.seen + 1
-                if number in self.at:
-                    raise KeyboardInterrupt(f"{frame.f_code.co_qualname}, line {frame.f_lineno}")
+        if here:
+            number, self.seen = self.seen, self.seen + 1
+            if number in self.at:
+                raise KeyboardInterrupt(f"{frame.f_code.co_qualname}, line {frame.f_lineno}")
         return self.trace
 
     @contextmanager

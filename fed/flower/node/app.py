@@ -103,7 +103,8 @@ def _ask_worker(
         reply, answer = _raise_reported_error(ask(header, payload, seconds))
     if description is not None and not reply["known"]:
         setup = {"do": "setup", "session": description.session, "settings": description.settings,
-                 "base": description.base, "mask": description.mask_digest, "node": dict(context.node_config),
+                 "base": description.base, "mask": description.mask_digest,
+                 "stream_version": description.stream_version, "node": dict(context.node_config),
                  "client": header["client"]}  # fmt: skip
         reply, answer = _raise_reported_error(ask(setup, description.mask, description.seconds))
         if not is_setup:

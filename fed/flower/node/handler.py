@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from ....engine import stream
 from ....engine.errors import ConfigError, MaskError, MessageError, ModelError, NonFiniteLossError
 from ...messages import TrainRequest
 from .local_run import LocalRun
@@ -54,6 +55,11 @@ class RequestHandler:
 
     def _set_up(self, header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
         session = str(header["session"])
+        if header["stream_version"] != stream.VERSION:
+            raise ConfigError(
+                f"the run's perturbation stream has version {header['stream_version']}, this node's has "
+                f"{stream.VERSION}; install the server's version of this package"
+            )
         if session != self._session:
             self._session, self._local_run = "", None  # frees the old model before the new one is loaded
             self._local_run = LocalRun.prepare(

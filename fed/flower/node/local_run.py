@@ -19,6 +19,7 @@ from ....engine.errors import ConfigError, MaskError, ModelError
 from ....engine.lm import embedded
 from ....engine.lm.data import custom_rows
 from ....engine.lm.examples import EncodedTask
+from ....engine.lm.models import max_positions
 from ....engine.mask import SparseMask
 from ....engine.parameters import fingerprint
 from ...client import Client, ClientData
@@ -30,6 +31,7 @@ from ...setup.data import client_shares, encode
 from ...setup.mask import make_mask
 from ...setup.model import load_language_model
 from ...setup.server_and_clients import make_terms
+from ...setup.threads import choose_threads
 
 # Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
@@ -109,6 +111,7 @@ class LocalRun:
             MeerkatError: if something is missing on this node, or differs from the server's.
         """
         config = settings_on_node(settings, node)
+        choose_threads(config.model.source)
         lm = load_language_model(config)
         own_base = fingerprint(lm.model)
         if own_base != base:
@@ -122,8 +125,9 @@ class LocalRun:
         if config.data.file is not None:  # none are held out: the server evaluates on its own examples
             task = config.task
             rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)
-            return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, config.data.max_length, task.name), None)
-        data = encode(config, lm.tokenizer)
+            length, positions = config.data.max_length, max_positions(lm.model)
+            return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, length, task.name, positions), None)
+        data = encode(config, lm)
         return cls(config, replica, data.train, client_shares(config, data))
 
     def client(self, id: int) -> Client:
@@ -136,7 +140,7 @@ class LocalRun:
 
     def _make_client(self, id: int) -> Client:
         config, step, privacy = self.config, self.config.step, self.replica.terms.privacy
-        indices = torch.arange(len(self.data)) if self.shares is None else self.shares[id]
+        indices = torch.arange(len(self.data), device="cpu") if self.shares is None else self.shares[id]
         # in private, batches and noise must be secret, from the server above all
         seed = stream.derived_seed(config.seed, "data", id) if privacy is None else secrets.randbits(64)
         noise = None if privacy is None else secrets.randbits(64)

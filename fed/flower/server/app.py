@@ -11,6 +11,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from ....engine.lm import embedded
+from ...setup.threads import choose_threads
 from .run import serve_run, settings_from
 
 # The app's own settings that `serve_run` takes as arguments.
@@ -23,6 +25,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs a federation over the nodes that are online."""
     settings = settings_from(context.run_config)
+    choose_threads(str(settings.get("model", embedded.NAME)))
     log = logging.getLogger("flwr").info
     output = Path(str(settings.pop("output", f"runs/flower-{context.run_id}")))
     summary = serve_run(

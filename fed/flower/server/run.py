@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from ....engine import stream
 from ...config.run_config import make_config
 from ...config.toml import read_toml
 from ...ledger.file import read_ledger
@@ -88,6 +89,7 @@ def describe_run(run: Path, *, seconds: float, send_mask: bool = True) -> RunDes
         settings=settings_for_nodes(settings),
         base=header.base,
         mask_digest=header.terms.mask_digest,
+        stream_version=stream.VERSION,
         mask=(run / MASK).read_bytes() if send_mask and not is_derived else b"",
         seconds=seconds,
     )

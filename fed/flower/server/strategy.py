@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from ....engine import stream
 from ....engine.lm.evaluation import evaluate
 from ....engine.lm.models import LanguageModel
 from ....engine.parameters import fingerprint
@@ -64,7 +65,9 @@ class _ServerModel:
         if not is_due:
             return None
         evaluation = evaluate(self._replica.model, self._data.validation)
-        return MetricRecord({"accuracy": evaluation.accuracy, "loss": evaluation.loss})
+        return MetricRecord(
+            {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "nonfinite": evaluation.nonfinite}
+        )
 
 
 def start_strategy(
@@ -94,13 +97,14 @@ def start_strategy(
     config = make_config(settings)
     check_strategy_settings(config)
     lm = load_language_model(config)
-    base, data = fingerprint(lm.model), encode(config, lm.tokenizer)
+    base, data = fingerprint(lm.model), encode(config, lm)
     mask = make_mask(config, lm, data.train)
     replica = Replica(lm.model, mask, make_terms(config, mask), config.model.backend)
     description = RunDescription(
         settings=settings_for_nodes(config.flat()),
         base=base,
         mask_digest=mask.digest,
+        stream_version=stream.VERSION,
         mask=mask.to_bytes(),
         seconds=max(deadline, wait),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from meerkat_engine import SparseMask
 from meerkat_engine.engine.errors import LedgerError
@@ -70,6 +71,13 @@ def test_a_ledger_of_other_terms_or_one_that_ends_too_early_is_an_error(
     replica_with_other_terms = federation().replica
     with pytest.raises(LedgerError, match="belongs to a federation with other terms"):
         catch_up(replica_with_other_terms, run / "ledger.jsonl")
+    other_base = base_replica(run)
+    embedding = other_base.model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        embedding.weight[-1] += 1
+    other_base.optimizer.restore()
+    with pytest.raises(LedgerError, match="starts from a base model with fingerprint"):
+        catch_up(other_base, run / "ledger.jsonl")
     shutil.copy(run / "ledger.jsonl", tmp_path)
     lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(True)
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:3]))

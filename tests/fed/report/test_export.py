@@ -357,15 +357,15 @@ def test_a_killed_export_leaves_no_checkpoint(trained_llama: Trained, tmp_path: 
     succeed("replay", trained_llama.run, "--output", tmp_path / "out")
 
 
-@pytest.mark.parametrize("words", [11, 5000], ids=["weights", "tokenizer"])
-def test_a_full_disk_is_one_error_and_leaves_no_files(trained_llama: Trained, tmp_path: Path, words: int) -> None:
+@pytest.mark.parametrize("letters", [4, 1000], ids=["weights", "tokenizer"])
+def test_a_full_disk_is_one_error_and_leaves_no_files(trained_llama: Trained, tmp_path: Path, letters: int) -> None:
     """The size of files is limited to less than that of the largest file, which is the weights or the tokenizer."""
     base = tmp_path / "base"
     shutil.copytree(trained_llama.model, base)
-    if words > 11:  # makes the tokenizer larger than the weights
-        make_tokenizer(" ".join(f"word{i}" for i in range(words))).save_pretrained(base)
-    limit = 110_000 if words > 11 else 40_000
-    assert ((base / "model.safetensors").stat().st_size < limit) == (words > 11)
+    if letters > 4:  # makes the tokenizer larger than the weights
+        make_tokenizer(" ".join(f"{i:0{letters}}" for i in range(200))).save_pretrained(base)
+    limit = 110_000 if letters > 4 else 40_000
+    assert ((base / "model.safetensors").stat().st_size < limit) == (letters > 4)
     full = f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)"
     process = call_in_process(full, "replay", trained_llama.run, "--model", base, "--output", tmp_path / "out")
     assert process.returncode == 1

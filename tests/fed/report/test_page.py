@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from meerkat_engine.fed import read_ledger
+from meerkat_engine.fed.gradip import Trace
+from meerkat_engine.fed.ledger.file import LedgerWriter, RoundRecord
 from meerkat_engine.fed.report import page as report
 from meerkat_engine.fed.report.figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
+from meerkat_engine.fed.run.directory import RunDirectory
+from meerkat_engine.fed.run.gradip_file import append_traces
 
 from helpers.command import call, summary_of
 
@@ -93,15 +99,22 @@ def copy_of(run: Path, to: Path, **more: Any) -> Path:
 
 
 def write_gradip(run: Path, rounds: dict[int, dict[str, list[float]]]) -> None:
-    """Writes ``gradip.jsonl``. To be distinguishable, the norm is ten times GradIP and the cosine a tenth."""
-    lines = []
-    for number, clients in rounds.items():
-        paths = {
-            client: {"gradip": values, "norm": [10 * v for v in values], "cosine": [v / 10 for v in values]}
-            for client, values in clients.items()
-        }
-        lines.append(json.dumps({"round": number, "clients": paths}) + "\n")
-    (run / "gradip.jsonl").write_text("".join(lines))
+    """Writes ``gradip.jsonl``, and a ledger with these rounds.
+
+    To be distinguishable, the norm is ten times GradIP and the cosine a tenth.
+    """
+    header = read_ledger(run / "ledger.jsonl").header
+    terms = replace(header.terms, calibration_steps=2 if 0 in rounds else 0)
+    (run / "ledger.jsonl").unlink()
+    with RunDirectory(run) as directory, LedgerWriter(run / "ledger.jsonl", replace(header, terms=terms)) as ledger:
+        for number, clients in rounds.items():
+            scalars = [0.0] * (terms.scalars_per_round if number else 0)
+            ledger.append(RoundRecord(round=number, lr=terms.learning_rates(number), scalars=scalars, clients={}))
+            traces: dict[Any, Trace] = {
+                client: Trace(gradip=values, norm=[10 * v for v in values], cosine=[v / 10 for v in values])
+                for client, values in clients.items()
+            }
+            append_traces(directory, number, traces, ledger.crc)
 
 
 def pixels(uri: str) -> Any:
@@ -270,6 +283,33 @@ def test_gradip_is_drawn_along_the_path(
     assert page.row("precision, recall") == ["0.500, 1.000"]
 
 
+def test_with_several_queries_the_axis_of_gradip_counts_scalars(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, labels = copy_of(runs[0], tmp_path / "r"), []
+    text = (run / "config.toml").read_text()
+    assert "queries = 1" in text
+    (run / "config.toml").write_text(text.replace("queries = 1", "queries = 2"))
+    write_gradip(run, {1: {"1": [1.0, 2.0]}})
+    monkeypatch.setattr(report, "draw_paths", lambda *given: (labels.append(given[2]), draw_paths(*given))[1])
+    report.write_report([run])
+    assert labels == ["scalar (2 a local step) of training, over all rounds"]
+
+
+def test_gradip_of_another_run_is_an_error(runs: list[Path], tmp_path: Path) -> None:
+    one, other = copy_of(runs[0], tmp_path / "one"), copy_of(runs[1], tmp_path / "other")
+    for run in (one, other):
+        write_gradip(run, {1: {"1": [1.0, 2.0]}})
+        ledger = read_ledger(run / "ledger.jsonl")
+        (run / "ledger.jsonl").unlink()
+        with LedgerWriter(run / "ledger.jsonl", ledger.header) as writer:
+            scalars = [float(run is one)] * ledger.header.terms.scalars_per_round
+            writer.append(replace(ledger.lines[0], scalars=scalars))
+    result = call("report", one)
+    assert result.exit_code == 1
+    assert "gradip.jsonl, line 1: the checksum does not match" in result.output
+
+
 def test_stopped_clients_have_another_colour() -> None:
     values = [float(2 + t % 3) for t in range(30)]
     paths = {str(i): dict.fromkeys(("gradip", "norm", "cosine"), values) for i in range(3)}
@@ -394,12 +434,7 @@ def test_unfinished_runs_are_shown_with_their_rounds(
         ("metrics.jsonl", '{"round": 0}\n{"rou\n{"round": 1}\n', "metrics.jsonl, line 2: not JSON"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: not a JSON object"),
         ("metrics.jsonl", '{"round": 0}\n{}\n{"round": 1}\n', "metrics.jsonl: a line has no round"),
-        ("gradip.jsonl", '{"round": 0}\n', "gradip.jsonl: a line lacks round, clients"),
-        (
-            "gradip.jsonl",
-            '{"round": 0, "clients": {"1": {"gradip": ["x"], "norm": [], "cosine": []}}}\n',
-            "a line lacks",
-        ),
+        ("gradip.jsonl", '{"round": 1}\n', "gradip.jsonl, line 1: the checksum does not match; the line is damaged"),
         ("config.toml", "rounds =", "cannot read the settings in"),
     ],
 )

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere resumes to the same bits; whatever does not fit is an error and changes nothing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from meerkat_engine.engine.errors import LedgerError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed.ledger.file import read_ledger
 from meerkat_engine.fed.ledger.snapshot import Snapshot
-from meerkat_engine.fed.run.directory import RunDirectory
+from meerkat_engine.fed.run.directory import RunDirectory, read_origin
 
 from helpers.command import call
 from helpers.killing import contents
@@ -121,14 +122,16 @@ def test_a_stopped_run_resumes_to_the_same_files(stopped: Path, finished: Path) 
         lambda path: truncate(path / "metrics.jsonl", 1),
         lambda path: (path / "metrics.jsonl").unlink(),
         lambda path: truncate(path / "metrics.jsonl", 3, b'{"round": 3, "lo'),
-        lambda path: truncate(path / "gradip.jsonl", 3, b'{"round": 4, "clients": {"0": {"gr'),
+        lambda path: truncate(path / "gradip.jsonl", 3, b'{"round":4,"clients":{"0":{"gr'),
+        lambda path: truncate(path / "gradip.jsonl", 1),
+        lambda path: (path / "gradip.jsonl").unlink(),
         lambda path: [truncate(path / name, 1 - (name == "gradip.jsonl")) for name in FILES],
         lambda path: [(path / name).unlink() for name in FILES],
         lambda path: [(path / name).unlink() for name in FILES | {"mask.safetensors", "origin.json"}],
         lambda path: (path / ".mask.safetensors.123.partial").write_bytes(b"half"),
     ],
-    ids=["metrics lag", "no metrics", "torn metrics", "torn gradip", "headers only", "no rounds",
-         "settings only", "a partial file"],
+    ids=["metrics lag", "no metrics", "torn metrics", "torn gradip", "gradip lags", "no gradip", "headers only",
+         "no rounds", "settings only", "a partial file"],
 )  # fmt: skip
 def test_missing_and_incomplete_files_are_written_again(
     stopped: Path, finished: Path, damage: Callable[[Path], object]
@@ -183,11 +186,59 @@ def test_damaged_files_of_a_finished_run_are_named(finished: Path, tmp_path: Pat
     (path / "config.toml").write_text(text.replace("lr = 0.01", "lr = 0.02"))
     check_resume_fails(path, "config.toml has changed since the run started")
     (path / "config.toml").write_text(text)
-    (path / "mask.safetensors").unlink()
-    check_resume_fails(path, "cannot read the mask")
+    SparseMask.random(embedded.load().model, 0.01, 5).save(path / "other.safetensors")
+    (path / "other.safetensors").replace(path / "mask.safetensors")
+    check_resume_fails(
+        path, "mask.safetensors is not the mask that the ledger names; put the right one back, or delete it"
+    )
     shutil.copy(finished / "mask.safetensors", path)
+    check_resume_fails_after_damage(path / "origin.json", b'"threads"', b'"threadz"', "origin.json is damaged")
+    check_resume_fails_after_damage(path / "gradip.jsonl", b'"norm"', b'"form"', "; delete the file, and")
     (path / "ledger.jsonl").write_bytes((finished / "ledger.jsonl").read_bytes().replace(b"lr", b"lt", 1))
     check_resume_fails(path, "ledger.jsonl, line 1: the checksum does not match")
+
+
+def check_resume_fails_after_damage(file: Path, old: bytes, new: bytes, message: str) -> None:
+    """Replaces the first ``old`` in a file, expects an error, and restores the file."""
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+    check_resume_fails(file.parent, message)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("lost", [("mask.safetensors",), ("gradip.jsonl",), ("mask.safetensors", "gradip.jsonl")])
+def test_files_that_a_finished_run_lost_are_written_again(
+    finished: Path, tmp_path: Path, lost: tuple[str, ...]
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for name in lost:
+        (path / name).unlink()
+    if "mask.safetensors" in lost:
+        result = call("replay", path)
+        assert result.exit_code == 1
+        assert "mask.safetensors is missing; put it back, or make it again with" in result.output.replace("\n", " ")
+    metrics = (path / "metrics.jsonl").read_bytes()
+    result = call("run", "--resume", path)
+    assert result.exit_code == 0, result.output
+    assert f"{lost[0]} had been lost and was written again" in result.output
+    assert contents(path) == contents(finished)
+    assert (path / "metrics.jsonl").read_bytes() == metrics
+    assert "the same bits as at the end of the run" in call("replay", path).output
+
+
+def test_a_lost_mask_that_the_settings_no_longer_give_is_an_error(
+    finished: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine where calibration has other last bits."""
+    texts = embedded.calibration_texts(4)
+    monkeypatch.setattr(embedded, "calibration_texts", lambda count: texts)
+    path = tmp_path / "finished"
+    shutil.copytree(finished, path)
+    for run in (path, stopped):
+        (run / "mask.safetensors").unlink()
+        check_resume_fails(run, "mask.safetensors is missing, and the mask that the settings give here is")
 
 
 def test_resume_with_settings_starts_a_run_or_resumes_it(tmp_path: Path, finished: Path) -> None:
@@ -226,7 +277,62 @@ def test_resume_with_other_settings_fails(stopped: Path) -> None:
 
 
 def test_output_and_resume_exclude_each_other(stopped: Path) -> None:
-    check_resume_fails(stopped, "leave --output and --compare-random out", "--output", "elsewhere")
+    check_resume_fails(stopped, "leave --output out", "--output", "elsewhere")
+
+
+COMPARED = (*SETTINGS, "--rounds", "2", "--compare-random")
+
+
+def accuracies(result: Any) -> str:
+    """The last line of a comparison with a random mask."""
+    assert result.exit_code == 0, result.output
+    line: str = result.output.splitlines()[-1]
+    assert line.startswith("accuracy after")
+    return line
+
+
+def test_a_comparison_with_a_random_mask_resumes_in_one_command(tmp_path: Path) -> None:
+    whole, job = tmp_path / "whole", tmp_path / "job"
+    expected = accuracies(call("run", *COMPARED, "--output", whole))
+    for stop in ("before the first run ended", "before the second began", "before the second ended", "never"):
+        if stop == "before the first run ended":
+            shutil.copytree(whole, job)
+            shutil.rmtree(job / "random-mask")
+            truncate(job / "metrics.jsonl", 2)
+        elif stop == "before the second began":
+            shutil.rmtree(job / "random-mask")
+        elif stop == "before the second ended":
+            truncate(job / "random-mask" / "metrics.jsonl", 1)
+        result = call("run", "--resume", job, "--compare-random")
+        assert accuracies(result) == expected, stop
+        for name in (".", "random-mask"):
+            assert contents(job / name) == contents(whole / name), (stop, name)
+
+
+def test_a_random_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert call("run", *COMPARED[:-1], "--output", job).exit_code == 0
+    other = call("run", *COMPARED[:-1], "--method", "random-mask", "--seed", "9", "--output", job / "random-mask")
+    assert other.exit_code == 0, other.output
+    result = call("run", "--resume", job, "--compare-random")
+    assert result.exit_code == 1
+    assert "random-mask holds a run with other settings; move it away" in result.output
+
+
+def test_ctrl_c_shows_the_command_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, path = RunDirectory.add_metrics, tmp_path / "my run"
+
+    def add_metrics(directory: RunDirectory, line: dict[str, Any]) -> None:
+        original(directory, line)
+        if line.get("round") == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "add_metrics", add_metrics)
+        result = call("run", *COMPARED, "--output", path)
+    assert result.exit_code == 1
+    assert f"stopped; to continue: meerkat-engine run --resume '{path}' --compare-random\n" in result.output
+    assert "accuracy after" in call("run", "--resume", path, "--compare-random").output
 
 
 def test_another_mask_is_rejected(stopped: Path) -> None:
@@ -259,6 +365,12 @@ def test_other_examples_are_rejected(stopped: Path, monkeypatch: pytest.MonkeyPa
         ("ledger.jsonl", 700, "ledger.jsonl, line 2: the checksum does not match"),
         ("metrics.jsonl", 0, "metrics.jsonl, line 1: not JSON"),
         ("origin.json", 0, "origin.json is damaged"),
+        (
+            "origin.json",
+            15,
+            "origin.json is damaged (its checksum does not match); put a copy back, or start a new run",
+        ),
+        ("gradip.jsonl", 60, "gradip.jsonl, line 1: the checksum does not match"),
         ("mask.safetensors", -9, "mask.safetensors"),
     ],
 )
@@ -276,7 +388,7 @@ def test_a_damaged_file_is_named(stopped: Path, name: str, at: int, message: str
         ("metrics.jsonl", '"accuracy"', '"accuracx"',
          "metrics.jsonl, line 1: accuracy, macro_f1 or validation_loss is not a number"),
         ("metrics.jsonl", '"seconds"', '"secondx"', "metrics.jsonl, line 1: seconds is None, not a number"),
-        ("gradip.jsonl", '"round"', '"sound"', "gradip.jsonl, line 1: expected a round of 0 or later, found None"),
+        ("gradip.jsonl", '"round"', '"sound"', "gradip.jsonl, line 1: the checksum does not match"),
     ],
 )  # fmt: skip
 def test_values_that_disagree_with_the_ledger_are_named(
@@ -385,8 +497,11 @@ def test_a_directory_without_write_permission_is_named(stopped: Path, public: Pa
 
 
 def test_another_number_of_threads_is_logged(stopped: Path) -> None:
-    origin = json.loads((stopped / "origin.json").read_text())
-    (stopped / "origin.json").write_text(json.dumps(origin | {"threads": 77}))
+    origin, mask = read_origin(stopped), SparseMask.load(stopped / "mask.safetensors")
+    assert origin is not None
+    (stopped / "origin.json").unlink()
+    with RunDirectory(stopped) as directory:
+        directory.write_mask_and_origin(mask, dataclasses.replace(origin, threads=77))
     result = call("run", "--resume", stopped)
     assert result.exit_code == 0
     assert "the run started with threads 77, now" in result.output

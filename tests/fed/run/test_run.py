@@ -22,6 +22,7 @@ from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import read_ledger
 from meerkat_engine.fed.config.run_config import SETTINGS, make_config
 from meerkat_engine.fed.config.toml import read_toml
+from meerkat_engine.fed.setup.data import read_rows
 
 from helpers.command import call, metrics_of
 from helpers.killing import contents
@@ -398,6 +399,27 @@ def test_compare_random_only_compares_masks(method: str, message: str, tmp_path:
     assert result.exit_code == 1
     assert "Error: --compare-random compares " in result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_compare_random_is_refused_where_rounding_is_larger_than_its_differences(dtype: str, tmp_path: Path) -> None:
+    result = call("run", "--compare-random", "--dtype", dtype, "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "Error: --compare-random needs --dtype float32" in result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_eval_examples_are_the_same_stratified_sample_for_all_methods_of_a_seed() -> None:
+    def sample(**settings: object) -> list[str]:
+        _, _, rows = read_rows(make_config({"eval_examples": 60, **settings}))
+        assert abs(sum(row["label"] for row in rows) - 30) <= 1
+        return [row["review"] for row in rows]
+
+    complete = [row["review"] for row in embedded.rows("validation")]
+    chosen = sample(method="meerkat")
+    assert chosen == sample(method="random-mask", rounds=3) == [text for text in complete if text in set(chosen)]
+    assert chosen != complete[:60]
+    assert chosen != sample(seed=1)
 
 
 def test_queries_with_a_loss_that_is_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:

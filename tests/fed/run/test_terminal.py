@@ -1,36 +1,9 @@
 """The progress bar on a pseudo-terminal. ``test_run`` checks that there is none without a terminal."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
-
-def run_on_terminal(*arguments: str) -> str:
-    """Runs a command on a pseudo-terminal of 30 rows and 160 columns. Returns its output."""
-    own_end, command_end = pty.openpty()
-    fcntl.ioctl(command_end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 160, 0, 0))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "meerkat_engine", *arguments]
-    child = subprocess.Popen(command, stdin=command_end, stdout=command_end, stderr=command_end, env=environment)
-    os.close(command_end)
-    output = b""
-    while True:
-        try:
-            data = os.read(own_end, 65536)
-        except OSError:  # the command closed its end
-            break
-        if not data:
-            break
-        output += data
-    os.close(own_end)
-    assert child.wait() == 0, output.decode()
-    return output.decode()
+from helpers.terminal import run_on_terminal
 
 
 def test_the_bar_shows_round_loss_accuracy_speed_and_bytes(tmp_path: Path) -> None:

@@ -214,3 +214,18 @@ def test_settings_that_do_not_let_ranks_share_a_client(tmp_path: Path, settings:
     assert process.returncode != 0
     assert message in output
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_another_number_of_threads_are_refused(tmp_path: Path) -> None:
+    """A client's bits would depend on the process that computes it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, runpy, sys, torch\ntorch.set_num_threads(1 + int(os.environ['RANK']))\n"
+        "runpy.run_module('meerkat_engine', run_name='__main__', alter_sys=True)\n"
+    )
+    process = start(2, *SMALL, "--output", tmp_path / "r", program=(str(program),))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "rank 1 runs meerkat-engine " in output
+    assert "set OMP_NUM_THREADS to the same number" in output
+    assert not (tmp_path / "r").exists()
