@@ -35,8 +35,8 @@ def masked_config(warp_size: int) -> LaunchConfig:
 
     It was chosen from the compilers' output (triton 3.7.1), not from timings yet. With 8 elements per thread on sm_90,
     the fused update takes 124 registers and ``inner`` 143. That leaves 16 and 12 warps per multiprocessor to hide the
-    latency of scattered stores. With 4 elements per thread they take 57 and 80 registers, for 24 warps or more, at 2% to 15%
-    more instructions per element.
+    latency of scattered stores. With 4 elements per thread they take 57 and 80 registers, for 24 warps and more, at 2%
+    to 15% more instructions per element.
 
     Args:
         warp_size: number of threads per warp of the device.
