@@ -4,7 +4,7 @@ Nothing of the model is changed, and no hook that is registered on a parameter r
 in the backward pass, and no hook that changes gradients. The gradients are those of the loss.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,19 @@ def _requiring_gradients(model: nn.Module, chosen: Iterable[nn.Parameter]) -> It
                 parameter._backward_hooks = None
         yield
     finally:
-        for parameter, requires_grad, hooks in before:
-            if id(parameter) in ids:
-                parameter._backward_hooks = hooks
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+        try:
+            _restore_parameters(before, ids)
+        except BaseException:  # a hook that stays would empty the user's own gradients: an interrupt must not cause it
+            _restore_parameters(before, ids)
+            raise
+
+
+def _restore_parameters(before: Iterable[tuple[nn.Parameter, bool, Any]], ids: Container[int]) -> None:
+    for parameter, requires_grad, hooks in before:
+        if id(parameter) in ids:
+            parameter._backward_hooks = hooks
+        if parameter.requires_grad != requires_grad:
+            parameter.requires_grad_(requires_grad)
 
 
 def _hook(receive: Receiver) -> Callable[[Tensor], Tensor | None]:
@@ -147,12 +155,20 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for buffer, value, version in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+            try:
+                _restore_modules(modes, buffers)
+            except BaseException:
+                _restore_modules(modes, buffers)
+                raise
+
+
+@torch.no_grad()
+def _restore_modules(modes: Iterable[tuple[nn.Module, bool]], buffers: Iterable[tuple[Tensor, Tensor, int]]) -> None:
+    for module, training in modes:
+        module.training = training
+    for buffer, value, version in buffers:
+        if buffer._version != version:
+            buffer.copy_(value)
 
 
 __all__ = ["Backward", "LossFunction", "Receiver", "stream_batch_gradients", "stream_gradients"]

@@ -1,5 +1,8 @@
 """Calibration leaves the model, its hooks and torch's state as they were, and works or says why not in odd settings."""
 
+import contextlib
+import gc
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +15,10 @@ from meerkat_engine.engine.errors import DataError, MaskError, ModelError
 from meerkat_engine.engine.lm.objective import language_model_loss
 from meerkat_engine.engine.sensitivity import select_largest
 
+from helpers.interrupts import Interrupts
 from helpers.losses import CALIBRATION_BATCHES
 from helpers.models import make_model
+from helpers.regression import make_mlp, squared_output
 from helpers.tensors import same_bits
 
 
@@ -229,3 +234,27 @@ def test_weights_that_are_nan_have_no_magnitude(llama: nn.Module) -> None:
     llama.model.norm.weight.data[3] = float("nan")  # type: ignore[union-attr]
     with pytest.raises(MaskError, match=r"parameter 'model\.norm\.weight' contains NaN"):
         SparseMask.magnitude(llama, 0.01)
+
+
+def test_an_interrupt_at_any_place_leaves_no_trace() -> None:
+    """A hook that stays on a parameter would empty the gradients of the user's own training."""
+    with Interrupts().active() as interrupts:
+        calibrated_regression()
+    places = random.Random(0).sample(range(interrupts.seen), 10)
+    for place in [*places, *range(interrupts.seen - 45, interrupts.seen, 3)]:
+        model = make_mlp().train()
+        with contextlib.suppress(KeyboardInterrupt), Interrupts(place).active():
+            calibrated_regression(model)
+        gc.collect()  # a context that was interrupted while it was entered is left when it is freed
+        assert all(module.training for module in model.modules())
+        assert all(p.requires_grad and not p._backward_hooks for p in model.parameters())
+        squared_output(model)().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def calibrated_regression(model: nn.Module | None = None) -> SparseMask:
+    """A mask of a small regression model, from the gradients of two batches."""
+    return SparseMask.from_gradients(
+        make_mlp().train() if model is None else model, [1.0, 2.0], 0.3,
+        loss=lambda net, scale: scale * squared_output(net)(),
+    )  # fmt: skip
