@@ -20,17 +20,20 @@ class Interrupts:
 
     Args:
         at: numbers of the places to interrupt, counted from 0 in the order of execution.
+
+    Attributes:
+        functions: name of the function of each place that was reached.
     """
 
     def __init__(self, *at: int) -> None:
         self.at = set(at)
-        self.seen = 0
+        self.functions: list[str] = []
         self._previous: dict[FrameType, str] = {}
 
     @property
-    def raised(self) -> bool:
-        """Whether all chosen places were reached."""
-        return self.seen > max(self.at, default=-1)
+    def seen(self) -> int:
+        """Number of places that were reached."""
+        return len(self.functions)
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
         """Trace function, see ``sys.settrace``."""
@@ -43,8 +46,8 @@ class Interrupts:
             here = name in _AT or self._previous.get(frame) in _AFTER
             self._previous[frame] = name
         if here:
-            number, self.seen = self.seen, self.seen + 1
-            if number in self.at:
+            self.functions.append(frame.f_code.co_qualname)
+            if self.seen - 1 in self.at:
                 raise KeyboardInterrupt(f"{frame.f_code.co_qualname}, line {frame.f_lineno}")
         return self.trace
 
