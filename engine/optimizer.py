@@ -127,10 +127,7 @@ class SparseZO(torch.optim.Optimizer):
         self._unequal: Tensor | None = None  # counts of ``MaskedWeights.count_unequal`` that are still on the device
         self._projected_gradients: list[float] = []
         self._read_masters(frozen=frozen)
-        # Steps read values and run code that numba has compiled, which torch.compile cannot trace. Closures are not
-        # traced either: compile the model instead.
-        self._step = torch.compiler.disable(self._step)  # type: ignore[method-assign]
-        self._step_many = torch.compiler.disable(self._step_many)  # type: ignore[method-assign]
+        _keep_compiler_out()
         self._groups_fixed = True
 
     def _read_masters(self, *, frozen: bool) -> None:
@@ -561,6 +558,17 @@ class SparseZO(torch.optim.Optimizer):
         # No call in between: an exception finds both or neither.
         self._projected_gradients, journal.shown = gradients, shown
         return new
+
+
+@functools.cache
+def _keep_compiler_out() -> None:
+    """Makes ``torch.compile`` run steps as they are, once an optimizer exists (before, this would import the compiler).
+
+    Steps read values and run code that numba has compiled, which cannot be traced. Closures are not traced either:
+    compile the model instead.
+    """
+    SparseZO._step = torch.compiler.disable(SparseZO._step)  # type: ignore[method-assign]
+    SparseZO._step_many = torch.compiler.disable(SparseZO._step_many)  # type: ignore[method-assign]
 
 
 __all__ = ["Estimator", "NonFinite", "SparseZO"]

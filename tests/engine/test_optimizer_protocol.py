@@ -1,8 +1,10 @@
 """``SparseZO`` among what torch does with optimizers: copies, hooks, schedules, states, defaults, compilers."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -199,6 +201,20 @@ def test_a_compiled_step_gives_the_same_bits() -> None:
     torch.compile(opt.step_many, backend="eager")([closure] * 2)
     wanted.step_many([wanted_closure] * 3)
     assert same_bits(*map(flat_weights, models))
+
+
+def test_an_optimizer_is_freed_with_its_last_reference() -> None:
+    """It holds the masters, perhaps in GPU memory, so they must not wait for the garbage collector."""
+    model = make_mlp()
+    opt, closure = make_step(model)
+    opt.step(closure)
+    gc.disable()
+    try:
+        alive = weakref.ref(opt), weakref.ref(opt.weights)
+        del opt
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_step_without_a_closure_says_what_to_do() -> None:
