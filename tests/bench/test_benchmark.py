@@ -44,6 +44,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     return CliRunner().invoke(main, arguments), output
 
 
+def mean_of_three(spread: dict[str, float]) -> float:
+    """The mean of three measurements, from their median and the percentiles that lie between them and it."""
+    low, high = ((spread[name] - 0.4 * spread["median"]) / 0.6 for name in ("p20", "p80"))
+    return (low + spread["median"] + high) / 3
+
+
 def test_the_command_prints_and_writes_tables_json_and_figures(finished: tuple[Result, Path]) -> None:
     result, output = finished
     assert result.exit_code == 0, result.output
@@ -66,9 +72,8 @@ def test_the_command_prints_and_writes_tables_json_and_figures(finished: tuple[R
     assert case["rows"][0]["ratio"]["perturb"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
     (step_case,) = record["steps"]
     assert step_case["rows"][0]["over_forwards"]["median"] > 1
-    shares = step_case["rows"][0]["share"].values()  # of three steps, which differ on a busy machine
-    assert sum(s["p20"] for s in shares) < 1.1
-    assert sum(s["p80"] for s in shares) > 0.9
+    # The shares of each of the three steps add up to 1, so their means do; the medians need not.
+    assert sum(map(mean_of_three, step_case["rows"][0]["share"].values())) == pytest.approx(1, rel=1e-9)
     assert step_case["optimizer"]["over_forwards"]["median"] > 1
     assert step_case["one_pass"]["replay"]["a pass a step"]["ratio"]["median"] > 1
     assert step_case["one_pass"]["inner"]["one pass, plain torch"]["seconds"]["median"] > 0
