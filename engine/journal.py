@@ -69,7 +69,7 @@ class Journal:
         self._groups = groups
         self._steps_before = 0  # number of steps before the first entry
         self._start: str | None = None  # digest of the weights before the first entry; None as long as it is not needed
-        self._loads = weights.loads
+        self._replacements = weights.replacements
         self._applied = self._read = 0  # numbers of entries that were certainly applied and read
         self._bad: tuple[Tensor, int] | None = None  # records that were read and are not all finite; their first step
         self.shown = 0
@@ -90,17 +90,17 @@ class Journal:
 
     def restart(self) -> None:
         """Removes all entries and starts the log at the present weights. The number of steps stays."""
-        steps, loads = self.steps, self.weights.loads
+        steps, replacements = self.steps, self.weights.replacements
         self.entries, self._steps_before, self._applied, self._read, self.shown = [], steps, 0, 0, 0
-        self._start, self._loads, self._bad = None, loads, None
+        self._start, self._replacements, self._bad = None, replacements, None
 
-    def is_interrupted(self) -> bool:
+    def masters_were_replaced(self) -> bool:
         """Whether the masters were replaced, or updates replayed, other than through the optimizer."""
-        return self.weights.loads != self._loads
+        return self.weights.replacements != self._replacements
 
     def begin(self) -> None:
         """Prepares for entries: notes what the updates are applied to."""
-        if self.is_interrupted():  # the log has no known start any more
+        if self.masters_were_replaced():  # the log has no known start any more
             self.restart()
             self._start = ""
         if self._start is None:
@@ -145,7 +145,7 @@ class Journal:
 
     def pending(self) -> list[tuple[Tensor, Tensor]]:
         """The updates that the weights do not have yet, in order; none if the masters were replaced since."""
-        if self.is_interrupted():
+        if self.masters_were_replaced():
             return []
         return [
             update

@@ -107,7 +107,7 @@ class LaunchGroup:
         """Selects this group's coefficient, float32 [1], from the coefficients of all groups, float32 [groups]."""
         return self.to_device(c[self.group : self.group + 1])
 
-    def has(self, updates: int) -> bool:
+    def has_updates(self, updates: int) -> bool:
         """Whether all parts have this number of updates; waits for the device."""
         return int(self.applied.min()) >= updates
 

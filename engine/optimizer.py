@@ -41,12 +41,12 @@ from .weights import MaskedWeights, round_fp32
 _T = TypeVar("_T")
 
 
-class _Now(Enum):
+class _Phase(Enum):
     """What the optimizer is doing."""
 
-    NOTHING = "nothing"
+    IDLE = "nothing"
     BETWEEN_STEPS = "between two steps of step_many"
-    STEP = "a step"
+    IN_STEP = "a step"
 
 
 class SparseZO(torch.optim.Optimizer):
@@ -123,8 +123,10 @@ class SparseZO(torch.optim.Optimizer):
         self._model, self._mask, self._backend, self._debug = model, mask, backend, debug
         self._numbers = group_numbers(model, self.param_groups)
         self._warnings = StepWarnings(model)
-        self._now = _Now.NOTHING
-        self._unequal: Tensor | None = None  # counts of ``MaskedWeights.count_unequal`` that are still on the device
+        self._phase = _Phase.IDLE
+        self._unequal: Tensor | None = (
+            None  # counts of ``MaskedWeights.count_overwritten`` that are still on the device
+        )
         self._projected_gradients: list[float] = []
         self._read_masters(frozen=frozen)
         _keep_compiler_out()
@@ -197,7 +199,7 @@ class SparseZO(torch.optim.Optimizer):
                 f"a step needs a closure that returns the loss, got {type(closure).__name__}; tools that call step() "
                 f"without one, such as torch.distributed.checkpoint's get_state_dict, cannot be used: save state_dict()"
             )
-        if self._now is _Now.BETWEEN_STEPS:
+        if self._phase is _Phase.BETWEEN_STEPS:
             return self._take_step(closure, seed)
         return self._changing("step", lambda: self._take_step(closure, seed))
 
@@ -264,7 +266,7 @@ class SparseZO(torch.optim.Optimizer):
         self._check_idle("log")
         self._journal.flush_()
         self._read()
-        self.weights.check_unwritten()
+        self.weights.check_not_overwritten()
         return self._journal.log()
 
     def unchanged_fraction(self, seed: SupportsIndex | None = None) -> float:
@@ -293,7 +295,7 @@ class SparseZO(torch.optim.Optimizer):
             ModelChangedError: see ``step``.
         """
         self._check_idle("perturb")
-        self._check_unwritten()
+        self._check_not_overwritten()
         self.weights.perturb_(self.weights.values.seed(check_seed(seed)), self._fp32(scale))
 
     def restore(self) -> None:
@@ -429,7 +431,7 @@ class SparseZO(torch.optim.Optimizer):
 
     def _check_idle(self, what: str) -> None:
         """Raises ``RuntimeError`` within a step: the masked weights are perturbed, and an update may be pending."""
-        if self._now is not _Now.NOTHING:
+        if self._phase is not _Phase.IDLE:
             raise RuntimeError(f"{what} was called within a step; call it before or after step or step_many")
 
     def _changing(self, what: str, change: Callable[[], _T]) -> _T:
@@ -441,11 +443,11 @@ class SparseZO(torch.optim.Optimizer):
         """
         self._check_idle(what)
         try:
-            self._now = _Now.BETWEEN_STEPS
+            self._phase = _Phase.BETWEEN_STEPS
             self._begin()
             result = change()
         finally:
-            self._now = _Now.NOTHING
+            self._phase = _Phase.IDLE
             try:  # here and not in a function, because an interrupt can also come when a function is entered
                 self._journal.flush_()
             except BaseException:
@@ -457,16 +459,16 @@ class SparseZO(torch.optim.Optimizer):
     def _begin(self) -> None:
         """Prepares for steps or updates: finishes what was interrupted, and checks the model."""
         self._journal.flush_()
-        self._check_unwritten()
-        if self._journal.is_interrupted():
+        self._check_not_overwritten()
+        if self._journal.masters_were_replaced():
             self._read()  # before the journal restarts
         self._journal.begin()
         self._warnings.mode()
         self._warnings.compiler()
 
-    def _check_unwritten(self) -> None:
+    def _check_not_overwritten(self) -> None:
         """Checks that nothing else has written the masked weights; on a GPU only counts, without waiting."""
-        counts = self.weights.count_unequal()
+        counts = self.weights.count_overwritten()
         if self._waits:
             self.weights.check_counts(counts)
         else:
@@ -475,7 +477,7 @@ class SparseZO(torch.optim.Optimizer):
     def _check_range(self) -> None:
         """Raises ``ModelChangedError`` if float16 cannot hold an update; on a GPU the next step finds it."""
         if self._waits and any(table.weights[0].dtype == torch.float16 for table in self.weights.tables()):
-            self.weights.check_unwritten()
+            self.weights.check_not_overwritten()
 
     def _take_step(
         self, closure: Callable[[], Tensor | float], seeds: SupportsIndex | Sequence[SupportsIndex] | None
@@ -491,9 +493,9 @@ class SparseZO(torch.optim.Optimizer):
             on_low_precision=self._warnings.low_precision,
         )
         record = functools.partial(self._record, rates=rates)
-        self._now = _Now.STEP
+        self._phase = _Phase.IN_STEP
         loss, records = ESTIMATES[self.estimator](self._journal, tensors, eps, evaluate, record)
-        self._now = _Now.BETWEEN_STEPS
+        self._phase = _Phase.BETWEEN_STEPS
         self._journal.append(numbers, tensors, rates, records)
         if self._check_immediately:
             self._warnings.gradients(record[1].item() for record in records)

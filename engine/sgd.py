@@ -52,7 +52,7 @@ def sgd_steps(
         if not 0 <= lr < math.inf:
             raise ValueError(f"a learning rate must be finite and not negative, got {lr}")
     weights.mask.check(model)
-    weights.check_unwritten()
+    weights.check_not_overwritten()
     weights.restore_()
     gradient = torch.zeros_like(weights.masters())
     receivers = _gradient_gatherers(model, weights, gradient)

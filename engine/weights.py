@@ -53,7 +53,7 @@ class MaskedWeights:
         mask: the mask.
         values: makes seeds and scales for the operations, on the device of the first masked parameter.
         updates: number of updates applied so far.
-        loads: number of times that the masters were replaced, or updates were replayed.
+        replacements: number of times that the masters were replaced, or updates were replayed.
 
     Raises:
         MaskError: if the mask was made for another model, or a masked parameter shares memory with another parameter.
@@ -75,7 +75,7 @@ class MaskedWeights:
         self._model = model
         self._launch_groups = launch_groups(model, mask, groups or {}, backend)
         self.values = DeviceValues(self._launch_groups[0].master.device)
-        self.updates = self.loads = 0
+        self.updates = self.replacements = 0
         # Pass that is not complete yet: the pass, the state afterwards, the number of updates before it and after it.
         self._unfinished: tuple[_Pass, bool, int, int] | None = None
         self._restored = True  # whether the live weights should be cast(master), or may be perturbed
@@ -129,7 +129,7 @@ class MaskedWeights:
         """
 
         def run(group: LaunchGroup, number: int, repeated: bool) -> None:
-            if repeated and group.has(number + 1):
+            if repeated and group.has_updates(number + 1):
                 _restore_(group)
                 return
             group.backend.update_(
@@ -143,7 +143,7 @@ class MaskedWeights:
         """Does ``update_(seed, c)``, then ``perturb_(next_seed, scale)``, in one pass over the weights."""
 
         def run(group: LaunchGroup, number: int, repeated: bool) -> None:
-            if repeated and group.has(number + 1):
+            if repeated and group.has_updates(number + 1):
                 _perturb_(group, next_seed, scale)
                 return
             group.backend.update_perturb_(
@@ -163,7 +163,7 @@ class MaskedWeights:
 
         Raises:
             ValueError: if a coefficient is not finite in fp32.
-            ModelChangedError: also if something else has written the masked weights, see ``check_unwritten``.
+            ModelChangedError: also if something else has written the masked weights, see ``check_not_overwritten``.
         """
         if not len(seeds):
             self.restore_()
@@ -178,7 +178,7 @@ class MaskedWeights:
         )
 
         def run(group: LaunchGroup, number: int, repeated: bool) -> None:
-            if repeated and group.has(number + len(seeds)):
+            if repeated and group.has_updates(number + len(seeds)):
                 _restore_(group)
                 return
             group.backend.replay_(
@@ -187,8 +187,8 @@ class MaskedWeights:
                 applied=group.applied, number=number,
             )  # fmt: skip
 
-        self.check_unwritten()
-        self.loads += 1
+        self.check_not_overwritten()
+        self.replacements += 1
         self._run(run, restored=True, updates=len(seeds))
 
     def unchanged_fraction(self, seed: SupportsIndex, eps: float) -> float:
@@ -252,7 +252,7 @@ class MaskedWeights:
                 master[start:stop] = values[p.start : p.stop]
             groups.append(replace(group, master=master))
         # Together, without a call in between: an exception finds all of it or nothing.
-        self._launch_groups, self.loads, self._unfinished = groups, self.loads + 1, self._restoring()
+        self._launch_groups, self.replacements, self._unfinished = groups, self.replacements + 1, self._restoring()
         try:
             self._complete()
         except BaseException:
@@ -276,7 +276,7 @@ class MaskedWeights:
         digest.update(self.masters().cpu().numpy())  # type: ignore[arg-type]
         return digest.hexdigest()
 
-    def count_unequal(self) -> Tensor:
+    def count_overwritten(self) -> Tensor:
         """Counts what should not be, without making the host wait: int64 [2] on the device of ``values``.
 
         The first is the number of live weights that are not ``cast(master)`` although nothing is perturbed: something
@@ -295,12 +295,12 @@ class MaskedWeights:
                     counts += group.to_device(own).to(counts.device, non_blocking=True)
         return counts
 
-    def check_unwritten(self) -> None:
+    def check_not_overwritten(self) -> None:
         """Raises ``ModelChangedError`` if something else has written the masked weights; waits for the device.
 
         The error also comes if a weight is infinite because its dtype cannot hold its master.
         """
-        self.check_counts(self.count_unequal())
+        self.check_counts(self.count_overwritten())
 
     def check_masters_are_current(self) -> None:
         """Raises ``ModelChangedError`` if the masters are not those of the model; waits for the device.
@@ -311,10 +311,10 @@ class MaskedWeights:
             for p in group.parameters:
                 p.check_present(self._model)
         if all(p.is_in_place() for group in self._launch_groups for p in group.parameters):
-            self.check_unwritten()
+            self.check_not_overwritten()
 
     def check_counts(self, counts: Tensor) -> None:
-        """Raises ``ModelChangedError`` unless both counts of ``count_unequal`` are 0."""
+        """Raises ``ModelChangedError`` unless both counts of ``count_overwritten`` are 0."""
         changed, beyond = counts.tolist()
         if changed:
             names = [p.name for group in self._launch_groups for p in group.differing()]
@@ -372,7 +372,7 @@ class MaskedWeights:
                 for p in group.parameters:
                     p.check_memory()
         self._complete()
-        self._check_written()
+        self._check_debug_copy()
         self._unfinished = (pass_, restored, self.updates, self.updates + updates)
         try:
             for group in self._launch_groups:
@@ -384,7 +384,7 @@ class MaskedWeights:
         self._unfinished, self._restored, self.updates = None, restored, self.updates + updates
         self._written = self.live() if self._debug else None
 
-    def _check_written(self) -> None:
+    def _check_debug_copy(self) -> None:
         """In debug mode raises ``ModelChangedError``, once, if the live weights are not those of the last operation."""
         written, self._written = self._written, None
         if written is not None:

@@ -203,6 +203,16 @@ def test_a_compiled_step_gives_the_same_bits() -> None:
     assert same_bits(*map(flat_weights, models))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoints_are_told_to_save_the_state_dict() -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = make_mlp()
+    opt, _ = make_step(model)
+    with pytest.raises(TypeError, match=r"get_state_dict, cannot be used: save state_dict\(\)"):
+        get_state_dict(model, opt)
+
+
 def test_an_optimizer_is_freed_with_its_last_reference() -> None:
     """It holds the masters, perhaps in GPU memory, so they must not wait for the garbage collector."""
     model = make_mlp()
