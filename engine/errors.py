@@ -26,11 +26,11 @@ class ModelError(MeerkatError, ValueError):
 
 
 class ModelChangedError(MeerkatError, RuntimeError):
-    """The model was moved, cast or rebuilt after its ``MaskedWeights`` were created."""
+    """The model or its masked weights are not as the optimizer left them."""
 
 
 class NonFiniteLossError(MeerkatError, ArithmeticError):
-    """A loss is NaN or infinite; the weights have been restored."""
+    """A loss is NaN or infinite."""
 
 
 class LedgerError(MeerkatError, ValueError):

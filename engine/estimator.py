@@ -11,7 +11,6 @@ References:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol, SupportsFloat
@@ -19,6 +18,7 @@ from typing import Protocol, SupportsFloat
 import torch
 from torch import Tensor
 
+from .caller_warnings import warn_caller
 from .errors import NonFiniteLossError
 from .weights import round_fp32
 
@@ -184,10 +184,9 @@ def warn_low_precision(dtype: torch.dtype) -> None:
     Args:
         dtype: dtype of the loss, bfloat16 or float16.
     """
-    warnings.warn(
+    warn_caller(
         f"the loss is {dtype}: near 1 it is a multiple of {torch.finfo(dtype).eps}, which rounds away most of the "
-        f"difference of a step's losses; compute the loss in float32, from `logits.float()`",
-        stacklevel=2,
+        f"difference of a step's losses; compute the loss in float32, from `logits.float()`"
     )
 
 
@@ -197,16 +196,6 @@ def nan_unless_all_finite(c: Tensor) -> Tensor:
     So a query is applied in all parameter groups or in none.
     """
     return c if c.numel() == 1 else torch.where(c.isfinite().all(), c, torch.nan)
-
-
-def gradients_or_nan(records: Tensor) -> list[float]:
-    """Returns the projected gradient of each record, NaN where any value of the record is not finite.
-
-    Args:
-        records: float32 [n, 2 + groups], one record per query.
-    """
-    gradients: list[float] = torch.where(records.isfinite().all(1), records[:, 1], torch.nan).tolist()
-    return gradients
 
 
 def check_all_finite(records: Tensor, first: int, queries: int = 1) -> None:
@@ -268,7 +257,6 @@ __all__ = [
     "check_queries",
     "evaluate_closure",
     "forward_difference",
-    "gradients_or_nan",
     "nan_unless_all_finite",
     "two_point",
     "warn_low_precision",

@@ -50,8 +50,7 @@ class MaskedParameter:
 
     def check_memory(self) -> None:
         """Raises ``ModelChangedError`` if the parameter was moved or cast, or its module has another one now."""
-        if self.owner._parameters.get(self._path[-1]) is not self.parameter:
-            raise ModelChangedError(f"parameter {self.name!r} was replaced in the model; {_REMEDY}")
+        self._check_held_by(self.owner)
         if not self.is_in_place():
             live = self.parameter
             now = f"{live.dtype} on {live.device}"
@@ -72,6 +71,9 @@ class MaskedParameter:
         module: nn.Module | None = model
         for part in self._path[:-1]:
             module = None if module is None else module._modules.get(part)
+        self._check_held_by(module)
+
+    def _check_held_by(self, module: nn.Module | None) -> None:
         if module is None or module._parameters.get(self._path[-1]) is not self.parameter:
             raise ModelChangedError(f"parameter {self.name!r} was replaced in the model; {_REMEDY}")
 

@@ -262,6 +262,8 @@ class SparseZO(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: see ``projected_gradients``.
             ModelChangedError: if something else has written the masked weights, or set their masters.
+
+        Each access checks all updates and hashes the masters.
         """
         self._check_idle("log")
         self._journal.flush_()
@@ -390,7 +392,8 @@ class SparseZO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` and sets the model's masked weights to its masters; ``log`` starts again from there.
 
-        Learning rates and eps are those of the state, as in any torch optimizer.
+        Learning rates are those of the state, as in any torch optimizer, and so is an eps that was changed since
+        construction.
 
         Args:
             state_dict: a result of ``state_dict`` of an optimizer with the same mask, groups and settings.
@@ -407,8 +410,6 @@ class SparseZO(torch.optim.Optimizer):
         own = state["state"]
         wanted = {"mask_digest": self.weights.mask.digest, "stream_version": VERSION} | self._fixed_settings()
         for key, expected in wanted.items():
-            if key not in own and key in self._fixed_settings():
-                continue  # a state of an earlier version
             if own.get(key) != expected:
                 raise ValueError(f"the state's {key} is {own.get(key)!r}, this optimizer's is {expected!r}")
         for group in state["param_groups"]:

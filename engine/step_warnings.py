@@ -1,7 +1,6 @@
 """Warnings about steps that run but do not do what their user expects. Each comes once for an optimizer."""
 
 import sys
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .caller_warnings import warn_caller
 from .estimator import warn_low_precision
 
 # Number of queries in a row with equal losses at both points, after which it is no coincidence.
@@ -49,10 +49,9 @@ class StepWarnings:
             else:
                 continue
             self._given.add("mode")
-            warnings.warn(
+            warn_caller(
                 f"the model is in training mode, and its module {name!r} ({type(module).__name__}) {reason}; call "
-                f"model.eval() before the steps",
-                stacklevel=4,
+                f"model.eval() before the steps"
             )
             return
 
@@ -60,10 +59,9 @@ class StepWarnings:
         """Warns of a compiler setting that makes weights constants."""
         config = sys.modules.get("torch._inductor.config")
         if config is not None and getattr(config, "freezing", False) and self._first("compiler"):
-            warnings.warn(
+            warn_caller(
                 "torch._inductor.config.freezing is on: models compiled in inference mode keep copies of their "
-                "weights, which no step changes; turn it off before compiling",
-                stacklevel=4,
+                "weights, which no step changes; turn it off before compiling"
             )
 
     def gradients(self, values: Iterable[float]) -> None:
@@ -75,13 +73,12 @@ class StepWarnings:
         for g in values:
             self._equal = self._equal + 1 if g == 0 else 0
             if self._equal >= _EQUAL_QUERIES and self._first("equal"):
-                warnings.warn(
+                warn_caller(
                     f"the last {self._equal} queries had equal losses at both points, so no step changed anything: the "
                     f"perturbation does not reach the loss. The closure may use another copy of the model (compiled "
                     f"ahead of time, wrapped, sharded, cached or on another device), a part without masked elements "
                     f"(disabled or merged adapters), or a constant; or eps is too small for the weights' dtype (see "
-                    f"`unchanged_fraction`)",
-                    stacklevel=4,
+                    f"`unchanged_fraction`)"
                 )
 
     def _first(self, kind: str) -> bool:

@@ -318,10 +318,15 @@ class MaskedWeights:
         changed, beyond = counts.tolist()
         if changed:
             names = [p.name for group in self._launch_groups for p in group.differing()]
+            written = f"something else has written {changed} of the {len(self.mask)} masked weights"
+            if not names:  # found on a GPU, after the step
+                raise ModelChangedError(
+                    f"{written}, and the step has put the old values back; call the optimizer's `reload()` right after "
+                    f"writing weights"
+                )
             raise ModelChangedError(
-                f"something else has written {changed} of the {len(self.mask)} masked weights"
-                + (f", the first in {names[0]!r}" if names else "")
-                + "; `reload()` of the optimizer continues from the new values, `restore()` puts the old ones back"
+                f"{written}, the first in {names[0]!r}; `reload()` of the optimizer continues from the new values, "
+                f"`restore()` puts the old ones back"
             )
         if beyond:
             raise ModelChangedError(

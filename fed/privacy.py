@@ -106,8 +106,9 @@ def largest_epsilon(privacy: Privacy, spent: Iterable[tuple[int, int]], queries:
 class Releases:
     """Counts what private clients have released, for their epsilon.
 
-    Every client that has sent a message counts, whether the message was accepted or not, with all steps that it was
-    asked for. A client from which nothing has come does not count: nobody has seen anything of its examples.
+    Every client that has sent a message counts, accepted or not, with all steps that it was asked for; "stale" releases
+    nothing and does not count. A client from which nothing has come does not count: nobody has seen anything of its
+    examples.
 
     Args:
         privacy: the clients' privacy settings; None: the clients are not private, and nothing is counted.

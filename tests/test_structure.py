@@ -44,8 +44,8 @@ UNITS = {
         "restore", "compare", "update", "replay", "inner",
     ],
     "engine": [
-        "errors", "clock", "parameters", "extras", "atomic_files", "checksummed", "backend", "stream", "updates",
-        "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask", "mask_coverage",
+        "errors", "clock", "caller_warnings", "parameters", "extras", "atomic_files", "checksummed", "backend", "stream",
+        "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask", "mask_coverage",
         "launch_groups", "weights", "delta", "replay", "sgd", "estimator", "journal", "private_closure", "param_groups",
         "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],

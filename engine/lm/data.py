@@ -38,7 +38,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
-        raise DataError(f"{where}: not JSON, or none that can be read ({error})") from error
+        raise DataError(f"{where}: cannot be read as JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
     return row

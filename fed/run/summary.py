@@ -43,9 +43,11 @@ def check_summary(summary: Any, where: str) -> None:
     names += [name for first, others in _TOGETHER.items() if first in summary for name in (first, *others)]
     for name in names:
         if name not in summary or not _is_of_kind(name, summary[name]):
-            raise RunError(f"{where}: the summary has no {name}, or one of another kind; the file is damaged")
+            raise RunError(f"{where}: {name} is missing in the summary, or of another kind; the file is damaged")
     if (summary["seconds_per_step"] is None) != (summary["forward_share_of_step"] is None):
-        raise RunError(f"{where}: the summary has one of two times of a step; the file is damaged")
+        raise RunError(
+            f"{where}: the summary has only one of seconds_per_step and forward_share_of_step; the file is damaged"
+        )
 
 
 def _is_of_kind(name: str, value: Any) -> bool:

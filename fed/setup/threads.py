@@ -7,8 +7,8 @@ import torch
 
 from ...engine.lm import embedded
 
-# Two threads save up to a third of a step of a smaller model, on a machine that has nothing else to do. On a busy one
-# they wait for each other, and a step takes up to four times as long. docs/benchmarks.md has the measurements.
+# Below this size one model was measured: two threads save 16% of a forward on an idle machine, and cost 35% on a busy
+# one, where they wait for each other. docs/benchmarks.md has the measurements.
 _SMALL = 2**20  # bytes of weights
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

@@ -67,10 +67,10 @@ def test_backward_in_a_closure_is_explained() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_loss_in_low_precision_is_warned_of_once(dtype: torch.dtype) -> None:
     opt, closure = make_step(make_mlp())
-    with pytest.warns(
-        UserWarning, match=rf"the loss is {dtype}: .*compute the loss in float32, from `logits.float\(\)`"
-    ):
+    message = rf"the loss is {dtype}: .*compute the loss in float32, from `logits.float\(\)`"
+    with pytest.warns(UserWarning, match=message) as caught:
         opt.step(lambda: closure().to(dtype))
+    assert caught[0].filename == __file__  # it points at the user's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(lambda: closure().to(dtype))
@@ -153,8 +153,9 @@ def test_training_mode_is_warned_of_once(build: Callable[[], nn.Module], message
     model = build()
     opt = SparseZO(model, SparseMask.random(model, 0.5, 1), lr=0.1)
     closure = lambda: model(INPUTS).square().mean()  # noqa: E731
-    with pytest.warns(UserWarning, match=message):
-        opt.step(closure)
+    with pytest.warns(UserWarning, match=message) as caught:
+        opt.step_many([closure])
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(closure)

@@ -36,7 +36,7 @@ def test_task_rows_are_read_from_a_directory(write_jsonl: Callable[[str, list[st
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"sentence": "good", "label": 1}', '{"sentence": '], r"train\.jsonl, line 2: not JSON"),
+        (['{"sentence": "good", "label": 1}', '{"sentence": '], r"train\.jsonl, line 2: cannot be read as JSON"),
         (["[1]"], "line 1: expected an object, got list"),
         (['{"sentence": "a", "label": 7}'], "example 1: label 7 is outside"),
         ([], "has no examples"),
@@ -57,8 +57,8 @@ SURROGATE = r'{"sentence": "a \ud83d film", "label": 1}'
 def test_odd_json_is_an_error_that_names_the_line(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     good = '{"sentence": "good", "label": 1}'
     for line, message in (
-        ('{"a":' * 100_000, "line 2: not JSON, or none that can be read"),
-        (f'{{"sentence": "a", "label": {"9" * 5000}}}', "line 2: not JSON, or none that can be read"),
+        ('{"a":' * 100_000, "line 2: cannot be read as JSON"),
+        (f'{{"sentence": "a", "label": {"9" * 5000}}}', "line 2: cannot be read as JSON"),
         ('{"sentence": NaN, "label": 1}', "example 2: field 'sentence' must be text, got float"),
         ('{"sentence": "a", "label": NaN}', "example 2: label nan is outside"),
         (SURROGATE, r"example 2: field 'sentence' has half of a surrogate pair \('\\ud83d'\) at character 3"),

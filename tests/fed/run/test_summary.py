@@ -42,14 +42,14 @@ def test_the_summary_of_a_run_passes(summary: dict[str, Any]) -> None:
 )
 def test_a_field_of_another_kind_is_damage(summary: dict[str, Any], name: str, values: list[Any]) -> None:
     for value in values:
-        with pytest.raises(RunError, match=f"here: the summary has no {name}, or one of another kind"):
+        with pytest.raises(RunError, match=f"here: {name} is missing in the summary, or of another kind"):
             check_summary(summary | {name: value}, "here")
 
 
 @pytest.mark.parametrize("name", ["accuracy_before", "elements", "stopped", "precision", "attack", "seconds_per_step"])
 def test_a_missing_field_is_damage(summary: dict[str, Any], name: str) -> None:
     without = {key: value for key, value in summary.items() if key != name}
-    with pytest.raises(RunError, match=f"here: the summary has no {name}"):
+    with pytest.raises(RunError, match=f"here: {name} is missing in the summary"):
         check_summary(without, "here")
 
 
