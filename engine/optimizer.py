@@ -10,7 +10,7 @@ References:
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
+from enum import Enum, auto
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
@@ -44,9 +44,9 @@ _T = TypeVar("_T")
 class _Phase(Enum):
     """What the optimizer is doing."""
 
-    IDLE = "nothing"
-    BETWEEN_STEPS = "between two steps of step_many"
-    IN_STEP = "a step"
+    IDLE = auto()
+    CHANGING = auto()  # within step, step_many or apply, but not in the middle of a step
+    IN_STEP = auto()
 
 
 class SparseZO(torch.optim.Optimizer):
@@ -199,7 +199,7 @@ class SparseZO(torch.optim.Optimizer):
                 f"a step needs a closure that returns the loss, got {type(closure).__name__}; tools that call step() "
                 f"without one, such as torch.distributed.checkpoint's get_state_dict, cannot be used: save state_dict()"
             )
-        if self._phase is _Phase.BETWEEN_STEPS:
+        if self._phase is _Phase.CHANGING:
             return self._take_step(closure, seed)
         return self._changing("step", lambda: self._take_step(closure, seed))
 
@@ -444,7 +444,7 @@ class SparseZO(torch.optim.Optimizer):
         """
         self._check_idle(what)
         try:
-            self._phase = _Phase.BETWEEN_STEPS
+            self._phase = _Phase.CHANGING
             self._begin()
             result = change()
         finally:
@@ -496,7 +496,7 @@ class SparseZO(torch.optim.Optimizer):
         record = functools.partial(self._record, rates=rates)
         self._phase = _Phase.IN_STEP
         loss, records = ESTIMATES[self.estimator](self._journal, tensors, eps, evaluate, record)
-        self._phase = _Phase.BETWEEN_STEPS
+        self._phase = _Phase.CHANGING
         self._journal.append(numbers, tensors, rates, records)
         if self._check_immediately:
             self._warnings.gradients(record[1].item() for record in records)

@@ -24,14 +24,14 @@ def check_reply(
         RejectedError: if the reply is rejected.
     """
     if reply.local_steps != steps:
-        raise rejected(
+        raise rejection_error(
             reply, Rejection.COUNT, f"sent a reply for {reply.local_steps} local steps, {steps} were requested"
         )
     _check_values(reply, terms, steps, max_scalar)
     _check_examples(reply, terms, claimed, max_examples)
 
 
-def rejected(answer: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
+def rejection_error(answer: TrainReply | Stale, rejection: Rejection, text: str) -> RejectedError:
     """Makes the error for an answer that is rejected; ``text`` continues "client N"."""
     return RejectedError(rejection, f"client {answer.client} {text}", answer.client)
 
@@ -43,28 +43,29 @@ def _check_values(reply: TrainReply, terms: Terms, steps: int, max_scalar: float
         sent, noun, expected = reply.scalars, "scalars", steps * terms.queries
     if sent is None:
         text = f"sent no {noun}, {expected} were expected (gradient: {terms.gradient})"
-        raise rejected(reply, Rejection.COUNT, text)
+        raise rejection_error(reply, Rejection.COUNT, text)
     if len(sent) != expected:
-        raise rejected(reply, Rejection.COUNT, f"sent {len(sent)} {noun}, {expected} were expected")
+        raise rejection_error(reply, Rejection.COUNT, f"sent {len(sent)} {noun}, {expected} were expected")
     if reply.scalars is not None and len(sent):
         largest = float(np.fmax.reduce(np.abs(sent)))
         if largest > max_scalar:
             text = f"sent a scalar of absolute value {largest:g}, at most {max_scalar:g} is allowed"
-            raise rejected(reply, Rejection.TOO_LARGE, text)
+            raise rejection_error(reply, Rejection.TOO_LARGE, text)
 
 
 def _check_examples(reply: TrainReply, terms: Terms, claimed: int | None, max_examples: int) -> None:
     examples = reply.examples
     if examples == 0:
-        raise rejected(reply, Rejection.EXAMPLES, "reported 0 examples, at least 1 was expected")
+        raise rejection_error(reply, Rejection.EXAMPLES, "reported 0 examples, at least 1 was expected")
     if terms.privacy is not None and examples < terms.privacy.batch_size:
         text = f"reported {examples} examples, at least {terms.privacy.batch_size} (a private batch) were expected"
-        raise rejected(reply, Rejection.EXAMPLES, text)
+        raise rejection_error(reply, Rejection.EXAMPLES, text)
     if 0 < max_examples < examples:
-        raise rejected(reply, Rejection.EXAMPLES, f"reported {examples} examples, at most {max_examples} are allowed")
+        text = f"reported {examples} examples, at most {max_examples} are allowed"
+        raise rejection_error(reply, Rejection.EXAMPLES, text)
     if claimed not in (None, examples):
         text = f"reported {examples} examples, {claimed} in an earlier round"
-        raise rejected(reply, Rejection.EXAMPLES, text)
+        raise rejection_error(reply, Rejection.EXAMPLES, text)
 
 
-__all__ = ["check_reply", "rejected"]
+__all__ = ["check_reply", "rejection_error"]

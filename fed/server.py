@@ -17,7 +17,7 @@ from .messages import Stale, TrainReply, TrainRequest, decode_answer
 from .privacy import Releases
 from .rejection import RejectedError, Rejection
 from .replica import Replica
-from .reply_checks import check_reply, rejected
+from .reply_checks import check_reply, rejection_error
 from .scalars import ClientScalars
 from .selection import Selection
 from .terms import CALIBRATION
@@ -273,14 +273,14 @@ class Server:
             text = f"client {sender} sent a message in the name of client {answer.client}"
             raise RejectedError(Rejection.IMPOSTOR, text, answer.client)
         if answer.client not in self._client_round:
-            raise rejected(answer, Rejection.UNKNOWN, "is not part of this federation")
+            raise rejection_error(answer, Rejection.UNKNOWN, "is not part of this federation")
         round = self.round
         if answer.round != round:
-            raise rejected(answer, Rejection.ROUND, f"sent an answer for round {answer.round} in round {round}")
+            raise rejection_error(answer, Rejection.ROUND, f"sent an answer for round {answer.round} in round {round}")
         if answer.client in self._answers.values:
-            raise rejected(answer, Rejection.REPEATED, f"has already answered round {round}")
+            raise rejection_error(answer, Rejection.REPEATED, f"has already answered round {round}")
         if answer.client not in self._sampled_clients():
-            raise rejected(answer, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
+            raise rejection_error(answer, Rejection.NOT_SAMPLED, f"does not take part in round {round}")
 
     def finish_round(self) -> RoundResult:
         """Aggregates the answers, writes the round to the ledger, and updates the model.

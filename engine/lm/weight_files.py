@@ -1,4 +1,4 @@
-"""Checks a model against the safetensors files that it was loaded from: everything in them is used, refused or told.
+"""Checks a model against its safetensors files: every tensor is used, refused, or named in a warning.
 
 transformers drops tensors that an architecture does not use, and keeps quiet about those that the architecture lists as
 known. So the names in the files' headers are compared with the model's.
@@ -140,19 +140,19 @@ def _unused(model: nn.Module, rest: Mapping[str, _Stored], unexpected: Iterable[
     dropped = {by_name.get(name, name) for name in reported}
     dropped |= {name for name in rest if any(map(listed.search, _names(model, name)))}
     dropped -= {name for name in dropped & rest.keys() if _is_computed(model, name, rest[name])}
-    told = {name for name in dropped if any(map(listed.search, _names(model, name)))}
-    if refused := sorted(dropped - told):
+    warned = {name for name in dropped if any(map(listed.search, _names(model, name)))}
+    if refused := sorted(dropped - warned):
         raise ValueError(
             f"{type(model).__name__} with this config does not use {len(refused)} of the tensors in its weights, among "
             f"them {refused[0]!r}; use the config that belongs to the weights, or save the model without these tensors"
         )
-    if told:
+    if warned:
         warnings.warn(
-            f"{type(model).__name__} does not use {len(told)} of the tensors in its weights, among them "
-            f"{min(told)!r}; they are neither trained nor saved",
+            f"{type(model).__name__} does not use {len(warned)} of the tensors in its weights, among them "
+            f"{min(warned)!r}; they are neither trained nor saved",
             stacklevel=2,
         )
-    return sorted((told | {name for name in rest if _is_computed(model, name, rest[name])}) & rest.keys())
+    return sorted((warned | {name for name in rest if _is_computed(model, name, rest[name])}) & rest.keys())
 
 
 def _is_computed(model: nn.Module, name: str, stored: _Stored) -> bool:

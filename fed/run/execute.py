@@ -24,7 +24,7 @@ from ..setup.model import load_language_model
 from ..setup.pool import ClientPool, LocalPool
 from ..setup.server_and_clients import Federation, check_perturbation, check_selection, make_terms
 from .directory import CONFIG, MASK, ORIGIN, ORIGIN_REMEDY, Origin, RunDirectory, check_unused, is_run, read_origin
-from .finished import check_made_again, lost_files, write_lost_files
+from .finished import check_made_again, has_lost_files, write_lost_files
 from .metrics import Metrics, read_summary
 from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
@@ -102,8 +102,7 @@ def resume(
     """
     config = _config_of(path)
     finished = read_summary(path)
-    lost = lost_files(config, path) if finished is not None else []
-    if finished is not None and not lost:
+    if finished is not None and not has_lost_files(config, path):
         log("this run is finished; nothing to do")
         return finished
     with RunDirectory(path) as directory:
@@ -116,8 +115,8 @@ def resume(
         if not has_mask and directory.has_ledger():
             check_made_again(mask, path)
         if finished is not None:
-            write_lost_files(directory, mask, inputs.lm.model, config.model.backend)
-            log(f"this run is finished; {' and '.join(lost)} had been lost and was written again")
+            written = write_lost_files(directory, mask, inputs.lm.model, config.model.backend)
+            log(f"this run is finished; lost files were written again: {', '.join(written)}")
             return finished
         _check_before_start(inputs, mask, log)
         return _run(inputs, directory, mask, report, log)

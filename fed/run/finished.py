@@ -13,8 +13,8 @@ from .directory import CONFIG, GRADIP, LEDGER, MASK, ORIGIN, ORIGIN_REMEDY, RunD
 from .gradip_file import append_traces, read_gradip
 
 
-def lost_files(config: RunConfig, path: Path) -> list[str]:
-    """Names of the files of a finished run that are missing or incomplete and follow from the others.
+def has_lost_files(config: RunConfig, path: Path) -> bool:
+    """Whether files of a finished run are missing or incomplete that follow from the others.
 
     Args:
         config: the run's settings.
@@ -30,14 +30,14 @@ def lost_files(config: RunConfig, path: Path) -> list[str]:
         raise RunError(f"{path / CONFIG} has changed since the run started; nothing was changed")
     traced = len(read_gradip(path, ledger))
     if not (path / MASK).exists():
-        return [MASK]
+        return True
     mask = SparseMask.load(path / MASK)
     if mask.digest != ledger.header.terms.mask_digest:
         raise RunError(
             f"{path / MASK} is not the mask that the ledger names; put the right one back, or delete it; nothing was "
             f"changed"
         )
-    return [GRADIP] if _has_gradip(mask, ledger) and traced < len(ledger.lines) else []
+    return _has_gradip(mask, ledger) and traced < len(ledger.lines)
 
 
 def check_made_again(mask: SparseMask, path: Path) -> None:
@@ -50,8 +50,8 @@ def check_made_again(mask: SparseMask, path: Path) -> None:
         )
 
 
-def write_lost_files(directory: RunDirectory, mask: SparseMask, model: nn.Module, backend: str) -> None:
-    """Writes the files of a finished run that are missing.
+def write_lost_files(directory: RunDirectory, mask: SparseMask, model: nn.Module, backend: str) -> list[str]:
+    """Writes the files of a finished run that are missing; returns their names.
 
     Args:
         directory: the run directory.
@@ -60,14 +60,16 @@ def write_lost_files(directory: RunDirectory, mask: SparseMask, model: nn.Module
         backend: see ``backend.resolve``.
     """
     ledger = read_ledger(directory.path / LEDGER)
+    written = [] if (directory.path / MASK).exists() else [MASK]
     directory.write_mask(mask)
-    if not _has_gradip(mask, ledger):
-        return
     traced = len(read_gradip(directory.path, ledger))
+    if not _has_gradip(mask, ledger) or traced == len(ledger.lines):
+        return written
     directory.truncate_lines(GRADIP, traced)
     gradip, terms = GradIP(mask, next(model.parameters()).device, backend), ledger.header.terms
     for record, crc in zip(ledger.lines[traced:], ledger.crcs[1 + traced :], strict=True):
         append_traces(directory, record.round, gradip.traces(terms.seeds(record.round), record.clients), crc)
+    return [*written, GRADIP]
 
 
 def _has_gradip(mask: SparseMask, ledger: Ledger) -> bool:
@@ -75,4 +77,4 @@ def _has_gradip(mask: SparseMask, ledger: Ledger) -> bool:
     return mask.gradient is not None and not ledger.header.terms.sends_weights
 
 
-__all__ = ["check_made_again", "lost_files", "write_lost_files"]
+__all__ = ["check_made_again", "has_lost_files", "write_lost_files"]

@@ -1,4 +1,4 @@
-"""``gradip.jsonl``: the paths of the clients, one line a round.
+"""``gradip.jsonl``: the GradIP values of the clients, one line a round.
 
 Each line ends in a CRC-32 that is continued from the CRC-32 of the round's line in the ledger. So a line that is
 damaged, or belongs to other scalars, is found. The file follows from mask and ledger: without it, a run that is resumed
@@ -58,14 +58,16 @@ def read_gradip(path: Path, ledger: Ledger | None) -> list[Line]:
         return []
     if ledger is None or len(texts) > len(ledger.lines):
         raise RunError(
-            f"{file} has {len(texts)} rounds, and {path / LEDGER} has {len(ledger.lines) if ledger else 0}: it was "
-            f"lost, or has lost rounds; put it back; nothing was changed"
+            f"{file} has {len(texts)} rounds, but {path / LEDGER} only {len(ledger.lines) if ledger else 0}, so the "
+            f"ledger is missing or has lost rounds; put it back; nothing was changed"
         )
     lines = []
     for number, (text, record, crc) in enumerate(zip(texts, ledger.lines, ledger.crcs[1:], strict=False), 1):
         line, _ = decode_line(text, crc, f"{file}, line {number}", RunError, _REMEDY)
         if line.get("round") != record.round or not _has_paths(line):
-            raise RunError(f"{file}, line {number}: not the paths of the clients in round {record.round}{_REMEDY}")
+            raise RunError(
+                f"{file}, line {number}: not the GradIP values of the clients in round {record.round}{_REMEDY}"
+            )
         lines.append(line)
     return lines
 

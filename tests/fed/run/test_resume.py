@@ -222,7 +222,7 @@ def test_files_that_a_finished_run_lost_are_written_again(
     metrics = (path / "metrics.jsonl").read_bytes()
     result = call("run", "--resume", path)
     assert result.exit_code == 0, result.output
-    assert f"{lost[0]} had been lost and was written again" in result.output
+    assert f"lost files were written again: {', '.join(lost)}" in result.output
     assert contents(path) == contents(finished)
     assert (path / "metrics.jsonl").read_bytes() == metrics
     assert "the same bits as at the end of the run" in call("replay", path).output
