@@ -28,7 +28,7 @@ format:  ## Formats the code.
 	$(PYTHON) -m ruff check --fix .
 
 test-gpu:  ## On a machine with a GPU: compares its bits with the CPU's.
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -W default
 
 bench:  ## Measures the kernels and the step against dense zeroth-order fine-tuning: a few minutes.
 	$(PYTHON) -m meerkat_engine bench

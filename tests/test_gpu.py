@@ -1,12 +1,11 @@
 """The GPU gives the bits of the CPU: single operations, complete steps, and a captured step.
 
-On a machine with a GPU, run ``TRITON_INTERPRET=0 python -m pytest -m gpu``. The same tests also run on the CPU, so that
+On a machine with a GPU, run ``make test-gpu``. The same tests also run on the CPU, so that
 they stay in working order.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from meerkat_engine.triton_kernels import BLOCK, build_table, reference
 
 from helpers.models import make_model
 from helpers.tensors import same_bits
+from helpers.waiting import no_host_waits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -29,18 +29,6 @@ STEPS = [(2**63 + 5, 0.03), (2**64 - 1, -0.5), (3, 1e-7)]
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-@contextmanager
-def no_host_waits(device: torch.device) -> Iterator[None]:
-    """Context in which any operation that makes the host wait for the GPU raises an error."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def run_all_operations(device: torch.device, backend: str, dtype: torch.dtype, *, dense: bool) -> list[torch.Tensor]:
@@ -75,6 +63,20 @@ def run_all_operations(device: torch.device, backend: str, dtype: torch.dtype, *
     pair, eps = torch.tensor([0.7637, 0.1878], device=device), torch.tensor([1e-3], dtype=torch.float64, device=device)
     masters = torch.cat([master[low:high].cpu() for _, low, high in table.tensor_slices(0, table.slots)])
     return [*seen, masters, normals, products, ops.coefficients(pair, eps, c.double()).cpu()]
+
+
+def test_the_search_for_host_waits_is_switched_off_again_although_torch_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        if len(modes) == 1:  # torch warns once
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(KeyError), no_host_waits(torch.device("cuda")):
+        raise KeyError
+    assert modes == ["error", "default"]
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])

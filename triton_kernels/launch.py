@@ -5,12 +5,20 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from .elements import ALIGN, BLOCK, ElementTable
+
+if knobs.runtime.interpret and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    raise ImportError(
+        f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__}: install triton>=3.7 or "
+        f"numpy<2.4, or unset TRITON_INTERPRET"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from ...engine.errors import ConfigError
 from .run_config import SETTINGS, RunConfig
 
@@ -90,7 +88,27 @@ def to_toml(settings: Mapping[str, Any]) -> str:
         if value is not None:
             toml_value = str(value) if isinstance(value, Path | StrEnum) else value
             tables.setdefault(setting.section, {})[setting.name] = toml_value
-    return tomli_w.dumps(tables.pop("", {}) | tables)
+    top = _lines(tables.pop("", {}))
+    sections = [f"[{section}]\n{_lines(values)}" for section, values in tables.items()]
+    return "\n".join([*([top] if top else []), *sections])
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    """One line ``name = value`` for each setting. The standard library reads TOML but does not write it."""
+    return "".join(f"{name} = {_literal(value)}\n" for name, value in values.items())
+
+
+# A basic string may hold every character but quotes, backslashes and control characters other than the tab.
+_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(32), 127) if chr(code) != "\t"} | {
+    ord(character): escape
+    for character, escape in zip('\b\n\f\r"\\', ("\\b", "\\n", "\\f", "\\r", '\\"', "\\\\"), strict=True)
+}
+
+
+def _literal(value: bool | int | float | str) -> str:
+    if isinstance(value, str):
+        return f'"{value.translate(_ESCAPES)}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def config_toml(config: RunConfig) -> str:
