@@ -10,7 +10,6 @@ operation runs to its end: if an exception hits it, such as KeyboardInterrupt, i
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import SupportsIndex
 
 import torch
@@ -21,6 +20,8 @@ from .device_values import DeviceValues, to_device_async
 from .errors import ModelChangedError
 from .launch_groups import LaunchGroup, MaskedParameter, launch_groups
 from .mask import SparseMask
+from .model_watch import ModelWatch
+from .passes import Passes
 from .stream import check_seed
 
 # One pass of an operation over a launch group. Arguments: the group, the number of updates before the pass, and whether
@@ -72,8 +73,8 @@ class MaskedWeights:
     ) -> None:
         mask.check(model)
         self.mask = mask
-        self._model = model
         self._launch_groups = launch_groups(model, mask, groups or {}, backend)
+        self._watch = ModelWatch(model, self._parameters())
         self.values = DeviceValues(self._launch_groups[0].master.device)
         self.updates = self.replacements = 0
         # Pass that is not complete yet: the pass, the state afterwards, the number of updates before it and after it.
@@ -153,6 +154,41 @@ class MaskedWeights:
 
         self._run(run, restored=False, updates=1)
 
+    def run_program_(self, program: Callable[[Passes], None], updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Runs a program that applies updates and then perturbs the weights: all of a step, with its forwards.
+
+        It may replay a captured graph: the host cannot tell how far that has come. If an exception hits the program,
+        the updates that are missing are applied, and the weights are restored.
+
+        Args:
+            program: applies exactly these updates, in order, and leaves the weights perturbed. It is called once, with
+                the passes that it may use.
+            updates: (seed int64 [1], coefficients float32 [groups]) of each update; NaN for one without effect, which
+                is counted like the others.
+        """
+
+        def complete(group: LaunchGroup, number: int, repeated: bool) -> None:
+            for i, (seed, c) in enumerate(updates, number):
+                if not group.has_updates(i + 1):
+                    group.backend.update_(
+                        group.table, group.master, group.to_device(seed), group.coefficient(c),
+                        applied=group.applied, number=i,
+                    )  # fmt: skip
+            _restore_(group)
+
+        self._prepare_pass(check=True)
+        self._unfinished = (complete, True, self.updates, self.updates + len(updates))
+        try:
+            program(Passes(self._launch_groups, self.updates))
+        except BaseException:
+            self._complete()
+            raise
+        self._unfinished, self._restored, self.updates = None, False, self.updates + len(updates)
+
+    def passes(self) -> Passes:
+        """Returns the passes of a program that is recorded, not run."""
+        return Passes(self._launch_groups, self.updates)
+
     def replay_(self, seeds: Sequence[int], c: Sequence[float] | Sequence[Sequence[float]]) -> None:
         """Applies many updates in order, in one pass over the weights: the bits of ``update_`` for each.
 
@@ -166,7 +202,8 @@ class MaskedWeights:
             ModelChangedError: also if something else has written the masked weights, see ``check_not_overwritten``.
         """
         if not len(seeds):
-            self.restore_()
+            if not self.restored:
+                self.restore_()
             return
         coefficients = torch.tensor(c, dtype=torch.float32, device="cpu").reshape(len(seeds), -1)
         if not coefficients.isfinite().all():
@@ -245,14 +282,42 @@ class MaskedWeights:
         self.check_masters(values)
         self.check_same_model()
         self._complete()
-        groups = []
-        for group in self._launch_groups:
-            master = torch.zeros_like(group.master)
+        masters = values.clone()  # the caller may change its tensor before an interrupted pass is repeated
+
+        def run(group: LaunchGroup, number: int, repeated: bool) -> None:
             for p, start, stop in group.slot_ranges():
-                master[start:stop] = values[p.start : p.stop]
-            groups.append(replace(group, master=master))
-        # Together, without a call in between: an exception finds all of it or nothing.
-        self._launch_groups, self.replacements, self._unfinished = groups, self.replacements + 1, self._restoring()
+                group.master[start:stop] = masters[p.start : p.stop]  # in place: captured graphs hold the address
+            _restore_(group)
+
+        self._replace_masters_(run)
+
+    def saved(self) -> list[Tensor]:
+        """Copies the masters for ``put_back_``: float32 [slots] of each table, on its device."""
+        self._complete()
+        return [group.master.clone() for group in self._launch_groups]
+
+    def put_back_(self, saved: Sequence[Tensor]) -> None:
+        """Sets the masters to what they were, all or none of them, and restores the weights to them.
+
+        A copy a table and no check of values: less work than ``masters`` and ``set_masters_``.
+
+        Args:
+            saved: result of ``saved``.
+        """
+        self.check_same_model()
+        self._complete()
+        saved_of = {id(group): master for group, master in zip(self._launch_groups, saved, strict=True)}
+
+        def run(group: LaunchGroup, number: int, repeated: bool) -> None:
+            group.master.copy_(saved_of[id(group)])
+            _restore_(group)
+
+        self._replace_masters_(run)
+
+    def _replace_masters_(self, pass_: _Pass) -> None:
+        """Runs a pass that replaces the masters and restores the weights."""
+        # Together, without a call in between: an exception finds all of it to do, or nothing.
+        self.replacements, self._unfinished = self.replacements + 1, (pass_, True, self.updates, self.updates)
         try:
             self._complete()
         except BaseException:
@@ -307,10 +372,8 @@ class MaskedWeights:
 
         A model that was moved or cast is no error.
         """
-        for group in self._launch_groups:
-            for p in group.parameters:
-                p.check_present(self._model)
-        if all(p.is_in_place() for group in self._launch_groups for p in group.parameters):
+        self._watch.check_present()
+        if self._watch.are_in_place():
             self.check_not_overwritten()
 
     def check_counts(self, counts: Tensor) -> None:
@@ -336,10 +399,8 @@ class MaskedWeights:
 
     def check_same_model(self) -> None:
         """Raises ``ModelChangedError`` if a masked parameter was moved, cast, or replaced in the model."""
-        for group in self._launch_groups:
-            for p in group.parameters:
-                p.check_present(self._model)
-                p.check_memory()
+        self._watch.check_present()
+        self._watch.check_memory()
 
     def restore_anywhere_(self) -> None:
         """Restores the weights like ``restore_``, also in a model that was moved or cast.
@@ -347,9 +408,7 @@ class MaskedWeights:
         Raises:
             ModelChangedError: if a masked parameter was replaced in the model.
         """
-        for group in self._launch_groups:
-            for p in group.parameters:
-                p.check_present(self._model)
+        self._watch.check_present()
         self._complete()
         self._written = None
         for group in self._launch_groups:
@@ -372,12 +431,7 @@ class MaskedWeights:
             updates: number of updates that the pass applies.
             check: whether to check first that the model is the same.
         """
-        if check:
-            for group in self._launch_groups:
-                for p in group.parameters:
-                    p.check_memory()
-        self._complete()
-        self._check_debug_copy()
+        self._prepare_pass(check=check)
         self._unfinished = (pass_, restored, self.updates, self.updates + updates)
         try:
             for group in self._launch_groups:
@@ -388,6 +442,13 @@ class MaskedWeights:
         # No call in between: an exception finds all of it or nothing, and then the pass is repeated.
         self._unfinished, self._restored, self.updates = None, restored, self.updates + updates
         self._written = self.live() if self._debug else None
+
+    def _prepare_pass(self, *, check: bool) -> None:
+        """Checks that the model and, in debug mode, its weights are the same; completes an interrupted pass."""
+        if check:
+            self._watch.check_memory()
+        self._complete()
+        self._check_debug_copy()
 
     def _check_debug_copy(self) -> None:
         """In debug mode raises ``ModelChangedError``, once, if the live weights are not those of the last operation."""
@@ -400,10 +461,6 @@ class MaskedWeights:
                     f"something else, such as the closure, has written {changed} of the {len(self.mask)} masked "
                     f"weights within a step"
                 )
-
-    def _restoring(self) -> tuple[_Pass, bool, int, int]:
-        """The unfinished pass that restores the weights."""
-        return lambda group, *_: _restore_(group), True, self.updates, self.updates
 
     def _complete(self) -> None:
         """Completes the pass that an exception has hit, if any."""

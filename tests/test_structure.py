@@ -46,7 +46,7 @@ UNITS = {
     "engine": [
         "errors", "clock", "caller_warnings", "parameters", "extras", "atomic_files", "checksummed", "backend",
         "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask",
-        "mask_coverage", "launch_groups", "weights", "delta", "replay", "sgd", "estimator", "journal",
+        "mask_coverage", "launch_groups", "passes", "weights", "delta", "replay", "sgd", "estimator", "journal",
         "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
