@@ -15,7 +15,6 @@ import click
 import torch
 import triton
 
-from ..triton_kernels import ALIGN
 from .assembly import Assembly
 from .compiling import DTYPES, TARGETS, compiling_for, launch_everything, quotient, square_roots
 
@@ -29,13 +28,15 @@ class KernelReport:
         target: sm_80, sm_90 or gfx942.
         dtype: dtype of the live weights: fp32, bf16 or fp16.
         dense: whether this is the variant for tensors of which every element is masked.
+        elements: elements per thread.
+        warps: warps per program.
         registers: registers per thread (AMD: vector registers).
         spills: spilling instructions (NVIDIA) or spilled registers (AMD).
         local_bytes: stack, local or scratch memory per thread, in bytes.
         fused: fused multiply-adds outside of correctly rounded square roots and float64 divisions.
         wide_loads: 16-byte load instructions per thread from global memory.
         wide_stores: 16-byte store instructions per thread to global memory.
-        mix: instructions per thread by kind; a thread has ``ALIGN`` elements, and a loop body counts once.
+        mix: instructions per thread by kind; a loop body counts once.
         compilations: number of compilations of this variant for all tested seeds, scales and counts.
         arguments: names and types of the run-time arguments.
     """
@@ -44,6 +45,8 @@ class KernelReport:
     target: str
     dtype: str
     dense: bool
+    elements: int
+    warps: int
     registers: int
     spills: int
     local_bytes: int
@@ -55,9 +58,14 @@ class KernelReport:
     arguments: dict[str, str]
 
 
-def _is_dense(kernel: Any) -> bool:
+def _constant(kernel: Any, name: str) -> int:
+    """Returns the value of a compile-time argument; 0 if the kernel has none of this name."""
     names = kernel.src.fn.arg_names
-    return "DENSE" in names and bool(kernel.src.constants[(names.index("DENSE"),)])
+    return int(kernel.src.constants[(names.index(name),)]) if name in names else 0
+
+
+def _is_dense(kernel: Any) -> bool:
+    return bool(_constant(kernel, "DENSE"))
 
 
 @functools.cache
@@ -92,6 +100,8 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 target=target,
                 dtype=dtype,
                 dense=_is_dense(kernel),
+                elements=max(1, _constant(kernel, "BLOCK") // (kernel.metadata.num_warps * TARGETS[target].warp_size)),
+                warps=kernel.metadata.num_warps,
                 registers=registers,
                 spills=spills,
                 local_bytes=local,
@@ -111,28 +121,39 @@ _KINDS = ("float32", "integer", "convert", "special", "memory", "move", "uniform
 
 def markdown(reports: list[KernelReport]) -> str:
     """Returns the reports as a Markdown table. Properties that should be zero are summed up in the heading."""
-    columns = ["kernel", "target", "weights", "registers", "16-byte loads", "16-byte stores", "instructions an element"]
+    columns = [
+        "kernel",
+        "target",
+        "weights",
+        "elements a thread",
+        "warps",
+        "registers",
+        "16-byte loads",
+        "16-byte stores",
+        "instructions an element",
+    ]
     lines = [
         f"triton {triton.__version__}, {len(reports)} compilations with {sum(r.spills for r in reports)} spills, "
         f"{sum(r.local_bytes for r in reports)} bytes of local memory and {sum(r.fused for r in reports)} fused "
-        f"multiply-adds. Instructions an element: a thread's over its {ALIGN} elements, by kind; a loop's body "
-        "(replay: an update, inner: a seed) counts once; `_coefficients_kernel` has one thread.",
+        "multiply-adds. Instructions an element: a thread's over its elements, by kind; a loop's body (replay: an "
+        "update, inner: a seed) counts once; `_coefficients_kernel` has one thread.",
         "",
         f"| {' | '.join([*columns, *_KINDS])} |",
         "|---" * 3 + "|--:" * (len(columns) - 3 + len(_KINDS)) + "|",
     ]
     for r in reports:
         name = f"`{r.kernel}`{', dense' if r.dense else ''}"
-        share = 1 if r.kernel == "_coefficients_kernel" else ALIGN
-        mix = [f"{r.mix[kind] / share:.4g}" for kind in _KINDS]
+        mix = [f"{r.mix[kind] / r.elements:.4g}" for kind in _KINDS]
         cells = [
             name,
             r.target,
             r.dtype,
+            r.elements,
+            r.warps,
             r.registers,
             r.wide_loads,
             r.wide_stores,
-            f"{sum(r.mix.values()) / share:.4g}",
+            f"{sum(r.mix.values()) / r.elements:.4g}",
         ]
         lines.append(f"| {' | '.join(map(str, [*cells, *mix]))} |")
     return "\n".join(lines) + "\n"

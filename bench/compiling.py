@@ -19,7 +19,7 @@ from ..triton_kernels import build_table
 from ..triton_kernels.coefficients import coefficients
 from ..triton_kernels.compare import compare
 from ..triton_kernels.inner import inner
-from ..triton_kernels.launch import masked_config
+from ..triton_kernels.launch import launch_config
 from ..triton_kernels.normal import bits, normal
 from ..triton_kernels.perturb import perturb_
 from ..triton_kernels.replay import replay_
@@ -99,7 +99,9 @@ def _zeros(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def launch_everything(dtype: torch.dtype) -> None:
-    """Calls every launcher, with counts and list lengths of every kind that the compiler could specialize on.
+    """Calls every launcher, with counts, lengths and alignments of every kind that the compiler could specialize on.
+
+    Seeds, scales and coefficients are slices of longer tensors, as the engine passes them.
 
     Args:
         dtype: dtype of the live weights.
@@ -109,18 +111,21 @@ def launch_everything(dtype: torch.dtype) -> None:
         sparse = build_table([weight], [0], [torch.arange(0, size, 3, device="cpu")])
         for table in (sparse, build_table([weight], [0], None)):
             master, applied = _zeros(table.slots), _zeros(1, torch.int32)
-            for steps in (1, 2, 16):
-                seeds, c = _zeros(steps, torch.int64), _zeros(steps)
-                perturb_(table, master, seeds[:1], c[:1])
-                update_(table, master, seeds[:1], c[:1], applied=applied)
-                update_perturb_(table, master, seeds[:1], c[:1], seeds[:1], c[:1], applied=applied)
+            for steps, at in ((1, 0), (2, 1), (16, 3)):
+                seeds, c = _zeros(at + steps, torch.int64)[at:], _zeros(at + steps)[at:]
+                seed, other_seed = seeds[:1], seeds[-1:]
+                perturb_(table, master, seed, c[:1])
+                update_(table, master, seed, c[-1:], applied=applied)
+                update_perturb_(table, master, seed, c[:1], other_seed, c[-1:], applied=applied)
                 replay_(table, master, seeds, c, applied=applied)
                 if table is sparse:
                     inner(master, table.ids(0, table.slots), seeds)
             restore_(table, master)
-            compare(table, master, _zeros(2, torch.int64))
-        for groups in (1, 2, 16):
-            coefficients(_zeros(2), _zeros(1, torch.float64), _zeros(groups, torch.float64))
+            for at in (0, 1):
+                compare(table, master, _zeros(at + 2, torch.int64)[at:])
+        for groups, at in ((1, 0), (2, 1), (16, 3)):
+            doubles = _zeros(at + groups, torch.float64)[at:]
+            coefficients(_zeros(at + 2)[at:], doubles[-1:], doubles)
         normal(0, sparse.ids(0, sparse.slots))
         bits(0, sparse.ids(0, sparse.slots))
 
@@ -132,7 +137,7 @@ def square_roots(target: str, roots: int) -> Any:
         target: a key of ``TARGETS``.
         roots: number of square roots per thread.
     """
-    config = masked_config(TARGETS[target].warp_size)
+    config = launch_config("_root_kernel", TARGETS[target].warp_size)
     n = roots * config.num_warps * TARGETS[target].warp_size
     with compiling_for(TARGETS[target]) as compiled:
         _root_kernel[(1,)](_zeros(n), _zeros(n), **config.options() | {"BLOCK": n})

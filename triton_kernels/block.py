@@ -7,12 +7,15 @@ offsets (see ``ElementTable``).
 import triton
 import triton.language as tl
 
+from .elements import BLOCK as _BLOCK
 from .philox import normal_at, normal_run
+
+_TABLE_BLOCK = tl.constexpr(_BLOCK)  # elements per row of the table
 
 
 @triton.jit
 def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """Loads the elements of this program's block.
+    """Loads the elements of this program: a block of the table, or a part of one if ``BLOCK`` is smaller.
 
     Args:
         w_like_ptr: pointer with the weights' type; its address is not used.
@@ -29,11 +32,14 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
         master: masters, fp32 [BLOCK].
         live: lanes that hold an element, bool [BLOCK].
         slots: lanes that hold a slot, bool [BLOCK].
+        count: number of elements; not positive if the program has none.
     """
-    block = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
+    PARTS: tl.constexpr = _TABLE_BLOCK // BLOCK
+    block = blocks_ptr + (tl.program_id(0) // PARTS).to(tl.int64) * 4
+    first = tl.program_id(0) % PARTS * BLOCK
     # The table guarantees these alignment hints. With them, four neighbours are one load of 16 bytes instead of four.
-    start = tl.multiple_of(tl.load(block + 2), 4)
-    count = tl.load(block + 3)
+    start = tl.multiple_of(tl.load(block + 2), 4) + first
+    count = tl.load(block + 3) - first
     lane = tl.arange(0, BLOCK)
     slots = lane < (count + 3) // 4 * 4
     masters_ptr = master_ptr + start + lane
@@ -41,13 +47,16 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
     live = lane < count
     if DENSE:
         live = slots  # equal, because a dense tensor's size is a multiple of 4
-        w_ptr = tl.multiple_of(tl.load(block).to(w_like_ptr.dtype), 16) + lane
-        ids = tl.load(block + 1)
+        # Four elements, as in the masters: the hint of 16 bytes would make a layout of eight for 2-byte weights, and a
+        # conversion through shared memory.
+        w_ptr = tl.multiple_of(tl.load(block).to(w_like_ptr.dtype), w_like_ptr.dtype.element_ty.primitive_bitwidth // 2)
+        w_ptr += first + lane
+        ids = tl.load(block + 1) + first
     else:
         offsets = tl.load(offsets_ptr + start + lane, mask=slots, other=0).to(tl.int64)
         w_ptr = tl.load(block).to(w_like_ptr.dtype) + offsets
         ids = tl.load(block + 1) + offsets
-    return w_ptr, ids, masters_ptr, master, live, slots
+    return w_ptr, ids, masters_ptr, master, live, slots, count
 
 
 @triton.jit

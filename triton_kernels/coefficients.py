@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
+from .launch import VALUES, on_device_of
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["groups"], do_not_specialize_on_alignment=VALUES)
 def _coefficients_kernel(out_ptr, losses_ptr, eps_ptr, lr_ptr, groups: tl.int32):
     plus = tl.load(losses_ptr).to(tl.float64)
     minus = tl.load(losses_ptr + 1).to(tl.float64)

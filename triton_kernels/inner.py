@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import BLOCK
-from .launch import config_of, on_device_of
+from .launch import VALUES, config_of, on_device_of
 from .philox import normal_at
 from .reference import tree_sum
+
+_SUMS = 1 << 25  # maximum number of partial sums at a time, 256 MiB
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def _tree_sum(values, N: tl.constexpr, LEVELS: tl.constexpr):
     return values
 
 
-@triton.jit(do_not_specialize=["k", "n"])
+@triton.jit(do_not_specialize=["k", "n"], do_not_specialize_on_alignment=VALUES)
 def _inner_kernel(
     sums_ptr,
     gradient_ptr,
@@ -50,20 +51,25 @@ def _inner_kernel(
 
 def inner(gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
     """Computes ``<gradient, z>`` and ``<z, z>`` for each seed; see ``reference.inner``."""
-    chunks = triton.cdiv(ids.numel(), BLOCK)
-    sums = gradient.new_empty((seeds.numel(), 2, chunks), dtype=torch.float64)
     with on_device_of(gradient):
-        _inner_kernel[(chunks,)](
-            sums_ptr=sums,
-            gradient_ptr=gradient.contiguous(),
-            ids_ptr=ids.contiguous(),
-            seeds_ptr=seeds,
-            k=ids.numel(),
-            n=seeds.numel(),
-            LEVELS=BLOCK.bit_length() - 1,
-            **config_of(_inner_kernel).options(),
-        )
-    return tree_sum(sums)
+        config = config_of(_inner_kernel)
+        chunks = triton.cdiv(ids.numel(), config.block)
+        products = gradient.new_empty((seeds.numel(), 2), dtype=torch.float64)
+        at_once = max(1, _SUMS // max(1, 2 * chunks))
+        for part, part_seeds in zip(products.split(at_once), seeds.split(at_once), strict=True):
+            sums = gradient.new_empty((part_seeds.numel(), 2, chunks), dtype=torch.float64)
+            _inner_kernel[(chunks,)](
+                sums_ptr=sums,
+                gradient_ptr=gradient.contiguous(),
+                ids_ptr=ids.contiguous(),
+                seeds_ptr=part_seeds,
+                k=ids.numel(),
+                n=part_seeds.numel(),
+                LEVELS=config.block.bit_length() - 1,
+                **config.options(),
+            )
+            part.copy_(tree_sum(sums))
+    return products
 
 
 __all__ = ["inner"]

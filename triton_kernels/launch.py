@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,30 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from .elements import ALIGN, BLOCK, ElementTable
+from .elements import BLOCK, ElementTable
 
 if knobs.runtime.interpret and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     raise ImportError(
         f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__}: install triton>=3.7 or "
         f"numpy<2.4, or unset TRITON_INTERPRET"
     )
+
+# Pointers whose alignment a kernel must not be compiled for: the values are often slices of longer tensors, so a new
+# alignment would start the compiler in the middle of a run. ``w_like_ptr`` only carries a type.
+VALUES = (
+    "w_like_ptr",
+    "applied_ptr",
+    "counts_ptr",
+    "seed_ptr",
+    "next_seed_ptr",
+    "seeds_ptr",
+    "scale_ptr",
+    "c_ptr",
+    "losses_ptr",
+    "eps_ptr",
+    "lr_ptr",
+    "out_ptr",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +56,56 @@ class LaunchConfig:
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
-def masked_config(warp_size: int) -> LaunchConfig:
-    """Configuration of all masked kernels: ``ALIGN`` elements per thread, one 16-byte load of offsets or masters.
+# Elements per program and per thread, chosen from the compilers' output for sm_90 (triton 3.7.1, bfloat16), not from
+# timings yet. Scattered, four elements a thread are one 16-byte load of offsets or masters. With eight, a fused update
+# takes 124 registers instead of 57: 16 warps per multiprocessor are left to hide the latency of scattered stores.
+_SCATTERED = (BLOCK, 4)
+# Where all elements are masked, eight share the cost of addresses and counts: 74 instead of 85 instructions an element
+# for perturb, in 32 registers.
+_DENSE = (BLOCK, 8)
+# Replay is bound by its instructions, so a tensor's last block should not be mostly empty: at density 0.001 a tensor of
+# SmolLM2-135M has 500 masked elements on average. ``inner`` in one warp needs no barrier: 192 instead of 232
+# instructions an element.
+_OF_KERNEL = {"_replay_kernel": (256, 4), "_inner_kernel": (256, 8)}
 
-    It was chosen from the compilers' output (triton 3.7.1), not from timings yet. With 8 elements per thread on sm_90,
-    the fused update takes 124 registers and ``inner`` 143. That leaves 16 and 12 warps per multiprocessor to hide the
-    latency of scattered stores. With 4 elements per thread they take 57 and 80 registers, for 24 warps and more, at 2%
-    to 15% more instructions per element.
+
+def launch_config(kernel: str, warp_size: int, *, dense: bool = False) -> LaunchConfig:
+    """Configuration of a kernel.
 
     Args:
+        kernel: name of the kernel.
         warp_size: number of threads per warp of the device.
+        dense: whether all elements of the tensors are masked.
     """
-    return LaunchConfig(block=BLOCK, num_warps=BLOCK // ALIGN // warp_size)
+    block, per_thread = _DENSE if dense else _OF_KERNEL.get(kernel, _SCATTERED)
+    return LaunchConfig(block=block, num_warps=max(1, block // per_thread // warp_size))
 
 
-def config_of(kernel: Any) -> LaunchConfig:
+_forced: list[LaunchConfig] = []
+
+
+@contextlib.contextmanager
+def forced_config(config: LaunchConfig) -> Iterator[None]:
+    """Context in which every kernel on elements is launched with this configuration, to compare configurations.
+
+    Args:
+        config: the configuration. Its block divides that of the element table.
+    """
+    _forced.append(config)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def config_of(kernel: Any, *, dense: bool = False) -> LaunchConfig:
     """Returns the configuration of a kernel on the current device."""
+    if _forced:
+        return _forced[-1]
     if not isinstance(kernel, JITFunction):  # Triton's interpreter has no warps
-        return masked_config(32)
+        return launch_config(kernel.fn.__name__, 32, dense=dense)
     driver = triton.runtime.driver.active
-    return masked_config(_warp_size(driver, driver.get_current_device()))
+    return launch_config(kernel.fn.__name__, _warp_size(driver, driver.get_current_device()), dense=dense)
 
 
 @functools.cache
@@ -81,16 +129,18 @@ def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments:
         master: masters, float32 [slots].
         arguments: further keyword arguments of the kernel.
     """
+    dense = table.offsets is None
     with on_device_of(master):
-        kernel[(table.blocks.shape[0],)](
+        config = config_of(kernel, dense=dense)
+        kernel[(table.blocks.shape[0] * (BLOCK // config.block),)](
             w_like_ptr=table.weights[0],
             blocks_ptr=table.blocks,
-            offsets_ptr=master if table.offsets is None else table.offsets,
+            offsets_ptr=master if dense else table.offsets,
             master_ptr=master,
             **arguments,
-            DENSE=table.offsets is None,
-            **config_of(kernel).options(),
+            DENSE=dense,
+            **config.options(),
         )
 
 
-__all__ = ["LaunchConfig", "config_of", "launch_masked", "masked_config", "on_device_of"]
+__all__ = ["VALUES", "LaunchConfig", "config_of", "forced_config", "launch_config", "launch_masked", "on_device_of"]

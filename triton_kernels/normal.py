@@ -6,12 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .elements import BLOCK
-from .launch import config_of, on_device_of
+from .launch import VALUES, config_of, on_device_of
 from .philox import normal_at, words
 from .reference import seed_tensor
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VALUES)
 def _normal_kernel(z_ptr, ids_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
@@ -19,7 +19,7 @@ def _normal_kernel(z_ptr, ids_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constexpr):
     tl.store(z_ptr + at, normal_at(tl.load(seed_ptr), ids), mask=live)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VALUES)
 def _bits_kernel(words_ptr, blocks_ptr, seed_ptr, n: tl.int64, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .block import block_normals, load_block, round_to
 from .elements import ElementTable
-from .launch import launch_masked
+from .launch import VALUES, launch_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VALUES)
 def _perturb_kernel(
     w_like_ptr,
     blocks_ptr,
@@ -24,7 +24,7 @@ def _perturb_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    w_ptr, ids, _, master, live, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
+    w_ptr, ids, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
     value = master + block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .block import block_normals, count_updates, load_block, round_to, update_master
 from .elements import ElementTable
-from .launch import launch_masked
+from .launch import VALUES, launch_masked
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VALUES)
 def _replay_kernel(
     w_like_ptr,
     blocks_ptr,
@@ -25,10 +25,10 @@ def _replay_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    w_ptr, ids, masters_ptr, master, live, slots = load_block(
+    w_ptr, ids, masters_ptr, master, live, slots, count = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
-    for t in range(n):
+    for t in range(tl.where(count > 0, n, 0)):  # a part of a block may be empty
         master = update_master(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
     tl.store(masters_ptr, master, mask=slots)
     count_updates(applied_ptr, n)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from .block import load_block, round_to
 from .elements import ElementTable
-from .launch import launch_masked
+from .launch import VALUES, launch_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VALUES)
 def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    w_ptr, _, _, master, live, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
+    w_ptr, _, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 

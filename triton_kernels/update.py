@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .block import block_normals, count_updates, load_block, round_to, update_master
 from .elements import ElementTable
-from .launch import launch_masked
+from .launch import VALUES, launch_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VALUES)
 def _update_kernel(
     w_like_ptr,
     blocks_ptr,
@@ -25,7 +25,7 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    w_ptr, ids, masters_ptr, master, live, slots = load_block(
+    w_ptr, ids, masters_ptr, master, live, slots, _ = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
     master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
@@ -34,7 +34,7 @@ def _update_kernel(
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VALUES)
 def _update_perturb_kernel(
     w_like_ptr,
     blocks_ptr,
@@ -48,7 +48,7 @@ def _update_perturb_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    w_ptr, ids, masters_ptr, master, live, slots = load_block(
+    w_ptr, ids, masters_ptr, master, live, slots, _ = load_block(
         w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
     )
     master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
