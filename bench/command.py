@@ -5,12 +5,14 @@ Every row is checked before it is timed. A row whose check fails gets no numbers
 
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from ..engine.atomic_files import write_atomic
 from ..engine.errors import ConfigError
 from ..engine.extras import require_matplotlib
 from ..engine.lm import embedded
@@ -29,7 +31,7 @@ _CPU = {
     "steps": [(embedded.NAME, "float32"), ("smollm2-135m", "float32")],
 }
 _GPU = {
-    "kernels": [(m, dtype) for m in ("llama-3.2-1b", "qwen2-1.5b", "gemma-2-2b") for dtype in ("bfloat16", "float32")],
+    "kernels": [(m, dtype) for dtype in ("bfloat16", "float32") for m in ("llama-3.2-1b", "qwen2-1.5b", "gemma-2-2b")],
     "steps": [("llama-3.2-1b", "bfloat16")],
 }
 _DENSITIES = (1e-2, 1e-3, 1e-4)
@@ -44,6 +46,7 @@ def run_all(
     densities: list[float],
     repeats: int,
     batch: tuple[int, int],
+    save: Callable[[report.Result], None] = lambda _: None,
 ) -> report.Result:
     """Measures all cases.
 
@@ -54,6 +57,7 @@ def run_all(
         densities: densities of the masks; ratios are relative to the density nearest to 1e-3.
         repeats: repetitions of each row, at least 3; slow rows are timed in the first 3.
         batch: number of examples of a step, and of tokens per example.
+        save: called with the result so far after each case, so that a stop in the middle loses one case only.
 
     Returns:
         The result, ready for JSON.
@@ -80,6 +84,7 @@ def run_all(
             "empty_launch_seconds": measure.empty_launch(device),
         }
         result["kernels"].append(case | {"rows": kernels.measure_rows(model, densities, repeats, base)})
+        save(result)
     for name, dtype in cases["steps"]:
         click.echo(f"measuring the step of {name}, {dtype}", err=True)
         model = shapes.build(name, DTYPES[dtype], device)
@@ -101,6 +106,7 @@ def run_all(
                 "one_pass": passes,
             }
         )
+        save(result)
     return result
 
 
@@ -111,16 +117,17 @@ def failures(result: report.Result) -> list[str]:
     return [f"{case['model']}, {case['dtype']}: {record['failed']}" for case, record in records if "failed" in record]
 
 
-def write(result: report.Result, directory: Path) -> list[Path]:
-    """Writes ``result.json``, ``result.md`` and the figures into an existing directory; returns their paths."""
-    (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    return [directory / "result.json", *_render(result, directory)]
+def write_json(result: report.Result, directory: Path) -> Path:
+    """Writes ``result.json`` into an existing directory, whole or not at all; returns its path."""
+    path = directory / "result.json"
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode(), replaces=lambda _: True)
+    return path
 
 
-def _render(result: report.Result, directory: Path) -> list[Path]:
+def _render(result: report.Result, directory: Path, *, figures: bool = True) -> list[Path]:
     """Writes ``result.md`` and the figures; returns their paths."""
     (directory / "result.md").write_text(report.markdown(result))
-    return [directory / "result.md", *report.draw(result, directory)]
+    return [directory / "result.md", *(report.draw(result, directory) if figures else [])]
 
 
 def _read(path: Path) -> report.Result:
@@ -157,7 +164,12 @@ def _read(path: Path) -> report.Result:
 @click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="repetitions of each row")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples per step")
 @click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens per example")
-@click.option("--output", type=click.Path(path_type=Path), help="directory for result.json, result.md and the figures")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="directory for result.json (written after each case), result.md and the figures",
+)
+@click.option("--figures/--no-figures", default=True, show_default=True, help="whether --output draws figures")
 @click.option("--render", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="measure nothing; write result.md and the figures of this result.json next to it")  # fmt: skip
 @click.pass_context
@@ -171,6 +183,7 @@ def bench(
     batch_size: int,
     length: int,
     output: Path | None,
+    figures: bool,
     render: Path | None,
 ) -> None:
     """Times this engine's passes over the weights, and a complete step, against dense zeroth-order fine-tuning.
@@ -182,7 +195,8 @@ def bench(
             click.echo(path)
         return
     if output is not None:
-        require_matplotlib()
+        if figures:
+            require_matplotlib()
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise ConfigError(f"{str(output)!r} exists; choose a new directory for --output")
         output.mkdir(parents=True, exist_ok=True)
@@ -201,14 +215,15 @@ def bench(
         densities=list(densities),
         repeats=repeats,
         batch=(batch_size, length),
+        save=lambda result: None if output is None else click.echo(f"wrote {write_json(result, output)}", err=True),
     )
     click.echo(report.markdown(result))
     if output is not None:
-        for path in write(result, output):
+        for path in _render(result, output, figures=figures):
             click.echo(f"wrote {path}", err=True)
     failed = failures(result)
     if failed:
         raise kernels.CheckError("; ".join(failed))
 
 
-__all__ = ["bench", "failures", "run_all", "write"]
+__all__ = ["bench", "failures", "run_all", "write_json"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..engine.errors import MeerkatError
 from ..engine.mask import SparseMask
-from .measure import Spread, Stopwatch, peak_bytes
+from .measure import Moments, Spread, Stopwatch, peak_bytes
 from .rows import DENSE, OPERATIONS, SPARSE, SPARSE_ONCE, PlainTorch, Row
 
 EPS, C, SEED = 1e-3, 1e-6, 17
@@ -144,7 +144,23 @@ def _check_moments(entry: Entry, noise: list[torch.Tensor]) -> None:
         )
 
 
-def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[dict[str, list[float]]]:
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of a row's operations, by name: one value per repetition on the device, and by the host to start it."""
+
+    device: dict[str, list[float]]
+    host: dict[str, list[float]]
+
+    def take(self, watch: Stopwatch, moments: dict[str, Moments]) -> float:
+        """Adds a repetition; returns the device's seconds of all operations."""
+        elapsed = {operation: watch.seconds(moment) for operation, moment in moments.items()}
+        for operation, moment in moments.items():
+            self.device[operation].append(elapsed[operation])
+            self.host[operation].append(moment.host)
+        return sum(elapsed.values())
+
+
+def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[Times]:
     """Times the operations of all rows. The rows must be warmed up (their checks do that).
 
     Args:
@@ -153,27 +169,25 @@ def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[dict[
         repeats: number of repetitions.
 
     Returns:
-        For each row the seconds of each operation, one value per repetition.
+        The times of each row.
     """
     watch = Stopwatch(device)
-    seconds: list[dict[str, list[float]]] = [{operation: [] for operation in OPERATIONS} for _ in rows]
+    times = [Times(**{of: {operation: [] for operation in OPERATIONS} for of in ("device", "host")}) for _ in rows]
     slow = [False] * len(rows)
     for repetition in range(repeats):
         for i, row in enumerate(rows):
             if slow[i] and repetition >= _REPEATS_OF_SLOW:
                 continue
             seed = SEED + repetition
+            row.prepare(seed, EPS, C)
             moments = {
                 "perturb": watch.cold(functools.partial(row.perturb, seed, EPS)),
                 "flip": watch.cold(functools.partial(row.flip, seed, EPS)),
                 "update": watch.cold(functools.partial(row.update, seed, EPS, C)),
             }
-            elapsed = {operation: watch.seconds(moment) for operation, moment in moments.items()}
+            slow[i] |= times[i].take(watch, moments) > _SLOW
             row.end_step()
-            slow[i] |= sum(elapsed.values()) > _SLOW
-            for operation in OPERATIONS:
-                seconds[i][operation].append(elapsed[operation])
-    return seconds
+    return times
 
 
 def measure_rows(model: nn.Module, densities: list[float], repeats: int, base_density: float) -> list[dict[str, Any]]:
@@ -195,22 +209,23 @@ def measure_rows(model: nn.Module, densities: list[float], repeats: int, base_de
         entry = make_entry()
         try:
             peak = check(entry, model)
-            passed.append((make_entry(), peak))  # built again: the check changed the first one's state
         except CheckError as error:
             failed.append({"row": entry.name, "density": entry.density, "failed": str(error)})
-    seconds = time_rows([entry.row for entry, _ in passed], device, repeats)
+            continue
+        del entry  # before it is built again: of a dense row's masters two copies may not fit
+        passed.append((make_entry(), peak))  # the check changed the first one's state
+    times = time_rows([entry.row for entry, _ in passed], device, repeats)
     base: dict[str, list[float]] | None = None
-    for (entry, _), row_seconds in zip(passed, seconds, strict=True):
+    for (entry, _), row_times in zip(passed, times, strict=True):
         if base is None and entry.name == "meerkat" and entry.density == base_density:
-            base = row_seconds
-    measured = zip(passed, seconds, strict=True)
-    return [_record(entry, peak, row_seconds, base) for (entry, peak), row_seconds in measured] + failed
+            base = row_times.device
+    measured = zip(passed, times, strict=True)
+    return [_record(entry, peak, row_times, base) for (entry, peak), row_times in measured] + failed
 
 
-def _record(
-    entry: Entry, peak: int, seconds: dict[str, list[float]], base: dict[str, list[float]] | None
-) -> dict[str, Any]:
+def _record(entry: Entry, peak: int, times: Times, base: dict[str, list[float]] | None) -> dict[str, Any]:
     """Returns a row's record, with ratios to the seconds in ``base``, if given."""
+    seconds = times.device
     steps = _sums(seconds)
     record: dict[str, Any] = {
         "row": entry.name,
@@ -221,6 +236,7 @@ def _record(
         "held_bytes": entry.row.bytes_held,
         "peak_bytes": peak,
         "seconds": {name: asdict(Spread.of(values)) for name, values in {**seconds, "step": steps}.items()},
+        "host_seconds": {name: asdict(Spread.of(values)) for name, values in times.host.items()},
     }
     if base is not None:
         ratios = {
@@ -239,4 +255,4 @@ def _sums(seconds: dict[str, list[float]]) -> list[float]:
     return [sum(values) for values in zip(*seconds.values(), strict=True)]
 
 
-__all__ = ["CheckError", "bits_of", "check", "entry_factories", "measure_rows", "time_rows"]
+__all__ = ["CheckError", "Times", "bits_of", "check", "entry_factories", "measure_rows", "time_rows"]

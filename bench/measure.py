@@ -1,8 +1,10 @@
 """Measures times over cold caches, peak memory, copy bandwidth and the cost of a kernel launch."""
 
+import functools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from ..engine.clock import Clock
 
 _CPU_FLUSH = 128 << 20  # bytes; more than the last-level cache of common processors
 _COPY = 256 << 20  # bytes copied to measure the bandwidth
+# How long a GPU is kept busy before an action, in seconds, so that the host is ahead of it.
+_LEAST_LEAD, _MOST_LEAD = 1e-3, 50e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,37 +36,65 @@ class Spread:
         return cls(median=statistics.median(values), p20=cuts[0], p80=cuts[3])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """When an action started and ended on its device, and how long the host took to start it, in seconds."""
+
+    start: Any
+    end: Any
+    host: float
+
+
 class Stopwatch:
     """Measures the time of actions on one device, with cold or warm caches.
 
-    On a GPU, the device is busy flushing the cache while the host launches the action. So the measured time is that of
-    the device, or of the host if its launches are slower.
+    On a GPU the measured time of ``cold`` is the device's alone: it is kept busy before the action, at least a
+    millisecond and twice as long as the host took for the slowest action so far (at most 50 milliseconds), so that all
+    launches are queued when the action's first one starts.
 
     Args:
         device: the device of the actions.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._clock = Clock(device)
+        self._lead = _LEAST_LEAD
         size = _CPU_FLUSH
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
         self._flush_buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
-    def cold(self, action: Callable[[], object]) -> tuple[Any, Any]:
-        """Flushes the caches, then runs an action; returns the moments of its start and end."""
+    def cold(self, action: Callable[[], object]) -> Moments:
+        """Flushes the caches, then runs an action with the host ahead of a GPU."""
         self._flush_buffer.add_(1)
-        return self.warm(action)
+        if self._device.type == "cuda":
+            torch.cuda._sleep(int(self._lead * _cycles_per_second(self._device)))
+        moments = self.warm(action)
+        self._lead = min(max(self._lead, 2 * moments.host), _MOST_LEAD)
+        return moments
 
-    def warm(self, action: Callable[[], object]) -> tuple[Any, Any]:
-        """Runs an action; returns the moments of its start and end."""
-        start = self._clock.now()
+    def warm(self, action: Callable[[], object]) -> Moments:
+        """Runs an action; on a GPU the time includes waits for the host."""
+        start, started = self._clock.now(), time.perf_counter()
         action()
-        return start, self._clock.now()
+        host = time.perf_counter() - started
+        return Moments(start=start, end=self._clock.now(), host=host)
 
-    def seconds(self, moments: tuple[Any, Any]) -> float:
-        """Returns the seconds between the moments of a start and an end; waits for the end."""
-        return self._clock.seconds(*moments)
+    def seconds(self, moments: Moments) -> float:
+        """Returns the seconds between start and end on the device; waits for the end."""
+        return self._clock.seconds(moments.start, moments.end)
+
+
+@functools.cache
+def _cycles_per_second(device: torch.device) -> float:
+    """Returns the rate of the counter by which ``torch.cuda._sleep`` counts."""
+    cycles, clock = 20_000_000, Clock(device)
+    for _ in range(2):  # the first time wakes the GPU
+        start = clock.now()
+        torch.cuda._sleep(cycles)
+        seconds = clock.seconds(start, clock.now())
+    return cycles / seconds
 
 
 @contextmanager

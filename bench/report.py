@@ -28,12 +28,16 @@ def _heading(result: Result) -> str:
 def _kernel_section(case: dict[str, Any]) -> str:
     """Returns the table of the weight passes of one model."""
     bandwidth = case["copy_bytes_per_second"]
-    lines = []
+    on_gpu = case["empty_launch_seconds"] is not None
+    lines: list[list[str]] = []
     for row in case["rows"]:
         if "failed" in row:
-            lines.append([row["row"], _density(row["density"]), f"no numbers: {row['failed']}", "", "", "", "", ""])
+            lines.append(
+                [row["row"], _density(row["density"]), f"no numbers: {row['failed']}"] + [""] * (6 if on_gpu else 5)
+            )
             continue
         share = row["bytes"]["perturb"] / row["seconds"]["perturb"]["median"] / bandwidth
+        host = [f"{row['host_seconds']['perturb']['median'] * 1e6:.3g}"] if on_gpu else []
         lines.append([
             row["row"],
             _density(row["density"]),
@@ -43,9 +47,11 @@ def _kernel_section(case: dict[str, Any]) -> str:
             f"{share:.1%}",
             amount(row["held_bytes"] + row["peak_bytes"]),
             amount(sum(row["normals"].values()), ""),
+            *host,
         ])  # fmt: skip
     columns = ["row", "density", "perturb", "all passes of a step", "perturb must move", "of copy bandwidth",
-               "memory beside the weights", "normals drawn a step"]  # fmt: skip
+               "memory beside the weights", "normals drawn a step",
+               *(["host, us a perturbation"] if on_gpu else [])]  # fmt: skip
     title = (
         f"**{case['model']}**, {case['elements']:,} elements, {case['dtype']}; times over those of this engine at "
         f"density {_density(case['base_density'])}, over cold caches:"

@@ -65,6 +65,9 @@ class Row(ABC):
         Each tensor is flat and float32. It is 0 at the elements that the row does not move.
         """
 
+    def prepare(self, seed: int, eps: float, c: float) -> None:  # noqa: B027
+        """Sends the values of a step's operations to the device. It is not part of the measured time."""
+
     def end_step(self) -> None:  # noqa: B027  most rows have nothing to do here
         """Cleans up after a step, so that another row can use the weights. It is not part of the measured time."""
 
@@ -100,6 +103,12 @@ class _EngineRow(Row):
 
     @abstractmethod
     def _update(self, seed: Tensor, c: Tensor) -> None: ...
+
+    def prepare(self, seed: int, eps: float, c: float) -> None:
+        """See ``Row``."""
+        self._values.seed(seed)
+        for value in (eps, -eps, c):
+            self._values.numbers([value], torch.float32)
 
     def perturb(self, seed: int, eps: float) -> None:
         self._perturb(self._values.seed(seed), self._values.numbers([eps], torch.float32))

@@ -1,9 +1,11 @@
 """Tests of ``meerkat-engine bench``: rows are checked before they are timed; bytes and normals are counted right."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from meerkat_engine import SparseMask
 from meerkat_engine.bench import kernels, measure, one_pass, report, rows, shapes, step, tables
 from meerkat_engine.bench.measure import Spread
 from meerkat_engine.cli import main
+from meerkat_engine.engine.device_values import DeviceValues
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.triton_kernels import ElementTable, reference
 
@@ -213,7 +216,8 @@ def test_ratios_are_taken_within_a_repetition(model: nn.Module) -> None:
     entry = entry_of("meerkat", model)
     base = {"perturb": [1.0, 2.0, 4.0], "flip": [1.0, 2.0, 4.0], "update": [2.0, 4.0, 8.0]}
     seconds = {"perturb": [3.0, 6.0, 12.0], "flip": [1.0, 2.0, 4.0], "update": [4.0, 8.0, 16.0]}
-    record: dict[str, Any] = kernels._record(entry, 0, seconds, base)
+    host = {operation: [1e-6] * 3 for operation in seconds}
+    record: dict[str, Any] = kernels._record(entry, 0, kernels.Times(device=seconds, host=host), base)
     assert record["ratio"] == {
         "perturb": {"median": 3.0, "p20": 3.0, "p80": 3.0},
         "step": {"median": 2.0, "p20": 2.0, "p80": 2.0},
@@ -281,8 +285,104 @@ def test_spread_has_the_median_and_the_percentiles() -> None:
 def test_a_slow_row_is_timed_in_three_repetitions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedded.load().model
     monkeypatch.setattr(kernels, "_SLOW", 0.0)
-    (seconds,) = kernels.time_rows([entry_of("meerkat", model).row], CPU, 5)
-    assert [len(values) for values in seconds.values()] == [3, 3, 3]
+    (times,) = kernels.time_rows([entry_of("meerkat", model).row], CPU, 5)
+    assert [len(values) for of in (times.device, times.host) for values in of.values()] == [3] * 6
+
+
+def test_a_row_is_freed_before_it_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense row holds masters of the size of the model, and more, and two copies may not fit into memory."""
+    factories, made = kernels.entry_factories, []
+
+    def watched(*arguments: Any) -> list[Any]:
+        def make(factory: Any, seen: list[Any]) -> kernels.Entry:
+            assert [row() for row in seen] == [None] * len(seen)
+            entry: kernels.Entry = factory()
+            seen.append(weakref.ref(entry.row))
+            made.append(entry.name)
+            return entry
+
+        return [functools.partial(make, factory, []) for factory in factories(*arguments)]
+
+    monkeypatch.setattr(kernels, "entry_factories", watched)
+    kernels.measure_rows(embedded.load().model, [0.01], 3, 0.01)
+    assert made == [name for name in ROWS for _ in range(2)]
+
+
+def test_a_gpu_is_kept_busy_until_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, events = measure.Stopwatch(CPU), []
+    watch._device = torch.device("cuda")
+    monkeypatch.setattr(measure, "_cycles_per_second", lambda _: 1e6)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(f"busy for {cycles} us"))
+    monkeypatch.setattr(
+        measure.time, "perf_counter", iter([0.0, 0.0, 0.003, 0.003, 1.0, 1.0, 1.1, 1.1, 2, 2, 3, 3]).__next__
+    )
+    for _ in range(3):
+        moments = watch.cold(lambda: events.append("action"))
+        assert moments.host == watch.seconds(moments)
+    assert events == ["busy for 1000 us", "action", "busy for 6000 us", "action", "busy for 50000 us", "action"]
+
+
+def test_the_values_of_a_step_are_sent_before_it_is_timed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("meerkat", "dense, fused noise"):
+        row = entry_of(name, model).row
+        row.prepare(5, 1e-3, 1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceValues, "_send", lambda *_: pytest.fail("sends a value within the measured time"))
+            row.perturb(5, 1e-3)
+            row.flip(5, 1e-3)
+            row.update(5, 1e-3, 1e-6)
+
+
+def test_a_stop_in_the_middle_leaves_the_cases_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "measure_parts", stop)
+    arguments = [
+        "--model",
+        "embedded",
+        "--repeats",
+        "3",
+        "--density",
+        "0.01",
+        "--output",
+        str(tmp_path),
+        "--no-figures",
+    ]
+    assert CliRunner().invoke(main, ["bench", *arguments]).exit_code == 1
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert [case["model"] for case in record["kernels"]] == ["embedded"]
+    assert record["steps"] == []
+
+
+def test_without_figures_no_matplotlib_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = [
+        "--model",
+        "embedded",
+        "--repeats",
+        "3",
+        "--density",
+        "0.01",
+        "--output",
+        str(tmp_path),
+        "--no-figures",
+    ]
+    assert CliRunner().invoke(main, ["bench", *arguments]).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "result.md"]
+
+
+def test_times_of_the_host_are_shown_for_a_gpu(finished: tuple[Result, Path]) -> None:
+    record = json.loads((finished[1] / "result.json").read_text())
+    (case,) = record["kernels"]
+    host = case["rows"][0]["host_seconds"]["perturb"]["median"]
+    assert 0 < host < 1
+    case["empty_launch_seconds"] = 4e-6
+    case["rows"].append({"row": "wrong", "density": 1.0, "failed": "why"})
+    lines = [line for line in report.markdown(record).splitlines() if line.startswith("|")]
+    assert "host, us a perturbation" in lines[0]
+    assert f" {host * 1e6:.3g} " in lines[2]
+    assert len({line.count("|") for line in lines[: len(ROWS) + 3]}) == 1
 
 
 @pytest.mark.parametrize(
