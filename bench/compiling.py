@@ -20,7 +20,7 @@ from ..triton_kernels.coefficients import coefficients
 from ..triton_kernels.compare import compare
 from ..triton_kernels.inner import inner
 from ..triton_kernels.launch import launch_config
-from ..triton_kernels.normal import bits, normal
+from ..triton_kernels.normal import bits, normal, polar
 from ..triton_kernels.perturb import perturb_
 from ..triton_kernels.replay import replay_
 from ..triton_kernels.restore import restore_
@@ -128,6 +128,7 @@ def launch_everything(dtype: torch.dtype) -> None:
             coefficients(_zeros(at + 2)[at:], doubles[-1:], doubles)
         normal(0, sparse.ids(0, sparse.slots))
         bits(0, sparse.ids(0, sparse.slots))
+        polar(sparse.ids(0, sparse.slots))
 
 
 def square_roots(target: str, roots: int) -> Any:

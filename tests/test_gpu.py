@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from meerkat_engine import SparseMask, SparseZO, replay
+from meerkat_engine.bench.gpu.words import differing_words
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.backend import resolve
 from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import BLOCK, build_table, reference
+from meerkat_engine.triton_kernels.normal import polar
 
 from helpers.models import make_model
 from helpers.tensors import same_bits
@@ -151,3 +153,21 @@ def test_a_captured_step_can_be_replayed_with_new_values() -> None:
     assert all(g for _, _, g in log)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert same_bits(a, b)
+
+
+def test_radius_and_angle_of_every_word_have_the_bits_of_the_cpu(device: torch.device) -> None:
+    """All 2**24 on a GPU; a sample in the interpreter."""
+    counts = differing_words(device, 1 if device.type == "cuda" else 1001)
+    assert counts == {"words": counts["words"], "radius": 0, "sine": 0, "cosine": 0}
+    assert counts["words"] == (2**24 if device.type == "cuda" else 16762)
+
+
+def test_a_wrong_radius_or_angle_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(words: torch.Tensor) -> torch.Tensor:
+        found = polar(words)
+        found[0, words >> 8 == 2**24 - 1] *= -1  # the radius of the last word is -0
+        found[2, 5:7] += 1
+        return found
+
+    monkeypatch.setattr("meerkat_engine.bench.gpu.words.polar", wrong)
+    assert differing_words(torch.device("cpu"), 2**20) == {"words": 17, "radius": 1, "sine": 0, "cosine": 2}
