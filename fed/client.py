@@ -16,7 +16,8 @@ from torch import Tensor
 from ..engine import stream
 from ..engine.clock import Clock
 from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
-from ..engine.lm.examples import Batch, EncodedTask
+from ..engine.lm.batches import Batch
+from ..engine.lm.examples import EncodedTask
 from ..engine.lm.objective import MicroBatchMap, Objective, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps

@@ -1,39 +1,19 @@
-"""Tokenized examples of a task: prompts, label words, and padded batches."""
+"""Tokenized examples of a task: prompts, label words, and batches of them."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..device_values import to_device_async
 from ..errors import DataError, ModelError
+from .batches import Batch, Item
+from .layout import Layout, lay_out, resolve_layout
 from .tasks import Row, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Token sequences of a batch, padded on the left, so that every row ends with the answer.
-
-    Args:
-        input_ids: int64 [N, L]; N is B, or B * C if each candidate has its own row; the candidates of an example are in
-            consecutive rows.
-        attention_mask: int64 [N, L], 0 on padding.
-        answer_mask: bool [N, longest answer], marks the answer tokens among the last positions; [N, 0] if
-            ``candidate_ids`` is given.
-        labels: int64 [B], class of each example.
-        candidate_ids: int64 [C], token id of each candidate, if every candidate is a single token that is scored at the
-            end of the prompt; else None.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    answer_mask: Tensor
-    labels: Tensor
-    candidate_ids: Tensor | None
 
 
 class EncodedTask:
@@ -53,6 +33,8 @@ class EncodedTask:
         labels: int64 [n], class of each example.
         truncated: number of prompts that were cut.
         pad: id of the padding token.
+        layout: how batches are laid out: sorted, which any model can take, until ``resolve_layout`` is called.
+        layout_reason: why the layout is not packed, where ``resolve_layout`` tried that.
 
     Raises:
         DataError: if a row lacks a field, its label is not one of the task's, its prompt has no tokens or does not
@@ -85,6 +67,10 @@ class EncodedTask:
             for ids, row in zip(encoded, rows, strict=True)
         ]
         self._check_lengths(where, positions)
+        self._prompts = [np.array(ids, dtype=np.int64) for ids in self.prompts]
+        self._candidates = [np.array(ids, dtype=np.int64) for ids in self.candidates]
+        self._candidate_ids: dict[torch.device, Tensor] = {}
+        self.layout, self.layout_reason = Layout.SORTED, ""
 
     def _check_lengths(self, where: str, positions: int | None) -> None:
         """Raises ``DataError`` if a prompt has no tokens, or a prompt with its answer has more than ``positions``."""
@@ -132,43 +118,38 @@ class EncodedTask:
             f"{self.task.cut!r}; raise --max-length"
         )
 
+    def items(self, indices: Sequence[int], answers: str) -> list[Item]:
+        """The given examples, each with the answers to score; see ``batch``."""
+        every = self._candidates
+        return [
+            Item(prompt=self._prompts[i], answers=every if answers == "all" else [every[int(self.labels[i])]])
+            for i in indices
+        ]
+
     def batch(self, indices: Sequence[int], *, answers: str, device: torch.device) -> Batch:
-        """Builds a batch of the given examples.
+        """Lays out the given examples.
 
         Args:
-            indices: positions of the examples, in [0, n).
+            indices: positions of the examples, in [0, n); at least one.
             answers: "all" to score every candidate, "gold" for the likelihood of the right one.
             device: device of the batch's tensors.
         """
-        labels = self.labels[torch.as_tensor(indices, dtype=torch.int64, device="cpu")]
-        if answers == "all" and all(len(ids) == 1 for ids in self.candidates):
-            rows = [self.prompts[i] for i in indices]
-            candidate_ids = to_device_async(_int64([ids[0] for ids in self.candidates]), device)
-            answer_lengths = [0] * len(rows)
-        else:
-            chosen = [self.candidates if answers == "all" else [self.candidates[label]] for label in labels.tolist()]
-            rows = [
-                self.prompts[i] + ids
-                for i, answers_of_example in zip(indices, chosen, strict=True)
-                for ids in answers_of_example
-            ]
-            answer_lengths = [len(ids) for answers_of_example in chosen for ids in answers_of_example]
-            candidate_ids = None
-        width, longest = max(len(row) for row in rows), max(answer_lengths)
-        input_ids = _int64([[self.pad] * (width - len(row)) + row for row in rows])
-        attention = _int64([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        answer_mask = torch.arange(longest, 0, -1, device="cpu") <= _int64(answer_lengths).unsqueeze(1)
-        return Batch(
-            input_ids=to_device_async(input_ids, device),
-            attention_mask=to_device_async(attention, device),
-            answer_mask=to_device_async(answer_mask, device),
-            labels=to_device_async(labels, device),
-            candidate_ids=candidate_ids,
-        )
+        labels = self.labels[torch.as_tensor(indices, dtype=torch.int64, device="cpu")].tolist()
+        single = answers == "all" and all(len(ids) == 1 for ids in self.candidates)
+        candidate_ids = self._single_token_ids(device) if single else None
+        return lay_out(self.layout, self.items(indices, answers), labels, self.pad, device, candidate_ids)
 
+    def _single_token_ids(self, device: torch.device) -> Tensor:
+        """Token id of each candidate, int64 [C], sent to a device once."""
+        if device not in self._candidate_ids:
+            ids = torch.tensor([ids[0] for ids in self.candidates], dtype=torch.int64, device="cpu")
+            self._candidate_ids[device] = to_device_async(ids, device)
+        return self._candidate_ids[device]
 
-def _int64(values: list[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
+    def resolve_layout(self, layout: Layout, model: nn.Module) -> None:
+        """Sets ``layout`` to the one that fits a model, and ``layout_reason``; see ``layout.resolve_layout``."""
+        items = self.items(range(len(self)), "all")
+        self.layout, self.layout_reason = resolve_layout(layout, model, items, self.pad)
 
 
 def _token_ids(tokenizer: Any, task: Task, texts: list[str]) -> list[list[int]]:
@@ -210,4 +191,4 @@ def _candidates(task: Task, tokenizer: Any) -> list[list[int]]:
     return candidates
 
 
-__all__ = ["Batch", "EncodedTask"]
+__all__ = ["EncodedTask"]

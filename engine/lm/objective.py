@@ -1,7 +1,7 @@
 """Losses of a language model on text, and losses and candidate scores on a classification task.
 
-Only the logits that a result needs are computed: those of the answer positions for a task, those of 128 positions at a
-time for text. A tensor [batch, length, vocabulary] never exists.
+Only the logits that a result needs are computed: those that predict an answer's tokens for a task, those of 128
+positions at a time for text. A tensor [batch, length, vocabulary] never exists.
 """
 
 import functools
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..errors import DataError, ModelError
+from .batches import Batch
 from .causal import causal_lm, position_ids
-from .examples import Batch
 
 # Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
 _POSITIONS = 128
@@ -143,14 +143,13 @@ def _loss_terms(batch: Batch, objective: Objective) -> Tensor:
     """Number of examples or answer tokens that the loss is a mean over: float64 scalar."""
     if objective is Objective.CANDIDATES:
         return torch.full((), len(batch.labels), dtype=torch.float64, device=batch.labels.device)
-    return batch.answer_mask.sum(dtype=torch.float64)
+    return batch.answer_lengths.sum().double()
 
 
 def _batch_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
     if objective is Objective.CANDIDATES:
         return functional.cross_entropy(candidate_scores(model, batch), batch.labels)
-    log_likelihoods = _answer_log_likelihoods(model, batch)
-    return -log_likelihoods.sum() / batch.answer_mask.sum()
+    return -_answer_log_likelihoods(model, batch).sum() / batch.answer_lengths.sum()
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -161,44 +160,20 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
         batch: a batch with ``answers="all"``; see ``EncodedTask.batch``.
     """
     if batch.candidate_ids is not None:  # all candidates are single tokens: one sequence per example scores them all
-        return _logits(model, batch, 1)[:, -1, batch.candidate_ids].float()
+        return batch.rows.logits(model)[:, batch.candidate_ids].float()
     return _mean_log_likelihoods(model, batch).view(len(batch.labels), -1)
 
 
 def _mean_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean log-likelihood of each row's answer tokens: float32 [N]."""
-    return _answer_log_likelihoods(model, batch).sum(dim=1) / batch.answer_mask.sum(dim=1)
+    """Mean log-likelihood of the tokens of each answer: float32 [S]."""
+    return _answer_log_likelihoods(model, batch).sum(dim=1) / batch.answer_lengths
 
 
 def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-likelihood of each answer token, 0 at positions without one: float32 [N, longest answer]."""
-    longest = batch.answer_mask.shape[1]
-    logits = _logits(model, batch, longest + 1)[:, :-1].float()
-    tokens = batch.input_ids[:, -longest:]
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    """Log-likelihood of each answer token, 0 where there is none: float32 [S, longest answer]."""
+    logits, places = batch.rows.logits(model).float(), batch.answer_places
+    chosen = logits[places, batch.answer_tokens] - logits.logsumexp(-1)[places]
     return torch.where(batch.answer_mask, chosen, 0.0)
-
-
-def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits of the last ``keep`` positions, where the answers are, because batches are left-padded: [N, keep, V].
-
-    Raises:
-        ModelError: if the model returns another number of positions.
-    """
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=keep,
-        use_cache=False,
-        **position_ids(model, batch.attention_mask),
-    )
-    logits = cast(Tensor, output.logits)
-    if logits.shape[1] != keep:
-        raise ModelError(
-            f"{type(model).__name__} ignores logits_to_keep: it returned logits of {logits.shape[1]} positions, "
-            f"{keep} were requested"
-        )
-    return logits
 
 
 def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .examples import Batch
-from .objective import candidate_scores
+from .rows import PaddedRows
 
 # Largest change of the scores in units of their standard deviation, root mean square over the vocabulary. A batch of
 # another shape changes float32 scores by 1e-5 at most in the architectures tried, and other padding in a batch of the
 # same shape only those of mixtures of experts; see the tests.
-_BATCHED = {torch.float32: 3e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+BATCHED = {torch.float32: 3e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _OTHER_PADDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -42,7 +41,7 @@ def check_padding(model: nn.Module, token_ids: Sequence[int], padding: int, dtyp
     batched = _scores(model, rows, padding)
     other = _scores(model, rows, next(token for token in (*token_ids, padding + 1) if token != padding))
     changes = (
-        (_change(batched, alone), _BATCHED[dtype], "in a batch that is padded on the left"),
+        (_change(batched, alone), BATCHED[dtype], "in a batch that is padded on the left"),
         (_change(other, batched), _OTHER_PADDING[dtype], "with another padding token"),
     )
     for change, tolerance, where in changes:
@@ -72,18 +71,15 @@ def _scores(model: nn.Module, rows: Sequence[Sequence[int]], padding: int) -> Te
     device = next(model.parameters()).device
     width = max(map(len, rows))
 
-    def integers(values: Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
+    def integers(values: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    batch = Batch(
+    padded = PaddedRows(
         input_ids=integers([[padding] * (width - len(row)) + list(row) for row in rows]),
         attention_mask=integers([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        answer_mask=torch.zeros((len(rows), 0), dtype=torch.bool, device=device),
-        labels=integers([0] * len(rows)),
-        candidate_ids=torch.arange(vocabulary, dtype=torch.int64, device=device),
+        keep=1,
     )
-    return candidate_scores(model, batch)
+    return padded.logits(model).float()
 
 
-__all__ = ["check_padding"]
+__all__ = ["BATCHED", "check_padding"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from ...engine.backend import BACKENDS
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
+from ...engine.lm.layout import Layout
 from ...engine.lm.models import DTYPES
 from ...engine.lm.objective import Objective
 from ..aggregation import Aggregation, Rule, Weighting
@@ -100,6 +101,11 @@ class StepConfig(Checked):
 
     batch_size: int = setting(16, "number of examples of a step; with --dp-noise: its expected value")
     micro_batch_size: int = setting(0, "number of examples of one forward pass; 0: the full batch")
+    layout: Layout = setting(
+        Layout.AUTO,
+        "how a forward pass reads sequences of different lengths: packed (several in a row), sorted (parts of like "
+        "length), padded (to the longest), auto (packed where the model computes the same, else sorted)",
+    )
     objective: Objective = setting(
         Objective.CANDIDATES, "loss: candidates (cross-entropy over the label words), language-model (answer tokens)"
     )

@@ -223,7 +223,9 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
     shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
-    pool.check(base, inputs.data_digest)
+    pool.check(base, inputs.data_digest, data.train.layout)
+    if data.train.layout_reason:
+        log(f"batches are {data.train.layout}, not packed: {data.train.layout_reason}")
     for i, counts in enumerate(inputs.label_counts[:8]):
         name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
         log(f"client {i}{name}: {sum(counts)} examples, {counts} by label")

@@ -66,17 +66,20 @@ def _sample(config: RunConfig, task: Task, validation: Sequence[Row]) -> Sequenc
 
 
 def encode(config: RunConfig, lm: LanguageModel) -> TaskData:
-    """Reads the run's examples and tokenizes them for a model."""
+    """Reads the run's examples, tokenizes them for a model, and chooses the layout of their batches."""
     task, train, validation = read_rows(config)
     groups = None
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
         groups = natural_client_names(train, task.client_field, f"{task.name}, train")
     length, positions = config.data.max_length, max_positions(lm.model)
-    return TaskData(
+    data = TaskData(
         EncodedTask(task, train, lm.tokenizer, length, f"{task.name}, train", positions),
         EncodedTask(task, validation, lm.tokenizer, length, f"{task.name}, validation", positions),
         groups,
     )
+    data.train.resolve_layout(config.step.layout, lm.model)
+    data.validation.layout = data.train.layout
+    return data
 
 
 def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:

@@ -12,8 +12,9 @@ from ...engine import stream
 from ...engine.errors import ConfigError, DataError
 from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
+from ...engine.lm.batches import Batch
 from ...engine.lm.data import calibration_texts, token_batches
-from ...engine.lm.examples import Batch, EncodedTask
+from ...engine.lm.examples import EncodedTask
 from ...engine.lm.models import LanguageModel, max_positions
 from ...engine.lm.objective import Objective, task_loss
 from ...engine.mask import SparseMask

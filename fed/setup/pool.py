@@ -45,12 +45,13 @@ class ClientPool(Protocol):
             ConfigError: if the settings do not fit this kind of pool.
         """
 
-    def check(self, base: str, examples: str) -> None:
-        """Checks that other processes have the same base model and examples.
+    def check(self, base: str, examples: str, layout: str) -> None:
+        """Checks that other processes have the same base model and examples, and lay out batches in the same way.
 
         Args:
             base: fingerprint of the base model in this process.
             examples: digest of the examples in this process.
+            layout: layout of the batches in this process.
 
         Raises:
             RunError: if they differ.
@@ -74,7 +75,7 @@ class LocalPool:
         """Does nothing, because there are no other processes."""
         yield from ()
 
-    def check(self, base: str, examples: str) -> None:
+    def check(self, base: str, examples: str, layout: str) -> None:
         """Does nothing, because there are no other processes."""
 
     def connect(self, federation: Federation, mask: Path) -> Exchange:
@@ -102,7 +103,7 @@ class RemotePool:
             )
         yield from ()
 
-    def check(self, base: str, examples: str) -> None:
+    def check(self, base: str, examples: str, layout: str) -> None:
         """Does nothing, because each client checks the base model and the mask itself."""
 
     def connect(self, federation: Federation, mask: Path) -> Exchange:

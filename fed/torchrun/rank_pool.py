@@ -66,21 +66,26 @@ class RankPool:
         sharing = f"of which {ranks.per_client} share a client" if ranks.per_client > 1 else "each with a client"
         yield f"{ranks.world} processes, {sharing} at a time"
 
-    def check(self, base: str, examples: str) -> None:
-        """Checks that all ranks have the same base model, examples, versions and number of threads.
+    def check(self, base: str, examples: str, layout: str) -> None:
+        """Checks that all ranks have the same base model, examples, layout, versions and number of threads.
 
         Raises:
             RunError: if one has others.
         """
         for rank in self._ranks.others:
             answers = _answer_of(self._ranks, rank)
-            others_base, others_examples, others_software = (part.decode() for part in answers)
+            others_base, others_examples, others_layout, others_software = (part.decode() for part in answers)
             for name, own, other in (("base model", base, others_base), ("examples", examples, others_examples)):
                 if own != other:
                     raise RunError(
                         f"the {name} on rank {rank} ({other[:12]}) and rank 0 ({own[:12]}) differ; "
                         f"give all processes the same files"
                     )
+            if others_layout != layout:
+                raise RunError(
+                    f"rank {rank} found that its batches can be {others_layout}, and rank 0 {layout}; "
+                    f"give --layout sorted"
+                )
             if others_software != software():
                 raise RunError(
                     f"rank {rank} runs {others_software}, and rank 0 {software()}; install the same versions "

@@ -28,8 +28,9 @@ class _Inputs:
         self.shares = client_shares(config, self.data)
 
     def digests(self) -> list[bytes]:
-        """Fingerprint of the base model, digest of the examples, and software: rank 0 compares them with its own."""
-        return [fingerprint(self.lm.model).encode(), self.data.digest(self.shares).encode(), software().encode()]
+        """Fingerprint of the base model, digest of the examples, their layout, and software: rank 0 compares them."""
+        examples = self.data.digest(self.shares)
+        return [text.encode() for text in (fingerprint(self.lm.model), examples, self.data.train.layout, software())]
 
 
 class _Clients:

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from meerkat_engine.engine.lm.examples import Batch, EncodedTask
+from meerkat_engine.engine.lm.batches import Batch
+from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.objective import Objective
 from meerkat_engine.engine.parameters import floating_parameters
 

@@ -126,7 +126,9 @@ class LocalRun:
             task = config.task
             rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)
             length, positions = config.data.max_length, max_positions(lm.model)
-            return cls(config, replica, EncodedTask(task, rows, lm.tokenizer, length, task.name, positions), None)
+            examples = EncodedTask(task, rows, lm.tokenizer, length, task.name, positions)
+            examples.resolve_layout(config.step.layout, lm.model)
+            return cls(config, replica, examples, None)
         data = encode(config, lm)
         return cls(config, replica, data.train, client_shares(config, data))
 

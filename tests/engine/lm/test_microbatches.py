@@ -6,6 +6,7 @@ from torch import nn
 
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.bench.measure import peak_bytes
+from meerkat_engine.engine.lm.layout import Layout
 from meerkat_engine.engine.lm.objective import Objective, task_loss
 from meerkat_engine.engine.lm.tasks import SST2, Task
 from meerkat_engine.engine.sgd import sgd_steps
@@ -57,6 +58,7 @@ def test_head_runs_on_one_micro_batch_at_a_time(llama: nn.Module, objective: Obj
     rows: list[int] = []
     llama.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))  # type: ignore[operator, union-attr]
     data = encode_task(MULTI_TOKEN_TASK, rows=SEVEN_ROWS)
+    data.layout = Layout.PADDED  # one forward pass for each micro-batch
     candidates = 2 if objective is Objective.CANDIDATES else 1
     opt = SparseZO(llama, SparseMask.random(llama, 0.05, 1), lr=0.1)
     opt.step(lambda: task_loss(llama, micro_batches(data, objective, [3, 3, 1]), objective))
