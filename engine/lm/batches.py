@@ -23,7 +23,7 @@ class Item:
 
     Args:
         prompt: int64 [n], n at least 1.
-        answers: answers to score after the prompt, at least one; int64 [m], m at least 1, each.
+        answers: answers to score after the prompt; int64 [m], m at least 1, each.
     """
 
     prompt: _Tokens
@@ -62,6 +62,38 @@ class Batch:
         """Where there is an answer token: bool [S, A]."""
         longest = self.answer_tokens.shape[1]
         return torch.arange(longest, device=self.labels.device, dtype=torch.int64) < self.answer_lengths[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """Texts in packed rows, without their last tokens, from which nothing is predicted.
+
+    Args:
+        rows: the tokens; every one of them is scored.
+        targets: int64 [P], the token after each scored place.
+    """
+
+    rows: PackedRows
+    targets: Tensor
+
+
+def text_batch(texts: Sequence[_Tokens], device: torch.device) -> TextBatch:
+    """Lays out several texts a row.
+
+    Args:
+        texts: token ids, int64 [n] with n at least 2 each.
+        device: device of the tensors.
+    """
+    rows = _PackedTokens(
+        [Item(prompt=text[:-1], answers=[]) for text in texts], *_layout([len(t) - 1 for t in texts], device)
+    )
+    scored = np.concatenate(
+        [np.arange(start, start + len(text) - 1) for start, text in zip(rows.starts, texts, strict=True)]
+    )
+    arrays = [rows.ids, rows.positions, rows.until, scored, np.concatenate([text[1:] for text in texts])]
+    ids, positions, until, places, targets = _send(arrays, device)
+    packed = PackedRows(input_ids=ids, position_ids=positions, attended_until=until, scored=places)
+    return TextBatch(rows=packed, targets=targets)
 
 
 def padded_batch(
@@ -151,10 +183,7 @@ def packed_batch(
         in_one_row: whether all examples go into one row, in their order.
     """
     lengths = [item.length for item in items]
-    if in_one_row:
-        layout = sum(lengths), [list(range(len(items)))]
-    else:
-        layout = pack(lengths, _GPU_WIDTH if device.type == "cuda" else 1)
+    layout = (sum(lengths), [list(range(len(items)))]) if in_one_row else _layout(lengths, device)
     rows = _PackedTokens(items, *layout)
     single = candidate_ids is not None
     tokens, answer_lengths = _answers([] if single else [answer for item in items for answer in item.answers])
@@ -173,6 +202,10 @@ def packed_batch(
     )  # fmt: skip
 
 
+def _layout(lengths: Sequence[int], device: torch.device) -> tuple[int, list[list[int]]]:
+    return pack(lengths, _GPU_WIDTH if device.type == "cuda" else 1)
+
+
 class _PackedTokens:
     """Arrays of packed rows.
 
@@ -183,6 +216,7 @@ class _PackedTokens:
 
     Attributes:
         ids, positions, until: int64 [R, W], see ``PackedRows``. Padding attends to itself.
+        starts: place of each example's first token in the flattened rows.
         scored: places in the flattened rows that predict an answer token, in the order of the examples.
         places: for each answer, the indices in ``scored`` that predict its tokens.
     """
@@ -194,15 +228,15 @@ class _PackedTokens:
         self.until = np.broadcast_to(np.arange(1, width + 1, dtype=np.int64), shape).copy()
         self.scored: list[int] = []
         self.places: list[list[int]] = []
-        starts = {}
+        self.starts = [0] * len(items)
         for r, members in enumerate(rows):
-            start = 0
+            start = r * width
             for i in members:
-                starts[i] = r, start
+                self.starts[i] = start
                 start += items[i].length
         counting = np.arange(width, dtype=np.int64)
-        for i, item in enumerate(items):
-            self._put(item, *starts[i], counting)
+        for start, item in zip(self.starts, items, strict=True):
+            self._put(item, *divmod(start, width), counting)
 
     def _put(self, item: Item, row: int, start: int, counting: _Tokens) -> None:
         """Writes an example into a row, its answers without their last tokens."""
@@ -244,4 +278,4 @@ def _send(arrays: Sequence[_Tokens], device: torch.device) -> list[Tensor]:
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-__all__ = ["Batch", "Item", "packed_batch", "padded_batch", "sorted_batch"]
+__all__ = ["Batch", "Item", "TextBatch", "packed_batch", "padded_batch", "sorted_batch", "text_batch"]

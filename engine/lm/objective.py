@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import DataError, ModelError
-from .batches import Batch
+from .batches import Batch, TextBatch
 from .causal import causal_lm, position_ids
 
 # Positions whose logits exist at a time in the language-model loss: 128 x 128,256 in float32 is 66 MB.
@@ -176,7 +177,7 @@ def _answer_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     return torch.where(batch.answer_mask, chosen, 0.0)
 
 
-def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor] | TextBatch) -> Tensor:
     """Mean next-token cross-entropy on text: float32 scalar, differentiable.
 
     Positions count from each text's first token, whatever padding is before it, so the loss is that of the same texts
@@ -185,12 +186,18 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
     Args:
         model: a transformers causal LM; see ``causal.causal_lm``.
         batch: int64 token ids [B, L], or a mapping with ``input_ids`` [B, L] and optionally ``attention_mask`` and
-            ``labels`` (-100 at positions that are not predicted), as tokenizers and collators make them.
+            ``labels`` (-100 at positions that are not predicted), as tokenizers and collators make them; or texts in
+            packed rows.
 
     Raises:
         ModelError: if the model is no transformers causal LM, or the batch has another or a missing key.
         DataError: if the token ids are not [B, L], or no token is predicted.
     """
+    if isinstance(batch, TextBatch):
+        lm = causal_lm(model)
+        output = cast(Any, lm).get_decoder()(**batch.rows.arguments(lm))
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.rows.scored]
+        return _mean_loss(lm, type(output), hidden, batch.targets)
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     unknown = inputs.keys() - {"input_ids", "attention_mask", "labels"}
     if unknown or "input_ids" not in inputs:
@@ -213,13 +220,15 @@ def language_model_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) 
         )
     decoder = cast(Any, lm).get_decoder()
     output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **position_ids(decoder, mask))
-    hidden = output.last_hidden_state
-    hidden, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
+    return _mean_loss(lm, type(output), output.last_hidden_state[:, :-1][scored], labels[:, 1:][scored])
+
+
+def _mean_loss(lm: PreTrainedModel, kind: type[ModelOutput], hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy at some positions, whose logits exist for 128 positions at a time; see ``_summed_loss``."""
+    decoder = cast(Any, lm).get_decoder()
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for hidden_part, targets_part in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
-        total = total + checkpoint(
-            _summed_loss, lm, decoder, type(output), hidden_part, targets_part, use_reentrant=False
-        )
+        total = total + checkpoint(_summed_loss, lm, decoder, kind, hidden_part, targets_part, use_reentrant=False)
     return total / targets.numel()
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -12,9 +14,10 @@ from ...engine import stream
 from ...engine.errors import ConfigError, DataError
 from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
-from ...engine.lm.batches import Batch
+from ...engine.lm.batches import Batch, Item, TextBatch, text_batch
 from ...engine.lm.data import calibration_texts, token_batches
 from ...engine.lm.examples import EncodedTask
+from ...engine.lm.layout import Layout, resolve_layout
 from ...engine.lm.models import LanguageModel, max_positions
 from ...engine.lm.objective import Objective, task_loss
 from ...engine.mask import SparseMask
@@ -75,8 +78,8 @@ def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
     return mask
 
 
-def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict[str, Tensor]], str]:
-    """The calibration text in token batches, and a description of it in words.
+def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict[str, Tensor]] | list[TextBatch], str]:
+    """The calibration text in batches, packed if the layout is, and a description of it in words.
 
     Raises:
         DataError: if there is no text, or a text has more tokens than the model has positions.
@@ -90,7 +93,20 @@ def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict
             f"{description}: the longest text has {longest} tokens, and the model has {positions} positions; give "
             f"--calibration-length {positions}"
         )
-    return batches, f"{description}; batches of {size}, at most {length} tokens a text"
+    description = f"{description}; batches of {size}, at most {length} tokens a text"
+    texts_of_batches = [_texts(batch) for batch in batches]
+    items = [Item(prompt=ids[:-1], answers=[ids[-1:]]) for of_batch in texts_of_batches for ids in of_batch]
+    layout, _ = resolve_layout(config.step.layout, lm.model, items, lm.tokenizer.pad_token_id)
+    if layout is not Layout.PACKED:
+        return batches, description
+    device = next(lm.model.parameters()).device
+    return [text_batch(of_batch, device) for of_batch in texts_of_batches], description
+
+
+def _texts(batch: dict[str, Tensor]) -> list[npt.NDArray[np.int64]]:
+    """Token ids of the texts of a padded batch, of those that have two tokens or more."""
+    texts = [ids[mask.bool()].numpy() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [text for text in texts if len(text) > 1]
 
 
 def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, part: int) -> list[Batch]:
@@ -132,7 +148,7 @@ def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> Spars
     return dataclasses.replace(mask, gradient=None)  # GradIP is about the gradient on pre-training text
 
 
-def _layer_mask(config: RunConfig, model: nn.Module, batches: list[dict[str, Tensor]]) -> SparseMask:
+def _layer_mask(config: RunConfig, model: nn.Module, batches: Sequence[Any]) -> SparseMask:
     layer = config.mask.layer or dominant_layer(model, _with_progress_bar(batches))
     names = parameter_names(model, layer)
     if not names:

@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meerkat_engine.engine.errors import ConfigError
-from meerkat_engine.engine.lm.batches import Batch, Item, packed_batch, padded_batch, sorted_batch
+from meerkat_engine.engine.lm.batches import Batch, Item, packed_batch, padded_batch, sorted_batch, text_batch
 from meerkat_engine.engine.lm.evaluation import evaluate
 from meerkat_engine.engine.lm.layout import Layout, resolve_layout
-from meerkat_engine.engine.lm.objective import Objective, candidate_scores, example_losses, task_loss
+from meerkat_engine.engine.lm.objective import (
+    Objective,
+    candidate_scores,
+    example_losses,
+    language_model_loss,
+    task_loss,
+)
 from meerkat_engine.engine.lm.packing import pack, parts_of_like_length
 from meerkat_engine.engine.lm.rows import PackedRows, SortedRows
 
@@ -302,3 +308,24 @@ def test_widths_on_a_gpu_are_few() -> None:
         width, rows = pack(lengths, 64)
         shapes.add((width, len(rows)))
     assert len(shapes) <= 30
+
+
+@pytest.mark.parametrize(("name", "extra"), PACKED.items(), ids=PACKED)
+def test_packed_texts_give_the_loss_and_gradient_of_padded_ones(name: str, extra: dict[str, Any]) -> None:
+    model = build(name, extra)
+    texts = [item.prompt for item in ITEMS]
+    padded = {
+        "input_ids": torch.tensor([[0] * (20 - len(t)) + t.tolist() for t in texts]),
+        "attention_mask": torch.tensor([[0] * (20 - len(t)) + [1] * len(t) for t in texts]),
+    }
+    packed = text_batch(texts, CPU)
+    assert packed.rows.input_ids.numel() < 1.2 * sum(map(len, texts)) < padded["input_ids"].numel()
+    found = []
+    for batch in (padded, packed):
+        model.zero_grad()
+        loss = language_model_loss(model, batch)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.item(), gradient))
+    assert found[1][0] == pytest.approx(found[0][0], abs=2e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5 * found[0][1].abs().max().item())
