@@ -17,9 +17,14 @@ class Clock:
         self._device = device if device.type == "cuda" else None
 
     def now(self) -> Any:
-        """Returns a time stamp. On a GPU it is the time at which the work queued so far is finished."""
+        """Returns a time stamp. On a GPU it is the time at which the work queued so far is finished.
+
+        None while a CUDA graph is recorded: there is no such time.
+        """
         if self._device is None:
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -5,7 +5,7 @@ the last one together with the next perturbation. So an exception at any point, 
 that is in the journal and will be applied, or one that was never taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import ModelChangedError
 from .estimator import check_all_finite, nan_unless_all_finite
+from .passes import Passes
 from .updates import Update, UpdateLog
 from .weights import MaskedWeights
 
@@ -170,6 +171,16 @@ class Journal:
             self._forget_applied()
         else:
             self.weights.perturb_(seed, scale_on_device)
+
+    def run_program_(self, program: Callable[[Passes], None], updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Runs a program that begins with the pending updates; see ``MaskedWeights.run_program_``.
+
+        Args:
+            program: the program.
+            updates: the pending updates, or updates without effect if there are none.
+        """
+        self.weights.run_program_(program, updates)
+        self._forget_applied()
 
     def flush_(self) -> None:
         """Applies all pending updates and sets ``w <- cast(master)``; does nothing where that holds already.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from .captured import BoundLoss, Capture, CapturedSteps, CudaGraphs, check_capture
 from .estimator import (
     ESTIMATES,
     Estimator,
@@ -68,6 +69,7 @@ class SparseZO(torch.optim.Optimizer):
         nonfinite: "raise" or "skip": how to handle a query whose losses or coefficient are NaN or infinite; see
             ``step``.
         frozen: whether masked elements of parameters that do not require gradients are trained too.
+        capture: "auto" or "off": whether steps with a ``BoundLoss`` are captured as CUDA graphs where that is possible.
         debug: whether to check before every pass, and not only before every ``step`` or ``step_many``, that nothing
             else has written the masked weights, the closure included. It holds a second copy of the masked weights and
             makes the host wait.
@@ -106,12 +108,14 @@ class SparseZO(torch.optim.Optimizer):
         estimator: str = Estimator.TWO_POINT,
         nonfinite: str = NonFinite.RAISE,
         frozen: bool = False,
+        capture: str = Capture.AUTO,
         debug: bool = False,
     ) -> None:
         check_lr(lr)
         check_eps(eps)
         self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
         self.nonfinite = check_nonfinite(nonfinite)
+        self.capture = check_capture(capture)
         self.seed = check_seed(seed)
         self._groups_fixed = False
         if params is None:
@@ -140,9 +144,32 @@ class SparseZO(torch.optim.Optimizer):
         journal = Journal(weights, tuple(map(tuple, names)) if len(names) > 1 else ())
         self.weights, self._journal, self._unequal = weights, journal, None
         self._seeds = StepSeeds(weights.values, self.queries)
+        self._captured = self._make_captured(weights)
         # On a GPU a check of a value would make the host wait, so it comes when the scalars are read.
         self._waits = weights.values.device.type != "cuda"
         self._check_immediately = self._waits and self.nonfinite is NonFinite.RAISE
+
+    def _make_captured(self, weights: MaskedWeights) -> CapturedSteps:
+        """Decides how steps with a ``BoundLoss`` are taken."""
+        device = weights.values.device
+        graphs, reason = (CudaGraphs(device) if device.type == "cuda" else None), None
+        if self._debug:
+            reason = "with debug=True, all passes look at the weights first"
+        elif any(table.blocks.device != device for table in weights.tables()):
+            reason = "the model is on several devices"
+        elif graphs is not None and self._backend not in ("auto", "triton"):
+            reason = f"the backend {self._backend!r} reads seeds on the host"
+        return CapturedSteps(self._model, weights, self.estimator, self.queries, len(self.param_groups), graphs, reason)
+
+    @property
+    def captured_steps(self) -> int:
+        """Number of steps with a ``BoundLoss`` that were replayed from a CUDA graph, since the masters were read."""
+        return self._captured.steps
+
+    @property
+    def not_captured(self) -> str | None:
+        """Why steps with a ``BoundLoss`` are not captured, the latest reason; None if there was none."""
+        return self._captured.reason
 
     @property
     def steps(self) -> int:
@@ -489,13 +516,20 @@ class SparseZO(torch.optim.Optimizer):
         tensors = [self.weights.values.seed(seed) for seed in numbers]
         evaluate = functools.partial(
             evaluate_closure,
-            closure,
             check_immediately=self._check_immediately,
             on_low_precision=self._warnings.low_precision,
         )
-        record = functools.partial(self._record, rates=rates)
         self._phase = _Phase.IN_STEP
-        loss, records = ESTIMATES[self.estimator](self._journal, tensors, eps, evaluate, record)
+        taken = None
+        if self.capture is Capture.AUTO and isinstance(closure, BoundLoss):
+            taken = self._captured.take(self._journal, closure, tensors, eps, rates, evaluate, self._record)
+        if taken is None:
+            on_device = self._fp64(*rates)
+            taken = ESTIMATES[self.estimator](
+                self._journal, tensors, eps, functools.partial(evaluate, closure),
+                lambda pair, half: self._record(pair, self._fp64(half), on_device),
+            )  # fmt: skip
+        loss, records = taken
         self._phase = _Phase.CHANGING
         self._journal.append(numbers, tensors, rates, records)
         if self._check_immediately:
@@ -527,15 +561,15 @@ class SparseZO(torch.optim.Optimizer):
     def _fp64(self, *values: float) -> Tensor:
         return self.weights.values.numbers(values, torch.float64)
 
-    def _record(self, pair: Tensor, eps: float, rates: Sequence[float]) -> Tensor:
+    def _record(self, pair: Tensor, eps: Tensor, rates: Tensor) -> Tensor:
         """Makes a query's record, float32 [2 + groups]: mean loss, projected gradient, coefficient of each group.
 
         Args:
             pair: float32 [2], the two losses of the query.
-            eps: half the distance between the two points, in units of ``z``.
-            rates: learning rate of one query in each group.
+            eps: float64 [1], half the distance between the two points, in units of ``z``.
+            rates: float64 [groups], learning rate of one query in each group.
         """
-        record = self.weights.coefficients(pair, self._fp64(eps), self._fp64(*rates))
+        record = self.weights.coefficients(pair, eps, rates)
         if self._check_immediately:
             check_all_finite(record[None], self.steps)
         return record

@@ -20,6 +20,10 @@ class Passes:
     def __init__(self, groups: Sequence[LaunchGroup], updates: int) -> None:
         self._groups, self._updates = groups, updates
 
+    def same_memory(self, other: "Passes") -> bool:
+        """Whether both write the same masters and weights, so that what one has launched can be repeated."""
+        return all(mine is theirs for mine, theirs in zip(self._groups, other._groups, strict=True))
+
     def perturb_(self, seed: Tensor, scale: Tensor) -> None:
         """Sets ``w <- cast(master + scale * z)``."""
         for group in self._groups:

@@ -46,8 +46,8 @@ UNITS = {
     "engine": [
         "errors", "clock", "caller_warnings", "parameters", "extras", "atomic_files", "checksummed", "backend",
         "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask",
-        "mask_coverage", "launch_groups", "passes", "weights", "delta", "replay", "sgd", "estimator", "journal",
-        "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
+        "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd", "estimator", "journal",
+        "tensor_trees", "captured", "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",
@@ -56,7 +56,7 @@ UNITS = {
     ],
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
-        "rows", "kernels", "one_pass", "step", "report", "command", "scale", "scale_command", "experiments",
+        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command", "experiments",
     ],
 }  # fmt: skip
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from meerkat_engine import replay
+from meerkat_engine.engine.captured import BoundLoss
 from meerkat_engine.triton_kernels import reference
 
+from helpers.graphs import ImitatedGraphs
 from helpers.imports import ROOT
 from helpers.interrupts import Interrupts
 from helpers.regression import cast_masters, live_weights, make_mlp, make_step
@@ -23,6 +25,9 @@ KINDS = {
     "two-point": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
     "forward-difference": (torch.float32, {"estimator": "forward-difference", "queries": 2}),
+    "program": (torch.float32, {"queries": 2}),
+    "captured": (torch.bfloat16, {}),
+    "captured forward-difference": (torch.float32, {"estimator": "forward-difference", "queries": 2}),
 }
 
 
@@ -34,7 +39,10 @@ def kind(request: pytest.FixtureRequest) -> str:
 def start(kind: str) -> tuple[nn.Module, object, Callable[[], torch.Tensor]]:
     dtype, options = KINDS[kind]
     model = make_mlp(dtype)
-    return model, *make_step(model, **options)
+    opt, closure = make_step(model, **options)
+    if kind.startswith("captured"):
+        ImitatedGraphs(opt)
+    return model, opt, BoundLoss(closure) if kind.startswith(("program", "captured")) else closure
 
 
 def check_after_interrupt(kind: str, model: nn.Module, opt, closure, final: torch.Tensor) -> None:  # type: ignore[no-untyped-def]

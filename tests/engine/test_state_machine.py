@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from meerkat_engine import SparseMask, SparseZO, replay, stream
+from meerkat_engine.engine.captured import BoundLoss
 from meerkat_engine.engine.errors import ModelChangedError
 
 from helpers.constants import FUZZ
@@ -106,18 +107,19 @@ class Machine(RuleBasedStateMachine):
     def must_refuse(self) -> bool:
         return self.changed or self.moved
 
-    @rule(count=st.integers(1, 3), together=st.booleans())
-    def step(self, count: int, together: bool) -> None:
+    @rule(count=st.integers(1, 3), together=st.booleans(), bound=st.booleans())
+    def step(self, count: int, together: bool, bound: bool = False) -> None:
+        closure = BoundLoss(self.closure) if bound else self.closure
         if self.must_refuse():
             with pytest.raises(ModelChangedError):
-                self.opt.step(self.closure)
+                self.opt.step(closure)
             return
         self.seen.clear()
         if together:
-            self.opt.step_many([self.closure] * count)
+            self.opt.step_many([closure] * count)
         else:
             for _ in range(count):
-                self.opt.step(self.closure)
+                self.opt.step(closure)
         self.follow(count)
 
     def follow(self, count: int) -> None:
@@ -131,19 +133,19 @@ class Machine(RuleBasedStateMachine):
             assert all(same_bits(a, b) for a, b in zip(self.seen, wanted, strict=False))
 
     @precondition(lambda self: not self.must_refuse())
-    @rule(place=st.integers(0, 2500), second=st.integers(1, 200))
-    def interrupted_steps(self, place: int, second: int) -> None:
+    @rule(place=st.integers(0, 2500), second=st.integers(1, 200), bound=st.booleans())
+    def interrupted_steps(self, place: int, second: int, bound: bool) -> None:
         before = self.opt.steps
         self.seen.clear()
         with contextlib.suppress(KeyboardInterrupt), Interrupts(place, place + second).active():
-            self.opt.step_many([self.closure] * 3)
+            self.opt.step_many([BoundLoss(self.closure) if bound else self.closure] * 3)
         self.opt.step_many([])  # after two interrupts the next call repairs
         assert before <= self.opt.steps <= before + 3
         self.follow(self.opt.steps - before)
 
     @precondition(lambda self: not self.must_refuse())
-    @rule(error=st.sampled_from([ValueError, KeyboardInterrupt]), call=st.integers(0, 5))
-    def failing_closure(self, error: type[BaseException], call: int) -> None:
+    @rule(error=st.sampled_from([ValueError, KeyboardInterrupt]), call=st.integers(0, 5), bound=st.booleans())
+    def failing_closure(self, error: type[BaseException], call: int, bound: bool) -> None:
         calls = []
 
         def failing() -> Tensor:
@@ -155,7 +157,7 @@ class Machine(RuleBasedStateMachine):
         before = self.opt.steps
         self.seen.clear()
         with pytest.raises(error):
-            self.opt.step_many([failing] * 4)
+            self.opt.step_many([BoundLoss(failing) if bound else failing] * 4)
         self.follow(self.opt.steps - before)
 
     @rule(seed=st.integers(0, 2**64 - 1), g=st.floats(-2, 2, width=32))
