@@ -18,7 +18,8 @@ from ..engine.extras import require_matplotlib
 from ..engine.lm import embedded
 from ..engine.lm.models import DTYPES, check_device
 from ..fed.config.options import example
-from . import environment, kernels, measure, one_pass, report, shapes, step
+from ..fed.setup.model import load_base_model
+from . import environment, forward, kernels, measure, one_pass, report, shapes, step
 
 _CPU = {
     "kernels": [
@@ -46,6 +47,7 @@ def run_all(
     densities: list[float],
     repeats: int,
     batch: tuple[int, int],
+    forwards: dict[str, Any] | None = None,
     save: Callable[[report.Result], None] = lambda _: None,
 ) -> report.Result:
     """Measures all cases.
@@ -57,6 +59,7 @@ def run_all(
         densities: densities of the masks; ratios are relative to the density nearest to 1e-3.
         repeats: repetitions of each row, at least 3; slow rows are timed in the first 3.
         batch: number of examples of a step, and of tokens per example.
+        forwards: the model and the tasks whose forward passes are measured, see ``_forward_case``; None: no passes.
         save: called with the result so far after each case, so that a stop in the middle loses one case only.
 
     Returns:
@@ -71,6 +74,7 @@ def run_all(
         "versions": environment.versions(device),
         "kernels": [],
         "steps": [],
+        "forwards": [],
     }
     for name, dtype in cases["kernels"]:
         click.echo(f"measuring the weight passes of {name}, {dtype}", err=True)
@@ -107,12 +111,30 @@ def run_all(
             }
         )
         save(result)
+    if forwards is not None:
+        click.echo(f"measuring the forward passes of {forwards['model']}, {forwards['dtype']}", err=True)
+        result["forwards"].append(_forward_case(**forwards, device=device, repeats=repeats))
+        save(result)
     return result
+
+
+def _forward_case(
+    *, model: str, dtype: str, data_dir: Path | None, batch_size: int, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Measures the forward passes of a model on the tasks of a directory; None: on the embedded tasks."""
+    tasks = forward.task_examples(data_dir)  # before the model is loaded: raises if there is no task
+    lm = load_base_model(model, dtype, str(device))
+    rows = []
+    for row in forward.measure_forwards(lm, tasks, batch_size=batch_size, repeats=repeats):
+        click.echo(f"  {row['task']}", err=True)
+        rows.append(row)
+    return {"model": Path(model).name, "dtype": dtype, "batch_size": batch_size, "rows": rows}
 
 
 def failures(result: report.Result) -> list[str]:
     """Returns the messages of all failed checks."""
-    records = [(case, row) for case in result["kernels"] + result["steps"] for row in case["rows"]]
+    cases = result["kernels"] + result["steps"] + result.get("forwards", [])
+    records = [(case, row) for case in cases for row in case["rows"]]
     records += [(case, case["one_pass"]) for case in result["steps"]]
     return [f"{case['model']}, {case['dtype']}: {record['failed']}" for case, record in records if "failed" in record]
 
@@ -164,6 +186,10 @@ def _read(path: Path) -> report.Result:
 @click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="repetitions of each row")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="examples per step")
 @click.option("--length", type=click.IntRange(1), default=24, show_default=True, help="tokens per example")
+@click.option("--data-dir", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="measure forward passes alone, on the tasks of this directory (TASK/train.jsonl)")  # fmt: skip
+@click.option("--base-model", default=embedded.NAME, help="with --data-dir: the model, as --model of run",
+              show_default="the embedded model")  # fmt: skip
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -182,13 +208,16 @@ def bench(
     repeats: int,
     batch_size: int,
     length: int,
+    data_dir: Path | None,
+    base_model: str,
     output: Path | None,
     figures: bool,
     render: Path | None,
 ) -> None:
     """Times this engine's passes over the weights, and a complete step, against dense zeroth-order fine-tuning.
 
-    Every row is checked before it is timed. On two CPU cores the command takes less than five minutes.
+    Then forward passes over packed and sorted batches, against padded ones. Every row is checked before it is timed. On
+    two CPU cores the command takes less than five minutes.
     """
     if render is not None:
         for path in _render(_read(render), render.parent):
@@ -208,6 +237,11 @@ def bench(
         chosen_models = models or dict.fromkeys(model for model, _ in cases["kernels"])
         chosen = [(model, dtype) for model in chosen_models for dtype in dtypes or ("float32",)]
         cases = {"kernels": chosen, "steps": chosen}
+    forwards = {"model": base_model, "dtype": (*dtypes, "float32")[0], "data_dir": data_dir, "batch_size": batch_size}
+    if data_dir is not None:
+        cases = {"kernels": [], "steps": []}
+    elif models:
+        forwards = None
     result = run_all(
         cases,
         command=environment.command_line(context),
@@ -215,6 +249,7 @@ def bench(
         densities=list(densities),
         repeats=repeats,
         batch=(batch_size, length),
+        forwards=forwards,
         save=lambda result: None if output is None else click.echo(f"wrote {write_json(result, output)}", err=True),
     )
     click.echo(report.markdown(result))

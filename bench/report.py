@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.extras import require_matplotlib
+from . import forward
 from .step import PARTS
 from .tables import amount, table
 
@@ -13,6 +14,7 @@ Result = dict[str, Any]
 def markdown(result: Result) -> str:
     """Returns the result's tables in Markdown."""
     sections = [_heading(result), *map(_kernel_section, result["kernels"]), *map(_step_section, result["steps"])]
+    sections += map(forward.markdown, result.get("forwards", []))
     return "\n\n".join(sections) + "\n"
 
 
