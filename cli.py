@@ -30,7 +30,7 @@ from .fed.run.replay import replay_run
 from .fed.run.terminal import show_run
 from .fed.setup.data import check_files, encode
 from .fed.setup.mask import make_mask, mask_coverage
-from .fed.setup.model import load_language_model
+from .fed.setup.model import load_language_model, resolved
 from .fed.setup.threads import choose_threads
 from .fed.torchrun.rank_pool import RankPool
 from .fed.torchrun.ranks import torchrun_ranks
@@ -158,7 +158,7 @@ def _run_or_resume(
     if output is None:
         output = Path("runs") / f"{config.task.name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random:
-        _check_compare_random(config)
+        _check_compare_random(resolved(config))
     may_resume = resumed is not None
     options_again = " --compare-random" * compare_random + " --trust-remote-code" * trust_remote_code
     with _resume_command_when_stopped(output, options_again):
@@ -219,7 +219,7 @@ def _execute_and_show(
 ) -> dict[str, Any]:
     """Runs the settings in a directory, or resumes the run with these settings that it holds if that is allowed."""
     if may_resume and is_run(output):
-        if check_same_settings({}, output).digest() != config.digest():
+        if check_same_settings({}, output).digest() != resolved(config).digest():
             raise ConfigError(f"{output} holds a run with other settings; move it away")
         return show_run(output, lambda report, log: resume(output, report, log, **execution))
     return show_run(output, lambda report, log: execute(config, output, report, log, **execution))

@@ -5,15 +5,18 @@ and its position in its data. A client that is restarted from base model and mas
 stopped.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import stream
+from ..engine.captured import BoundLoss
 from ..engine.clock import Clock
 from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
 from ..engine.lm.batches import Batch
@@ -32,7 +35,7 @@ class Timing:
 
     Attributes:
         steps: number of steps.
-        forward: time in forward passes.
+        forward: time in forward passes; NaN once a step was replayed from a CUDA graph, whose parts are not timed.
         total: time of the steps, forward passes included.
         processes: number of process groups that take steps in parallel; the other values are those of one group.
     """
@@ -132,6 +135,30 @@ class ClientData:
             self.task.batch(indices[start : start + size], answers=answers, device=device)
             for start in range(0, len(indices), size)
         ]
+
+
+@dataclass(frozen=True)
+class _TaskLoss:
+    """The loss of a batch, which appends begin and end of each forward pass to ``forwards``.
+
+    Equal for all clients of a replica, so that they share captured graphs.
+    """
+
+    model: nn.Module
+    objective: Objective
+    clock: Clock = field(compare=False)
+    forwards: list[tuple[Any, Any]] = field(compare=False)
+
+    def __call__(self, batches: list[Batch], micro_batch_map: MicroBatchMap | None = None) -> Tensor:
+        return self.timed(lambda: task_loss(self.model, batches, self.objective, micro_batch_map))
+
+    def timed(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Computes and times a forward pass."""
+        start = self.clock.now()
+        loss = forward()
+        if start is not None:
+            self.forwards.append((start, self.clock.now()))
+        return loss
 
 
 @dataclass
@@ -279,11 +306,13 @@ class Client:
                 )
             self._last_private_round = round
         terms, device = self.replica.terms, next(self.replica.model.parameters()).device
-        clock = Clock(device)
-        forwards: list[tuple[Any, Any]] = []
+        clock, forwards = Clock(device), self.replica.forwards
+        forwards.clear()
+        captured = self.replica.optimizer.captured_steps
+        loss = _TaskLoss(self.replica.model, self.objective, clock, forwards)
         start = clock.now()
         with self.replica.rolled_back() as optimizer:
-            closures = self._closures(round, steps, device, clock, forwards)
+            closures = self._closures(round, steps, device, loss)
             try:
                 if terms.sends_weights:
                     losses = sgd_steps(
@@ -298,34 +327,30 @@ class Client:
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"client {self.id}, round {round}: {error}") from error
         forward = sum(clock.seconds(*interval) for interval in forwards)
+        if optimizer.captured_steps != captured:
+            forward = math.nan
         self.timing.add(steps, forward, clock.seconds(start, end))
         if self.privacy is not None:
             return results, None
         return results, _mean_finite_loss(losses, results.get("scalars"))
 
-    def _closures(
-        self, round: int, steps: int, device: torch.device, clock: Clock, forwards: list[tuple[Any, Any]]
-    ) -> Iterator[Callable[[], Tensor]]:
+    def _closures(self, round: int, steps: int, device: torch.device, loss: _TaskLoss) -> Iterator[Callable[[], Any]]:
         """Yields a closure for each step, which computes the loss on the step's batch.
 
-        Sets the step's learning rate before it yields. The closures append the start and end of each forward pass to
-        ``forwards``.
+        Sets the step's learning rate before it yields.
         """
-        evaluate = task_loss if self.privacy is None else example_losses
         for step, lr in enumerate(self.replica.terms.learning_rates(round)[:steps]):
             self.replica.set_lr(lr)
             batches = self.data.next_batches(self.objective, device)
-
-            def closure(batches: list[Batch] = batches) -> Tensor:
-                start = clock.now()
-                loss = evaluate(self.replica.model, batches, self.objective, self.micro_batch_map)
-                forwards.append((start, clock.now()))
-                return loss
-
-            if self.privacy is None:
-                yield closure
+            if self.privacy is not None:
+                forward = functools.partial(
+                    example_losses, self.replica.model, batches, self.objective, self.micro_batch_map
+                )
+                yield self._private_closure(functools.partial(loss.timed, forward), self.privacy, round, step)
+            elif self.micro_batch_map is not None:
+                yield functools.partial(loss, batches, self.micro_batch_map)
             else:
-                yield self._private_closure(closure, self.privacy, round, step)
+                yield BoundLoss(loss, batches)
 
     def _private_closure(self, losses: Callable[[], Tensor], privacy: Privacy, round: int, step: int) -> PrivateClosure:
         assert self.noise_seed is not None

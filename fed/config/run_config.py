@@ -42,6 +42,7 @@ _NOT_IN_DIGEST = {
     "calibration",
     "device",
     "backend",
+    "capture",
     "snapshot_every",
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.backend import BACKENDS
+from ...engine.captured import Capture
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
 from ...engine.lm.layout import Layout
@@ -21,6 +22,9 @@ from ..selection import Thresholds, Windows
 from ..terms import Schedule
 from .settings import Checked, setting
 
+# Value of the settings dtype and device that a run replaces by what it stands for; see ``setup.model.resolved``.
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
@@ -32,13 +36,19 @@ class ModelConfig(Checked):
         option="model",
         shown="the embedded model",
     )
-    dtype: str = setting("float32", "dtype of the weights: float32, bfloat16 or float16")
-    device: str = setting("cpu", "device of the model: cpu or cuda")
+    dtype: str = setting(
+        AUTO,
+        "dtype of the weights: float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own on a GPU",
+    )
+    device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
     backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
+    capture: Capture = setting(
+        Capture.AUTO, "on a GPU, local steps as CUDA graphs: auto: where possible, off. The bits are the same"
+    )
 
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
-        self._require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
+        self._require(self.dtype in (AUTO, *DTYPES), "dtype", f"one of {', '.join((AUTO, *DTYPES))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +319,7 @@ class EvaluationConfig(Checked):
 
 
 __all__ = [
+    "AUTO",
     "AggregationConfig",
     "AttackConfig",
     "ClientsConfig",

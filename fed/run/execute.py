@@ -14,13 +14,14 @@ from ...engine.lm.models import LanguageModel, check_device
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
+from ..config.sections import AUTO
 from ..config.toml import read_toml
 from ..ledger.file import LedgerHeader
 from ..partition import label_counts
 from ..privacy import largest_epsilon
 from ..setup.data import TaskData, check_files, client_shares, encode
 from ..setup.mask import make_mask
-from ..setup.model import load_language_model
+from ..setup.model import load_language_model, resolved, slow_dtype
 from ..setup.pool import ClientPool, LocalPool
 from ..setup.server_and_clients import Federation, check_perturbation, check_selection, make_terms
 from .directory import CONFIG, MASK, ORIGIN, ORIGIN_REMEDY, Origin, RunDirectory, check_unused, is_run, read_origin
@@ -60,6 +61,7 @@ def execute(
     """
     check_unused(output)
     check_files(config)
+    given_device, config = config.model.device, resolved(config)
     inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
     mask = inputs.choose_mask(log)
     _check_before_start(inputs, mask, log)
@@ -67,7 +69,7 @@ def execute(
         inputs = dataclasses.replace(inputs, config=config.replace(density=mask.density))
     # The directory is created only now: an error before this line leaves nothing behind.
     with RunDirectory(output) as directory:
-        directory.write_config(inputs.config)
+        directory.write_config(inputs.config.replace(device=given_device))  # auto: another machine may resume it
         return _run(inputs, directory, mask, report, log)
 
 
@@ -110,6 +112,7 @@ def resume(
         if has_mask:  # the files that it was chosen from are not needed again
             config = config.replace(mask=None, calibration=None)
         check_files(config)
+        config = resolved(config)
         inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
         mask = SparseMask.load(path / MASK, inputs.lm.model) if has_mask else inputs.choose_mask(log)
         if not has_mask and directory.has_ledger():
@@ -137,6 +140,8 @@ def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
     run_settings = config.flat()
     for name, value in convert(settings).items():
         if name == "density" and config.mask.file is not None:  # config.toml has the density of the mask file
+            continue
+        if name == "dtype" and value == AUTO:  # config.toml has the dtype that it stood for
             continue
         if value != run_settings[name]:
             raise ConfigError(
@@ -215,6 +220,9 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
     if config.model.backend != "auto":  # raises for a backend that does not fit, before slow work
         resolve(config.model.backend, check_device(config.model.device))
     log(f"loading the model {config.model.source} and the task {config.task.name}")
+    slow = slow_dtype(config)
+    if slow is not None:
+        log(slow)
     log(
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
     )

@@ -54,7 +54,7 @@ class Metrics:
             evaluation: evaluation of the model after the round; None if it was not evaluated.
             seconds: seconds since the line before.
             in_steps: seconds of these that went into local steps; 0 for a round that an earlier process computed.
-            in_forwards: seconds of these that went into forward passes.
+            in_forwards: seconds of these that went into forward passes; NaN if that is not known, see ``Timing``.
 
         Returns:
             The line.
@@ -63,7 +63,7 @@ class Metrics:
         line |= {
             "seconds": round(seconds, 3),
             "seconds_in_steps": round(in_steps, 6),
-            "seconds_in_forwards": round(in_forwards, 6),
+            "seconds_in_forwards": finite_or_none(round(in_forwards, 6)),
         }
         self._directory.add_metrics(line)
         self._lines.append(line)
@@ -96,9 +96,8 @@ class Metrics:
         evaluations = [self._evaluation(line) for line in self._lines if "accuracy" in line]
         before, last = evaluations[0], evaluations[-1]
         timed = [line for line in self._lines if line["seconds_in_steps"]]
-        steps, in_steps, in_forwards = (
-            sum(line[name] for line in timed) for name in ("steps", "seconds_in_steps", "seconds_in_forwards")
-        )
+        steps, in_steps = (sum(line[name] for line in timed) for name in ("steps", "seconds_in_steps"))
+        forwards = [line["seconds_in_forwards"] for line in timed]
         return {
             "accuracy_before": before.accuracy,
             "accuracy_after": last.accuracy,
@@ -115,7 +114,7 @@ class Metrics:
             **({"epsilon": self._lines[-1]["epsilon"]} if "epsilon" in self._lines[-1] else {}),
             "seconds": round(self._sum("seconds"), 3),
             "seconds_per_step": in_steps / steps if timed else None,
-            "forward_share_of_step": in_forwards / in_steps if timed else None,
+            "forward_share_of_step": None if None in forwards or not timed else sum(forwards) / in_steps,
         }
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -159,7 +158,8 @@ def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> No
     if isinstance(nonfinite, bool) or not isinstance(nonfinite, int) or nonfinite < 0:
         raise RunError(f"{where}: nonfinite is {nonfinite!r}, not a number of examples; nothing was changed")
     for name in _TIMES:
-        if not is_number(line.get(name)):
+        unknown = name == "seconds_in_forwards" and name in line and line[name] is None  # in captured steps
+        if not unknown and not is_number(line.get(name)):
             raise RunError(f"{where}: {name} is {line.get(name)!r}, not a number; nothing was changed")
 
 

@@ -70,6 +70,7 @@ class Rounds:
         self._exchange, self._report, self._log = exchange, report, log
         self._config, self._timing = federation.config, federation.timing
         self._last_time, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
+        self._said: str | None = None
 
     def run(self, saved: SavedRounds) -> None:
         """Restores the saved rounds, then runs the others up to the last.
@@ -92,6 +93,7 @@ class Rounds:
                 f"calibration: {self._config.selection.steps} steps of every client, to find extreme non-IID clients"
             )
         for result in serve(federation.server, self._exchange, self._config.rounds):
+            self._say_how_steps_run()
             self._finish_round(result, initial, self._ledger.crc)
             self._save_snapshot_if_due(saved)
 
@@ -131,6 +133,13 @@ class Rounds:
         elif number == self._config.rounds or (every and number % every == 0):
             evaluation = self._evaluate()
         self._write(result.record, evaluation)
+
+    def _say_how_steps_run(self) -> None:
+        """Logs on a GPU, when it is known, whether local steps are CUDA graphs."""
+        line = self._federation.how_steps_run()
+        if line != self._said and line is not None:
+            self._said = line
+            self._log(line)
 
     def _evaluate(self) -> Evaluation:
         evaluation = evaluate(self._federation.model, self._federation.data.validation)

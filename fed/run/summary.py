@@ -44,10 +44,8 @@ def check_summary(summary: Any, where: str) -> None:
     for name in names:
         if name not in summary or not _is_of_kind(name, summary[name]):
             raise RunError(f"{where}: {name} is missing in the summary, or of another kind; the file is damaged")
-    if (summary["seconds_per_step"] is None) != (summary["forward_share_of_step"] is None):
-        raise RunError(
-            f"{where}: the summary has only one of seconds_per_step and forward_share_of_step; the file is damaged"
-        )
+    if summary["seconds_per_step"] is None and summary["forward_share_of_step"] is not None:
+        raise RunError(f"{where}: the summary has forward_share_of_step without seconds_per_step; the file is damaged")
 
 
 def _is_of_kind(name: str, value: Any) -> bool:

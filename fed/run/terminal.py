@@ -61,8 +61,10 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         )
     if s["seconds_per_step"] is not None:
         share = s["forward_share_of_step"]
-        click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: forward {share:.1%}, "
-                   f"everything else {1 - share:.1%}")  # fmt: skip
+        parts = "replayed from CUDA graphs"
+        if share is not None:
+            parts = f"forward {share:.1%}, everything else {1 - share:.1%}"
+        click.echo(f"time per step   {s['seconds_per_step'] * 1e3:.1f} ms: {parts}")
     if "stopped" in s:
         comparison = ""
         if "single_label_clients" in s:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine import stream
+from ...engine.captured import Capture
 from ...engine.errors import ConfigError, NonFiniteLossError
 from ...engine.lm.examples import EncodedTask
 from ...engine.lm.objective import MicroBatchMap
@@ -122,8 +123,9 @@ class Federation:
     ) -> None:
         self.config, self.model, self.data = config, model, data
         self.timing, self.selection = Timing(), Selection()
+        self._shares_clients = micro_batch_map is not None
         self._windows = config.selection.windows(config.step.queries)
-        self._replica = Replica(model, mask, make_terms(config, mask), config.model.backend)
+        self._replica = Replica(model, mask, make_terms(config, mask), config.model.backend, config.model.capture)
         terms = self._replica.terms
         self._gradip = None
         if terms.calibration_steps or (not terms.sends_weights and mask.gradient is not None):
@@ -160,6 +162,23 @@ class Federation:
             data, indices, config.step.batch_size, seed, config.step.micro_batch_size, poisson=privacy is not None
         )
         return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
+
+    def how_steps_run(self) -> str | None:
+        """A line for the log: whether local steps on a GPU are CUDA graphs. None on a CPU, or before the first step."""
+        optimizer = self._replica.optimizer
+        if optimizer.weights.values.device.type != "cuda" or not self.timing.steps:
+            return None
+        if optimizer.captured_steps:
+            return "local steps are replayed from CUDA graphs, which are recorded for each shape of a batch"
+        terms = self._replica.terms
+        reasons = {
+            "--capture is off": self.config.model.capture is Capture.OFF,
+            f"{self.config.method} trains by backpropagation": terms.sends_weights,
+            "private steps draw new noise in every forward pass": terms.privacy is not None,
+            "several processes share a client": self._shares_clients,
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), optimizer.not_captured)
+        return f"local steps are not CUDA graphs: {reason or 'no shape of a batch has come twice yet'}"
 
     def restore(self, record: RoundRecord, *, update_model: bool = True, compute_traces: bool = True) -> RoundResult:
         """Applies the current round from its ledger line instead of asking the clients; see ``Server.restore``."""

@@ -35,10 +35,10 @@ from ...setup.threads import choose_threads
 
 # Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
-                               "snapshot_every", "attack", "attackers"})  # fmt: skip
+                               "capture", "snapshot_every", "attack", "attackers"})  # fmt: skip
 # Settings that a node may choose for itself: name in `--node-config` -> name of the setting.
 _NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask", "device": "device",
-                  "backend": "backend"}  # fmt: skip
+                  "backend": "backend", "capture": "capture"}  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Kinds of masked elements that follow from settings and model alone: the mask need not be sent.
 DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
@@ -121,7 +121,7 @@ class LocalRun:
         own_mask = _choose_mask(config, mask, lm)
         if own_mask.digest != mask_digest:
             raise MaskError(f"the run's mask is {mask_digest[:12]}, this node's is {own_mask.digest[:12]}")
-        replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend)
+        replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend, config.model.capture)
         if config.data.file is not None:  # none are held out: the server evaluates on its own examples
             task = config.task
             rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)

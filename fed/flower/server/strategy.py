@@ -17,7 +17,7 @@ from ...config.run_config import RunConfig, make_config
 from ...replica import Replica
 from ...setup.data import TaskData, encode
 from ...setup.mask import make_mask
-from ...setup.model import load_language_model
+from ...setup.model import load_language_model, resolved
 from ...setup.server_and_clients import make_terms
 from ..node.local_run import settings_for_nodes
 from ..node.strategy import aggregated_scalars, check_strategy_settings
@@ -94,7 +94,7 @@ def start_strategy(
         ConfigError: if the settings need this engine's own server.
         MeerkatError: for any other unsuitable input; ``TransportError`` if not all clients come.
     """
-    config = make_config(settings)
+    config = resolved(make_config(settings))
     check_strategy_settings(config)
     lm = load_language_model(config)
     base, data = fingerprint(lm.model), encode(config, lm)
