@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from .captured import BoundLoss, Capture, CapturedSteps, CudaGraphs, check_capture
+from .captured import BoundLoss, Capture, CapturedSteps, check_capture
 from .estimator import (
     ESTIMATES,
     Estimator,
@@ -29,6 +29,7 @@ from .estimator import (
     check_queries,
     evaluate_closure,
 )
+from .graphs import CudaGraphs
 from .journal import Journal
 from .mask import SparseMask
 from .param_groups import check_lr, check_masked, common_eps, group_numbers

@@ -46,8 +46,9 @@ UNITS = {
     "engine": [
         "errors", "clock", "caller_warnings", "parameters", "extras", "atomic_files", "checksummed", "backend",
         "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask",
-        "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd", "estimator", "journal",
-        "tensor_trees", "captured", "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
+        "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd", "estimator",
+        "journal", "tensor_trees", "program", "graphs", "captured", "private_closure", "param_groups", "step_seeds",
+        "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",

@@ -149,8 +149,10 @@ def test_expanded_inputs_stay_expanded() -> None:
         return x.sum() * 0 + 1
 
     opt, _ = make_step(make_mlp())
-    opt.step_many([BoundLoss(loss, torch.ones(3, 1).expand(3, 5))] * 2)
-    assert seen == [(1, 0)] * 4
+    ImitatedGraphs(opt)
+    opt.step_many([BoundLoss(loss, torch.full((3, 1), float(i)).expand(3, 5)) for i in range(3)])
+    assert seen == [(1, 0)] * 5  # two calls, two that were recorded, and one to compare with
+    assert opt.captured_steps == 2
 
 
 @pytest.mark.parametrize("how", ["programs", "graphs"])
@@ -286,11 +288,14 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(make: Callable[[Ru
 )
 def test_inputs_that_cannot_be_copied_are_passed_on(value: object, reason: str) -> None:
     opt, closure = make_step(make_mlp())
+    graphs = ImitatedGraphs(opt)
     wanted, wanted_closure = make_step(make_mlp())
-    opt.step_many([BoundLoss(lambda _: closure(), value)] * 2)
-    wanted.step_many([wanted_closure] * 2)
+    with pytest.warns(UserWarning, match="not captured as a CUDA graph: its inputs hold"):
+        opt.step_many([BoundLoss(lambda _: closure(), value)] * 3)
+    wanted.step_many([wanted_closure] * 3)
     assert opt.projected_gradients == wanted.projected_gradients
     assert reason in str(opt.not_captured)
+    assert graphs.recorded == 0
 
 
 def test_graphs_beyond_the_bound_are_dropped_and_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,6 @@ def test_clients_share_graphs_and_have_the_bits_of_other_steps(
 def test_programs_on_a_cpu_are_timed_like_other_steps(federation: Make) -> None:
     fed = federation(steps=3)
     fed.round()
-    assert fed.replica.optimizer._captured._programs
     assert fed.replica.optimizer.captured_steps == 0
     assert all(0 < client.timing.forward < client.timing.total for client in fed.clients)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from meerkat_engine import SparseZO
-from meerkat_engine.engine.captured import Graphs
+from meerkat_engine.engine.graphs import Graphs
 
 _ATEN = torch.ops.aten
 _READS = (_ATEN._local_scalar_dense.default, _ATEN.item.default, _ATEN.nonzero.default, _ATEN.equal.default)

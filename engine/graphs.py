@@ -1,0 +1,39 @@
+"""CUDA graphs: work of a GPU that is recorded once and repeated by one launch."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Graphs(Protocol):
+    """Records work of a device, so that it can be repeated by one launch."""
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Records what ``body`` launches, without running it. Returns a function that runs it."""
+
+
+class CudaGraphs:
+    """CUDA graphs that share one memory pool.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """See ``Graphs``. The host waits for the device first."""
+        # The outer context brings the stream back where torch does not, after a capture that failed. In thread_local
+        # mode other threads, such as data loaders, may pin memory meanwhile.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                body()
+        return graph.replay
+
+
+__all__ = ["CudaGraphs", "Graphs"]
