@@ -1,4 +1,5 @@
 PYTHON ?= python
+OUTPUT ?= gpu-results
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,10 +31,13 @@ format:  ## Formats the code.
 test-gpu:  ## On a machine with a GPU: compares its bits with the CPU's.
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -W default
 
+gpu:  ## On a machine with a GPU: everything that ten minutes can tell, into OUTPUT (gpu-results). Needs no installation.
+	PYTHONPATH=$(CURDIR)/.types $(PYTHON) -m meerkat_engine.bench.gpu --output $(OUTPUT)
+
 bench:  ## Measures the kernels and the step against dense zeroth-order fine-tuning: a few minutes.
 	$(PYTHON) -m meerkat_engine bench
 
 codegen:  ## Compiles the kernels for three GPUs and records what came out.
 	$(PYTHON) -m meerkat_engine.bench.codegen --output bench/results
 
-.PHONY: help test test-slow coverage fuzz test-gpu check format bench codegen
+.PHONY: help test test-slow coverage fuzz test-gpu gpu check format bench codegen

@@ -42,8 +42,13 @@ def _processor() -> str:
 def commit() -> str:
     """Returns the commit of this package, with ``-dirty`` if files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    description = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return description or f"unknown (version {version('meerkat-engine')})"
+    with contextlib.suppress(OSError):  # there is no git
+        description = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if description:
+            return description
+    with contextlib.suppress(PackageNotFoundError):  # it is not installed: ``.types`` is on the path
+        return f"unknown (version {version('meerkat-engine')})"
+    return "unknown"
 
 
 def command_line(context: click.Context) -> str:

@@ -151,6 +151,11 @@ class Times:
     device: dict[str, list[float]]
     host: dict[str, list[float]]
 
+    @classmethod
+    def empty(cls) -> "Times":
+        """Returns times of no repetition."""
+        return cls(device={operation: [] for operation in OPERATIONS}, host={operation: [] for operation in OPERATIONS})
+
     def take(self, watch: Stopwatch, moments: dict[str, Moments]) -> float:
         """Adds a repetition; returns the device's seconds of all operations."""
         elapsed = {operation: watch.seconds(moment) for operation, moment in moments.items()}
@@ -172,7 +177,7 @@ def time_rows(rows: list[Row], device: torch.device, repeats: int) -> list[Times
         The times of each row.
     """
     watch = Stopwatch(device)
-    times = [Times(**{of: {operation: [] for operation in OPERATIONS} for of in ("device", "host")}) for _ in rows]
+    times = [Times.empty() for _ in rows]
     slow = [False] * len(rows)
     for repetition in range(repeats):
         for i, row in enumerate(rows):

@@ -91,7 +91,7 @@ class _EngineRow(Row):
         slots, elements = sum(t.slots for t in tables), sum(t.nnz for t in tables)
         master_bytes = 4 * slots
         offset_bytes = sum(_bytes(t.offsets) for t in tables if t.offsets is not None)
-        moved = master_bytes + offset_bytes + sum(_weight_bytes_moved(t) + _bytes(t.blocks) for t in tables)
+        moved = sum(map(table_bytes_moved, tables))
         self.bytes_moved = {"perturb": moved, "flip": moved, "update": moved + master_bytes}
         self.bytes_held = master_bytes + offset_bytes
         normals_kept = values.device.type == "cpu" and all(t.slots <= KEPT_NORMALS for t in tables)
@@ -139,6 +139,12 @@ class _LaunchPerTable(_EngineRow):
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def table_bytes_moved(table: ElementTable) -> int:
+    """Returns the bytes that a perturbation of a table's elements must transfer; see ``Row``."""
+    offset_bytes = 0 if table.offsets is None else _bytes(table.offsets)
+    return 4 * table.slots + offset_bytes + _weight_bytes_moved(table) + _bytes(table.blocks)
 
 
 def _weight_bytes_moved(table: ElementTable) -> int:
@@ -391,4 +397,4 @@ DENSE: dict[str, Callable[[nn.Module], Row]] = {
     "dense, one flat noise vector": FlatNoise,
 }
 
-__all__ = ["DENSE", "OPERATIONS", "SPARSE", "SPARSE_ONCE", "Row", "masked_offsets"]
+__all__ = ["DENSE", "OPERATIONS", "SPARSE", "SPARSE_ONCE", "Row", "masked_offsets", "table_bytes_moved"]

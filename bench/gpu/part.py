@@ -1,6 +1,7 @@
 """What the parts share: the command line, and a JSON file that is written whenever something is known."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ class Record:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
         self._values: dict[str, Any] = {}
+
+    def directory(self) -> Path:
+        """Makes a new directory for files that are not results."""
+        return Path(tempfile.mkdtemp(prefix=f"meerkat-{self._path.stem}-"))
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Adds a value and writes the file."""
@@ -35,7 +40,7 @@ class Record:
 
     def _write(self) -> None:
         text = json.dumps(self._values, indent=1) + "\n"
-        write_atomic(self.path, text.encode(), replaces=lambda _: True)
+        write_atomic(self._path, text.encode(), replaces=lambda _: True)
 
 
 def part(measure: Callable[[torch.device, Record], None]) -> click.Command:

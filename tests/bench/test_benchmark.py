@@ -392,6 +392,7 @@ def test_times_of_the_host_are_shown_for_a_gpu(finished: tuple[Result, Path]) ->
         ("pythia-14m", 14_067_712),
         ("pythia-31m", 30_494_720),
         ("smollm2-135m", 134_515_008),
+        ("opt-1.3b", 1_315_758_080),
         ("llama-3.2-1b", 1_235_814_400),
         ("qwen2-1.5b", 1_543_714_304),
         ("gemma-2-2b", 2_614_341_888),
