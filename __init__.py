@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import stream as stream
+    from .engine.captured import BoundLoss as BoundLoss
     from .engine.delta import Delta as Delta
     from .engine.errors import MeerkatError as MeerkatError
     from .engine.estimator import Estimator as Estimator
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it. The module is imported on first access, for two reasons: a process that only
 # forwards messages does not load torch, and tools that treat this folder as a package of another name import this file.
 _MODULES = {
+    "BoundLoss": "engine.captured",
     "Delta": "engine.delta",
     "Estimator": "engine.estimator",
     "LanguageModel": "engine.lm.models",

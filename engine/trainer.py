@@ -5,6 +5,7 @@ gradient accumulation parts are processed one after the other. Nothing is backpr
 clip, scale, reduce or check. Everything outside of the step is unchanged Trainer code.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_accelerate_available
 
+from .captured import BoundLoss, Capture, check_capture
 from .errors import ConfigError
 from .estimator import Estimator, NonFinite, warn_low_precision
 from .extras import install_hint
@@ -98,6 +100,8 @@ class SparseZOTrainer(Trainer):
             ``SparseZO``.
         backend: "auto", "torch", "numba" or "triton"; see ``SparseZO``.
         frozen: whether masked parameters may have ``requires_grad=False``; see ``SparseZO``.
+        capture: "auto" or "off": whether steps are captured as CUDA graphs where that is possible; see ``SparseZO`` and
+            ``BoundLoss``. Steps of several processes are not, because their losses are gathered.
         **kwargs: see ``Trainer``.
 
     Attributes:
@@ -121,6 +125,7 @@ class SparseZOTrainer(Trainer):
         nonfinite: str = NonFinite.RAISE,
         backend: str = "auto",
         frozen: bool = False,
+        capture: str = Capture.AUTO,
         **kwargs: Any,
     ) -> None:
         if not is_accelerate_available():
@@ -133,10 +138,12 @@ class SparseZOTrainer(Trainer):
             "nonfinite": nonfinite,
             "backend": backend,
             "frozen": frozen,
+            "capture": check_capture(capture),
         }
         self.zo: SparseZO | None = None
         self._loaded_log: UpdateLog | None = None  # of the checkpoint that the optimizer was loaded from
         self._parts: list[_Part] = []
+        self._forward_model: nn.Module | None = None  # the model of the present step
         self._warned_of_dtype = False
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
@@ -232,8 +239,11 @@ class SparseZOTrainer(Trainer):
         self._parts.append(_Part(inputs, num_items_in_batch, self.current_gradient_accumulation_steps))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), dtype=torch.float32, device=self.args.device)
-        parts, self._parts = self._parts, []
-        return self.zo.step_many([lambda: self._loss(model, parts)])[0]
+        parts, self._parts, self._forward_model = self._parts, [], model
+        gathered = self.args.world_size > 1
+        return self.zo.step_many([functools.partial(self._loss, parts) if gathered else BoundLoss(self._loss, parts)])[
+            0
+        ]
 
     @property
     def update_log(self) -> UpdateLog:
@@ -263,13 +273,13 @@ class SparseZOTrainer(Trainer):
             self.update_log.save(directory / UPDATES)
         super().save_model(output_dir, _internal_call)
 
-    def _loss(self, model: nn.Module, parts: list[_Part]) -> Tensor:
+    def _loss(self, parts: list[_Part]) -> Tensor:
         """Loss of the complete batch, averaged over all processes: float32 scalar, summed in float64."""
         total = torch.zeros(1, dtype=torch.float64, device=self.args.device)
         for part in parts:
             with self.compute_loss_context_manager():
                 # A copy, because compute_loss removes the labels from its inputs.
-                loss = self.compute_loss(model, dict(part.inputs), num_items_in_batch=part.items)
+                loss = self.compute_loss(self._forward_model, dict(part.inputs), num_items_in_batch=part.items)
             self._check_loss(loss)
             total += loss.double() if self._is_scaled(part) else loss.double() / part.parts
         if self.args.world_size > 1:  # gathered, not reduced, so that all processes add in the same order
