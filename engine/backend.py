@@ -7,12 +7,14 @@ numba    the reference with normals drawn by compiled code: many times faster on
 
 import functools
 import importlib.util
+from ctypes import c_float
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..triton_kernels import ElementTable, reference
+from .caller_warnings import warn_caller
 from .errors import ConfigError
 from .extras import install_hint
 
@@ -21,6 +23,8 @@ BACKENDS = ("auto", "torch", "numba", "triton")
 # Maximum number of normals kept from a step's first perturbation to its update: 64 MiB. For larger masks they are
 # drawn again in each operation.
 KEPT_NORMALS = 1 << 24
+# Maximum number of normals kept for later steps: 8 MiB. The clients of a round and its replay have the same seeds.
+_KEPT_FOR_LATER = 1 << 21
 
 
 class Backend(Protocol):
@@ -73,19 +77,30 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The reference. It keeps the normals of the last seed: +eps, -eps and the update of a step draw them only once.
+    """The reference. It keeps the normals of the last seeds: +eps, -eps and the update of a step draw them only once.
 
     Args:
         source: implementation that draws the normals.
+        access: implementation that reads and writes the weights.
     """
 
-    def __init__(self, source: reference.NormalSource) -> None:
-        self._source = source
-        self._kept_normals: dict[int, tuple[int, Tensor]] = {}  # id(table) -> (seed, z [slots])
+    def __init__(self, source: reference.NormalSource, access: reference.WeightAccess = reference.TORCH_ACCESS) -> None:
+        self._source, self._access = source, access
+        # By id(table): the table, which keeps its id, and z [slots] by seed, the oldest first.
+        self._kept: dict[int, tuple[ElementTable, dict[int, Tensor]]] = {}
         self.normal = source.normal
-        self.restore_ = reference.restore_
-        self.coefficients = reference.coefficients
-        self.compare = reference.compare
+        self.restore_ = functools.partial(reference.restore_, access=access)
+        self.compare = functools.partial(reference.compare, access=access)
+
+    def coefficients(self, losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
+        """See ``reference.coefficients``. On a CPU the same float64 operations are Python's, which takes a fraction."""
+        if losses.device.type != "cpu":
+            return reference.coefficients(losses, eps, lr)
+        plus, minus = losses.tolist()
+        g = c_float((plus - minus) / (2 * eps.item())).value
+        return torch.tensor(
+            [(plus + minus) * 0.5, g, *(rate * g for rate in lr.tolist())], dtype=torch.float32, device="cpu"
+        )
 
     def inner(self, gradient: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
         """See ``reference.inner``."""
@@ -93,7 +108,7 @@ class TorchBackend:
 
     def perturb_(self, table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor) -> None:
         """See ``reference.perturb_``."""
-        reference.perturb_(table, master, seed, scale, self._draw)
+        reference.perturb_(table, master, seed, scale, self._draw, self._access)
 
     def update_(
         self,
@@ -106,7 +121,7 @@ class TorchBackend:
         number: int = 0,
     ) -> None:
         """See ``reference.update_``."""
-        reference.update_(table, master, seed, c, self._draw, applied=applied, number=number)
+        reference.update_(table, master, seed, c, self._draw, self._access, applied=applied, number=number)
 
     def update_perturb_(
         self,
@@ -121,7 +136,9 @@ class TorchBackend:
         number: int = 0,
     ) -> None:
         """See ``reference.update_perturb_``."""
-        reference.update_perturb_(table, master, seed, c, next_seed, scale, self._draw, applied=applied, number=number)
+        reference.update_perturb_(
+            table, master, seed, c, next_seed, scale, self._draw, self._access, applied=applied, number=number
+        )
 
     def replay_(
         self,
@@ -134,22 +151,30 @@ class TorchBackend:
         number: int = 0,
     ) -> None:
         """See ``reference.replay_``."""
-        draw = functools.partial(reference.table_normals, source=self._source)
-        reference.replay_(table, master, seeds, c, draw, applied=applied, number=number)
+        reference.replay_(table, master, seeds, c, self._draw_once, self._access, applied=applied, number=number)
 
     def parts(self, table: ElementTable) -> int:
         """One part for each window of the reference."""
         return len(list(reference.windows(table)))
 
     def _draw(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
-        """Draws the normals for the slots [start, stop), or returns them from the last draw with the same seed."""
+        """Draws the normals for the slots [start, stop), or takes them from an earlier draw with the same seed."""
         if table.slots > KEPT_NORMALS:
             return reference.table_normals(table, seed, start, stop, self._source)
-        seed_value, kept = reference.seed_of(seed), self._kept_normals.get(id(table))
-        if kept is None or kept[0] != seed_value:
+        _, kept = self._kept.setdefault(id(table), (table, {}))
+        number = reference.seed_of(seed)
+        if number not in kept:
             z = reference.table_normals(table, seed, 0, table.slots, self._source)
-            self._kept_normals[id(table)] = kept = seed_value, z
-        return kept[1][start:stop]
+            while kept and (len(kept) + 1) * table.slots > _KEPT_FOR_LATER:
+                del kept[next(iter(kept))]
+            kept[number] = z
+        return kept[number][start:stop]
+
+    def _draw_once(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
+        """Does ``_draw`` for a seed that is not needed again soon: a new draw is not kept."""
+        _, kept = self._kept.get(id(table), (table, {}))
+        z = kept.get(reference.seed_of(seed))
+        return reference.table_normals(table, seed, start, stop, self._source) if z is None else z[start:stop]
 
 
 class TritonBackend:
@@ -199,22 +224,33 @@ def _numba_backend(device: torch.device) -> Backend:
     if device.type != "cpu":
         raise ConfigError(f"backend 'numba' works on CPU tensors, these are on {device}; use backend='auto'")
     try:
-        from ..triton_kernels import numba_normal
-    except ImportError as error:
-        raise ConfigError(
-            f"backend 'numba' needs the package numba ({error}); {install_hint('cpu')}, or use backend='torch'"
-        ) from error
+        from ..triton_kernels import numba_access, numba_normal
     except RuntimeError as error:  # numba raises it on decoration if it finds no directory for its cache
         raise ConfigError(
             f"backend 'numba' cannot cache its compiled code: {error}; "
             f"set NUMBA_CACHE_DIR to a writable directory, or use backend='torch'"
         ) from error
-    return TorchBackend(reference.NormalSource(numba_normal.normal, numba_normal.normal_run))
+    except Exception as error:  # of many kinds, if numba does not fit the installed NumPy or lacks a library
+        raise ConfigError(
+            f"backend 'numba' needs the package numba ({error}); {install_hint('cpu')}, or use backend='torch'"
+        ) from error
+    return TorchBackend(
+        reference.NormalSource(numba_normal.normal, numba_normal.normal_run),
+        reference.WeightAccess(numba_access.scatter_, numba_access.gather),
+    )
 
 
 @functools.cache
-def _have_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _numba_works() -> bool:
+    """Whether numba can be used; warns, once, if it is installed and cannot."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        _numba_backend(torch.device("cpu"))
+    except ConfigError as error:
+        warn_caller(f"normals are drawn by torch, which is several times slower: {error}")
+        return False
+    return True
 
 
 def resolve(backend: str, device: torch.device) -> Backend:
@@ -222,7 +258,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
 
     Args:
         backend: "triton", "torch", "numba", or "auto": triton on GPUs (CUDA or ROCm); on CPUs numba where it is
-            installed; torch elsewhere.
+            installed and works; torch elsewhere.
         device: device of the weights.
 
     Raises:
@@ -231,7 +267,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
     if backend == "auto":
         if device.type == "cuda":
             backend = "triton"
-        elif device.type == "cpu" and _have_numba():
+        elif device.type == "cpu" and _numba_works():
             backend = "numba"
         else:
             backend = "torch"

@@ -44,9 +44,14 @@ class MaskedParameter:
         return self.group, self.dtype, self.device, self.dense
 
     @cached_property
-    def _path(self) -> tuple[str, ...]:
+    def path(self) -> tuple[str, ...]:
         """Names of the modules on the way to the parameter, then its own name in the last one."""
         return tuple(self.name.split("."))
+
+    @property
+    def own_name(self) -> str:
+        """Its name in the module that holds it."""
+        return self.path[-1]
 
     def check_memory(self) -> None:
         """Raises ``ModelChangedError`` if the parameter was moved or cast, or its module has another one now."""
@@ -69,12 +74,12 @@ class MaskedParameter:
     def check_present(self, model: nn.Module) -> None:
         """Raises ``ModelChangedError`` if the parameter is no longer a parameter of the model."""
         module: nn.Module | None = model
-        for part in self._path[:-1]:
+        for part in self.path[:-1]:
             module = None if module is None else module._modules.get(part)
         self._check_held_by(module)
 
     def _check_held_by(self, module: nn.Module | None) -> None:
-        if module is None or module._parameters.get(self._path[-1]) is not self.parameter:
+        if module is None or module._parameters.get(self.own_name) is not self.parameter:
             raise ModelChangedError(f"parameter {self.name!r} was replaced in the model; {_REMEDY}")
 
 

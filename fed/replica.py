@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ class Replica:
         mask: the mask with the digest in ``terms``, made for this model.
         terms: the federation's terms.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
+        capture: "auto" or "off": whether the local steps are captured as CUDA graphs; see ``SparseZO``.
 
     Attributes:
         model: the model.
         terms: the federation's terms.
         optimizer: the optimizer of the local steps, on the model's masked weights.
+        forwards: begin and end of each forward pass that the client which takes steps has timed; see ``Clock``.
 
     Each method changes weights and round completely or, if it raises, not at all. Only an interrupt (Ctrl-C) can come
     between; the change is then undone, at the latest when the replica is next used. For this, the masters before the
@@ -40,7 +43,9 @@ class Replica:
         MaskError: if the mask has another digest than the terms', or does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, mask: SparseMask, terms: Terms, backend: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, mask: SparseMask, terms: Terms, backend: str = "auto", capture: str = "auto"
+    ) -> None:
         if mask.digest != terms.mask_digest:
             raise MaskError(f"the mask has digest {mask.digest[:12]}, the federation uses {terms.mask_digest[:12]}")
         self.model = model
@@ -57,9 +62,12 @@ class Replica:
             estimator=Estimator.FORWARD_DIFFERENCE if forward_difference else Estimator.TWO_POINT,
             frozen=True,  # the terms' mask says what is trained
             nonfinite=NonFinite.SKIP,  # a bad batch of one client must not stop the others
+            capture=capture,
         )
+        self.forwards: list[tuple[Any, Any]] = []
         self._round = 1
-        self._before: tuple[Tensor, int] | None = None  # masters and round before the change that is being made
+        # Saved masters and round before the change that is being made.
+        self._before: tuple[list[Tensor], int] | None = None
 
     @property
     def round(self) -> int:
@@ -155,13 +163,13 @@ class Replica:
 
     def _begin_change(self) -> None:
         self._undo_change()
-        self._before = self.optimizer.weights.masters(), self._round
+        self._before = self.optimizer.weights.saved(), self._round
 
     def _undo_change(self) -> None:
         """Undoes a change that was not finished. If this is interrupted too, the next call does it from the start."""
         if self._before is not None:
-            masters, round = self._before
-            self.optimizer.weights.set_masters_(masters)
+            saved, round = self._before
+            self.optimizer.weights.put_back_(saved)
             self.optimizer.projected_gradients.clear()
             self._round = round
             self._before = None

@@ -12,7 +12,7 @@ reads its four numbers once. The weight of a slot is at ``address + offset * ite
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,28 @@ from torch import Tensor
 BLOCK = 1024
 ALIGN = 4
 _INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The part of a table in a range of slots, cut by tensors.
+
+    Args:
+        weights: flat views of the tensors that have elements there; without offsets, only of these elements.
+        sizes: numbers of slots between elements, of the first tensor's elements, between elements, and so on.
+        bases: int64 [len(sizes)], element id of the first element of the elements' tensor, 0 between elements.
+        rows: one row per tensor, int64 [n, 3] on the CPU: address in ``weights``, first slot in the range, number of
+            elements.
+    """
+
+    weights: tuple[Tensor, ...]
+    sizes: list[int]
+    bases: Tensor
+    rows: Tensor
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Cuts values of all slots, [sum(sizes)], into views of each tensor's elements."""
+        return values.split(self.sizes)[1::2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +65,7 @@ class ElementTable:
     counts: tuple[int, ...]
     offsets: Tensor | None
     blocks: Tensor
+    _windows: dict[tuple[int, int], Window] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def nnz(self) -> int:
@@ -68,15 +91,36 @@ class ElementTable:
 
     def ids(self, start: int, stop: int) -> Tensor:
         """Computes the element ids of the slots ``[start, stop)``: int64 [stop - start], 0 in padding slots."""
+        if self.offsets is not None:
+            window = self.window(start, stop)
+            sizes = torch.tensor(window.sizes, dtype=torch.int64, device=self.blocks.device)
+            bases = torch.repeat_interleave(window.bases, sizes, output_size=stop - start)
+            return bases + self.offsets[start:stop]  # an offset in padding is 0
         ids = torch.zeros(stop - start, dtype=torch.int64, device=self.blocks.device)
         for tensor, low, high in self.tensor_slices(start, stop):
             first = self.bases[tensor]
             part = ids[low - start : high - start]
-            if self.offsets is None:
-                torch.arange(first + low - self.starts[tensor], first + high - self.starts[tensor], out=part)
-            else:
-                part.copy_(self.offsets[low:high]).add_(first)
+            torch.arange(first + low - self.starts[tensor], first + high - self.starts[tensor], out=part)
         return ids
+
+    def window(self, start: int, stop: int) -> Window:
+        """The slots ``[start, stop)`` cut by tensors. It is kept: call this for few ranges."""
+        if (start, stop) not in self._windows:
+            weights, sizes, bases, rows, end = [], [], [], [], start
+            for tensor, low, high in self.tensor_slices(start, stop):
+                weight, first = self.weights[tensor], self.starts[tensor]
+                weights.append(weight if self.offsets is not None else weight[low - first : high - first])
+                sizes += [low - end, high - low]
+                bases += [0, self.bases[tensor]]
+                rows.append((weights[-1].data_ptr(), low - start, high - low))
+                end = high
+            self._windows[start, stop] = Window(
+                weights=tuple(weights),
+                sizes=[*sizes, stop - end],
+                bases=torch.tensor([*bases, 0], dtype=torch.int64, device=self.blocks.device),
+                rows=torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3),
+            )
+        return self._windows[start, stop]
 
 
 def can_be_dense(weight: Tensor, base: int) -> bool:

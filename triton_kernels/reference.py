@@ -16,6 +16,7 @@ References:
     Moshier, Cephes mathematical library (the polynomials of logf, sinf and cosf).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -223,6 +224,40 @@ class NormalSource(NamedTuple):
 
 TORCH_SOURCE = NormalSource(normal, normal_run)
 
+
+def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
+    """Writes values of slots ``start`` onwards, [n] in the weights' dtype, to the live weights."""
+    window = table.window(start, start + values.numel())
+    if table.offsets is None:
+        for weight, piece in zip(window.weights, window.split(values), strict=True):
+            weight.copy_(piece)
+        return
+    offsets = window.split(table.offsets[start : start + values.numel()].long())
+    for weight, at, piece in zip(window.weights, offsets, window.split(values), strict=True):
+        weight.index_copy_(0, at, piece)
+
+
+def gather(table: ElementTable, start: int, out: Tensor) -> None:
+    """Reads the live weights of slots ``start`` onwards into ``out``, [n] in their dtype; skips slots without one."""
+    window = table.window(start, start + out.numel())
+    if table.offsets is None:
+        for weight, piece in zip(window.weights, window.split(out), strict=True):
+            piece.copy_(weight)
+        return
+    offsets = window.split(table.offsets[start : start + out.numel()])
+    for weight, at, piece in zip(window.weights, offsets, window.split(out), strict=True):
+        torch.index_select(weight, 0, at, out=piece)
+
+
+class WeightAccess(NamedTuple):
+    """An implementation of ``scatter_`` and ``gather``."""
+
+    scatter_: Callable[[ElementTable, int, Tensor], None]
+    gather: Callable[[ElementTable, int, Tensor], None]
+
+
+TORCH_ACCESS = WeightAccess(scatter_, gather)
+
 # Draws the normals for the slots [start, stop) of a table: (table, seed, start, stop) -> float32 [stop - start].
 # Values in slots without an element are arbitrary.
 DrawNormals = Callable[[ElementTable, Tensor, int, int], Tensor]
@@ -258,45 +293,30 @@ def windows(table: ElementTable) -> Iterator[tuple[int, int]]:
         yield start, min(start + _WINDOW, table.slots)
 
 
-def _write_weights(table: ElementTable, start: int, values: Tensor) -> None:
+def _write_weights(table: ElementTable, start: int, values: Tensor, access: WeightAccess) -> None:
     """Casts float32 values to the weights' dtype and writes them to the live weights of slots ``start`` onwards."""
-    stop = start + values.numel()
-    cast = values.to(table.weights[0].dtype)
-    offsets = None if table.offsets is None else table.offsets[start:stop].long()
-    for tensor, low, high in table.tensor_slices(start, stop):
-        value = cast[low - start : high - start]
-        if offsets is None:
-            table.weights[tensor][low - table.starts[tensor] : high - table.starts[tensor]] = value
-        else:
-            table.weights[tensor].index_copy_(0, offsets[low - start : high - start], value)
+    access.scatter_(table, start, values.to(table.weights[0].dtype))
 
 
-def _read_weights(table: ElementTable, start: int, wanted: Tensor) -> Tensor:
-    """Reads the live weights of slots ``start`` onwards; slots without an element get the value of ``wanted``."""
-    live = wanted.clone()
-    offsets = None if table.offsets is None else table.offsets[start : start + wanted.numel()]
-    for tensor, low, high in table.tensor_slices(start, start + wanted.numel()):
-        part, weight = live[low - start : high - start], table.weights[tensor]
-        if offsets is None:
-            part.copy_(weight[low - table.starts[tensor] : high - table.starts[tensor]])
-        else:
-            torch.index_select(weight, 0, offsets[low - start : high - start], out=part)
-    return live
-
-
-def restore_(table: ElementTable, master: Tensor) -> None:
+def restore_(table: ElementTable, master: Tensor, access: WeightAccess = TORCH_ACCESS) -> None:
     """Sets ``w <- cast(master)`` on the masked elements: exact, so nothing drifts.
 
     Args:
         table: table of the masked elements; their weights are written.
         master: masters, float32 [slots].
+        access: writes the weights.
     """
     for start, stop in windows(table):
-        _write_weights(table, start, master[start:stop])
+        _write_weights(table, start, master[start:stop], access)
 
 
 def perturb_(
-    table: ElementTable, master: Tensor, seed: Tensor, scale: Tensor, draw: DrawNormals = table_normals
+    table: ElementTable,
+    master: Tensor,
+    seed: Tensor,
+    scale: Tensor,
+    draw: DrawNormals = table_normals,
+    access: WeightAccess = TORCH_ACCESS,
 ) -> None:
     """Sets ``w <- cast(master + scale * z)`` on the masked elements.
 
@@ -306,9 +326,10 @@ def perturb_(
         seed: seed of ``z``, int64 [1] with its 64 bits.
         scale: scale of the perturbation, float32 [1]: ``+eps`` or ``-eps``.
         draw: draws the normals.
+        access: writes the weights.
     """
     for start, stop in windows(table):
-        _write_weights(table, start, master[start:stop] + draw(table, seed, start, stop) * scale)
+        _write_weights(table, start, master[start:stop] + draw(table, seed, start, stop) * scale, access)
 
 
 def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
@@ -328,7 +349,7 @@ def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
-def compare(table: ElementTable, master: Tensor, counts: Tensor) -> None:
+def compare(table: ElementTable, master: Tensor, counts: Tensor, access: WeightAccess = TORCH_ACCESS) -> None:
     """Counts the live weights that something else has written, and the masters that the weights cannot hold.
 
     Nothing is written to weights or masters. NaN counts as equal to NaN.
@@ -338,11 +359,13 @@ def compare(table: ElementTable, master: Tensor, counts: Tensor) -> None:
         master: masters, float32 [slots].
         counts: int64 [2], added to: the number of weights that differ from ``cast(master)``; the number of finite
             masters for which ``cast(master)`` is infinite.
+        access: reads the weights.
     """
     for start, stop in windows(table):
         part = master[start:stop]
         wanted = part.to(table.weights[0].dtype)
-        live = _read_weights(table, start, wanted)
+        live = wanted.clone()  # slots without an element are equal
+        access.gather(table, start, live)
         counts[0] += ((live != wanted) & ~(live.isnan() & wanted.isnan())).sum()
         counts[1] += (wanted.isinf() & part.isfinite()).sum()
 
@@ -353,6 +376,7 @@ def update_(
     seed: Tensor,
     c: Tensor,
     draw: DrawNormals = table_normals,
+    access: WeightAccess = TORCH_ACCESS,
     *,
     applied: Tensor | None = None,
     number: int = 0,
@@ -371,12 +395,13 @@ def update_(
         seed: seed of ``z``, int64 [1] with its 64 bits.
         c: coefficient, learning rate times projected gradient, float32 [1].
         draw: draws the normals.
+        access: writes the weights.
         applied: number of updates that each window has, int32 [windows]; written. None counts nothing.
         number: number of updates before this one.
     """
     for i, (start, stop) in enumerate(windows(table)):
         _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
-        _write_weights(table, start, master[start:stop])
+        _write_weights(table, start, master[start:stop], access)
 
 
 def update_perturb_(
@@ -387,6 +412,7 @@ def update_perturb_(
     next_seed: Tensor,
     scale: Tensor,
     draw: DrawNormals = table_normals,
+    access: WeightAccess = TORCH_ACCESS,
     *,
     applied: Tensor | None = None,
     number: int = 0,
@@ -401,12 +427,13 @@ def update_perturb_(
         next_seed: seed of the next perturbation's ``z``, int64 [1].
         scale: scale of the next perturbation, float32 [1].
         draw: draws the normals.
+        access: writes the weights.
         applied: see ``update_``.
         number: see ``update_``.
     """
     for i, (start, stop) in enumerate(windows(table)):
         _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
-        _write_weights(table, start, master[start:stop] + draw(table, next_seed, start, stop) * scale)
+        _write_weights(table, start, master[start:stop] + draw(table, next_seed, start, stop) * scale, access)
 
 
 def replay_(
@@ -415,6 +442,7 @@ def replay_(
     seeds: Tensor,
     c: Tensor,
     draw: DrawNormals = table_normals,
+    access: WeightAccess = TORCH_ACCESS,
     *,
     applied: Tensor | None = None,
     number: int = 0,
@@ -427,13 +455,14 @@ def replay_(
         seeds: seed of each update, int64 [n].
         c: coefficient of each update, float32 [n].
         draw: draws the normals.
+        access: writes the weights.
         applied: see ``update_``.
         number: number of updates before the first one.
     """
     for i, (start, stop) in enumerate(windows(table)):
         for j, (seed, coefficient) in enumerate(zip(seeds, c, strict=True)):
             _update_window(table, master, seed, coefficient, (start, stop), draw, _count(applied, i), number + j)
-        _write_weights(table, start, master[start:stop])
+        _write_weights(table, start, master[start:stop], access)
 
 
 def _count(applied: Tensor | None, window: int) -> Tensor | None:
@@ -466,7 +495,7 @@ def _update_window(
     if count is not None and int(count) > number:
         return
     targets, changes = [], []
-    if torch.isfinite(c):
+    if math.isfinite(c):
         targets, changes = [master[window[0] : window[1]]], [draw(table, seed, *window) * c]
     if count is not None:
         targets.append(count)
@@ -509,12 +538,15 @@ def tree_sum(values: Tensor) -> Tensor:
 
 
 __all__ = [
+    "TORCH_ACCESS",
     "TORCH_SOURCE",
     "DrawNormals",
     "NormalSource",
+    "WeightAccess",
     "bits",
     "coefficients",
     "compare",
+    "gather",
     "inner",
     "normal",
     "normal_run",
@@ -523,6 +555,7 @@ __all__ = [
     "radius",
     "replay_",
     "restore_",
+    "scatter_",
     "seed_of",
     "seed_tensor",
     "sin_cos",
