@@ -1,5 +1,6 @@
 """The program for a machine with a GPU: it runs to its end on a CPU, and a stop or a failure loses one part."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -312,3 +313,15 @@ def test_a_part_names_its_file(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert read(tmp_path / "p.json") == {"device": "cpu", "rows": [1]}
     assert pipeline.measure.__doc__
+
+
+def test_a_captured_time_is_that_of_one_launch_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an imitation of CUDA's graphs and events, for the lack of a GPU."""
+    events: list[str] = []
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda _: 40.0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    assert sweep._captured(lambda: events.append("launch"), 20) == pytest.approx(0.002)
+    assert events == ["launch"] * 20 + ["replay"] * 5
