@@ -108,11 +108,12 @@ class LaunchGroup:
 
     def to_device(self, value: Tensor) -> Tensor:
         """Copies seeds, scales or coefficients to this group's device without waiting."""
-        return value.to(self.master.device, non_blocking=True)
+        device = self.master.device
+        return value if value.device == device else value.to(device, non_blocking=True)
 
     def coefficient(self, c: Tensor) -> Tensor:
         """Selects this group's coefficient, float32 [1], from the coefficients of all groups, float32 [groups]."""
-        return self.to_device(c[self.group : self.group + 1])
+        return self.to_device(c if c.numel() == 1 else c[self.group : self.group + 1])
 
     def has_updates(self, updates: int) -> bool:
         """Whether all parts have this number of updates; waits for the device."""

@@ -63,6 +63,7 @@ class SparseMask:
     calibration: str = ""
     gradient: Tensor | None = field(default=None, repr=False)
     scores: Tensor | None = field(default=None, repr=False)
+    _hashed: tuple[int | None, str] | None = field(default=None, init=False, repr=False)  # version of ids, digest
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -85,10 +86,18 @@ class SparseMask:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the ids and the model's parameter table, in hexadecimal: equal masks select the same elements."""
-        digest = hashlib.sha256(self.table.digest.encode())
-        digest.update(self.ids.contiguous().numpy())  # type: ignore[arg-type]
-        return digest.hexdigest()
+        """SHA-256 of the ids and the model's parameter table, in hexadecimal: equal masks select the same elements.
+
+        The ids are hashed once, and again only if they were written since, other than through a NumPy array that shares
+        their memory.
+        """
+        version = None if self.ids.is_inference() else self.ids._version  # inference tensors have none
+        if version is None or self._hashed is None or self._hashed[0] != version:
+            digest = hashlib.sha256(self.table.digest.encode())
+            digest.update(self.ids.contiguous().numpy())  # type: ignore[arg-type]
+            object.__setattr__(self, "_hashed", (version, digest.hexdigest()))
+        assert self._hashed is not None
+        return self._hashed[1]
 
     @classmethod
     @torch.inference_mode(False)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -95,7 +96,7 @@ class ParameterTable:
             raise ValueError("the table lists a parameter twice")
         return cls(tuple(names), tuple(shape for _, shape, _ in rows), tuple(bases), size)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the table, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()

@@ -147,13 +147,7 @@ def select_largest(
     """
     if bases is None:
         bases = list(accumulate([tensor.numel() for tensor in tensors], initial=0))[:-1]
-    best = torch.empty(0, dtype=torch.float32, device="cpu")
-    for _, scores in _pieces(tensors, bases, k, score):
-        if best.numel() == k:
-            scores = scores[scores > best.min().to(scores.device)]
-        values = torch.topk(scores, min(k, scores.numel()), sorted=False).values.cpu()
-        merged = torch.cat([best, values])
-        best = torch.topk(merged, min(k, merged.numel()), sorted=False).values
+    best = _largest((scores for _, scores in _pieces(tensors, bases, k, score)), k)
     threshold = best.min()
     ties = k - int((best > threshold).sum())
     ids, chosen = [], []
@@ -167,6 +161,30 @@ def select_largest(
         ids.append((at + base).cpu())
         chosen.append(scores[at].cpu())
     return torch.cat(ids), torch.cat(chosen)
+
+
+def _largest(pieces: Iterable[Tensor], k: int) -> Tensor:
+    """The k largest of all scores: float32 [k] on the device of the first piece.
+
+    Those that may be among them are collected and ranked when there are enough, so that few pieces cost a ranking.
+    """
+    candidates: list[Tensor] = []  # the largest so far, then scores of later pieces that are above the least of them
+    count, least = 0, None
+    for scores in pieces:
+        if least is not None:
+            scores = scores[scores > least.to(scores.device)]
+        if scores.numel() > k:
+            scores = _top(scores, k)
+        candidates.append(scores.to(candidates[0].device if candidates else scores.device))
+        count += scores.numel()
+        if count >= k and (least is None or count >= k + max(k, _PIECE) // 2):
+            candidates, count = [_top(torch.cat(candidates), k)], k
+            least = candidates[0].min()
+    return _top(torch.cat(candidates), k)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    return torch.topk(values, k, sorted=False).values
 
 
 def _pieces(

@@ -1,12 +1,10 @@
 """Reads and writes masked weights on a CPU, compiled by numba: one call for all tensors of a table, by their addresses.
 
-torch needs a call for each tensor, which takes longer than the few values that a sparse mask has in it.
+torch needs a call for each tensor, which takes longer than the few values that a sparse mask has in it. The compiled
+functions take addresses too, because arrays as arguments would take longer than the loops over a small mask.
 """
 
-from typing import Any
-
 import numba
-import torch
 from numba import int16, int32, int64, types, void
 from numba.extending import intrinsic
 from torch import Tensor
@@ -15,61 +13,88 @@ from torch.autograd.graph import increment_version
 from . import reference
 from .elements import ElementTable
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
-
 
 @intrinsic
-def _pointer(typing_context, address, like):
-    """The address as a pointer to elements of the array ``like``."""
+def _pointer(typing_context, address, element):
+    """The address as a pointer to elements of the type ``element``."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like.dtype)(address, like), generate
+    return types.CPointer(element.dtype)(address, element), generate
 
 
-_SIGNATURES = [void(int64[:, ::1], offset[::1], bits[::1]) for offset in (int32, int64) for bits in (int16, int32)]
+# Arguments: addresses of ``Window.rows``, their number, addresses of the offsets (int32) and of the values.
+_SIGNATURE = void(int64, int64, int64, int64)
 
 
-@numba.njit(_SIGNATURES, nogil=True, cache=True)
-def _scatter(rows, offsets, values):
-    for row in range(rows.shape[0]):
-        weights = _pointer(rows[row, 0], values)
-        for slot in range(rows[row, 1], rows[row, 1] + rows[row, 2]):
+@numba.njit(_SIGNATURE, nogil=True, cache=True)
+def _scatter_4_bytes(rows, n, offsets, values):
+    rows, offsets, values = _pointer(rows, int64), _pointer(offsets, int32), _pointer(values, int32)
+    for row in range(0, 3 * n, 3):
+        weights = _pointer(rows[row], int32)
+        for slot in range(rows[row + 1], rows[row + 1] + rows[row + 2]):
             weights[offsets[slot]] = values[slot]
 
 
-@numba.njit(_SIGNATURES, nogil=True, cache=True)
-def _gather(rows, offsets, out):
-    for row in range(rows.shape[0]):
-        weights = _pointer(rows[row, 0], out)
-        for slot in range(rows[row, 1], rows[row, 1] + rows[row, 2]):
-            out[slot] = weights[offsets[slot]]
+@numba.njit(_SIGNATURE, nogil=True, cache=True)
+def _scatter_2_bytes(rows, n, offsets, values):
+    rows, offsets, values = _pointer(rows, int64), _pointer(offsets, int32), _pointer(values, int16)
+    for row in range(0, 3 * n, 3):
+        weights = _pointer(rows[row], int16)
+        for slot in range(rows[row + 1], rows[row + 1] + rows[row + 2]):
+            weights[offsets[slot]] = values[slot]
+
+
+@numba.njit(_SIGNATURE, nogil=True, cache=True)
+def _gather_4_bytes(rows, n, offsets, values):
+    rows, offsets, values = _pointer(rows, int64), _pointer(offsets, int32), _pointer(values, int32)
+    for row in range(0, 3 * n, 3):
+        weights = _pointer(rows[row], int32)
+        for slot in range(rows[row + 1], rows[row + 1] + rows[row + 2]):
+            values[slot] = weights[offsets[slot]]
+
+
+@numba.njit(_SIGNATURE, nogil=True, cache=True)
+def _gather_2_bytes(rows, n, offsets, values):
+    rows, offsets, values = _pointer(rows, int64), _pointer(offsets, int32), _pointer(values, int16)
+    for row in range(0, 3 * n, 3):
+        weights = _pointer(rows[row], int16)
+        for slot in range(rows[row + 1], rows[row + 1] + rows[row + 2]):
+            values[slot] = weights[offsets[slot]]
 
 
 def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
     """Writes values of slots ``start`` onwards to the live weights; see ``reference.scatter_``."""
-    if table.offsets is None:  # contiguous
+    if not _is_compiled_for(table):
         reference.scatter_(table, start, values)
         return
-    stop = start + values.numel()
-    window = table.window(start, stop)
-    _scatter(window.rows.numpy(), table.offsets.numpy()[start:stop], _bits(values))
+    window, values = table.window(start, start + values.numel()), values.contiguous()
+    compiled = _scatter_4_bytes if values.element_size() == 4 else _scatter_2_bytes
+    compiled(window.rows.data_ptr(), len(window.weights), _offsets(table, start), values.data_ptr())
     increment_version(window.weights)  # so that autograd notices, as it does when torch writes
 
 
 def gather(table: ElementTable, start: int, out: Tensor) -> None:
     """Reads the live weights of slots ``start`` onwards; see ``reference.gather``."""
-    if table.offsets is None:
+    if not _is_compiled_for(table):
         reference.gather(table, start, out)
         return
-    stop = start + out.numel()
-    _gather(table.window(start, stop).rows.numpy(), table.offsets.numpy()[start:stop], _bits(out))
+    assert out.is_contiguous()
+    window = table.window(start, start + out.numel())
+    compiled = _gather_4_bytes if out.element_size() == 4 else _gather_2_bytes
+    compiled(window.rows.data_ptr(), len(window.weights), _offsets(table, start), out.data_ptr())
 
 
-def _bits(values: Tensor) -> Any:
-    """The memory of contiguous values of 2 or 4 bytes, as an array of integers."""
-    return values.view(_INTEGERS[values.element_size()]).numpy()
+def _is_compiled_for(table: ElementTable) -> bool:
+    """Whether it is not for torch: without offsets the weights are contiguous, and int64 ones are of huge tensors."""
+    return table.offsets is not None and table.offsets.element_size() == 4
+
+
+def _offsets(table: ElementTable, start: int) -> int:
+    """Address of the offset of slot ``start``."""
+    assert table.offsets is not None
+    return table.offsets.data_ptr() + 4 * start
 
 
 __all__ = ["gather", "scatter_"]

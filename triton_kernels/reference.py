@@ -295,7 +295,8 @@ def windows(table: ElementTable) -> Iterator[tuple[int, int]]:
 
 def _write_weights(table: ElementTable, start: int, values: Tensor, access: WeightAccess) -> None:
     """Casts float32 values to the weights' dtype and writes them to the live weights of slots ``start`` onwards."""
-    access.scatter_(table, start, values.to(table.weights[0].dtype))
+    dtype = table.weights[0].dtype
+    access.scatter_(table, start, values if values.dtype == dtype else values.to(dtype))
 
 
 def restore_(table: ElementTable, master: Tensor, access: WeightAccess = TORCH_ACCESS) -> None:
