@@ -240,10 +240,9 @@ class SparseZOTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), dtype=torch.float32, device=self.args.device)
         parts, self._parts, self._forward_model = self._parts, [], model
-        gathered = self.args.world_size > 1
-        return self.zo.step_many([functools.partial(self._loss, parts) if gathered else BoundLoss(self._loss, parts)])[
-            0
-        ]
+        if self.args.world_size > 1:  # losses are gathered from all processes, which is not captured
+            return self.zo.step_many([functools.partial(self._loss, parts)])[0]
+        return self.zo.step_many([BoundLoss(self._loss, parts)])[0]
 
     @property
     def update_log(self) -> UpdateLog:

@@ -6,6 +6,9 @@ they stay in working order.
 
 import copy
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +17,13 @@ from meerkat_engine import SparseMask, SparseZO, replay
 from meerkat_engine.bench.gpu.words import differing_words
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.backend import resolve
+from meerkat_engine.engine.captured import BoundLoss
 from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import BLOCK, build_table, reference
 from meerkat_engine.triton_kernels.normal import polar
 
+from helpers.command import call
+from helpers.graphs import ImitatedGraphs
 from helpers.models import make_model
 from helpers.tensors import same_bits
 from helpers.waiting import no_host_waits
@@ -153,6 +159,145 @@ def test_a_captured_step_can_be_replayed_with_new_values() -> None:
     assert all(g for _, _, g in log)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert same_bits(a, b)
+
+
+class Captured:
+    """A tiny Llama whose steps are captured: by a GPU, or by an imitation on the CPU."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+        self.device, self.model = device, make_model("llama", dtype).to(device)
+        self.base = make_model("llama", dtype)
+        self.mask = SparseMask.random(self.base, 0.05, 1)
+        self.opt = SparseZO(self.model, self.mask, **{"lr": 0.05, "eps": 1e-2, "seed": 4, **options})  # type: ignore[arg-type]
+        if device.type == "cpu":
+            ImitatedGraphs(self.opt)
+
+    def loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The loss with a 4-D mask, which transformers does not look into."""
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    def inputs(self, i: int, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = (torch.arange(3 * length) * (i + 1)).view(3, length) % 90 + 3
+        dtype = next(self.model.parameters()).dtype
+        mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1).expand(3, 1, -1, -1)
+        return ids.to(self.device), mask.contiguous().to(self.device)
+
+    def steps(self, *inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.opt.step_many(BoundLoss(self.loss, *each) for each in inputs)
+
+    def check(self) -> None:
+        """The log leads to the same weights on the CPU."""
+        replay(self.base, self.mask, self.opt.log, "torch")
+        for a, b in zip(self.base.parameters(), self.model.parameters(), strict=True):
+            assert same_bits(a, b.detach().cpu())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"queries": 2}, {"queries": 2, "estimator": "forward-difference"}], ids=["one", "two", "forward"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_steps_have_the_bits_of_other_steps(
+    device: torch.device, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    runs = [Captured(device, dtype, **options, capture=capture) for capture in ("auto", "off")]
+    for run in runs:
+        run.steps(*[run.inputs(i) for i in range(3)])
+        run.opt.param_groups[0]["lr"] = 0.02
+        more = [run.inputs(i, length) for i, length in ((3, 20), (4, 12), (5, 12), (6, 20))]
+        with no_host_waits(device) if run.opt.capture == "off" else nullcontext():  # a capture and its check wait
+            run.steps(*more)
+        run.steps(*more)
+        run.check()
+    captured, plain = runs
+    assert captured.opt.not_captured is None
+    assert (captured.opt.captured_steps, plain.opt.captured_steps) == (9, 0)
+    assert captured.opt.projected_gradients == plain.opt.projected_gradients
+    assert len(set(plain.opt.projected_gradients)) > 9
+
+
+def test_captured_steps_do_not_make_the_host_wait(device: torch.device) -> None:
+    run = Captured(device)
+    inputs = [run.inputs(i) for i in range(4)]
+    run.steps(*inputs)
+    with no_host_waits(device):
+        run.steps(*inputs)
+    assert run.opt.captured_steps == 7
+    run.check()
+
+
+def test_graphs_beyond_the_bound_are_dropped(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meerkat_engine.engine.captured.MAX_PROGRAMS", 2)
+    run = Captured(device)
+    with pytest.warns(UserWarning, match="inputs of more than 2 shapes"):
+        run.steps(*[run.inputs(i, length) for length in (8, 10, 12, 8) for i in range(3)])
+    assert run.opt.captured_steps == 8
+    assert len(run.opt._captured._programs) == 2
+    run.check()
+
+
+def test_a_loss_that_is_not_finite_in_a_captured_step_changes_nothing(device: torch.device) -> None:
+    run = Captured(device, nonfinite="skip")
+    good, bad = [run.inputs(i) for i in range(3)], run.inputs(3)
+    bad[1].fill_(float("nan"))
+    run.steps(*good, bad, *good)
+    assert [g != g for g in run.opt.projected_gradients] == [False] * 3 + [True] + [False] * 3
+    assert run.opt.captured_steps == 6
+    run.check()
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_interrupted_replay_is_completed(device: torch.device, launched: bool) -> None:
+    run, other = Captured(device), Captured(device)
+    inputs = [run.inputs(i) for i in range(4)]
+    run.steps(*inputs)
+    (program,) = run.opt._captured._programs.values()
+    replay_graph = program.replay
+    assert replay_graph is not None
+
+    def interrupted() -> None:
+        if launched:
+            replay_graph()
+        raise KeyboardInterrupt
+
+    program.replay = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.steps(*inputs)
+    assert run.opt.steps == 4
+    program.replay = replay_graph
+    run.steps(*inputs)
+    other.steps(*inputs, *inputs)
+    run.check()
+    assert run.opt.projected_gradients == other.opt.projected_gradients
+
+
+def test_a_loss_that_cannot_be_captured_is_not_and_says_why(device: torch.device) -> None:
+    run = Captured(device)
+    inputs = [run.inputs(i) for i in range(4)]
+
+    def reads(*each: torch.Tensor) -> torch.Tensor:
+        loss = run.loss(*each)
+        assert loss.item() > 0
+        return loss
+
+    with pytest.warns(UserWarning, match="not captured as a CUDA graph: recording it raised"):
+        run.opt.step_many([BoundLoss(reads, *each) for each in inputs])
+    assert run.opt.captured_steps == 0
+    run.steps(*inputs)  # the device is as it was: another loss is captured
+    assert run.opt.captured_steps == 3
+    run.check()
+
+
+def test_a_run_on_the_device_has_a_ledger_that_the_cpu_replays(device: torch.device, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    result = call("run", "--device", device.type, "--rounds", "3", "--calibration-texts", "64", "--output", run)
+    assert result.exit_code == 0, result.output
+    assert ("local steps are replayed from CUDA graphs" in result.output) == (device.type == "cuda")
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace('device = "cuda"', 'device = "cpu"'))
+    replayed = call("replay", run)
+    assert replayed.exit_code == 0, replayed.output
+    assert "the same bits as at the end of the run" in replayed.output
 
 
 def test_radius_and_angle_of_every_word_have_the_bits_of_the_cpu(device: torch.device) -> None:
