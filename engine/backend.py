@@ -168,13 +168,17 @@ class TorchBackend:
             while kept and (len(kept) + 1) * table.slots > _KEPT_FOR_LATER:
                 del kept[next(iter(kept))]
             kept[number] = z
-        return kept[number][start:stop]
+        return reference.part(kept[number], start, stop)
 
     def _draw_once(self, table: ElementTable, seed: Tensor, start: int, stop: int) -> Tensor:
         """Does ``_draw`` for a seed that is not needed again soon: a new draw is not kept."""
         _, kept = self._kept.get(id(table), (table, {}))
         z = kept.get(reference.seed_of(seed))
-        return reference.table_normals(table, seed, start, stop, self._source) if z is None else z[start:stop]
+        return (
+            reference.table_normals(table, seed, start, stop, self._source)
+            if z is None
+            else reference.part(z, start, stop)
+        )
 
 
 class TritonBackend:

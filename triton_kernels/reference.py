@@ -225,6 +225,11 @@ class NormalSource(NamedTuple):
 TORCH_SOURCE = NormalSource(normal, normal_run)
 
 
+def part(values: Tensor, start: int, stop: int) -> Tensor:
+    """Returns ``values[start:stop]``. If that is all, as for most tables, it takes no operation."""
+    return values if stop - start == values.numel() else values[start:stop]
+
+
 def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
     """Writes values of slots ``start`` onwards, [n] in the weights' dtype, to the live weights."""
     window = table.window(start, start + values.numel())
@@ -232,7 +237,7 @@ def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
         for weight, piece in zip(window.weights, window.split(values), strict=True):
             weight.copy_(piece)
         return
-    offsets = window.split(table.offsets[start : start + values.numel()].long())
+    offsets = window.split(part(table.offsets, start, start + values.numel()).long())
     for weight, at, piece in zip(window.weights, offsets, window.split(values), strict=True):
         weight.index_copy_(0, at, piece)
 
@@ -308,7 +313,7 @@ def restore_(table: ElementTable, master: Tensor, access: WeightAccess = TORCH_A
         access: writes the weights.
     """
     for start, stop in windows(table):
-        _write_weights(table, start, master[start:stop], access)
+        _write_weights(table, start, part(master, start, stop), access)
 
 
 def perturb_(
@@ -330,7 +335,7 @@ def perturb_(
         access: writes the weights.
     """
     for start, stop in windows(table):
-        _write_weights(table, start, master[start:stop] + draw(table, seed, start, stop) * scale, access)
+        _write_weights(table, start, part(master, start, stop) + draw(table, seed, start, stop) * scale, access)
 
 
 def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
@@ -363,12 +368,12 @@ def compare(table: ElementTable, master: Tensor, counts: Tensor, access: WeightA
         access: reads the weights.
     """
     for start, stop in windows(table):
-        part = master[start:stop]
-        wanted = part.to(table.weights[0].dtype)
+        masters = part(master, start, stop)
+        wanted = masters.to(table.weights[0].dtype)
         live = wanted.clone()  # slots without an element are equal
         access.gather(table, start, live)
         counts[0] += ((live != wanted) & ~(live.isnan() & wanted.isnan())).sum()
-        counts[1] += (wanted.isinf() & part.isfinite()).sum()
+        counts[1] += (wanted.isinf() & masters.isfinite()).sum()
 
 
 def update_(
@@ -402,7 +407,7 @@ def update_(
     """
     for i, (start, stop) in enumerate(windows(table)):
         _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
-        _write_weights(table, start, master[start:stop], access)
+        _write_weights(table, start, part(master, start, stop), access)
 
 
 def update_perturb_(
@@ -434,7 +439,7 @@ def update_perturb_(
     """
     for i, (start, stop) in enumerate(windows(table)):
         _update_window(table, master, seed, c, (start, stop), draw, _count(applied, i), number)
-        _write_weights(table, start, master[start:stop] + draw(table, next_seed, start, stop) * scale, access)
+        _write_weights(table, start, part(master, start, stop) + draw(table, next_seed, start, stop) * scale, access)
 
 
 def replay_(
@@ -463,12 +468,12 @@ def replay_(
     for i, (start, stop) in enumerate(windows(table)):
         for j, (seed, coefficient) in enumerate(zip(seeds, c, strict=True)):
             _update_window(table, master, seed, coefficient, (start, stop), draw, _count(applied, i), number + j)
-        _write_weights(table, start, master[start:stop], access)
+        _write_weights(table, start, part(master, start, stop), access)
 
 
 def _count(applied: Tensor | None, window: int) -> Tensor | None:
     """Selects a window's number of updates, int32 [1]."""
-    return None if applied is None else applied[window : window + 1]
+    return None if applied is None else part(applied, window, window + 1)
 
 
 def _update_window(
@@ -497,7 +502,7 @@ def _update_window(
         return
     targets, changes = [], []
     if math.isfinite(c):
-        targets, changes = [master[window[0] : window[1]]], [draw(table, seed, *window) * c]
+        targets, changes = [part(master, *window)], [draw(table, seed, *window) * c]
     if count is not None:
         targets.append(count)
         changes.append(torch.full_like(count, -1))
@@ -551,6 +556,7 @@ __all__ = [
     "inner",
     "normal",
     "normal_run",
+    "part",
     "perturb_",
     "philox4x32",
     "radius",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,15 +46,36 @@ def test_auto_uses_torch_if_numba_is_not_installed() -> None:
     assert "run pip install -c constraints.txt '.[cpu]', or use backend='torch'" in done.stderr
 
 
-def test_numba_without_a_cache_directory_suggests_a_fix() -> None:
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "AttributeError"])
+def test_auto_uses_torch_and_says_so_once_if_numba_cannot_be_imported(tmp_path: Path, error: str) -> None:
+    """As when the installed NumPy is too new for it, or one of its libraries is missing."""
+    broken = tmp_path / "numba" / "__init__.py"
+    broken.parent.mkdir()
+    broken.write_text(f"raise {error}('Numba needs NumPy 2.3 or less')")
+    done = run_script(
+        "import torch, warnings",
+        "warnings.simplefilter('always')",
+        "from meerkat_engine import stream",
+        "print([stream.normal(0, torch.arange(3)).numel() for _ in range(2)])",
+        "stream.normal(0, torch.arange(3), backend='numba')",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.stdout == "[3, 3]\n"
+    assert done.stderr.count("UserWarning: normals are drawn by torch, which is several times slower") == 1
+    assert done.stderr.count("(Numba needs NumPy 2.3 or less)") == 2  # the warning, and the error at backend='numba'
+
+
+@pytest.mark.parametrize("backend", ["auto", "numba"])
+def test_numba_without_a_cache_directory_suggests_a_fix(backend: str) -> None:
     """This happens in a container with a read-only installation and no home directory."""
     done = run_script(
         "from numba.core.caching import CacheImpl",
         "CacheImpl._locator_classes = []",  # no directory is writable
         "import torch",
         "from meerkat_engine import stream",
-        "stream.normal(0, torch.arange(3))",
+        f"stream.normal(0, torch.arange(3), backend={backend!r})",
     )
+    assert done.returncode == (backend == "numba")
     assert "set NUMBA_CACHE_DIR to a writable directory, or use backend='torch'" in done.stderr
 
 

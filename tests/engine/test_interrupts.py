@@ -12,6 +12,7 @@ from torch import nn
 
 from meerkat_engine import replay
 from meerkat_engine.engine.captured import BoundLoss
+from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import reference
 
 from helpers.graphs import ImitatedGraphs
@@ -112,18 +113,25 @@ def test_replay_and_loaded_masters_are_applied_once_or_not_at_all(monkeypatch: p
     monkeypatch.setattr(reference, "_WINDOW", window)
     updates = ([5, 6, 7], [0.1, -0.2, 0.3])
     ends, places = [], []
-    for operation in ("replay_", "set_masters_"):
+    other = start("bfloat16")[1].weights
+    other.set_masters_(other.masters() + 1)
+    operations: dict[str, Callable[[MaskedWeights], None]] = {
+        "replay_": lambda weights: weights.replay_(*updates),
+        "set_masters_": lambda weights: weights.set_masters_(other.masters()),
+        "put_back_": lambda weights: weights.put_back_(other.saved()),
+    }
+    for operation, run in operations.items():
         _, opt, _ = start("bfloat16")
         before = opt.weights.masters()
         with Interrupts().active() as interrupts:
-            opt.weights.replay_(*updates) if operation == "replay_" else opt.weights.set_masters_(before + 1)
+            run(opt.weights)
         ends.append((operation, before, opt.weights.masters()))
         places.append(interrupts.seen)
     for (operation, before, after), count in zip(ends, places, strict=True):
         for place in random.Random(operation).sample(range(count), 40):
             _, opt, _ = start("bfloat16")
             with pytest.raises(KeyboardInterrupt), Interrupts(place).active():
-                opt.weights.replay_(*updates) if operation == "replay_" else opt.weights.set_masters_(before + 1)
+                operations[operation](opt.weights)
             masters = opt.weights.masters()
             assert same_bits(masters, before) or same_bits(masters, after)
             assert same_bits(live_weights(opt), cast_masters(opt))
