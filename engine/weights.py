@@ -53,7 +53,7 @@ class MaskedWeights:
     Attributes:
         mask: the mask.
         values: makes seeds and scales for the operations, on the device of the first masked parameter.
-        updates: number of updates applied so far.
+        updates: number of updates applied so far, those without effect included (see ``run_program_``).
         replacements: number of times that the masters were replaced, or updates were replayed.
 
     Raises:
@@ -177,13 +177,15 @@ class MaskedWeights:
             _restore_(group)
 
         self._prepare_pass(check=True)
-        self._unfinished = (complete, True, self.updates, self.updates + len(updates))
+        after = self.updates + len(updates)
+        self._unfinished = (complete, True, self.updates, after)
         try:
             program(Passes(self._launch_groups, self.updates))
         except BaseException:
             self._complete()
             raise
-        self._unfinished, self._restored, self.updates = None, False, self.updates + len(updates)
+        # No call in between, see ``_run``.
+        self._unfinished, self._restored, self.updates = None, False, after
 
     def passes(self) -> Passes:
         """Returns the passes of a program that is recorded, not run."""
