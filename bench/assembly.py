@@ -78,7 +78,8 @@ class Assembly:
 
     def square_roots(self) -> int:
         """Returns the number of square roots per thread."""
-        return self._lanes(r"= (?:tail )?call (?:<(\d+) x )?.*sqrt")
+        # triton 3.6 expands them itself for AMD, each into one rsq and fused operations
+        return self._lanes(r"= (?:tail )?call (?:<(\d+) x )?.*(?:sqrt|amdgcn\.rsq)")
 
     def quotients(self) -> int:
         """Returns the number of float64 divisions per thread."""

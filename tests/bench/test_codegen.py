@@ -113,9 +113,10 @@ def test_operations_on_vectors_count_once_a_value() -> None:
         "  %1 = tail call float @llvm.sqrt.f32(float %0)\n  %2 = call <2 x float> @llvm.sqrt.v2f32(<2 x float> %9)\n"
         "  %3 = tail call <4 x float> @llvm.sqrt.v4f32(<4 x float> %8)\n  %4 = fdiv <2 x double> %5, %6\n"
         "  %7 = tail call double @llvm.nvvm.div.rn.d(double %5, double %6)\n  %8 = fdiv <2 x float> %1, %2\n"
+        "declare float @llvm.amdgcn.rsq.f32(float) #0\n  %9 = tail call float @llvm.amdgcn.rsq.f32(float %3)\n"
     )
     assembly = Assembly(SimpleNamespace(asm={"llir": code}))
-    assert (assembly.square_roots(), assembly.quotients()) == (7, 3)
+    assert (assembly.square_roots(), assembly.quotients()) == (8, 3)
 
 
 @pytest.mark.parametrize(
