@@ -75,7 +75,7 @@ def test_the_run_directory_has_all_files_and_metrics(finished: tuple[Path, Resul
         "origin.json",
         "snapshot.safetensors",
     ]
-    assert make_config(read_toml(output / "config.toml")) == make_config({})
+    assert make_config(read_toml(output / "config.toml")) == make_config({"dtype": "float32"})
     lines = metrics_of(output)
     assert [line["round"] for line in lines[:-1]] == list(range(31))
     for line in lines[:-1]:
@@ -226,7 +226,7 @@ def test_options_override_the_settings_file(tmp_path: Path) -> None:
         (["--clients", "0"], "clients must be at least 1, got 0"),
         (["--eps", "0"], "eps must be finite and positive"),
         (["--lr", "nan"], "lr must be finite"),
-        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+        (["--dtype", "int8"], "dtype must be one of auto, float32, bfloat16, float16"),
         (["--seed", "-1"], "seed must be in"),
         (["--device", "cuda"], "torch sees no CUDA or ROCm device"),
         (["--device", "abacus"], "unknown device 'abacus'"),
