@@ -262,12 +262,19 @@ class SparseZO(torch.optim.Optimizer):
         self, closures: Iterable[Callable[[], Tensor | float]], seeds: Sequence[SupportsIndex] | None
     ) -> list[Tensor]:
         def take_steps() -> list[Tensor]:
-            return [
-                self.step(closure, None if seeds is None else self._seeds.given(seeds, number))
-                for number, closure in enumerate(closures)
-            ]
+            losses = []
+            for number, closure in enumerate(closures):
+                given = None if seeds is None else self._seeds.given(seeds, number)
+                # torch's wrapper around `step` takes longer than the passes over a small mask.
+                direct = callable(closure) and not self._is_step_watched()
+                losses.append((self._take_step if direct else self.step)(closure, given))
+            return losses
 
         return self._changing("step_many", take_steps)
+
+    def _is_step_watched(self) -> bool:
+        """Whether somebody would notice that ``step`` is not called: a hook, a subclass, or a scheduler's wrapper."""
+        return self._has_step_hooks() or "step" in vars(self) or type(self).step is not SparseZO.step
 
     @property
     def projected_gradients(self) -> list[float]:

@@ -314,3 +314,24 @@ def test_masters_that_were_set_directly_end_the_log() -> None:
     opt.reload()
     opt.step(closure)
     assert len(opt.log.updates) == 1
+
+
+@pytest.mark.parametrize("watch", ["subclass", "wrapper", "hook"])
+def test_step_many_calls_step_if_somebody_would_notice_that_it_does_not(watch: str) -> None:
+    called = []
+
+    class Watched(SparseZO):
+        def step(self, *of):  # type: ignore[no-untyped-def, override]
+            called.append(1)
+            return super().step(*of)
+
+    opt, closure = make_step(make_mlp())
+    if watch == "subclass":
+        opt = Watched(opt._model, opt.weights.mask, lr=0.1, backend="torch")
+    if watch == "wrapper":
+        step = opt.step
+        opt.step = lambda *of: called.append(1) or step(*of)  # type: ignore[func-returns-value, method-assign]
+    if watch == "hook":
+        opt.register_step_post_hook(lambda *_: called.append(1))
+    opt.step_many([closure] * 3)
+    assert len(called) == opt.steps == 3
