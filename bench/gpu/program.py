@@ -28,7 +28,7 @@ from ...engine.lm.models import check_device
 from .summary import DONE, PROGRAM, STOPPED, SUMMARY, markdown
 
 _LEAST = 5.0  # seconds; with less time left, a part is not started
-_TESTS = Path(__file__).parents[2] / "tests" / "test_gpu.py"
+_TESTS = Path(__file__).resolve().parents[2] / "tests" / "test_gpu.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ def parts(device: str, output: Path) -> list[Part]:
     bench = ("bench", "--device", device, *shape, *densities, "--no-figures", "--output", str(output / "bench"))
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
-    profile = ("ncu", "--clock-control", "none", "--kernel-name", "regex:_perturb_kernel", "--metrics", metrics)
+    second = ("--kernel-name", "regex:_perturb_kernel", "--launch-skip", "1", "--launch-count", "1")
+    profile = ("ncu", "--clock-control", "none", *second, "--metrics", metrics)
     return [
         Part(name="machine", command=own("machine", "machine"), limit=40),
         Part(
@@ -102,6 +103,8 @@ def parts(device: str, output: Path) -> list[Part]:
         Part(name="bench", command=("python", "-m", "meerkat_engine", *bench), limit=120),
         Part(name="steps", command=own("steps", "steps"), limit=200),
         Part(name="pipeline", command=own("pipeline", "pipeline"), limit=100),
+        # On a CPU the compiler takes minutes.
+        *([Part(name="compiled", command=own("compiled", "compiled"), limit=100)] if on_gpu else []),
         Part(
             name="memcheck", limit=60, needs="compute-sanitizer",
             command=(*sanitize, "memcheck", *own("passes", "memcheck")),

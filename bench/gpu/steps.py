@@ -81,16 +81,16 @@ class Steps:
     said: Callable[[], dict[str, Any]] = dict
 
 
-def engine_steps(case: Case, capture: str, forward: Callable[[Batch], Tensor] | None = None) -> Steps:
+def engine_steps(case: Case, capture: str, loss: Callable[[Batch], Tensor] | None = None) -> Steps:
     """Steps of this engine, several in a ``step_many``.
 
     Args:
         case: the case.
         capture: "auto" or "off".
-        forward: computes the loss; None: ``case.loss``.
+        loss: computes the loss of a batch; None: ``case.loss``.
     """
     optimizer = SparseZO(case.model, case.mask, lr=_LR, eps=EPS, seed=SEED, capture=capture)
-    loss = case.loss if forward is None else forward
+    loss_of = loss or case.loss
 
     def said() -> dict[str, Any]:
         return {
@@ -100,7 +100,7 @@ def engine_steps(case: Case, capture: str, forward: Callable[[Batch], Tensor] | 
             "log": optimizer.log,
         }
 
-    return Steps(lambda number: optimizer.step_many([BoundLoss(loss, case.packed)] * number), said)
+    return Steps(lambda number: optimizer.step_many([BoundLoss(loss_of, case.packed)] * number), said)
 
 
 def zeroth_order_steps(case: Case, row: Row) -> Steps:
@@ -142,12 +142,6 @@ def rows(case: Case) -> Iterator[tuple[str, Callable[[], Steps]]]:
     for name in _ZEROTH_ORDER:
         yield name, lambda name=name: zeroth_order_steps(case, _checked(case, name))  # type: ignore[misc]
     yield "first-order, AdamW", functools.partial(first_order_steps, case)
-
-
-def compiled(case: Case) -> Iterator[tuple[str, Callable[[], Steps]]]:
-    """This engine with a forward pass by ``torch.compile``, whose losses may have other last bits."""
-    forward = torch.compile(case.loss, dynamic=False)
-    yield "meerkat, captured, torch.compile", functools.partial(engine_steps, case, "auto", forward)
 
 
 def _checked(case: Case, name: str) -> Row:
@@ -228,34 +222,52 @@ def _put_back(model: nn.Module, values: list[Tensor]) -> None:
         p.grad = None
 
 
-def _plan(device: torch.device) -> tuple[dict[str, torch.dtype], dict[str, tuple[int, ...]]]:
-    """Models with their dtype, and lengths of the batch's examples by name."""
-    if device.type == "cuda":
-        models = dict.fromkeys(("opt-1.3b", "smollm2-135m", "llama-3.2-1b"), torch.bfloat16)
-        return models, {"SST-2": shapes.SST2_LENGTHS, "64": (64,) * 16, "256": (256,) * 16}
-    return {"embedded": torch.float32}, {"SST-2": shapes.SST2_LENGTHS[:4]}
+def measure_plan(
+    device: torch.device,
+    record: Record,
+    models: dict[str, torch.dtype],
+    lengths: dict[str, tuple[int, ...]],
+    rows: Callable[[Case], Iterator[tuple[str, Callable[[], Steps]]]],
+) -> None:
+    """Measures rows on models and batches.
+
+    Args:
+        device: the device.
+        record: receives "rows".
+        models: names of shapes, with the dtype of the weights.
+        lengths: lengths of the examples of a batch, by name.
+        rows: the rows of a case by name, each with what builds it.
+
+    Raises:
+        SystemExit: after all of them, if a row has no numbers.
+    """
+    number, repeats = (10, 3) if device.type == "cuda" else (3, 1)
+    failed = []
+    for name, dtype in models.items():
+        model = shapes.build(name, dtype, device)
+        mask = SparseMask.random(model, _DENSITY if device.type == "cuda" else 1e-2, SEED)
+        for length_name, of_batch in lengths.items():
+            check_rows = length_name == next(iter(lengths))
+            case = Case.make(length_name, model, mask, of_batch, check=check_rows)
+            for row, build in rows(case):
+                found = measure_row(case, build, device, number, repeats)
+                place = {"model": name, "batch": len(of_batch), "lengths": length_name, "row": row}
+                record.append("rows", {**place, "dtype": str(dtype).removeprefix("torch."), **found})
+                failed += [f"{name}, {length_name}, {row}"] if "failed" in found else []
+        del model, case
+    if failed:
+        raise SystemExit(f"no numbers for: {'; '.join(failed)}")
 
 
 def measure(device: torch.device, record: Record) -> None:
     """Times whole steps, batch 16, at the lengths of SST-2 and at 64 and 256 tokens, with the peak of the memory."""
-    models, lengths = _plan(device)
-    number, repeats = (10, 3) if device.type == "cuda" else (3, 1)
-    failed = []
-    for kinds in (rows, compiled) if device.type == "cuda" else (rows,):
-        for name, dtype in models.items():
-            model = shapes.build(name, dtype, device)
-            mask = SparseMask.random(model, _DENSITY if device.type == "cuda" else 1e-2, SEED)
-            for length_name, of_batch in lengths.items():
-                check_rows = length_name == next(iter(lengths))
-                case = Case.make(length_name, model, mask, of_batch, check=check_rows)
-                for row, build in kinds(case):
-                    found = measure_row(case, build, device, number, repeats)
-                    place = {"model": name, "batch": len(of_batch), "lengths": length_name, "row": row}
-                    record.append("rows", {**place, "dtype": str(dtype).removeprefix("torch."), **found})
-                    failed += [f"{name}, {length_name}, {row}"] if "failed" in found else []
-            del model, case
-    if failed:
-        raise SystemExit(f"no numbers for: {'; '.join(failed)}")
+    if device.type == "cuda":
+        models = dict.fromkeys(("opt-1.3b", "smollm2-135m", "llama-3.2-1b"), torch.bfloat16)
+        lengths: dict[str, tuple[int, ...]] = {"SST-2": shapes.SST2_LENGTHS, "64": (64,) * 16, "256": (256,) * 16}
+    else:
+        models = {"embedded": torch.float32}
+        lengths = {"SST-2": shapes.SST2_LENGTHS[:4]}
+    measure_plan(device, record, models, lengths, rows)
 
 
 if __name__ == "__main__":

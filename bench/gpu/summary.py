@@ -24,8 +24,9 @@ def markdown(directory: Path) -> str:
         _outcomes(program["parts"]),
         _bits(program["parts"], results),
         _sweep(results.get("sweep", {}).get("rows", [])),
-        _steps(results.get("steps", {}).get("rows", [])),
+        _steps([row for name in ("steps", "compiled") for row in results.get(name, {}).get("rows", [])]),
         _pipeline(results.get("pipeline", {})),
+        _profile(program["parts"].get("ncu", {}), results.get("ncu", {})),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -90,7 +91,18 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         ]  # fmt: skip
         lines.append([row["model"], f"{row['batch']} x {row['lengths']}", name, *numbers])
     columns = ["model", "batch x tokens", "row", "ms a step", "host, ms", "peak of the memory"]
-    return f"{table(columns, lines)}\n\n{_PUBLISHED}" if lines else ""
+    return f"{table(columns, lines)}\n\n{_same_scalars(rows)}\n\n{_PUBLISHED}" if lines else ""
+
+
+def _same_scalars(rows: list[dict[str, Any]]) -> str:
+    """How often captured and eager steps gave the same scalars, to the bit."""
+    scalars: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        if row["row"] in ("meerkat, captured", "meerkat, eager") and "scalars" in row:
+            scalars.setdefault((row["model"], row["lengths"]), []).append(row["scalars"])
+    pairs = [pair for pair in scalars.values() if len(pair) == 2]
+    same = sum(captured == eager for captured, eager in pairs)
+    return f"Captured and eager steps have the same scalars in {same} of {len(pairs)} cases."
 
 
 def _pipeline(results: dict[str, Any]) -> str:
@@ -101,6 +113,14 @@ def _pipeline(results: dict[str, Any]) -> str:
     ]
     columns = ["a run on a checkpoint of random weights", "steps a second, fastest round", "replayed on the CPU"]
     return table(columns, lines) if lines else ""
+
+
+def _profile(part: dict[str, Any], result: dict[str, Any]) -> str:
+    """What ncu counted for a perturbation, beside what it must move."""
+    counted = [line.strip() for line in part.get("end_of_output", "").splitlines() if "__" in line and ".sum" in line]
+    if not counted or "must_move_bytes" not in result:
+        return ""
+    return f"A perturbation must move {amount(result['must_move_bytes'])}; ncu counts: {'; '.join(counted)}"
 
 
 __all__ = ["DONE", "PROGRAM", "STOPPED", "SUMMARY", "markdown"]

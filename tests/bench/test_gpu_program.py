@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from meerkat_engine.bench import environment as origin
+from meerkat_engine.bench.gpu import compiled as compiled_forward
 from meerkat_engine.bench.gpu import pipeline, program, runs, steps, summary, sweep, words
 from meerkat_engine.bench.gpu.part import Record, part
 from meerkat_engine.bench.gpu.program import Part, run_part
@@ -185,7 +186,7 @@ def test_kernels_are_compiled_except_on_a_cpu() -> None:
 
 def test_the_bits_come_first_and_the_limits_leave_time_for_them(tmp_path: Path) -> None:
     parts = program.parts("cuda", tmp_path)
-    assert [part.name for part in parts] == BITS_FIRST + OPTIONAL
+    assert [part.name for part in parts] == [*BITS_FIRST, "compiled", *OPTIONAL]
     assert sum(part.limit for part in parts[:4]) < 9.5 * 60
     (tests,) = [part for part in parts if part.name == "tests"]
     assert tests.command[tests.command.index("-m", 2) :][:2] == ("-m", "gpu")
@@ -256,21 +257,22 @@ def test_a_row_that_breaks_down_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_summary_shows_rows_of_a_gpu(tmp_path: Path) -> None:
     place = {"model": "opt-1.3b", "batch": 16, "lengths": "SST-2"}
+    seconds = {"seconds": 0.0125, "host": 0.001, "peak_bytes": 3e9, "scalars": [1.0]}
     rows = [
-        {
-            **place,
-            "row": "meerkat, captured",
-            "seconds": 0.0125,
-            "host": 0.001,
-            "peak_bytes": 3e9,
-            "not_captured": "why",
-        },
+        {**place, "row": "meerkat, captured", **seconds, "not_captured": "why"},
+        {**place, "row": "meerkat, eager", **seconds, "not_captured": None},
+        {**place, "lengths": "64", "row": "meerkat, captured", **seconds, "not_captured": None},
+        {**place, "lengths": "64", "row": "meerkat, eager", **seconds, "scalars": [2.0], "not_captured": None},
         {**place, "row": "first-order, AdamW", "failed": "too large"},
     ]
     swept = {"model": "m", "density": 0.001, "elements": 5, "operation": "perturb", "steps": 1, "config": "256 x 2"}
+    counted = "==PROF== done\n    dram__bytes_read.sum   Mbyte   43.1\n    gpu__time_duration.sum us 40\n"
+    parts = {"steps": {"outcome": "done", "seconds": 3.2}, "ncu": {"outcome": "done", "end_of_output": counted}}
     texts = {
-        "program": {"device": "cuda", "date": "today", "parts": {"steps": {"outcome": "done", "seconds": 3.2}}},
+        "program": {"device": "cuda", "date": "today", "parts": parts},
         "steps": {"rows": rows},
+        "compiled": {"rows": [{**place, "row": "meerkat, captured, torch.compile", **seconds, "not_captured": None}]},
+        "ncu": {"must_move_bytes": 86e6},
         "sweep": {"rows": [{**swept, "cold": 2e-5, "captured": 1e-5, "host": 3e-5}, {**swept, "failed": "other bits"}]},
     }
     for name, value in texts.items():
@@ -280,6 +282,25 @@ def test_the_summary_shows_rows_of_a_gpu(tmp_path: Path) -> None:
     assert "| first-order, AdamW | no numbers: too large | | |" in page
     assert "| m | 0.001 | 5 | perturb | 1 | 256 x 2 | 20.0 | 10.0 | 30.0 |" in page
     assert "| 256 x 2 | no numbers: other bits | | |" in page
+    assert "| meerkat, captured, torch.compile | 12.50 |" in page
+    assert "Captured and eager steps have the same scalars in 1 of 2 cases." in page
+    assert "must move 86 MB; ncu counts: dram__bytes_read.sum Mbyte 43.1; gpu__time_duration.sum us 40" in page
+
+
+def test_steps_with_a_compiled_forward_pass_call_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With an imitation of the compiler, which takes minutes on a CPU."""
+    compiled: list[object] = []
+
+    def imitation(loss: Callable[..., torch.Tensor], *, dynamic: bool) -> Callable[..., torch.Tensor]:
+        assert not dynamic
+        return lambda *inputs: compiled.append(loss) or loss(*inputs)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(torch, "compile", imitation)
+    compiled_forward.measure(CPU, Record(tmp_path / "compiled.json"))
+    (row,) = read(tmp_path / "compiled.json")["rows"]
+    assert row["row"] == "meerkat, captured, torch.compile"
+    assert row["seconds"] > 0
+    assert len(compiled) == 2 * 6  # two forward passes in each step
 
 
 def test_the_commit_is_unknown_without_git_and_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
