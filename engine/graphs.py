@@ -1,6 +1,7 @@
 """CUDA graphs: work of a GPU that is recorded once and repeated by one launch."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,30 @@ class CudaGraphs:
         # mode other threads, such as data loaders, may pin memory meanwhile.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                body()
+            graph, failure = torch.cuda.CUDAGraph(), None
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    try:
+                        body()
+                    except Exception as error:
+                        failure = error
+            except RuntimeError as error:  # from the end of a capture that failed; it does not say why
+                self._clean_up()
+                raise failure or error from None
+            if failure is not None:
+                raise failure
         return graph.replay
+
+    def _clean_up(self) -> None:
+        """Ends what torch leaves behind when a capture fails.
+
+        The allocator goes on as if it were captured (torch before 2.12), and so does the random generator, until the
+        end of another capture.
+        """
+        with suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, dtype=torch.float32, device=self._device)
 
 
 __all__ = ["CudaGraphs", "Graphs"]

@@ -398,3 +398,11 @@ def test_a_bound_loss_is_a_closure() -> None:
     assert BoundLoss(lambda a, b: a + b, torch.ones(()), 2)() == 3
     with pytest.raises(TypeError, match="a BoundLoss needs a function that computes the loss, got Tensor"):
         BoundLoss(torch.ones(()))  # type: ignore[arg-type]
+
+
+def test_a_compiled_model_takes_programs_like_another() -> None:
+    pair = runs("programs")
+    for run in pair:
+        run.loss = loss_of(torch.compile(run.model, backend="eager"))  # type: ignore[arg-type]
+        run.steps([make_batch(i) for i in range(3)])
+    pair[1].check_equal(pair[0])
