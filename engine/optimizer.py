@@ -191,7 +191,7 @@ class SparseZO(torch.optim.Optimizer):
             closure: computes the loss of the batch, a float32 scalar (in bfloat16 or float16 most of the difference of
                 two losses is rounded away). It is called in inference mode and must use the same batch in every call.
                 Two-point: called at +eps and at -eps of each query. Forward difference: called at ``w``, then at +eps
-                of each query.
+                of each query. A ``BoundLoss`` lets a GPU record the step once and replay it, in one launch.
             seed: seed of the perturbation in [0, 2**64), or one seed for each query. None uses
                 ``step_seed(root seed, 0, number of steps so far, query)``.
 

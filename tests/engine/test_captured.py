@@ -26,7 +26,6 @@ KINDS = {
     "two-point": {},
     "two queries": {"queries": 2},
     "forward difference": {"estimator": "forward-difference", "queries": 2},
-    "triton": {"backend": "triton"},
     "skip": {"nonfinite": "skip"},
 }
 
@@ -90,9 +89,10 @@ def runs(how: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[
     return Run("closures", dtype, **options), Run(how, dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", ["programs", "graphs"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "how", "dtype"),
+    [(kind, how, dtype) for kind in KINDS for how, dtype in (("programs", torch.float32), ("graphs", torch.bfloat16))],
+)
 def test_a_program_reads_seeds_rates_eps_and_inputs_anew_in_every_step(kind: str, how: str, dtype: torch.dtype) -> None:
     pair = runs(how, dtype, **KINDS[kind])
     for run in pair:
@@ -110,6 +110,14 @@ def test_a_program_reads_seeds_rates_eps_and_inputs_anew_in_every_step(kind: str
     if graphs is not None:
         assert (graphs.recorded, graphs.replayed, pair[1].opt.captured_steps) == (2, 10, 10)
         assert pair[1].opt.not_captured is None
+
+
+def test_kernels_read_the_values_of_a_graph() -> None:
+    pair = runs("graphs", torch.bfloat16, backend="triton")
+    for run in pair:
+        run.steps([make_batch(i) for i in range(3)])
+    pair[1].check_equal(pair[0])
+    assert pair[1].opt.captured_steps == 2
 
 
 def test_each_parameter_group_has_its_own_rate_in_a_graph() -> None:
