@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .launch_groups import MaskedParameter
 
-_dtype = attrgetter("dtype")
+_dtype, _parameters = attrgetter("dtype"), attrgetter("_parameters")
 
 
 class ModelWatch:
@@ -24,7 +24,8 @@ class ModelWatch:
     def __init__(self, model: nn.Module, parameters: Sequence[MaskedParameter]) -> None:
         self._model, self._parameters = model, tuple(parameters)
         self._live = [p.parameter for p in parameters]
-        self._held = [(p.owner, p.own_name) for p in parameters]
+        self._owners, self._names = [p.owner for p in parameters], [p.own_name for p in parameters]
+        self._dicts = [owner._parameters for owner in self._owners]
         self._addresses, self._dtypes = [p.address for p in parameters], [p.dtype for p in parameters]
         # The modules on the way to each parameter: (module, name in it, module of that name), each once.
         links: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
@@ -44,7 +45,7 @@ class ModelWatch:
 
     def check_present(self) -> None:
         """Raises ``ModelChangedError`` if a parameter is no longer a parameter of the model."""
-        if not (self._are_linked() and self._are_held()):
+        if not (self._are_linked() and self._are_held() and self._have_their_dicts()):
             for p in self._parameters:
                 p.check_present(self._model)
 
@@ -56,7 +57,11 @@ class ModelWatch:
 
     def _are_held(self) -> bool:
         """Whether the modules that held the parameters still do."""
-        return all(map(is_, [owner._parameters.get(name) for owner, name in self._held], self._live))
+        return all(map(is_, map(dict.get, self._dicts, self._names), self._live))
+
+    def _have_their_dicts(self) -> bool:
+        """Whether the modules still have the dictionaries of parameters in which ``_are_held`` looks."""
+        return all(map(is_, map(_parameters, self._owners), self._dicts))
 
     def _are_linked(self) -> bool:
         """Whether these modules are still where they were in the model."""

@@ -88,6 +88,14 @@ def test_a_module_that_was_replaced_on_the_way_to_a_parameter_is_noticed() -> No
         opt.step(lambda: 0.5)
 
 
+def test_a_module_with_another_dictionary_of_parameters_is_noticed_between_steps() -> None:
+    model = make_nested()
+    opt = make_optimizer(model)
+    model[1]._parameters = {name: nn.Parameter(p.detach().clone()) for name, p in model[1]._parameters.items()}  # type: ignore[index, union-attr]
+    with pytest.raises(ModelChangedError, match=r"parameter '1\.weight' was replaced in the model"):
+        opt.step(lambda: 0.5)
+
+
 def test_a_new_module_with_the_same_parameters_is_no_change() -> None:
     """As of a library that puts its own block, with the old layers in it, in the place of the model's."""
     model, other = make_nested(), make_nested()
