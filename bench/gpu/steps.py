@@ -188,6 +188,9 @@ def measure_row(case: Case, build: Callable[[], Steps], device: torch.device, nu
     Returns:
         The record, ready for JSON. That of a row which failed has the reason and no numbers.
     """
+    gc.collect()  # what the row before has left
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     before = [p.detach().clone() for p in case.model.parameters()]
     try:
         steps = build()
@@ -211,9 +214,6 @@ def measure_row(case: Case, build: Callable[[], Steps], device: torch.device, nu
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
         _put_back(case.model, before)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _put_back(model: nn.Module, values: list[Tensor]) -> None:
