@@ -1,6 +1,7 @@
 """The program for a machine with a GPU: it runs to its end on a CPU, and a stop or a failure loses one part."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from meerkat_engine import SparseZO
 from meerkat_engine.bench import environment as origin
 from meerkat_engine.bench.gpu import compiled as compiled_forward
 from meerkat_engine.bench.gpu import pipeline, program, runs, steps, summary, sweep, words
@@ -22,6 +24,7 @@ from meerkat_engine.bench.gpu.part import Record, part
 from meerkat_engine.bench.gpu.program import Part, run_part
 from meerkat_engine.triton_kernels import launch
 
+from helpers.graphs import ImitatedGraphs
 from helpers.imports import ROOT
 from helpers.missing import environment_without
 
@@ -346,3 +349,26 @@ def test_a_captured_time_is_that_of_one_launch_of_many(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     assert sweep._captured(lambda: events.append("launch"), 20) == pytest.approx(0.002)
     assert events == ["launch"] * 20 + ["replay"] * 5
+
+
+def test_captured_steps_are_counted_and_replayed_from_their_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With an imitation of CUDA's graphs."""
+
+    def make(*arguments: Any, capture: str, **settings: Any) -> SparseZO:
+        optimizer = SparseZO(*arguments, capture=capture, backend="torch", **settings)
+        if capture == "auto":
+            ImitatedGraphs(optimizer)
+        return optimizer
+
+    all_rows = steps.rows
+    monkeypatch.setattr(steps, "SparseZO", make)
+    monkeypatch.setattr(steps, "rows", lambda case: itertools.islice(all_rows(case), 2))
+    steps.measure(CPU, Record(tmp_path / "steps.json"))
+    captured, eager = read(tmp_path / "steps.json")["rows"]
+    assert captured["captured_steps"] >= 4
+    assert captured["not_captured"] is None
+    assert eager["captured_steps"] == 0
+    assert captured["scalars"] == eager["scalars"]
+    assert len(set(captured["scalars"])) == 4
