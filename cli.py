@@ -219,9 +219,10 @@ def _execute_and_show(
 ) -> dict[str, Any]:
     """Runs the settings in a directory, or resumes the run with these settings that it holds if that is allowed."""
     if may_resume and is_run(output):
-        if check_same_settings({}, output).digest() != resolved(config).digest():
+        config = resolved(config)
+        if check_same_settings({}, output).digest() != config.digest():
             raise ConfigError(f"{output} holds a run with other settings; move it away")
-        return show_run(output, lambda report, log: resume(output, report, log, **execution))
+        return show_run(output, lambda report, log: resume(output, report, log, config=config, **execution))
     return show_run(output, lambda report, log: execute(config, output, report, log, **execution))
 
 

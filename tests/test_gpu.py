@@ -294,7 +294,7 @@ def test_a_run_on_the_device_has_a_ledger_that_the_cpu_replays(device: torch.dev
     assert result.exit_code == 0, result.output
     assert ("local steps are replayed from CUDA graphs" in result.output) == (device.type == "cuda")
     settings = run / "config.toml"
-    settings.write_text(settings.read_text().replace('device = "cuda"', 'device = "cpu"'))
+    settings.write_text(settings.read_text().replace('device = "cuda"', 'device = "cpu"'))  # though there is a GPU
     replayed = call("replay", run)
     assert replayed.exit_code == 0, replayed.output
     assert "the same bits as at the end of the run" in replayed.output

@@ -31,6 +31,9 @@ from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
 from .summary import federation_summary, selection_summary
 
+# Settings that say where and how a run is computed. Another machine that resumes it may have others.
+_OF_THE_MACHINE = ("device", "backend", "capture")
+
 
 def execute(
     config: RunConfig,
@@ -78,6 +81,7 @@ def resume(
     report: Report,
     log: Log,
     *,
+    config: RunConfig | None = None,
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
 ) -> dict[str, Any]:
@@ -89,6 +93,8 @@ def resume(
         path: path of the run directory.
         report: called after each round that was not finished before.
         log: see ``execute``.
+        config: the run's settings with other settings of the machine, see ``check_same_settings``; None: as they are in
+            the directory.
         trust_remote_code: see ``execute``.
         pool: see ``execute``.
 
@@ -100,9 +106,13 @@ def resume(
         RunError: if there is no run, another process is writing to it, or a file is damaged.
         LedgerError: if the ledger is damaged, or the base model, mask or settings are not those that the run started
             with.
+        ConfigError: if ``config`` has other settings than the run.
         MeerkatError: see ``execute``. An error before the first new round leaves the directory unchanged.
     """
-    config = _config_of(path)
+    own = _config_of(path)
+    config = own if config is None else config
+    if config.digest() != own.digest():
+        raise ConfigError(f"the run in {path} has other settings; nothing was changed")
     finished = read_summary(path)
     if finished is not None and not has_lost_files(config, path):
         log("this run is finished; nothing to do")
@@ -128,6 +138,8 @@ def resume(
 def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
     """Checks that the given settings are those that a run was started with, and returns all settings of the run.
 
+    Settings of the machine (device, backend, capture) may differ: the given ones replace the run's.
+
     Args:
         settings: values by flat names; other settings are not compared.
         path: path of the run directory.
@@ -136,9 +148,11 @@ def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
         ConfigError: if the run has another value of one of the settings.
         RunError: if there is no run.
     """
-    config = _config_of(path)
+    config, given = _config_of(path), convert(settings)
     run_settings = config.flat()
-    for name, value in convert(settings).items():
+    for name, value in given.items():
+        if name in _OF_THE_MACHINE:
+            continue
         if name == "density" and config.mask.file is not None:  # config.toml has the density of the mask file
             continue
         if name == "dtype" and value == AUTO:  # config.toml has the dtype that it stood for
@@ -148,7 +162,7 @@ def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
                 f"the run in {path} has {name} {run_settings[name]}, {value} was given; a run keeps the settings that "
                 f"it started with, so leave {name} out; nothing was changed"
             )
-    return config
+    return config.replace(**{name: value for name, value in given.items() if name in _OF_THE_MACHINE})
 
 
 def _config_of(path: Path) -> RunConfig:

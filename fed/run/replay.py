@@ -102,6 +102,8 @@ def replay_run(
     """
     _check_run(directory)
     config = make_config(read_toml(directory / CONFIG))
+    if config.model.device != "cpu" and not torch.cuda.is_available():  # a CPU gives the same bits
+        config = config.replace(device="cpu", backend="auto")
     ledger = read_ledger(directory / LEDGER)
     last_round = len(ledger.rounds) if round is None else round
     if not 0 <= last_round <= len(ledger.rounds):

@@ -68,8 +68,8 @@ def serve_run(
 
     try:
         if is_run(output):
-            check_same_settings(settings, output)
-            return resume(output, report, log, pool=RemotePool(exchange))
+            same = check_same_settings(settings, output)
+            return resume(output, report, log, config=same, pool=RemotePool(exchange))
         return execute(config, output, report, log, pool=RemotePool(exchange))
     finally:
         exchange.release_nodes()

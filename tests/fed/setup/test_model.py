@@ -1,6 +1,7 @@
 """The device and dtype that a run has if nobody sets them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from meerkat_engine.engine.errors import ConfigError, ModelError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.lm.own_dtype import own_dtype
-from meerkat_engine.fed import make_config
+from meerkat_engine.fed import make_config, resume
 from meerkat_engine.fed.setup.model import load_language_model, resolved, slow_dtype
 
 from helpers.command import call, summary_of
@@ -100,7 +101,17 @@ def test_a_run_keeps_its_dtype_and_may_move_to_another_device(tmp_path: Path) ->
     (moved / "config.toml").write_text(old.replace('"auto"', '"cpu"', 1))
     for name, kept in (("metrics.jsonl", 2), ("ledger.jsonl", 2), ("gradip.jsonl", 1)):
         (moved / name).write_bytes(b"".join((moved / name).read_bytes().splitlines(keepends=True)[:kept]))
-    resumed = call("run", "--resume", moved, "--dtype", "auto")
+    settings = moved / "config.toml"
+    for name, value in (("device", "cuda"), ("backend", "triton")):  # of a machine that has a GPU
+        settings.write_text(re.sub(f"{name} = .*", f'{name} = "{value}"', settings.read_text()))
+    refused = call("run", "--resume", moved)
+    assert refused.exit_code == 1
+    assert "device cuda was requested, but torch sees no CUDA or ROCm device; use --device cpu" in refused.output
+    resumed = call("run", "--resume", moved, "--dtype", "auto", "--device", "cpu", "--backend", "auto")
     assert resumed.exit_code == 0, resumed.output
+    with pytest.raises(ConfigError, match="has other settings; nothing was changed"):
+        resume(moved, lambda _: None, lambda _: None, config=make_config({"lr": 0.5}))
     assert summary_of(moved)["weights"] == summary_of(whole)["weights"]
+    replayed = call("replay", moved)
+    assert "the same bits as at the end of the run" in replayed.output
     assert (moved / "ledger.jsonl").read_bytes() == (whole / "ledger.jsonl").read_bytes()
