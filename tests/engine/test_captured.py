@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -414,3 +414,33 @@ def test_a_compiled_model_takes_programs_like_another() -> None:
         run.loss = loss_of(torch.compile(run.model, backend="eager"))  # type: ignore[arg-type]
         run.steps([make_batch(i) for i in range(3)])
     pair[1].check_equal(pair[0])
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_interrupt_around_a_replay_neither_loses_nor_doubles_its_update(launched: bool) -> None:
+    """Kernels apply an update as often as they are launched: whether a replay has come so far must be looked up."""
+    pair = [Run("graphs", backend="triton") for _ in range(2)]
+    for run in pair:
+        run.steps([make_batch(i) for i in range(2)])
+    (program,) = pair[1].opt._captured._programs.values()
+    recorded = program.replay
+    assert recorded is not None
+
+    def interrupted() -> None:
+        if launched:
+            recorded()
+        raise KeyboardInterrupt
+
+    def batches() -> Iterator[BoundLoss]:
+        yield BoundLoss(pair[1].loss, make_batch(2))
+        program.replay = interrupted  # there is an update of the step before
+        yield BoundLoss(pair[1].loss, make_batch(3))
+
+    with pytest.raises(KeyboardInterrupt):
+        pair[1].opt.step_many(batches())
+    assert pair[1].opt.steps == 3
+    program.replay = recorded
+    pair[0].steps([make_batch(i) for i in (2, 3)])
+    pair[1].opt.step_many([BoundLoss(pair[1].loss, make_batch(3))])
+    assert pair[1].opt.projected_gradients == pair[0].opt.projected_gradients
+    assert same_bits(pair[1].opt.weights.masters(), pair[0].opt.weights.masters())
