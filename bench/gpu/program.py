@@ -117,15 +117,16 @@ def parts(device: str, output: Path) -> list[Part]:
     ]  # fmt: skip
 
 
-def environment(device: str, kernels: bool, cache: Path) -> dict[str, str]:
-    """Environment of a part: no network, and compiled kernels except on a CPU."""
+def environment(device: str, kernels: bool, scratch: Path) -> dict[str, str]:
+    """Environment of a part: no network, compiled kernels except on a CPU, and files that are not results elsewhere."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
-        "TRITON_CACHE_DIR": str(cache),
+        "TMPDIR": str(scratch),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TRITON_INTERPRET": "1" if kernels and device == "cpu" else "0",
     }
 
@@ -213,7 +214,7 @@ def _main(output: Path, device: str, minutes: float, chosen: tuple[str, ...], re
         raise ConfigError(f"unknown part {min(unknown)!r}; known: {', '.join(part.name for part in program)}")
     output.mkdir(parents=True, exist_ok=True)
     found = _earlier(output)
-    with tempfile.TemporaryDirectory(prefix="meerkat-triton-") as cache:
+    with tempfile.TemporaryDirectory(prefix="meerkat-gpu-") as scratch:
         for part in program:
             if (chosen and part.name not in chosen) or found.get(part.name, {}).get("outcome") == DONE:
                 continue
@@ -222,7 +223,7 @@ def _main(output: Path, device: str, minutes: float, chosen: tuple[str, ...], re
             if missing is None:
                 click.echo(f"{part.name}: at most {min(part.limit, left):.0f} s", err=True)
                 _remove_results(part.name, output)
-                variables = environment(device, part.kernels, Path(cache))
+                variables = environment(device, part.kernels, Path(scratch))
                 found[part.name] = run_part(part, min(part.limit, left), variables, output / f"{part.name}.log")
             else:
                 found[part.name] = {"outcome": f"skipped: {missing}"}

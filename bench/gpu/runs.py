@@ -23,6 +23,7 @@ _FIELDS = (
     "seconds",
     "seconds_per_step",
     "forward_share_of_step",
+    "weights",
     "machine",
 )
 

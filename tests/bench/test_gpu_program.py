@@ -187,6 +187,17 @@ def test_kernels_are_compiled_except_on_a_cpu() -> None:
     assert program.environment("cuda", True, Path("/cache"))["HF_HUB_OFFLINE"] == "1"
 
 
+def test_nothing_but_results_is_left(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    line = "import sys, tempfile; where = tempfile.mkdtemp(); open(sys.argv[1], 'w').write('{}'); print(where)"
+    assert invoke({"first": line}).exit_code == 0
+    where = Path(read(tmp_path / "out" / "program.json")["parts"]["first"]["end_of_output"].strip())
+    assert where.is_absolute()
+    assert not where.exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "first.json", "first.log", "program.json", "summary.md",
+    }  # fmt: skip
+
+
 def test_the_bits_come_first_and_the_limits_leave_time_for_them(tmp_path: Path) -> None:
     parts = program.parts("cuda", tmp_path)
     assert [part.name for part in parts] == [*BITS_FIRST, "compiled", *OPTIONAL]
