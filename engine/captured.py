@@ -6,6 +6,7 @@ reads from tensors of its own. On other devices the same program runs as it is.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any
 
@@ -230,8 +231,9 @@ class CapturedSteps:
     def _refuse(self, loss: Callable[..., Tensor | float], reason: str) -> None:
         """Notes that a loss is not captured, and why."""
         self.reason = reason
-        if self._never is None and isinstance(loss, Hashable):
-            self._refused.add(loss)
+        if self._never is None:
+            with suppress(TypeError):  # one without a hash is refused anew in every step
+                self._refused.add(loss)
         self._warn(f"steps with this loss are not captured as a CUDA graph: {reason}. They run one launch at a time")
 
     def _make_room(self) -> None:

@@ -24,6 +24,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None  # torch's own belongs to the GPU that was captured first
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """See ``Graphs``. The host waits for the device first."""
@@ -31,9 +32,10 @@ class CudaGraphs:
         # mode other threads, such as data loaders, may pin memory meanwhile.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._stream = self._stream or torch.cuda.Stream()
             graph, failure = torch.cuda.CUDAGraph(), None
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                     try:
                         body()
                     except Exception as error:
@@ -53,7 +55,7 @@ class CudaGraphs:
         """
         with suppress(RuntimeError):  # it has ended
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream):
             torch.zeros(1, dtype=torch.float32, device=self._device)
 
 

@@ -12,12 +12,12 @@ import pytest
 
 import meerkat_engine
 from meerkat_engine import fed, stream
-from meerkat_engine.engine import optimizer, private_closure
+from meerkat_engine.engine import captured, optimizer, private_closure
 from meerkat_engine.engine.lm import label_words, template
 
 from helpers.imports import LAYERS, ROOT, import_edges, imported_names, sources, violations
 
-DOCUMENTED = [stream, optimizer, private_closure, template, label_words]
+DOCUMENTED = [stream, captured, optimizer, private_closure, template, label_words]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)

@@ -306,6 +306,22 @@ def test_inputs_that_cannot_be_copied_are_passed_on(value: object, reason: str) 
     assert graphs.recorded == 0
 
 
+def test_a_loss_without_a_hash_is_called_like_any_other() -> None:
+    @dataclass
+    class Loss:  # a dataclass that compares has no hash
+        run: Run
+
+        def __call__(self, batch: Batch) -> Tensor:
+            return self.run.loss(batch)
+
+    pair = runs("graphs")
+    pair[0].steps([make_batch(i) for i in range(3)])
+    with pytest.warns(UserWarning, match="not captured as a CUDA graph: unhashable type: 'Loss'") as caught:
+        pair[1].steps([make_batch(i) for i in range(3)], Loss(pair[1]))
+    pair[1].check_equal(pair[0])
+    assert len(caught) == 1
+
+
 def test_graphs_beyond_the_bound_are_dropped_and_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "MAX_PROGRAMS", 2)
     pair = runs("graphs")

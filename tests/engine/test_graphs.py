@@ -18,6 +18,7 @@ class Calls:
         for name, value in {
             "device": lambda _: nullcontext(), "current_device": lambda: 0, "current_stream": lambda _: self.stream,
             "stream": self._stream, "graph_pool_handle": lambda: "pool", "CUDAGraph": self.Graph, "graph": self._graph,
+            "Stream": lambda: "capture",
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end, raising=False)
@@ -35,10 +36,10 @@ class Calls:
         self.stream = before
 
     @contextmanager
-    def _graph(self, graph: object, pool: str = "", capture_error_mode: str = "global") -> Iterator[None]:
+    def _graph(self, graph: object, pool: str, stream: str, capture_error_mode: str = "global") -> Iterator[None]:
         assert not self.still_allocating, "captures_underway.empty() INTERNAL ASSERT FAILED"
         self.captures += 1
-        self.stream = "capture"
+        self.stream = stream
         yield
         if self.is_invalid:
             self.is_invalid, self.still_allocating = False, True
