@@ -99,7 +99,7 @@ class ClientData:
         self.poisson = poisson
         self.seen = 0
         self._seed = seed
-        self._shuffled = -1, indices  # an epoch, and the order of its examples
+        self._shuffled: tuple[int, list[int]] = -1, []  # an epoch, and the order of its examples
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -117,10 +117,11 @@ class ClientData:
         while len(batch) < self.batch_size:
             epoch, position = divmod(self.seen, len(self))
             if epoch != self._shuffled[0]:
-                self._shuffled = epoch, stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
+                order = stream.permutation(stream.derived_seed(self._seed, "epoc", epoch), len(self))
+                self._shuffled = epoch, self.indices[order].tolist()
             part = self._shuffled[1][position : position + self.batch_size - len(batch)]
-            batch += self.indices[part].tolist()
-            self.seen += part.numel()
+            batch += part
+            self.seen += len(part)
         return batch
 
     def seek(self, steps: int) -> None:

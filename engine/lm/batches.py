@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class Item:
     prompt: _Tokens
     answers: Sequence[_Tokens]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of tokens that a forward pass reads, the prompt once: nothing is predicted from an answer's last."""
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)

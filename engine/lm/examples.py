@@ -69,6 +69,8 @@ class EncodedTask:
         self._check_lengths(where, positions)
         self._prompts = [np.array(ids, dtype=np.int64) for ids in self.prompts]
         self._candidates = [np.array(ids, dtype=np.int64) for ids in self.candidates]
+        self._classes: list[int] = self.labels.tolist()
+        self._items: dict[str, list[Item]] = {}  # all examples, by the answers to score
         self._candidate_ids: dict[torch.device, Tensor] = {}
         self.layout, self.layout_reason = Layout.SORTED, ""
 
@@ -120,11 +122,13 @@ class EncodedTask:
 
     def items(self, indices: Sequence[int], answers: str) -> list[Item]:
         """The given examples, each with the answers to score; see ``batch``."""
-        every = self._candidates
-        return [
-            Item(prompt=self._prompts[i], answers=every if answers == "all" else [every[int(self.labels[i])]])
-            for i in indices
-        ]
+        if answers not in self._items:
+            every = self._candidates
+            self._items[answers] = [
+                Item(prompt=prompt, answers=every if answers == "all" else [every[label]])
+                for prompt, label in zip(self._prompts, self._classes, strict=True)
+            ]
+        return [self._items[answers][i] for i in indices]
 
     def batch(self, indices: Sequence[int], *, answers: str, device: torch.device) -> Batch:
         """Lays out the given examples.
@@ -134,7 +138,7 @@ class EncodedTask:
             answers: "all" to score every candidate, "gold" for the likelihood of the right one.
             device: device of the batch's tensors.
         """
-        labels = self.labels[torch.as_tensor(indices, dtype=torch.int64, device="cpu")].tolist()
+        labels = [self._classes[i] for i in indices]
         single = answers == "all" and all(len(ids) == 1 for ids in self.candidates)
         candidate_ids = self._single_token_ids(device) if single else None
         return lay_out(self.layout, self.items(indices, answers), labels, self.pad, device, candidate_ids)

@@ -176,11 +176,14 @@ def test_the_digest_of_ids_made_in_inference_mode_is_right() -> None:
     assert mask.digest == mask.digest == SparseMask.random(nn.Linear(8, 8), 0.2, seed=1).digest
 
 
-def test_the_largest_scores_of_many_tensors_are_ranked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("levels", [40, 900])
+def test_the_largest_scores_of_many_tensors_are_ranked_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, levels: int
+) -> None:
     monkeypatch.setattr(sensitivity, "_PIECE", 500)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tensors = [torch.randint(0, 900, (10, 30)).float() for _ in range(146)]  # with ties
+        tensors = [torch.randint(0, levels, (10, 30)).float() for _ in range(146)]  # with ties
     rankings, topk = [], torch.topk
     monkeypatch.setattr(torch, "topk", lambda *of, **options: rankings.append(1) or topk(*of, **options))
     ids, best = sensitivity.select_largest(tensors, 400)
