@@ -29,6 +29,7 @@ class Window:
     Args:
         weights: flat views of the tensors that have elements there; without offsets, only of these elements.
         sizes: numbers of slots between elements, of the first tensor's elements, between elements, and so on.
+        counts: int64 [len(sizes)], the same on the table's device.
         bases: int64 [len(sizes)], element id of the first element of the elements' tensor, 0 between elements.
         rows: one row per tensor, int64 [n, 3] on the CPU: address in ``weights``, first slot in the range, number of
             elements.
@@ -36,6 +37,7 @@ class Window:
 
     weights: tuple[Tensor, ...]
     sizes: list[int]
+    counts: Tensor
     bases: Tensor
     rows: Tensor
 
@@ -93,8 +95,7 @@ class ElementTable:
         """Computes the element ids of the slots ``[start, stop)``: int64 [stop - start], 0 in padding slots."""
         if self.offsets is not None:
             window = self.window(start, stop)
-            sizes = torch.tensor(window.sizes, dtype=torch.int64, device=self.blocks.device)
-            bases = torch.repeat_interleave(window.bases, sizes, output_size=stop - start)
+            bases = torch.repeat_interleave(window.bases, window.counts, output_size=stop - start)
             return bases + self.offsets[start:stop]  # an offset in padding is 0
         ids = torch.zeros(stop - start, dtype=torch.int64, device=self.blocks.device)
         for tensor, low, high in self.tensor_slices(start, stop):
@@ -114,10 +115,12 @@ class ElementTable:
                 bases += [0, self.bases[tensor]]
                 rows.append((weights[-1].data_ptr(), low - start, high - low))
                 end = high
+            sizes, bases, device = [*sizes, stop - end], [*bases, 0], self.blocks.device
             self._windows[start, stop] = Window(
                 weights=tuple(weights),
-                sizes=[*sizes, stop - end],
-                bases=torch.tensor([*bases, 0], dtype=torch.int64, device=self.blocks.device),
+                sizes=sizes,
+                counts=torch.tensor(sizes, dtype=torch.int64, device=device),
+                bases=torch.tensor(bases, dtype=torch.int64, device=device),
                 rows=torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3),
             )
         return self._windows[start, stop]

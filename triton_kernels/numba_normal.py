@@ -133,12 +133,12 @@ def _normal_run(seed, first, out):
 
 def _over_threads(n: int, draw: Callable[[slice], Any]) -> None:
     """Calls ``draw`` on slices that cover ``range(n)`` and start at multiples of 4, in parallel if ``n`` is large."""
-    threads = max(1, min(torch.get_num_threads(), n // _PER_THREAD))
+    threads = min(torch.get_num_threads(), n // _PER_THREAD)
+    if threads <= 1:
+        draw(slice(0, n))
+        return
     bounds = [n * i // threads // 4 * 4 for i in range(threads)] + [n]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-    if threads == 1:
-        draw(parts[0])
-        return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(draw, parts))
 

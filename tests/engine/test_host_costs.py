@@ -63,7 +63,7 @@ def operations_of_a_step(backend: str, layers: int) -> float:
 def test_a_step_takes_few_operations_and_none_for_each_tensor() -> None:
     few, many = operations_of_a_step("numba", 2), operations_of_a_step("numba", 40)
     assert few == many
-    assert few <= 35
+    assert few <= 34
 
 
 def test_without_compiled_code_a_step_takes_one_write_a_tensor_and_pass() -> None:
