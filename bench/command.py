@@ -237,11 +237,10 @@ def bench(
         chosen_models = models or dict.fromkeys(model for model, _ in cases["kernels"])
         chosen = [(model, dtype) for model in chosen_models for dtype in dtypes or ("float32",)]
         cases = {"kernels": chosen, "steps": chosen}
-    forwards = {"model": base_model, "dtype": (*dtypes, "float32")[0], "data_dir": data_dir, "batch_size": batch_size}
+    dtype = (*dtypes, "float32")[0]
+    forwards = {"model": base_model, "dtype": dtype, "data_dir": data_dir, "batch_size": batch_size}
     if data_dir is not None:
         cases = {"kernels": [], "steps": []}
-    elif models:
-        forwards = None
     result = run_all(
         cases,
         command=environment.command_line(context),
@@ -249,7 +248,7 @@ def bench(
         densities=list(densities),
         repeats=repeats,
         batch=(batch_size, length),
-        forwards=forwards,
+        forwards=None if models and data_dir is None else forwards,
         save=lambda result: None if output is None else click.echo(f"wrote {write_json(result, output)}", err=True),
     )
     click.echo(report.markdown(result))

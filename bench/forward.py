@@ -5,7 +5,7 @@ Each repetition runs all layouts on the same batch in turn, and times are ratios
 
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ LAYOUTS = (Layout.PADDED, Layout.SORTED, Layout.PACKED)
 _EXAMPLES, _COUNTED, _MAX_LENGTH = 1000, 50, 256
 
 
-def task_examples(data_dir: Path | None) -> list[tuple[Task, list[Row]]]:
+def task_examples(data_dir: Path | None) -> list[tuple[Task, Sequence[Row]]]:
     """Training examples of all tasks of a directory, at most 1,000 each; None: of the embedded tasks.
 
     Raises:
@@ -52,7 +52,7 @@ def _places(task: Task) -> list[str]:
 
 
 def measure_forwards(
-    lm: LanguageModel, tasks: list[tuple[Task, list[Row]]], *, batch_size: int, repeats: int
+    lm: LanguageModel, tasks: list[tuple[Task, Sequence[Row]]], *, batch_size: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """Compares the layouts' scores, then times their forward passes.
 

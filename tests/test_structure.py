@@ -57,7 +57,8 @@ UNITS = {
     ],
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
-        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command", "experiments",
+        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
+        "experiments",
     ],
 }  # fmt: skip
 
@@ -198,7 +199,7 @@ def test_kernels_only_import_torch_and_triton() -> None:
             assert name.split(".")[0] in {
                 "meerkat_engine", "torch", "triton", "bisect", "collections", "contextlib", "dataclasses", "functools",
                 "math", "typing", *(["numpy"] if path.stem == "launch" else []),
-            } | ({"numba", "numpy", "concurrent", "itertools"} if path.stem.startswith("numba_") else set())  # fmt: skip
+            } | ({"numba", "numpy", "concurrent", "itertools"} if path.stem[:6] == "numba_" else set())  # fmt: skip
 
 
 PATHS = [ROOT / path for path in sources()]
