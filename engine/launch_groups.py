@@ -140,8 +140,11 @@ class LaunchGroup:
         ]
 
 
+@torch.inference_mode(False)
 def launch_groups(model: nn.Module, mask: SparseMask, groups: Mapping[str, int], backend: str) -> list[LaunchGroup]:
     """Builds the launch groups of a model, and reads the masters from its weights.
+
+    Works within ``torch.inference_mode`` too: the masters can be written outside of it.
 
     Args:
         model: the model.

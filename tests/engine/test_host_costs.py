@@ -18,6 +18,7 @@ from meerkat_engine.engine import sensitivity
 from meerkat_engine.engine.backend import resolve
 from meerkat_engine.triton_kernels import reference
 
+from helpers.regression import cast_masters, live_weights
 from helpers.tensors import flat_weights, same_bits
 
 
@@ -144,8 +145,9 @@ def test_a_replay_of_nothing_writes_nothing() -> None:
         opt.weights.replay_([], [])
     assert operations.count == 0
     opt.weights.perturb_(opt.weights.values.seed(3), torch.tensor([1e-2]))
+    assert not same_bits(live_weights(opt), cast_masters(opt))
     opt.weights.replay_([], [])
-    opt.weights.check_not_overwritten()
+    assert same_bits(live_weights(opt), cast_masters(opt))
 
 
 def test_the_ids_of_a_mask_are_hashed_once_and_again_when_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
