@@ -322,11 +322,11 @@ def test_other_base_model_or_mask_is_an_error(reference: Path) -> None:
 
 def test_servers_paths_device_and_backend_are_ignored() -> None:
     settings = {"rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd", "calibration": "/etc/passwd",
-                "mask": "/etc/passwd", "backend": "triton", "device": "cuda"}  # fmt: skip
+                "mask": "/etc/passwd", "backend": "triton", "device": "cuda", "capture": "off"}  # fmt: skip
     config = settings_on_node(to_toml(settings), {})
     assert config.rounds == 7
     assert (config.data.directory, config.data.validation, config.mask.calibration, config.mask.file) == (None,) * 4
-    assert (config.model.backend, config.model.device) == ("auto", "cpu")
+    assert (config.model.backend, config.model.device, config.model.capture) == ("auto",) * 3
     with pytest.raises(ConfigError, match="trust_remote_code"):
         settings_on_node("trust_remote_code = true", {})
 
