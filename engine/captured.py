@@ -49,9 +49,11 @@ class BoundLoss:
 
     On CUDA, steps with the same loss function and inputs of the same shape become one CUDA graph. It repeats what the
     GPU did when it was recorded, so nothing but the tensors in ``inputs`` and the model's weights may change from call
-    to call: no data-dependent control flow, no reads of values by the host, no counters. The graph's losses are
-    compared with those of the function before they are used. Where a step cannot be captured, the optimizer says why,
-    once, and calls the function as any other closure. The bits are the same.
+    to call: no data-dependent control flow, no reads of values by the host, no counters, no modules switched to another
+    mode. The last loss of a graph's first replay is compared with that of the function at the same weights. Where they
+    differ, or a step cannot be captured, the optimizer says why, once, and calls the function as any other closure from
+    then on. The bits are the same, unless the function computes differently for other values of the same shape, as
+    transformers may for a two-dimensional attention mask with and without padding.
 
     Args:
         loss: computes the loss from the inputs, a float32 scalar. Pass the same function in every step: another one,
@@ -241,11 +243,13 @@ class CapturedSteps:
         if len(self._programs) < MAX_PROGRAMS:
             return
         _, oldest = self._programs.popitem(last=False)
+        self.reason = (
+            f"inputs of more than {MAX_PROGRAMS} shapes, or as many functions: CUDA graphs of those that were not used "
+            f"for the longest time are dropped, and recorded again when needed; pad the inputs to fewer shapes, and "
+            f"pass the same function in every step"
+        )
+        self._warn(self.reason)
         if oldest.replay is not None:
-            self._warn(
-                f"inputs of more than {MAX_PROGRAMS} shapes: CUDA graphs of shapes that were not used for the longest "
-                f"time are dropped, and recorded again when needed; pad the inputs to fewer shapes"
-            )
             self._wait()
 
     def _drop_all(self) -> None:

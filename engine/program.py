@@ -40,6 +40,7 @@ class StepValues:
         records: record of each query, float32 [queries, 2 + groups]; see ``estimator.Record``.
     """
 
+    @torch.inference_mode(False)  # later steps write these tensors, within inference mode or not
     def __init__(self, queries: int, groups: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -134,6 +135,7 @@ class Program:
         self.replay: Callable[[], None] | None = None
         self.was_run = False
 
+    @torch.inference_mode(False)
     def _own(self, tensor: Tensor) -> Tensor:
         self._inputs.append(_not_expanded(tensor.detach()).clone())
         return self._inputs[-1].expand(tensor.shape)
@@ -172,7 +174,7 @@ class Program:
 
 
 class Memory:
-    """Where a model's parameters, buffers and masters are: a recorded program reads and writes there.
+    """Where a model's modules, parameters, buffers and masters are: a recorded program reads and writes there.
 
     Args:
         model: the model.
@@ -181,18 +183,26 @@ class Memory:
 
     def __init__(self, model: nn.Module, weights: MaskedWeights) -> None:
         self._weights, self._passes = weights, weights.passes()
+        modules = list(model.modules())
         self._tensors = [
-            (held, name, tensor, tensor.data_ptr())
-            for module in model.modules()
+            (held, name, tensor, None if tensor is None else tensor.data_ptr())
+            for module in modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
-            if tensor is not None
+        ]
+        self._modules = [
+            (module._modules, name, child) for module in modules for name, child in module._modules.items()
         ]
 
     def is_the_same(self) -> bool:
-        """Whether all of them are still there."""
-        return self._passes.same_memory(self._weights.passes()) and all(
-            held.get(name) is tensor and tensor.data_ptr() == address for held, name, tensor, address in self._tensors
+        """Whether all of them are still there, in the same modules."""
+        return (
+            self._passes.same_memory(self._weights.passes())
+            and all(held.get(name) is child for held, name, child in self._modules)
+            and all(
+                held.get(name) is tensor and (tensor is None or tensor.data_ptr() == address)
+                for held, name, tensor, address in self._tensors
+            )
         )
 
 

@@ -21,6 +21,7 @@ from ..engine.clock import Clock
 from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
 from ..engine.lm.batches import Batch
 from ..engine.lm.examples import EncodedTask
+from ..engine.lm.layout import Layout
 from ..engine.lm.objective import MicroBatchMap, Objective, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps
@@ -348,7 +349,8 @@ class Client:
                     example_losses, self.replica.model, batches, self.objective, self.micro_batch_map
                 )
                 yield self._private_closure(functools.partial(loss.timed, forward), self.privacy, round, step)
-            elif self.micro_batch_map is not None:
+            elif self.micro_batch_map is not None or self.data.task.layout is not Layout.PACKED:
+                # ranks exchange losses; and hardly two batches of the other layouts have the same shape
                 yield functools.partial(loss, batches, self.micro_batch_map)
             else:
                 yield BoundLoss(loss, batches)

@@ -78,15 +78,16 @@ class TextBatch:
     targets: Tensor
 
 
-def text_batch(texts: Sequence[_Tokens], device: torch.device) -> TextBatch:
+def text_batch(texts: Sequence[_Tokens], device: torch.device, limit: int | None = None) -> TextBatch:
     """Lays out several texts a row.
 
     Args:
         texts: token ids, int64 [n] with n at least 2 each.
         device: device of the tensors.
+        limit: see ``packed_batch``.
     """
     rows = _PackedTokens(
-        [Item(prompt=text[:-1], answers=[]) for text in texts], *_layout([len(t) - 1 for t in texts], device)
+        [Item(prompt=text[:-1], answers=[]) for text in texts], *_layout([len(t) - 1 for t in texts], device, limit)
     )
     scored = np.concatenate(
         [np.arange(start, start + len(text) - 1) for start, text in zip(rows.starts, texts, strict=True)]
@@ -171,6 +172,7 @@ def packed_batch(
     labels: Sequence[int],
     device: torch.device,
     candidate_ids: Tensor | None,
+    limit: int | None = None,
     *,
     in_one_row: bool = False,
 ) -> Batch:
@@ -181,10 +183,11 @@ def packed_batch(
         labels: their classes.
         device: device of the tensors.
         candidate_ids: see ``Batch``.
+        limit: largest width of a row, such as the number of positions of the model; None: no limit.
         in_one_row: whether all examples go into one row, in their order.
     """
     lengths = [item.length for item in items]
-    layout = (sum(lengths), [list(range(len(items)))]) if in_one_row else _layout(lengths, device)
+    layout = (sum(lengths), [list(range(len(items)))]) if in_one_row else _layout(lengths, device, limit)
     rows = _PackedTokens(items, *layout)
     single = candidate_ids is not None
     tokens, answer_lengths = _answers([] if single else [answer for item in items for answer in item.answers])
@@ -203,8 +206,8 @@ def packed_batch(
     )  # fmt: skip
 
 
-def _layout(lengths: Sequence[int], device: torch.device) -> tuple[int, list[list[int]]]:
-    return pack(lengths, _GPU_WIDTH if device.type == "cuda" else 1)
+def _layout(lengths: Sequence[int], device: torch.device, limit: int | None) -> tuple[int, list[list[int]]]:
+    return pack(lengths, _GPU_WIDTH if device.type == "cuda" else 1, limit)
 
 
 class _PackedTokens:

@@ -67,6 +67,7 @@ class EncodedTask:
             for ids, row in zip(encoded, rows, strict=True)
         ]
         self._check_lengths(where, positions)
+        self._positions = positions
         self._prompts = [np.array(ids, dtype=np.int64) for ids in self.prompts]
         self._candidates = [np.array(ids, dtype=np.int64) for ids in self.candidates]
         self._classes: list[int] = self.labels.tolist()
@@ -141,8 +142,11 @@ class EncodedTask:
         labels = [self._classes[i] for i in indices]
         single = answers == "all" and all(len(ids) == 1 for ids in self.candidates)
         candidate_ids = self._single_token_ids(device) if single else None
-        return lay_out(self.layout, self.items(indices, answers), labels, self.pad, device, candidate_ids)
+        return lay_out(
+            self.layout, self.items(indices, answers), labels, self.pad, device, candidate_ids, self._positions
+        )
 
+    @torch.inference_mode(False)  # an evaluation may be the first to need it, and backpropagation the next
     def _single_token_ids(self, device: torch.device) -> Tensor:
         """Token id of each candidate, int64 [C], sent to a device once."""
         if device not in self._candidate_ids:

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .batches import Batch, Item, packed_batch, padded_batch, sorted_batch
 from .padding_probe import BATCHED
+
+# Change of the logits that may be rounding, in units of their standard deviation: a few times that of the same examples
+# in a padded batch, but at least this, and never more than what is a fault of padding too (``BATCHED``).
+_ROUNDING, _TIMES = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}, 3
 
 
 class Layout(StrEnum):
@@ -34,6 +37,7 @@ def lay_out(
     padding: int,
     device: torch.device,
     candidate_ids: Tensor | None = None,
+    limit: int | None = None,
 ) -> Batch:
     """Makes a batch.
 
@@ -44,9 +48,10 @@ def lay_out(
         padding: id of the padding token.
         device: device of the tensors.
         candidate_ids: see ``Batch``.
+        limit: see ``packed_batch``.
     """
     if layout is Layout.PACKED:
-        return packed_batch(items, labels, device, candidate_ids)
+        return packed_batch(items, labels, device, candidate_ids, limit)
     make = sorted_batch if layout is Layout.SORTED else padded_batch
     return make(items, labels, padding, device, candidate_ids)
 
@@ -86,21 +91,27 @@ def _difference(model: nn.Module, items: Sequence[Item], padding: int) -> str:
     """
     parameter = next(model.parameters())
     device = parameter.device
+    labels = [0] * len(items)
     alone = torch.cat([_logits(model, padded_batch([item], [0], padding, device, None)) for item in items])
+    rounding = _change(_logits(model, padded_batch(items, labels, padding, device, None)), alone)
     try:
-        packed = _logits(model, packed_batch(items, [0] * len(items), device, None, in_one_row=True))
+        packed = _logits(model, packed_batch(items, labels, device, None, in_one_row=True))
     except Exception as error:  # a model that does not know such masks fails in a way of its own
         return (
             f"{type(model).__name__} takes no rows of several examples ({type(error).__name__}: {_first_line(error)})"
         )
-    difference = (packed - alone).square().mean(1).sqrt() / alone.std(1)
-    largest = float(difference.max())
-    if not np.isfinite(largest) or largest > BATCHED[parameter.dtype]:
-        return (
-            f"in a row with other examples the scores of {type(model).__name__} move by {largest:.2g} of their "
-            f"standard deviation"
-        )
-    return ""
+    change, dtype = _change(packed, alone), parameter.dtype
+    if change <= min(max(_TIMES * rounding, _ROUNDING[dtype]), BATCHED[dtype]):
+        return ""
+    return (
+        f"in a row with other examples the scores of {type(model).__name__} move by {change:.2g} of their standard "
+        f"deviation, in a padded batch by {rounding:.2g}"
+    )
+
+
+def _change(logits: Tensor, reference: Tensor) -> float:
+    """Largest change of a position's logits, [n, V], in units of their standard deviation; may be NaN."""
+    return float(((logits - reference).square().mean(1).sqrt() / reference.std(1)).max())
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ _ENOUGH = 0.97
 _PARTS, _FORWARD = 4, 16
 
 
-def pack(lengths: Sequence[int], multiple: int = 1) -> tuple[int, list[list[int]]]:
+def pack(lengths: Sequence[int], multiple: int = 1, limit: int | None = None) -> tuple[int, list[list[int]]]:
     """Distributes sequences over rows that hold several of them each, such that a forward pass of the rows is cheap.
 
     For each number of rows, the longest remaining sequence goes to the row with the fewest tokens. Of these layouts the
@@ -20,6 +20,7 @@ def pack(lengths: Sequence[int], multiple: int = 1) -> tuple[int, list[list[int]
     Args:
         lengths: number of tokens of each sequence, at least 1 each; at least one sequence.
         multiple: the width is a multiple of this number, so that fewer different widths occur.
+        limit: largest width, unless a single sequence is longer; None: no limit.
 
     Returns:
         The width of the rows, and the sequences in each row.
@@ -30,6 +31,10 @@ def pack(lengths: Sequence[int], multiple: int = 1) -> tuple[int, list[list[int]
     for number in [len(lengths), *_numbers_of_rows(min(most, len(lengths)))]:
         longest, rows = _spread(lengths, order, number)
         width = -(-longest // multiple) * multiple
+        if limit is not None and width > limit:
+            width = max(limit, longest)
+            if longest > limit and best is not None:
+                break  # so are all wider rows
         cost = number * width * (1 + width / _ATTENTION)
         if best is None or cost < best[0]:
             best = cost, width, rows

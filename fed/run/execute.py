@@ -286,7 +286,10 @@ def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
             )
         return
     if origin.settings != current.settings:
-        raise RunError(f"{directory.path / CONFIG} has changed since the run started; nothing was changed")
+        raise RunError(
+            f"{directory.path / CONFIG} has changed since the run started, or an earlier version wrote it; nothing was "
+            f"changed"
+        )
     if origin.data != current.data:
         raise RunError(
             f"the examples, or their partition among the clients, have changed since the run in {directory.path} "

@@ -27,7 +27,9 @@ def has_lost_files(config: RunConfig, path: Path) -> bool:
     if origin is None:
         raise RunError(f"{path / ORIGIN} is missing; {ORIGIN_REMEDY}; nothing was changed")
     if origin.settings != config.digest():
-        raise RunError(f"{path / CONFIG} has changed since the run started; nothing was changed")
+        raise RunError(
+            f"{path / CONFIG} has changed since the run started, or an earlier version wrote it; nothing was changed"
+        )
     traced = len(read_gradip(path, ledger))
     if not (path / MASK).exists():
         return True

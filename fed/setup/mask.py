@@ -100,7 +100,7 @@ def calibration_batches(config: RunConfig, lm: LanguageModel) -> tuple[list[dict
     if layout is not Layout.PACKED:
         return batches, description
     device = next(lm.model.parameters()).device
-    return [text_batch(of_batch, device) for of_batch in texts_of_batches], description
+    return [text_batch(of_batch, device, max_positions(lm.model)) for of_batch in texts_of_batches], description
 
 
 def _texts(batch: dict[str, Tensor]) -> list[npt.NDArray[np.int64]]:

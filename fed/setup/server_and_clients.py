@@ -10,6 +10,7 @@ from ...engine import stream
 from ...engine.captured import Capture
 from ...engine.errors import ConfigError, NonFiniteLossError
 from ...engine.lm.examples import EncodedTask
+from ...engine.lm.layout import Layout
 from ...engine.lm.objective import MicroBatchMap
 from ...engine.mask import SparseMask
 from ...engine.weights import MaskedWeights
@@ -176,6 +177,7 @@ class Federation:
             f"{self.config.method} trains by backpropagation": terms.sends_weights,
             "private steps draw new noise in every forward pass": terms.privacy is not None,
             "several processes share a client": self._shares_clients,
+            f"hardly two {self.data.train.layout} batches have the same shape": self.data.train.layout != Layout.PACKED,
         }
         reason = next((reason for reason, holds in reasons.items() if holds), optimizer.not_captured)
         return f"local steps are not CUDA graphs: {reason or 'no shape of a batch has come twice yet'}"

@@ -344,7 +344,18 @@ def move_bias(model: nn.Module) -> None:
     model[0].bias.data = torch.full((16,), 0.5)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("change", [replace_bias, move_bias])
+def replace_module(model: nn.Module) -> None:
+    model[0] = nn.Linear(model[0].in_features, 16)  # type: ignore[index, operator]
+    for p in model[0].parameters():  # type: ignore[index]
+        p.data.fill_(0.25)
+
+
+def remove_or_add_bias(model: nn.Module) -> None:
+    bias = nn.Parameter(torch.full((16,), 0.5)) if model[0].bias is None else None  # type: ignore[index]
+    model[0].register_parameter("bias", bias)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [replace_bias, move_bias, replace_module, remove_or_add_bias])
 def test_a_part_of_the_model_that_moved_is_noticed(change: Callable[[nn.Module], None]) -> None:
     """A graph would read the old one. Only masked parameters may not be moved."""
     results = []
@@ -362,6 +373,31 @@ def test_a_part_of_the_model_that_moved_is_noticed(change: Callable[[nn.Module],
     assert results[0] == results[1]
     assert graphs is not None
     assert graphs.recorded == 3
+
+
+@pytest.mark.parametrize("inside", ["the optimizer", "the first step"])
+@pytest.mark.parametrize("how", ["programs", "graphs"])
+def test_what_was_made_in_inference_mode_serves_outside_of_it(how: str, inside: str) -> None:
+    plain, run = runs(how)
+    if inside == "the optimizer":
+        with torch.inference_mode():
+            run.opt = SparseZO(run.model, run.opt.weights.mask, lr=0.1, backend="torch")
+        run.graphs = ImitatedGraphs(run.opt) if how == "graphs" else None
+    for number in range(4):
+        plain.steps([make_batch(number)])
+        with torch.inference_mode(inside == "the first step" and number == 0):
+            run.steps([make_batch(number)])
+    run.check_equal(plain)
+
+
+def test_functions_that_never_come_twice_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "MAX_PROGRAMS", 2)
+    run = Run("graphs")
+    closures = [BoundLoss(loss_of(run.model), make_batch(number)) for number in range(6)]
+    with pytest.warns(UserWarning, match="pass the same function in every step") as caught:
+        run.opt.step_many(closures)
+    assert (len(caught), run.opt.captured_steps) == (1, 0)
+    assert "as many functions" in str(run.opt.not_captured)
 
 
 def test_masters_in_other_memory_are_noticed() -> None:

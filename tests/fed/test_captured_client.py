@@ -1,5 +1,6 @@
 """Local steps as CUDA graphs, which are imitated: the bits of other steps, and what a run says of them."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from meerkat_engine import SparseMask
 from meerkat_engine.engine.captured import Capture
 from meerkat_engine.engine.lm.evaluation import Evaluation
+from meerkat_engine.engine.lm.layout import Layout
 from meerkat_engine.fed import ClientData, make_config
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.run.directory import RunDirectory
@@ -27,11 +29,13 @@ Make = Callable[..., Any]
 
 
 def with_batches_of_one_shape(fed: Any) -> Any:
-    """Gives all clients examples of one length, which a GPU's batches would be padded to."""
+    """Gives all clients packed examples of one length, which a GPU's batches would be padded to."""
     lengths = torch.tensor([len(prompt) for prompt in fed.clients[0].data.task.prompts])
     alike = (lengths == lengths.mode().values).nonzero().flatten()
+    task = copy.copy(fed.clients[0].data.task)
+    task.layout = Layout.PACKED  # the only one that a client has captured
     for i, client in enumerate(fed.clients):
-        client.data = ClientData(client.data.task, alike[i :: len(fed.clients)], 4, seed=i)
+        client.data = ClientData(task, alike[i :: len(fed.clients)], 4, seed=i)
     return fed
 
 

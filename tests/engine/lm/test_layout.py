@@ -164,6 +164,35 @@ def test_models_that_cannot_take_packed_rows_are_recognized(name: str, extra: di
     check_scores(model, Layout.SORTED)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_hides_no_wrong_model(dtype: torch.dtype) -> None:
+    items = make_items([9, 20, 3, 14, 5], [(3, 4, 3)] * 5)
+    for name, expected in (("Llama", Layout.PACKED), ("Gemma2", Layout.PACKED), ("GPT2", Layout.PACKED)):
+        assert resolve_layout(Layout.AUTO, build(name, PACKED[name]).to(dtype), items, 0)[0] is expected
+    for name in ("Mpt", "GPTNeo"):  # they compute, but not the same
+        assert resolve_layout(Layout.AUTO, build(name, NOT_PACKED[name][0]).to(dtype), items, 0)[0] is Layout.SORTED
+
+
+def test_rows_are_no_wider_than_the_model_has_positions() -> None:
+    """GPT-Neo's own causal mask is as wide as its positions."""
+    extra = {"attention_types": [[["global"], 2]], "num_layers": 2, "num_hidden_layers": 2}
+    model, items = build("GPTNeo", extra), make_items([20, 30, 25, 9, 28, 12, 31, 40], [(1,)] * 8)
+    assert resolve_layout(Layout.AUTO, model, [items[3], items[5]], 0)[0] is Layout.PACKED
+    with pytest.raises(RuntimeError, match="must match the size"):
+        packed_batch(items, [0] * 8, CPU, None, in_one_row=True).rows.logits(model)
+    batch = packed_batch(items, [0] * 8, CPU, None, 64)
+    with torch.no_grad():
+        scores = candidate_scores(model, batch).flatten().tolist()
+    assert scores == pytest.approx([values[0] for values in one_by_one(model, items)], abs=2e-5)
+
+
+def test_candidates_that_an_evaluation_sent_serve_backpropagation(llama: nn.Module) -> None:
+    data = encode_task()
+    evaluate(llama, data)
+    task_loss(llama, data.batch([0, 1, 2], answers="all", device=CPU), Objective.CANDIDATES).backward()
+    assert llama.lm_head.weight.grad is not None  # type: ignore[union-attr]
+
+
 def test_a_model_that_ignores_the_mask_is_recognized(llama: nn.Module) -> None:
     forward = llama.model.forward  # type: ignore[union-attr]
 
@@ -264,13 +293,17 @@ def test_a_sequence_does_not_see_its_neighbours(llama: nn.Module) -> None:
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
-@given(LENGTHS, st.sampled_from([1, 16, 64]))
-def test_packing_puts_every_sequence_into_one_row_that_holds_it(lengths: list[int], multiple: int) -> None:
-    width, rows = pack(lengths, multiple)
+@given(LENGTHS, st.sampled_from([1, 16, 64]), st.sampled_from([None, 100, 300, 512]))
+def test_packing_puts_every_sequence_into_one_row_that_holds_it(
+    lengths: list[int], multiple: int, limit: int | None
+) -> None:
+    width, rows = pack(lengths, multiple, limit)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= width for row in rows)
-    assert width % multiple == 0
+    assert width % multiple == 0 or width == max(limit or 0, max(lengths))
     rounded = -(-max(lengths) // multiple) * multiple
+    if limit is not None:
+        assert width <= max(limit, max(lengths))
     assert width * len(rows) <= rounded * len(lengths)  # never more than one padded sequence a row
 
 
