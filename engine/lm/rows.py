@@ -100,7 +100,7 @@ class PackedRows:
         }
 
     def _attention_mask(self, model: nn.Module) -> Tensor | dict[str, Tensor]:
-        """The mask that is added to attention scores, [R, 1, W, W]; one for each kind of layer if there are two.
+        """The model's attention mask, [R, 1, W, W]; one for each kind of layer if there are two.
 
         A mask with four dimensions is taken by transformers as it is, without looking into it, so that a host does not
         wait for its GPU.
@@ -109,14 +109,13 @@ class PackedRows:
         kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
         if kinds - {_FULL, _SLIDING}:
             raise ModelError(f"{type(model).__name__} has layers of {', '.join(sorted(kinds - {_FULL, _SLIDING}))}")
-        dtype = cast(Any, model).get_input_embeddings().weight.dtype
         places = torch.arange(self.input_ids.shape[1], dtype=torch.int64, device=self.input_ids.device)
         visible = (places <= places[:, None]) & (places[:, None] < self.attended_until[:, None])
         if window is None or kinds == {_FULL}:
-            return _additive(visible, dtype)
+            return _mask(model, visible)
         near = self.position_ids[:, :, None] - self.position_ids[:, None] < window
-        sliding = _additive(visible & near, dtype)
-        return {_FULL: _additive(visible, dtype), _SLIDING: sliding} if _FULL in kinds else sliding
+        sliding = _mask(model, visible & near)
+        return {_FULL: _mask(model, visible), _SLIDING: sliding} if _FULL in kinds else sliding
 
     def logits(self, model: nn.Module) -> Tensor:
         """Computes the logits of the scored positions: [P, V].
@@ -134,8 +133,11 @@ class PackedRows:
         return logits[0]
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Makes an additive mask [R, 1, W, W] of a bool tensor [R, W, W]."""
+def _mask(model: nn.Module, visible: Tensor) -> Tensor:
+    """Makes a mask [R, 1, W, W] of a bool tensor [R, W, W]: as it is for torch's attention, added to scores by others."""
+    if cast(Any, model).config._attn_implementation == "sdpa":
+        return visible.unsqueeze(1)
+    dtype = cast(Any, model).get_input_embeddings().weight.dtype
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=visible.device)
     return torch.where(visible, torch.zeros_like(hidden), hidden).unsqueeze(1)
 
