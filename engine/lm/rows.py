@@ -134,7 +134,7 @@ class PackedRows:
 
 
 def _mask(model: nn.Module, visible: Tensor) -> Tensor:
-    """Makes a mask [R, 1, W, W] of a bool tensor [R, W, W]: as it is for torch's attention, added to scores by others."""
+    """Makes a mask [R, 1, W, W] of a bool tensor [R, W, W]; attention other than torch's adds it to the scores."""
     if cast(Any, model).config._attn_implementation == "sdpa":
         return visible.unsqueeze(1)
     dtype = cast(Any, model).get_input_embeddings().weight.dtype
