@@ -5,7 +5,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-_COMMON = {
+COMMON = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -45,7 +45,7 @@ def make_model(
     kind, config, extra = ARCHITECTURES[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kind(config(**(_COMMON | extra | {"vocab_size": vocabulary, "max_position_embeddings": positions})))
+        model = kind(config(**(COMMON | extra | {"vocab_size": vocabulary, "max_position_embeddings": positions})))
     # transformers sets biases and norm weights to constants; other values make sure that tests depend on all parameters
     for name, p in model.named_parameters():
         if p.dim() == 1:

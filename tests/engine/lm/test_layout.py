@@ -27,22 +27,10 @@ from meerkat_engine.engine.lm.rows import PackedRows, SortedRows
 
 from helpers.constants import CPU
 from helpers.losses import TOLERANCE, candidate_log_likelihoods
-from helpers.models import make_model
+from helpers.models import COMMON, make_model
 from helpers.prompts import MULTI_TOKEN_TASK, SST2, WORDS, encode_task
 from helpers.tensors import same_bits
 
-_COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _WINDOW = {"sliding_window": 6}  # shorter than most sequences, and than every packed row
 # Families that compute the same in packed rows.
 PACKED = {
@@ -87,7 +75,9 @@ _HEADS = {"GPT2": "GPT2LMHeadModel"}
 def build(name: str, extra: dict[str, Any]) -> nn.Module:
     """Builds a tiny model of a family, with random weights large enough that attention matters."""
     family = name.split()[0]
-    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**(_COMMON | extra))
+    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(
+        **(COMMON | extra | {"num_hidden_layers": extra.get("num_hidden_layers", 3)})
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, _HEADS.get(family, f"{family}ForCausalLM"))(config).eval()
