@@ -57,6 +57,9 @@ def command_line(context: click.Context) -> str:
     for option in context.command.params:
         if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
             value = context.params[str(option.name)]
+            if isinstance(value, bool):  # a flag, such as --figures/--no-figures
+                words.append((option.opts if value else option.secondary_opts)[0])
+                continue
             for item in value if isinstance(value, tuple) else (value,):
                 words += [option.opts[0], str(item)]
     return shlex.join(words)

@@ -134,11 +134,11 @@ def _in_parts(
     parts = cut([len(prompt) + len(answer) - 1 for prompt, answer in sequences])
     order = np.empty((len(sequences), keep), dtype=np.int64)
     order[[i for part in parts for i in part]] = np.arange(order.size).reshape(order.shape)
-    # An answer's tokens are predicted at the last of the positions that are kept.
-    places = np.zeros((0 if single else len(sequences), keep if not single else 0), dtype=np.int64)
-    for i, (_, answer) in enumerate([] if single else sequences):
-        places[i, : len(answer)] = range((i + 1) * keep - len(answer), (i + 1) * keep)
     tokens, lengths = _answers([] if single else [answer for _, answer in sequences])
+    # An answer's tokens are predicted at the last of the positions that are kept.
+    places = np.zeros_like(tokens)
+    for i, length in enumerate(lengths.tolist()):
+        places[i, :length] = range((i + 1) * keep - length, (i + 1) * keep)
     arrays = [a for part in parts for a in _padded([sequences[i] for i in part], padding)]
     *rows, order_, places_, tokens_, lengths_, labels_ = _send(
         [*arrays, order.ravel(), places, tokens, lengths, _array(labels)], device

@@ -28,6 +28,7 @@ from helpers.tensors import flat_weights, same_bits
 ROWS = [*rows.SPARSE, *rows.SPARSE_ONCE, *rows.DENSE]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
+SMALL = ["bench", "--model", "embedded", "--repeats", "3", "--density", "0.01"]
 
 
 def entry_of(name: str, model: nn.Module, density: float = 0.01) -> kernels.Entry:
@@ -43,8 +44,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     output: Path = tmp_path_factory.mktemp("bench") / "out"
-    arguments = ["bench", "--model", "embedded", "--repeats", "3", "--density", "0.01", "--output", str(output)]
-    return CliRunner().invoke(main, arguments), output
+    return CliRunner().invoke(main, [*SMALL, "--output", str(output)]), output
 
 
 def mean_of_three(spread: dict[str, float]) -> float:
@@ -338,18 +338,7 @@ def test_a_stop_in_the_middle_leaves_the_cases_before_it(monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(step, "measure_parts", stop)
-    arguments = [
-        "--model",
-        "embedded",
-        "--repeats",
-        "3",
-        "--density",
-        "0.01",
-        "--output",
-        str(tmp_path),
-        "--no-figures",
-    ]
-    assert CliRunner().invoke(main, ["bench", *arguments]).exit_code == 1
+    assert CliRunner().invoke(main, [*SMALL, "--output", str(tmp_path), "--no-figures"]).exit_code == 1
     record = json.loads((tmp_path / "result.json").read_text())
     assert [case["model"] for case in record["kernels"]] == ["embedded"]
     assert record["steps"] == []
@@ -357,19 +346,10 @@ def test_a_stop_in_the_middle_leaves_the_cases_before_it(monkeypatch: pytest.Mon
 
 def test_without_figures_no_matplotlib_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    arguments = [
-        "--model",
-        "embedded",
-        "--repeats",
-        "3",
-        "--density",
-        "0.01",
-        "--output",
-        str(tmp_path),
-        "--no-figures",
-    ]
-    assert CliRunner().invoke(main, ["bench", *arguments]).exit_code == 0
+    assert CliRunner().invoke(main, [*SMALL, "--output", str(tmp_path), "--no-figures"]).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "result.md"]
+    command = json.loads((tmp_path / "result.json").read_text())["command"]
+    assert command.endswith(f"--output {tmp_path} --no-figures")
 
 
 def test_times_of_the_host_are_shown_for_a_gpu(finished: tuple[Result, Path]) -> None:
