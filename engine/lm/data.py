@@ -1,6 +1,5 @@
 """Reads the examples of tasks and calibration text, from JSON Lines files or the Hugging Face hub."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -11,37 +10,9 @@ from torch import Tensor
 from .. import stream
 from ..errors import DataError
 from .hub import HubSource
+from .row_files import read_jsonl
 from .tasks import Row, Task
 from .text import check_text
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON Lines file in UTF-8. Blank lines and byte order marks are skipped.
-
-    Raises:
-        DataError: if the file cannot be read, or a line is not a JSON object; the message names the line.
-    """
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix("\ufeff").strip()
-                if text:
-                    rows.append(_parse(text, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    return rows
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    """The object in a line of JSON; raises ``DataError``."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
-        raise DataError(f"{where}: cannot be read as JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    return row
 
 
 def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
