@@ -29,6 +29,7 @@ from .finished import check_made_again, has_lost_files, write_lost_files
 from .metrics import Metrics, read_summary
 from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
+from .shared import Shared
 from .summary import federation_summary, selection_summary
 
 # Settings that say where and how a run is computed. Another machine that resumes it may have others.
@@ -43,6 +44,7 @@ def execute(
     *,
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Runs a federation and writes its run directory.
 
@@ -54,6 +56,7 @@ def execute(
         trust_remote_code: see ``models.load_model``; not a setting, so that no settings file can switch it on.
         pool: the clients; None: all in this process. A run over several processes has the bits of one process with as
             many threads as each of them.
+        shared: what was loaded for several runs; None: load it.
 
     Returns:
         The summary, as in the last line of ``metrics.jsonl``.
@@ -65,7 +68,7 @@ def execute(
     check_unused(output)
     check_files(config)
     given_device, config = config.model.device, resolved(config)
-    inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
+    inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
     mask = inputs.choose_mask(log)
     _check_before_start(inputs, mask, log)
     if config.mask.file is not None:  # record the density of the mask in use
@@ -84,6 +87,7 @@ def resume(
     config: RunConfig | None = None,
     trust_remote_code: bool = False,
     pool: ClientPool | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Resumes a run that was stopped at any point. It ends with the same bits as a run that was never stopped.
 
@@ -97,6 +101,7 @@ def resume(
             the directory.
         trust_remote_code: see ``execute``.
         pool: see ``execute``.
+        shared: see ``execute``.
 
     Returns:
         The summary. If the run is finished, this is its summary, and only files that were lost are written: the mask
@@ -123,7 +128,7 @@ def resume(
             config = config.replace(mask=None, calibration=None)
         check_files(config)
         config = resolved(config)
-        inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool())
+        inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
         mask = SparseMask.load(path / MASK, inputs.lm.model) if has_mask else inputs.choose_mask(log)
         if not has_mask and directory.has_ledger():
             check_made_again(mask, path)
@@ -185,6 +190,7 @@ class _Inputs:
         shares: indices of each client's training examples; empty if the clients are on other machines.
         base: fingerprint of the base model.
         pool: the clients.
+        shared: what was loaded for several runs; None: nothing.
     """
 
     config: RunConfig
@@ -193,9 +199,12 @@ class _Inputs:
     shares: list[Tensor]
     base: str
     pool: ClientPool
+    shared: Shared | None
 
     def choose_mask(self, log: Log) -> SparseMask:
         """The run's mask; see ``make_mask``."""
+        if self.shared is not None:
+            return self.shared.mask
         log(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
         return make_mask(self.config, self.lm, self.data.train)
 
@@ -227,7 +236,9 @@ class _Inputs:
         return summary
 
 
-def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool) -> _Inputs:
+def _load_inputs(
+    config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool, shared: Shared | None
+) -> _Inputs:
     """Loads model and examples, partitions these among the clients, and logs what was loaded."""
     for line in pool.prepare(config):
         log(line)
@@ -240,11 +251,13 @@ def _load_inputs(config: RunConfig, log: Log, trust_remote_code: bool, pool: Cli
     log(
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
     )
-    lm = load_language_model(config, trust_remote_code=trust_remote_code)
-    data = encode(config, lm)
+    lm = load_language_model(config, trust_remote_code=trust_remote_code) if shared is None else shared.lm
+    data = encode(config, lm) if shared is None else shared.data
     shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)
-    inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool)
+    if shared is not None:
+        shared.check(base)
+    inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool, shared=shared)
     pool.check(base, inputs.data_digest, data.train.layout)
     if data.train.layout_reason:
         log(f"batches are {data.train.layout}, not packed: {data.train.layout_reason}")
@@ -319,7 +332,8 @@ def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Rep
         )
         exchange = inputs.pool.connect(federation, directory.path / MASK)
         metrics = Metrics(directory, saved.metrics, len(inputs.data.validation))
-        Rounds(federation, exchange, directory, ledger, metrics, report, log).run(saved)
+        rounds = Rounds(federation, exchange, directory, ledger, metrics, report, log)
+        rounds.run(saved, inputs.shared and inputs.shared.initial)
     metrics.check_trained(header.terms.queries)
     summary = metrics.summary() | federation_summary(federation)
     summary |= selection_summary(federation.selection, inputs.label_counts)

@@ -72,19 +72,19 @@ class Rounds:
         self._last_time, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
         self._said: str | None = None
 
-    def run(self, saved: SavedRounds) -> None:
+    def run(self, saved: SavedRounds, of_base: Evaluation | None = None) -> None:
         """Restores the saved rounds, then runs the others up to the last.
 
         Args:
             saved: the rounds in the run directory.
+            of_base: the evaluation before training; None: as it is in the run directory, or evaluate.
         """
         self._restore(saved)
         federation = self._federation
-        initial = self._metrics.initial_evaluation()
-        if initial is None:
-            initial = self._evaluate()
-            if not federation.server.replica.terms.calibration_steps:
-                self._write(None, initial)
+        written = self._metrics.initial_evaluation()
+        initial = written or of_base or self._evaluate()
+        if written is None and not federation.server.replica.terms.calibration_steps:
+            self._write(None, initial)
         for record in saved.pending:
             self._finish_round(federation.restore(record), initial, saved.crc_of(record))
         self._save_snapshot_if_due(saved)
