@@ -333,7 +333,7 @@ def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Rep
         exchange = inputs.pool.connect(federation, directory.path / MASK)
         metrics = Metrics(directory, saved.metrics, len(inputs.data.validation))
         rounds = Rounds(federation, exchange, directory, ledger, metrics, report, log)
-        rounds.run(saved, inputs.shared and inputs.shared.initial)
+        rounds.run(saved, None if inputs.shared is None else inputs.shared.initial)
     metrics.check_trained(header.terms.queries)
     summary = metrics.summary() | federation_summary(federation)
     summary |= selection_summary(federation.selection, inputs.label_counts)
