@@ -17,8 +17,10 @@ from . import __version__
 from .bench.command import bench
 from .bench.experiments.command import experiment
 from .bench.scale_command import bench_server
+from .bench.tune.command import tune
 from .engine.errors import ConfigError, MeerkatError
 from .engine.lm.checkpoint import check_does_not_exist
+from .engine.lm.scores import SCORES, scores_in, shown
 from .fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .fed.config.run_config import RunConfig, make_config
 from .fed.methods import Method
@@ -182,18 +184,25 @@ def _resume_command_when_stopped(output: Path, options: str) -> Iterator[None]:
 def _compare_random(
     config: RunConfig, summary: dict[str, Any], output: Path, execution: dict[str, Any], *, may_resume: bool
 ) -> None:
-    """Runs the settings of a finished run with a random mask, and shows the accuracies of both."""
+    """Runs the settings of a finished run with a random mask, and shows the main score of both."""
     click.echo(f"\nThe same with a random mask of {summary['masked_elements']} elements:")
     random_config = config.replace(method=Method.RANDOM_MASK)
     random_summary = _execute_and_show(random_config, output / "random-mask", execution, may_resume=may_resume)
-    accuracies = f"{config.method} {_accuracy_after(summary)}   random {_accuracy_after(random_summary)}"
-    click.echo(f"\naccuracy after   {accuracies}   (both at learning rate {config.step.lr:g})")
+    title = SCORES[_main_score(summary)].title
+    values = f"{config.method} {_score_after(summary)}   random {_score_after(random_summary)}"
+    click.echo(f"\n{title} after   {values}   (both at learning rate {config.step.lr:g})")
 
 
-def _accuracy_after(summary: dict[str, Any]) -> str:
-    """The accuracy after training in words, with the number of examples without finite scores if there are any."""
-    not_scored = summary.get("nonfinite_after")
-    return f"{summary['accuracy_after']:.4f}" + (f" ({not_scored} examples not scored)" if not_scored else "")
+def _main_score(summary: dict[str, Any]) -> str:
+    """Name of the score that the task is judged by."""
+    return shown(scores_in(summary, "_after"))[0]
+
+
+def _score_after(summary: dict[str, Any]) -> str:
+    """The main score after training in words, with the number of examples without finite scores if there are any."""
+    name, not_scored = _main_score(summary), summary.get("nonfinite_after")
+    value = SCORES[name].text(summary[f"{name}_after"])
+    return value + (f" ({not_scored} examples not scored)" if not_scored else "")
 
 
 def _check_compare_random(config: RunConfig) -> None:
@@ -350,6 +359,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 main.add_command(bench)
 main.add_command(bench_server)
 main.add_command(experiment)
+main.add_command(tune)
 
 
 if __name__ == "__main__":

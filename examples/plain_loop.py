@@ -47,7 +47,7 @@ def main(steps: int, output: Path) -> None:
             loss = optimizer.step(closure)
             scheduler.step()
             if optimizer.steps % 50 == 0 or optimizer.steps == steps:
-                accuracy = evaluate(lm.model, held_out).accuracy
+                accuracy = evaluate(lm.model, held_out).scores["accuracy"]
                 print(f"step {optimizer.steps}: loss {loss:.4f}, held-out accuracy {accuracy:.4f}")
             if optimizer.steps == steps:
                 break

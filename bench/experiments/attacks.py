@@ -52,19 +52,20 @@ class Attacks(Experiment):
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
-        clean, lines = results.accuracy(_CLEAN), []
+        clean, lines, score = results.after(_CLEAN), [], results.score
+        unit = 100 if score.higher_is_better else -1  # accuracy in points
         for arm, runs in results.arms.items():
-            accuracies = results.accuracy(arm)
-            lost = max(100 * (without - attacked) for without, attacked in zip(clean, accuracies, strict=True))
+            after = results.after(arm)
+            lost = max(unit * (without - attacked) for without, attacked in zip(clean, after, strict=True))
             losses = [run.validation_loss for run in runs]
             loss = over_seeds(losses) if max(losses) < 1000 else f"up to {max(losses):.2g}"
             rejected = ", ".join(str(sum(run.summary["rejected_messages"].values())) for run in runs)
-            lines.append([*arm.rsplit(", ", 1), over_seeds(accuracies), f"{lost:.2f}", loss, rejected])
+            lines.append([*arm.rsplit(", ", 1), over_seeds(after), f"{lost:.2f}", loss, rejected])
         columns = [
             "rule",
             "attack",
-            "accuracy after",
-            "points lost, worst seed",
+            f"{score.title} after",
+            "points lost, worst seed" if score.higher_is_better else "more than without attack, worst seed",
             "validation loss",
             "messages rejected",
         ]
@@ -75,9 +76,9 @@ class Attacks(Experiment):
         figure, axes = subplots(1, len(Attack), sharey=True)
         for axis, attack in zip(axes, Attack, strict=True):
             for i, rule in enumerate((*Rule, _CLIPPED)):
-                mean_line(axis, [run.accuracies for run in results.arms[f"{rule}, {attack}"]], f"C{i}", rule)
+                mean_line(axis, [run.curve for run in results.arms[f"{rule}, {attack}"]], f"C{i}", rule)
             axis.set(title=f"attack: {attack}", xlabel="round")
-        axes[0].set_ylabel("accuracy on held-out examples")
+        axes[0].set_ylabel(results.score.axis)
         save_figure(figure, axes, path)
 
 

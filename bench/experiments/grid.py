@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from ...engine.atomic_files import write_atomic
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm import embedded
+from ...engine.lm.scores import LOSS, SCORES, Score, scores_in, shown
 from ...fed.config.run_config import RunConfig, make_config
 from ...fed.config.toml import config_toml, read_toml
 from ...fed.ledger.file import read_ledger
@@ -72,15 +73,30 @@ class FinishedRun:
         return summary
 
     @property
-    def validation_loss(self) -> float:
-        """The validation loss after training; infinite if the run diverged."""
-        loss = self.summary["validation_loss_after"]
-        return math.inf if loss is None else float(loss)
+    def main_score(self) -> str:
+        """Name of the score that the task is judged by; see ``scores.shown``."""
+        return shown(scores_in(self.summary, "_after"))[0]
 
     @property
-    def accuracies(self) -> list[tuple[float, float]]:
-        """Pairs (round, accuracy), one per evaluation."""
-        return [(float(line["round"]), float(line["accuracy"])) for line in self.lines if "accuracy" in line]
+    def before(self) -> float:
+        """The main score before training; infinite if it was not finite."""
+        return _number(self.summary[f"{self.main_score}_before"])
+
+    @property
+    def after(self) -> float:
+        """The main score after training; infinite if the run diverged."""
+        return _number(self.summary[f"{self.main_score}_after"])
+
+    @property
+    def validation_loss(self) -> float:
+        """The validation loss after training; infinite if the run diverged."""
+        return _number(self.summary[f"{LOSS}_after"])
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """Pairs (round, main score), one per evaluation; infinite where the score was not finite."""
+        name = self.main_score
+        return [(float(line["round"]), _number(line[name])) for line in self.lines if name in line]
 
     @property
     def traces(self) -> list[dict[str, Any]]:
@@ -100,9 +116,18 @@ class Results:
     arms: dict[str, list[FinishedRun]]
     measured: Any
 
-    def accuracy(self, arm: str) -> list[float]:
-        """Returns the accuracy after training of an arm's runs, one per seed."""
-        return [float(run.summary["accuracy_after"]) for run in self.arms[arm]]
+    @property
+    def score(self) -> Score:
+        """The score that the task is judged by: that of the first arm, where arms have different tasks."""
+        return self.score_of(next(iter(self.arms)))
+
+    def score_of(self, arm: str) -> Score:
+        """Returns the score that the task of an arm is judged by."""
+        return SCORES[self.arms[arm][0].main_score]
+
+    def after(self, arm: str) -> list[float]:
+        """Returns the main score after training of an arm's runs, one per seed."""
+        return [run.after for run in self.arms[arm]]
 
     def not_scored(self) -> str:
         """Returns a sentence about the runs in which held-out examples had no finite score; empty if there are none."""
@@ -114,7 +139,14 @@ class Results:
             for name, summary in summaries.items()
             if summary.get("nonfinite_after")
         ]
-        return f"Held-out examples without finite scores, which count as wrong: {'; '.join(found)}." if found else ""
+        return (
+            f"Held-out examples without finite scores, {self.score.if_not_finite}: {'; '.join(found)}." if found else ""
+        )
+
+
+def _number(value: float | None) -> float:
+    """A score from JSON, where null stands for one that is not finite."""
+    return math.inf if value is None else float(value)
 
 
 class Experiment(ABC):

@@ -57,9 +57,10 @@ class LocalSteps(Experiment):
         for arm, runs in results.arms.items():
             losses = [run.validation_loss for run in runs]
             sent = [amount(runs[0].summary[f"bytes_{direction}"]) for direction in ("up", "down")]
-            drift, accuracy = over_seeds([_drift(run) for run in runs]), over_seeds(results.accuracy(arm))
-            lines.append([arm, str(runs[0].config["rounds"]), accuracy, over_seeds(losses), drift, *sent])
-        return table(["", "rounds", "accuracy after", "validation loss", _DRIFT, "bytes up", "down"], lines)
+            drift, after = over_seeds([_drift(run) for run in runs]), over_seeds(results.after(arm))
+            lines.append([arm, str(runs[0].config["rounds"]), after, over_seeds(losses), drift, *sent])
+        after = f"{results.score.title} after"
+        return table(["", "rounds", after, "validation loss", _DRIFT, "bytes up", "down"], lines)
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
@@ -67,7 +68,7 @@ class LocalSteps(Experiment):
         arms = list(results.arms.values())
         sent = [float(runs[0].summary["bytes_up"]) for runs in arms]
         measures = {
-            "accuracy on held-out examples": [[float(run.summary["accuracy_after"]) for run in runs] for runs in arms],
+            results.score.axis: [[run.after for run in runs] for runs in arms],
             _DRIFT: [[_drift(run) for run in runs] for runs in arms],
         }
         for axis, (shown, values) in zip(axes, measures.items(), strict=True):

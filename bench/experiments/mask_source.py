@@ -67,10 +67,11 @@ class MaskSource(Experiment):
         """See ``Experiment``."""
         by_source: dict[str, list[str]] = {}
         for arm in results.arms:
-            by_source.setdefault(arm.split(", lr ")[0], []).append(over_seeds(results.accuracy(arm)))
+            by_source.setdefault(arm.split(", lr ")[0], []).append(over_seeds(results.after(arm)))
         rates = list(dict.fromkeys(arm.split(", ")[-1] for arm in results.arms))
-        accuracies = table(
-            ["accuracy after, mask from", *rates], [[source, *cells] for source, cells in by_source.items()]
+        scores = table(
+            [f"{results.score.title} after, mask from", *rates],
+            [[source, *cells] for source, cells in by_source.items()],
         )
         lines = []
         for task, sources in results.measured.items():
@@ -79,7 +80,7 @@ class MaskSource(Experiment):
                               _percent(coverages, "chance"), _percent(coverages, "overlap")])  # fmt: skip
         columns = ["task", "mask from", "holds of its squared gradient", "best mask of that size", "chance"]
         columns.append("overlap with the best")
-        return f"{accuracies}\n\n{table(columns, lines)}"
+        return f"{scores}\n\n{table(columns, lines)}"
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""

@@ -42,11 +42,12 @@ class Selection(Experiment):
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
         lines = [
-            [*arm.split(", "), over_seeds(results.accuracy(arm)), _stopped(runs)]
+            [*arm.split(", "), over_seeds(results.after(arm)), _stopped(runs)]
             for arm, runs in results.arms.items()
             if not arm.endswith(_DETECTION)
         ]
-        return f"{table(['task', 'method', 'accuracy after', 'clients stopped'], lines)}\n\n{_detection(results)}"
+        titles = " or ".join(dict.fromkeys(results.score_of(arm).title for arm in results.arms))
+        return f"{table(['task', 'method', f'{titles} after', 'clients stopped'], lines)}\n\n{_detection(results)}"
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
@@ -54,9 +55,8 @@ class Selection(Experiment):
         figure, axes = subplots(1, len(tasks))
         for axis, task in zip(axes, tasks, strict=True):
             for i, method in enumerate(_METHODS):
-                mean_line(axis, [run.accuracies for run in results.arms[f"{task}, {method}"]], f"C{i}", method)
-            axis.set(title=task, xlabel="round")
-        axes[0].set_ylabel("accuracy on held-out examples")
+                mean_line(axis, [run.curve for run in results.arms[f"{task}, {method}"]], f"C{i}", method)
+            axis.set(title=task, xlabel="round", ylabel=results.score_of(f"{task}, {_METHODS[0]}").axis)
         save_figure(figure, axes, path)
 
 

@@ -50,10 +50,11 @@ class Sparsity(Experiment):
             summary = runs[0].summary
             lines.append([
                 arm, f"{summary['masked_elements']:,}", f"{runs[0].config['lr']:.3g}",
-                over_seeds([float(run.summary["accuracy_before"]) for run in runs]), over_seeds(results.accuracy(arm)),
+                over_seeds([run.before for run in runs]), over_seeds(results.after(arm)),
                 amount(summary["mask_bytes"]), amount(summary["bytes_up"] + summary["bytes_down"]),
             ])  # fmt: skip
-        return table(["", "elements", "lr", "accuracy before", "after", "mask, once a client", "all messages"], lines)
+        before = f"{results.score.title} before"
+        return table(["", "elements", "lr", before, "after", "mask, once a client", "all messages"], lines)
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
@@ -63,17 +64,17 @@ class Sparsity(Experiment):
                 runs = results.arms[f"{partition}, u = {density:g}"]
                 mean_line(axis, [_curve(run) for run in runs], f"C{i}", f"u = {density:g}")
             axis.set(title=partition, xscale="log", xlabel="bytes sent, masks included")
-        axes[0].set_ylabel("accuracy on held-out examples")
+        axes[0].set_ylabel(results.score.axis)
         save_figure(figure, axes, path)
 
 
 def _curve(run: FinishedRun) -> list[tuple[float, float]]:
-    """Returns points (bytes sent so far, accuracy), one per evaluation."""
-    sent, points = run.summary["mask_bytes"] * run.config["clients"], []
+    """Returns points (bytes sent so far, main score), one per evaluation."""
+    sent, points, by_round = run.summary["mask_bytes"] * run.config["clients"], [], dict(run.curve)
     for line in run.lines:
         sent += line["bytes_up"] + line["bytes_down"]
-        if "accuracy" in line:
-            points.append((float(sent), float(line["accuracy"])))
+        if line["round"] in by_round:
+            points.append((float(sent), by_round[line["round"]]))
     return points
 
 

@@ -1,5 +1,6 @@
-"""Accuracy, macro-F1 and loss of a model on a task's examples."""
+"""``evaluate``: loss and scores of a model on a task's examples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional
 
 from .examples import EncodedTask
 from .objective import candidate_scores
+from .scores import LOSS, shown
 
 # Examples per batch by type of device: a GPU needs large batches to be busy.
 _BATCH_SIZES = {"cuda": 256}
@@ -18,19 +20,23 @@ class Evaluation:
     """Results of a model on a set of examples.
 
     Args:
-        accuracy: share of examples whose most likely candidate is the right one, in [0, 1]. An example without finite
-            scores counts as wrong.
-        macro_f1: mean of the classes' F1, in [0, 1]; see ``macro_f1``.
         loss: mean cross-entropy over the candidates; NaN or infinite if a score is.
         examples: number of examples.
         nonfinite: number of examples with a score that is NaN or infinite.
+        scores: ``accuracy``, the share of examples whose most likely candidate is the right one, in [0, 1], where an
+            example without finite scores counts as wrong; ``macro_f1``, the mean of the classes' F1, in [0, 1].
     """
 
-    accuracy: float
-    macro_f1: float
     loss: float
     examples: int
     nonfinite: int = 0
+    scores: Mapping[str, float]
+
+    @property
+    def main(self) -> tuple[str, float]:
+        """Name and value of the score that the task is judged by; see ``scores.shown``."""
+        name = shown(list(self.scores))[0]
+        return name, self.loss if name == LOSS else self.scores[name]
 
 
 @torch.inference_mode()
@@ -49,11 +55,10 @@ def evaluate(model: nn.Module, data: EncodedTask, batch_size: int | None = None)
     scores, labels = torch.cat([candidate_scores(model, batch) for batch in batches]).cpu(), data.labels[order]
     confusion = confusion_matrix(labels, predictions(scores), len(data.candidates))
     return Evaluation(
-        accuracy=int(confusion.trace()) / len(data),
-        macro_f1=macro_f1(confusion),
         loss=float(functional.cross_entropy(scores.double(), labels)),
         examples=len(data),
         nonfinite=int(confusion[:, -1].sum()),
+        scores={"accuracy": int(confusion.trace()) / len(data), "macro_f1": macro_f1(confusion)},
     )
 
 

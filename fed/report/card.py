@@ -10,12 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ... import __version__
 from ...engine.delta import Delta
 from ...engine.lm.models import LanguageModel
+from ...engine.lm.scores import LOSS, SCORES, scores_in, shown
 from ...engine.lm.tasks import Task
 from ..config.run_config import RunConfig, make_config
 from ..run.jsonl import is_number
 from ..run.replay import Replayed
 
 _TAGS = ["meerkat-engine", "zeroth-order-optimization"]
+# Kinds of tasks on the hub, by their main score.
+_HUB_TASKS = {"accuracy": "text-classification", LOSS: "text-generation"}
 
 
 def run_card(replayed: Replayed, name: str, weights: str) -> str:
@@ -41,8 +44,7 @@ def run_card(replayed: Replayed, name: str, weights: str) -> str:
         "local steps": _steps(replayed),
         "bytes sent": _bytes(replayed),
         **_privacy(replayed),
-        "accuracy": _change(before, after, "accuracy"),
-        "macro-F1": _change(before, after, "macro_f1"),
+        **_scores(before, after),
         **_nonfinite(before, after),
         "base fingerprint": _code(header.base),
         "mask digest": _code(header.terms.mask_digest),
@@ -116,21 +118,21 @@ def _card(lm: LanguageModel, name: str, body: str, results: list[EvalResult], ta
 
 
 def _eval_results(task: Task, after: Mapping[str, Any]) -> list[EvalResult]:
-    """The evaluations in a line of the metrics, for the front matter."""
-    hub = task.hub
+    """The scores in a line of the metrics, for the front matter."""
+    hub, scores = task.hub, shown(scores_in(after))
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type=_HUB_TASKS[scores[0]],
             dataset_type=hub.path if hub else task.name,
             dataset_name=task.name,
             dataset_config=hub.config if hub else None,
             dataset_split=hub.validation if hub else None,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=after[key],
+            metric_type=SCORES[name].hub_type,
+            metric_name=SCORES[name].title,
+            metric_value=after[name],
         )
-        for key, kind, name in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-F1"))
-        if is_number(after.get(key))
+        for name in scores
+        if is_number(after.get(name))
     ]
 
 
@@ -139,9 +141,19 @@ def _metrics_line(replayed: Replayed, round: int) -> dict[str, Any]:
     return next((line for line in replayed.metrics if line.get("round") == round), {})
 
 
+def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """A row for each score; one row that says so if the metrics are missing."""
+    if not before and not after:
+        return {"evaluation": "none: the metrics are missing"}
+    return {SCORES[name].title: _change(before, after, name) for name in shown(scores_in({**before, **after}))}
+
+
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
-    """A metric before and after training, in words."""
-    values = [f"{line[key]:.4f}" if is_number(line.get(key)) else "not evaluated" for line in (before, after)]
+    """A score before and after training, in words."""
+    values = [
+        SCORES[key].text(line[key]) if key in line and (line[key] is None or is_number(line[key])) else "not evaluated"
+        for line in (before, after)
+    ]
     return f"{values[0]} before, {values[1]} after"
 
 

@@ -11,6 +11,7 @@ from ... import __version__
 from ...engine.atomic_files import write_atomic
 from ...engine.errors import ConfigError
 from ...engine.extras import require_matplotlib
+from ...engine.lm.scores import SCORES
 from ..run.directory import CONFIG
 from ..run.jsonl import is_number
 from .figures import Curve, Picture, draw_curves, draw_histogram, draw_paths
@@ -18,8 +19,6 @@ from .runs import Run, client_paths, read_runs
 from .tables import in_order, results, selection, settings, state
 
 _MAX_CLIENTS = 40  # clients in a figure; more bars would be too thin
-
-_CURVES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "loss": "training loss"}
 
 
 def write_report(paths: list[Path], output: Path | None = None) -> Path:
@@ -80,18 +79,8 @@ def _page(runs: list[Run]) -> str:
 
 
 def _by_round(runs: list[Run]) -> Picture | None:
-    panels = {}
-    for key, label in _CURVES.items():
-        first = 1 if key == "loss" else 0  # round 0 has no training loss
-        lines_by_run = {
-            run.name: [line for line in run.rounds if is_number(line.get(key)) and line["round"] >= first]
-            for run in runs
-        }
-        panels[label] = [
-            Curve(name, [line["round"] for line in lines], [line[key] for line in lines])
-            for name, lines in lines_by_run.items()
-            if lines
-        ]
+    panels = {score.title: _curves([run for run in runs if name in run.scores], name) for name, score in SCORES.items()}
+    panels["training loss"] = _curves(runs, "loss", first=1)  # round 0 has none
     panels = {label: curves for label, curves in panels.items() if curves}
     if not panels:
         return None
@@ -100,20 +89,38 @@ def _by_round(runs: list[Run]) -> Picture | None:
 
 
 def _by_bytes(runs: list[Run]) -> Picture | None:
-    curves = []
+    panels: dict[str, list[Curve]] = {}
     for run in runs:
-        sent, x, y = 0.0, [], []
-        for line in run.rounds:
-            sent += line.get("bytes_up", 0) + line.get("bytes_down", 0)
-            if sent > 0 and is_number(line.get("accuracy")):  # 0 bytes cannot be on a log axis
-                x.append(sent)
-                y.append(line["accuracy"])
-        if x:
-            curves.append(Curve(run.name, x, y))
-    if not curves:
+        if run.scores and (curve := _curve_by_bytes(run, run.scores[0])).x:
+            panels.setdefault(SCORES[run.scores[0]].title, []).append(curve)
+    if not panels:
         return None
-    alt = f"Line chart of accuracy against the bytes sent so far, one line a run. {_in_words(curves)}"
-    return draw_curves({"accuracy": curves}, "bytes sent so far, up and down", alt, bytes_on_log_x=True)
+    charts = "Line chart" if len(panels) == 1 else "Line charts"
+    titles, words = " and ".join(panels), " ".join(_in_words(curves) for curves in panels.values())
+    alt = f"{charts} of {titles} against the bytes sent so far, one line a run. {words}"
+    return draw_curves(panels, "bytes sent so far, up and down", alt, bytes_on_log_x=True)
+
+
+def _curves(runs: list[Run], key: str, first: int = 0) -> list[Curve]:
+    """A value in the metrics against the round, from round ``first`` on, of each run that has it."""
+    lines_by_run = {
+        run.name: [line for line in run.rounds if is_number(line.get(key)) and line["round"] >= first] for run in runs
+    }
+    return [
+        Curve(name, [line["round"] for line in lines], [line[key] for line in lines])
+        for name, lines in lines_by_run.items()
+        if lines
+    ]
+
+
+def _curve_by_bytes(run: Run, key: str) -> Curve:
+    sent, x, y = 0.0, [], []
+    for line in run.rounds:
+        sent += line.get("bytes_up", 0) + line.get("bytes_down", 0)
+        if sent > 0 and is_number(line.get(key)):  # 0 bytes cannot be on a log axis
+            x.append(sent)
+            y.append(line[key])
+    return Curve(run.name, x, y)
 
 
 def _in_words(curves: list[Curve]) -> str:

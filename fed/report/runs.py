@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import RunError
+from ...engine.lm.scores import LOSS, scores_in, shown
 from ..config.toml import read_toml
 from ..ledger.file import read_ledger
 from ..run.directory import CONFIG, LEDGER, METRICS
@@ -37,6 +38,11 @@ class Run:
     def results(self) -> dict[str, Any]:
         """The summary; for a run that did not finish, the fields that follow from its rounds."""
         return self.summary if self.summary is not None else _partial_summary(self.rounds)
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores that are shown, the main one first; none if the run was never evaluated."""
+        return [name for name in shown(scores_in(self.results, "_before")) if f"{name}_before" in self.results]
 
     @property
     def stopped(self) -> set[str]:
@@ -94,15 +100,16 @@ def _require(holds: bool, path: Path, problem: str) -> None:
 
 def _partial_summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Fields of the summary of an unfinished run; none if it was never evaluated."""
-    evaluated = [line for line in rounds if is_number(line.get("accuracy"))]
+    evaluated = [line for line in rounds if LOSS in line]
     if not evaluated:
         return {}
     first, last = evaluated[0], evaluated[-1]
     return {
-        "accuracy_before": first["accuracy"],
-        "accuracy_after": last["accuracy"],
-        "macro_f1_before": first.get("macro_f1"),
-        "macro_f1_after": last.get("macro_f1"),
+        **{
+            f"{name}_{when}": line.get(name)
+            for name in (*scores_in(first), LOSS)
+            for when, line in (("before", first), ("after", last))
+        },
         **{
             f"nonfinite_{when}": line["nonfinite"]
             for when, line in (("before", first), ("after", last))

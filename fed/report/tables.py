@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ...engine.lm.scores import SCORES
 from ..config.sections import ClientsConfig
 from ..partition import Partition
 from ..run.jsonl import is_number
@@ -72,9 +73,6 @@ def _progress(run: Run) -> str:
 def results(runs: list[Run]) -> list[Row]:
     """The results of each run. Rows without a value in any run are left out."""
     cells: dict[str, Callable[[dict[str, Any]], str]] = {
-        "trained elements": lambda s: _join(s, "{} of {}", ",", "masked_elements", "elements"),
-        "accuracy, before → after": lambda s: _join(s, "{} → {}", ".4f", "accuracy_before", "accuracy_after"),
-        "macro-F1, before → after": lambda s: _join(s, "{} → {}", ".4f", "macro_f1_before", "macro_f1_after"),
         "held-out examples without finite scores, before → after": lambda s: _join(
             s, "{} → {}", ",", "nonfinite_before", "nonfinite_after"
         ),
@@ -94,8 +92,19 @@ def results(runs: list[Run]) -> list[Row]:
         "precision, recall": lambda s: _join(s, "{}, {}", ".3f", "precision", "recall"),
         "weights, fingerprint": lambda s: _format(s.get("weights"))[:12],
     }
-    rows = [(name, [cell(run.results) for run in runs]) for name, cell in cells.items()]
+    rows = [
+        ("trained elements", [_join(run.results, "{} of {}", ",", "masked_elements", "elements") for run in runs]),
+        *((f"{score.title}, before → after", [_score(run, name) for run in runs]) for name, score in SCORES.items()),
+        *((name, [cell(run.results) for run in runs]) for name, cell in cells.items()),
+    ]
     return [(name, values) for name, values in rows if set(values) != {_NOTHING}]
+
+
+def _score(run: Run, name: str) -> str:
+    """A score before and after training."""
+    if name not in run.scores:
+        return _NOTHING
+    return _join(run.results, "{} → {}", f".{SCORES[name].decimals}f", f"{name}_before", f"{name}_after")
 
 
 def _join(results: dict[str, Any], pattern: str, spec: str, *names: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...engine.errors import NonFiniteLossError, RunError
 from ...engine.lm.evaluation import Evaluation
+from ...engine.lm.scores import LOSS, SCORES, scores_in
 from ..ledger.file import RoundRecord
 from ..scalars import ClientScalars
 from .directory import METRICS, RunDirectory
@@ -93,18 +94,13 @@ class Metrics:
 
     def summary(self) -> dict[str, Any]:
         """The fields of the summary that follow from the lines."""
-        evaluations = [self._evaluation(line) for line in self._lines if "accuracy" in line]
+        evaluations = [self._evaluation(line) for line in self._lines if LOSS in line]
         before, last = evaluations[0], evaluations[-1]
         timed = [line for line in self._lines if line["seconds_in_steps"]]
         steps, in_steps = (sum(line[name] for line in timed) for name in ("steps", "seconds_in_steps"))
         forwards = [line["seconds_in_forwards"] for line in timed]
         return {
-            "accuracy_before": before.accuracy,
-            "accuracy_after": last.accuracy,
-            "macro_f1_before": before.macro_f1,
-            "macro_f1_after": last.macro_f1,
-            "validation_loss_before": finite_or_none(before.loss),
-            "validation_loss_after": finite_or_none(last.loss),
+            **_before_and_after(before, last),
             "validation_examples": before.examples,
             **_nonfinite_fields(before, last),
             "steps": self._sum("steps"),
@@ -126,21 +122,21 @@ class Metrics:
 
     def _evaluation(self, line: Line) -> Evaluation:
         return Evaluation(
-            accuracy=line["accuracy"],
-            macro_f1=line["macro_f1"],
-            loss=math.nan if line["validation_loss"] is None else line["validation_loss"],
+            loss=_number_or_nan(line[LOSS]),
             examples=self._examples,
             nonfinite=line.get("nonfinite", 0),
+            scores={name: _number_or_nan(line[name]) for name in scores_in(line)},
         )
 
 
-def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> None:
+def check_metrics_line(line: Line, record: RoundRecord | None, where: str, scores: list[str]) -> None:
     """Checks that a line of the metrics agrees with the ledger.
 
     Args:
         line: the line of a round.
         record: the round's line in the ledger; None for round 0 if there is no calibration.
         where: file and line number, for messages.
+        scores: names of the scores of an evaluation, in addition to the loss.
 
     Raises:
         RunError: if a value differs from the ledger's, or an evaluation, a count of examples or a time is no number.
@@ -148,12 +144,15 @@ def check_metrics_line(line: Line, record: RoundRecord | None, where: str) -> No
     for name, value in _round_fields(record).items():
         if name not in line or line[name] != value:
             raise RunError(f"{where}: {name} is {line.get(name)!r}, in the ledger it is {value!r}; nothing was changed")
-    accuracy, macro_f1, loss = (line.get(name) for name in ("accuracy", "macro_f1", "validation_loss"))
-    evaluated = is_number(accuracy) and is_number(macro_f1) and (is_number(loss) or loss is None)
+    required = [*scores, LOSS]
+    found = [name for name in SCORES if name in line]
     may_lack_evaluation = record is not None and record.round != 0
-    lacks_evaluation = "accuracy" not in line and macro_f1 is None and loss is None
-    if not evaluated and not (may_lack_evaluation and lacks_evaluation):
-        raise RunError(f"{where}: accuracy, macro_f1 or validation_loss is not a number; nothing was changed")
+    is_evaluation = set(found) == set(required) and all(_is_score(name, line[name]) for name in required)
+    if not is_evaluation and (found or not may_lack_evaluation):
+        raise RunError(
+            f"{where}: {', '.join(required[:-1])} or {required[-1]} is not a number, or there is a score that the run "
+            f"does not have; nothing was changed"
+        )
     nonfinite = line.get("nonfinite", 0)
     if isinstance(nonfinite, bool) or not isinstance(nonfinite, int) or nonfinite < 0:
         raise RunError(f"{where}: nonfinite is {nonfinite!r}, not a number of examples; nothing was changed")
@@ -182,11 +181,29 @@ def _evaluation_fields(evaluation: Evaluation | None) -> Line:
         return {}
     return {
         "loss": finite_or_none(evaluation.loss),
-        "validation_loss": finite_or_none(evaluation.loss),
-        "accuracy": evaluation.accuracy,
-        "macro_f1": evaluation.macro_f1,
+        LOSS: finite_or_none(evaluation.loss),
+        **{name: finite_or_none(value) for name, value in evaluation.scores.items()},
         **({"nonfinite": evaluation.nonfinite} if evaluation.nonfinite else {}),
     }
+
+
+def _before_and_after(before: Evaluation, after: Evaluation) -> dict[str, float | None]:
+    """All scores and the loss, under NAME_before and NAME_after."""
+    pairs = {name: (value, after.scores[name]) for name, value in before.scores.items()}
+    pairs[LOSS] = before.loss, after.loss
+    return {
+        f"{name}_{when}": finite_or_none(value)
+        for name, values in pairs.items()
+        for when, value in zip(("before", "after"), values, strict=True)
+    }
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return is_number(value) or (value is None and SCORES[name].may_be_null)
+
+
+def _number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _nonfinite_fields(before: Evaluation, after: Evaluation) -> dict[str, int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...engine.lm.evaluation import Evaluation, evaluate
+from ...engine.lm.scores import SCORES
 from ..exchange import Exchange, serve
 from ..ledger.file import LedgerWriter, RoundRecord
 from ..ledger.snapshot import Snapshot
@@ -27,7 +28,8 @@ class Progress:
         round: number of the round; 0 is before training.
         rounds: total number of rounds.
         loss: mean training loss of the round (round 0: validation loss); None if no client reported one.
-        accuracy: accuracy on the held-out examples; None if the model was not evaluated after the round.
+        score: title and value of the task's main score on the held-out examples; None if the model was not evaluated
+            after the round.
         bytes: bytes sent so far in both directions.
         steps_per_second: mean speed of the local steps so far in this process.
     """
@@ -35,7 +37,7 @@ class Progress:
     round: int
     rounds: int
     loss: float | None
-    accuracy: float | None
+    score: tuple[str, float] | None
     bytes: int
     steps_per_second: float
 
@@ -146,7 +148,7 @@ class Rounds:
         if evaluation.nonfinite:
             self._log(
                 f"{evaluation.nonfinite} of {evaluation.examples} held-out examples have scores that are not finite; "
-                f"they count as wrong"
+                f"{SCORES[evaluation.main[0]].if_not_finite}"
             )
         return evaluation
 
@@ -166,7 +168,7 @@ class Rounds:
                 round=line["round"],
                 rounds=self._config.rounds,
                 loss=line["loss"],
-                accuracy=None if evaluation is None else evaluation.accuracy,
+                score=None if evaluation is None else (SCORES[evaluation.main[0]].title, evaluation.main[1]),
                 bytes=self._metrics.bytes,
                 steps_per_second=timing.rate,
             )

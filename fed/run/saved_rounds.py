@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ...engine.errors import LedgerError, RunError
+from ...engine.lm.scores import scores_in
 from ..ledger.file import Ledger, LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from ..ledger.snapshot import Snapshot
 from .directory import GRADIP, LEDGER, METRICS, SNAPSHOT, RunDirectory
@@ -76,7 +77,7 @@ def read_saved_rounds(directory: RunDirectory, header: LedgerHeader) -> SavedRou
         )
     gradip = read_gradip(path, ledger)
     for number, (line, record) in enumerate(zip(metrics, records, strict=False), 1):
-        check_metrics_line(line, record, f"{path / METRICS}, line {number}")
+        check_metrics_line(line, record, f"{path / METRICS}, line {number}", scores_in(metrics[0]))
     snapshot = None
     if (path / SNAPSHOT).exists() and not header.terms.sends_weights:
         snapshot = Snapshot.load(path / SNAPSHOT, ledger)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ...engine.errors import RunError
+from ...engine.lm.scores import LOSS, SCORES, scores_in
 from ...engine.parameters import floating_parameters
 from ..attack import attack_summary
 from ..selection import PathStatistics, Selection
@@ -11,9 +12,8 @@ from ..setup.server_and_clients import Federation
 from .jsonl import finite_or_none, is_number
 
 _NUMBERS = (
-    "accuracy_before", "accuracy_after", "macro_f1_before", "macro_f1_after", "validation_examples", "truncated_train",
-    "truncated_validation", "masked_elements", "elements", "steps", "queries_skipped", "mask_bytes", "bytes_up",
-    "bytes_down", "bytes_each_way_if_weights_were_sent",
+    "validation_examples", "truncated_train", "truncated_validation", "masked_elements", "elements", "steps",
+    "queries_skipped", "mask_bytes", "bytes_up", "bytes_down", "bytes_each_way_if_weights_were_sent",
 )  # fmt: skip
 # Fields that not every summary has, with those that come with them.
 _TOGETHER = {
@@ -23,7 +23,9 @@ _TOGETHER = {
     "epsilon": ("delta",),
 }
 _LISTS, _TEXTS = ("stopped", "single_label_clients", "attackers"), ("weights", "attack")
-_MAY_BE_NULL = ("precision", "recall", "seconds_per_step", "forward_share_of_step")
+_MAY_BE_NULL = {"precision", "recall", "seconds_per_step", "forward_share_of_step"} | {
+    f"{name}_{when}" for name, score in SCORES.items() if score.may_be_null for when in ("before", "after")
+}
 
 
 def check_summary(summary: Any, where: str) -> None:
@@ -39,6 +41,8 @@ def check_summary(summary: Any, where: str) -> None:
     if not isinstance(summary, dict):
         raise RunError(f"{where}: the summary is no object; the file is damaged")
     names = ["weights", *_NUMBERS, "seconds_per_step", "forward_share_of_step"]
+    scores = {*scores_in(summary, "_before"), *scores_in(summary, "_after"), LOSS}
+    names += [f"{name}_{when}" for name in SCORES if name in scores for when in ("before", "after")]
     names += [name for name in _LISTS if name in summary]
     names += [name for first, others in _TOGETHER.items() if first in summary for name in (first, *others)]
     for name in names:

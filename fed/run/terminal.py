@@ -7,6 +7,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from ...engine.lm.scores import LOSS, SCORES, scores_in, shown
 from .rounds import Log, Progress, Report
 
 
@@ -26,12 +27,13 @@ def show_run(output: Path, start: Callable[[Report, Log], dict[str, Any]]) -> di
         def report(progress: Progress) -> None:
             bar.total, bar.n = progress.rounds, progress.round
             fields = {"loss": "unknown" if progress.loss is None else f"{progress.loss:.4f}"}
-            if progress.accuracy is not None:
-                last_accuracy["accuracy"] = f"{progress.accuracy:.4f}"
-            fields |= last_accuracy | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
+            if progress.score is not None:
+                title, value = progress.score
+                last_score[title] = f"{value:.4f}"
+            fields |= last_score | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
             bar.set_postfix(fields)
 
-        last_accuracy: dict[str, str] = {}  # stays in the bar until the next evaluation
+        last_score: dict[str, str] = {}  # stays in the bar until the next evaluation
         summary = start(report, click.echo if bar.disable else bar.write)
     _print_summary(summary, output)
     return summary
@@ -39,12 +41,11 @@ def show_run(output: Path, start: Callable[[Report, Log], dict[str, Any]]) -> di
 
 def _print_summary(s: dict[str, Any], output: Path) -> None:
     full = s["bytes_each_way_if_weights_were_sent"]
-    click.echo(f"accuracy        {s['accuracy_before']:.4f} before, {s['accuracy_after']:.4f} after "
-               f"({s['validation_examples']} held-out examples); "
-               f"macro-F1 {s['macro_f1_before']:.4f}, {s['macro_f1_after']:.4f}")  # fmt: skip
+    _print_scores(s)
     if "nonfinite_after" in s:
+        main = SCORES[shown(scores_in(s, "_before"))[0]]
         click.echo(f"not scored      {s['nonfinite_before']} held-out examples before, {s['nonfinite_after']} after: "
-                   f"their scores were not finite; they count as wrong")  # fmt: skip
+                   f"their scores were not finite; {main.if_not_finite}")  # fmt: skip
     if s["truncated_train"] or s["truncated_validation"]:
         click.echo(f"cut to fit      {s['truncated_train']} training examples, "
                    f"{s['truncated_validation']} held-out examples (--max-length)")  # fmt: skip
@@ -76,6 +77,30 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"privacy         epsilon {s['epsilon']:.3g} at delta {s['delta']:g} "
                    f"(simulated: the noise follows from the seed)")  # fmt: skip
     click.echo(f"run directory   {output}")
+
+
+def _print_scores(s: dict[str, Any]) -> None:
+    """Prints the scores before and after: the main one, then the others that need no generated text, then the rest."""
+    main, *others = shown(scores_in(s, "_before"))
+    examples = f"{s['validation_examples']} held-out examples"
+    if main == LOSS:
+        examples += f", {s['validation_tokens']:,} answer tokens"
+    parts = [f"{SCORES[main].title:<15} {_before_and_after(s, main, ' before', ' after')} ({examples})"]
+    parts += [_with_title(s, name) for name in others if not SCORES[name].generated]
+    click.echo("; ".join(parts))
+    generated = [_with_title(s, name) for name in others if SCORES[name].generated]
+    if generated:
+        click.echo(f"generated       {'; '.join(generated)}")
+
+
+def _with_title(s: dict[str, Any], name: str) -> str:
+    return f"{SCORES[name].title} {_before_and_after(s, name)}"
+
+
+def _before_and_after(s: dict[str, Any], name: str, before: str = "", after: str = "") -> str:
+    """A score's two values in words, each followed by a word."""
+    score = SCORES[name]
+    return f"{score.text(s[f'{name}_before'])}{before}, {score.text(s[f'{name}_after'])}{after}"
 
 
 def _ids(clients: list[int], none: str) -> str:

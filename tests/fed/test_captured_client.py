@@ -13,6 +13,7 @@ from meerkat_engine import SparseMask
 from meerkat_engine.engine.captured import Capture
 from meerkat_engine.engine.lm.evaluation import Evaluation
 from meerkat_engine.engine.lm.layout import Layout
+from meerkat_engine.engine.lm.scores import scores_in
 from meerkat_engine.fed import ClientData, make_config
 from meerkat_engine.fed.methods import Gradient
 from meerkat_engine.fed.run.directory import RunDirectory
@@ -92,7 +93,7 @@ def test_a_run_says_how_its_steps_run_on_a_gpu(settings: dict[str, Any], reason:
 
 
 def test_the_time_of_forwards_in_a_graph_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = Evaluation(accuracy=0.5, macro_f1=0.5, loss=1.0, examples=4, nonfinite=0)
+    evaluation = Evaluation(loss=1.0, examples=4, scores={"accuracy": 0.5, "macro_f1": 0.5})
     with RunDirectory(tmp_path / "r") as directory:
         metrics = Metrics(directory, [], 4)
         lines = [
@@ -100,7 +101,7 @@ def test_the_time_of_forwards_in_a_graph_is_not_known(tmp_path: Path, capsys: py
         ]
     assert [line["seconds_in_forwards"] for line in lines] == [0.4, None]
     for line in lines:
-        check_metrics_line(line, None, "here")
+        check_metrics_line(line, None, "here", scores_in(line))
     metrics._lines = [line | {"steps": 5} for line in lines]
     summary = metrics.summary()
     assert summary["seconds_per_step"] == pytest.approx(0.1)

@@ -61,9 +61,11 @@ def serve_run(
 
     def report(progress: Progress) -> None:
         parts = [f"round {progress.round} of {progress.rounds}", f"{progress.bytes:,} bytes so far"]
-        for name, value in (("loss", progress.loss), ("accuracy", progress.accuracy)):
-            if value is not None:
-                parts.append(f"{name} {value:.4f}")
+        if progress.loss is not None:
+            parts.append(f"loss {progress.loss:.4f}")
+        if progress.score is not None:
+            title, value = progress.score
+            parts.append(f"{title} {value:.4f}")
         log(", ".join(parts))
 
     try:

@@ -32,7 +32,7 @@ class StrategyResult:
 
     Args:
         result: Flower's result. Its arrays are sums of scalars; its metrics are the clients' (``loss``) and those of
-            the server's evaluation (``accuracy``, ``loss``).
+            the server's evaluation (the task's scores, ``loss``, ``nonfinite``).
         lm: the fine-tuned model; ``save_checkpoint`` saves it.
         weights: fingerprint of the fine-tuned model.
         scalars: float32 [rounds, T * queries], the aggregated scalars from which the model can be replayed.
@@ -65,9 +65,7 @@ class _ServerModel:
         if not is_due:
             return None
         evaluation = evaluate(self._replica.model, self._data.validation)
-        return MetricRecord(
-            {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "nonfinite": evaluation.nonfinite}
-        )
+        return MetricRecord({**evaluation.scores, "loss": evaluation.loss, "nonfinite": evaluation.nonfinite})
 
 
 def start_strategy(

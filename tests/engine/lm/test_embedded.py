@@ -11,7 +11,7 @@ from meerkat_engine.engine.lm.embedded import corpus
 from meerkat_engine.engine.lm.embedded.pretrain import main
 from meerkat_engine.engine.lm.evaluation import evaluate
 from meerkat_engine.engine.lm.examples import EncodedTask
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 
 
 def test_splits_are_disjoint_and_balanced() -> None:
@@ -55,7 +55,7 @@ def test_pretrained_model_predicts_its_text_but_not_the_task() -> None:
         loss = language_model_loss(lm.model, {k: ids[k] for k in ("input_ids", "attention_mask")}).item()
     assert loss < 1.1  # ln(149) = 5.0 is a uniform guess
     data = EncodedTask(embedded.TASKS[embedded.NAME], embedded.rows("validation"), lm.tokenizer, 128, "validation")
-    assert 0.4 < evaluate(lm.model, data).accuracy < 0.6
+    assert 0.4 < evaluate(lm.model, data).scores["accuracy"] < 0.6
 
 
 def test_corpus_is_the_same_on_every_machine() -> None:

@@ -18,7 +18,7 @@ def test_accuracy_and_loss_match_the_scores(llama: nn.Module) -> None:
     right = (scores.argmax(-1) == data.labels).float().mean().item()
     for batch_size in (1, 2, 32):
         result = evaluate(llama, data, batch_size)
-        assert result.accuracy == pytest.approx(right)
+        assert result.scores["accuracy"] == pytest.approx(right)
         assert result.loss == pytest.approx(functional.cross_entropy(scores, data.labels).item(), abs=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_evaluation_reports_macro_f1_of_its_predictions(llama: nn.Module) -> Non
     predicted = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU)).argmax(-1)
     expected = macro_f1(confusion_matrix(data.labels, predicted, 2))
     for batch_size in (1, 2, 32):
-        assert evaluate(llama, data, batch_size).macro_f1 == expected
+        assert evaluate(llama, data, batch_size).scores["macro_f1"] == expected
 
 
 def test_examples_without_finite_scores_are_wrong_and_counted(llama: nn.Module) -> None:
@@ -54,7 +54,7 @@ def test_examples_without_finite_scores_are_wrong_and_counted(llama: nn.Module) 
     assert macro_f1(confusion) == pytest.approx((2 / (1 + 2) + 2 / (1 + 3)) / 2, abs=1e-12)
     llama.get_input_embeddings().weight.data.fill_(float("nan"))  # type: ignore[operator]
     result = evaluate(llama, encode_task())
-    assert (result.accuracy, result.macro_f1, result.nonfinite, result.examples) == (0.0, 0.0, 3, 3)
+    assert (result.scores, result.nonfinite, result.examples) == ({"accuracy": 0.0, "macro_f1": 0.0}, 3, 3)
 
 
 def test_finite_scores_have_no_example_without_a_prediction(llama: nn.Module) -> None:

@@ -298,7 +298,7 @@ def test_a_run_that_did_not_finish_is_exported_without_metrics(trained_llama: Tr
     assert "the run did not finish: no fingerprint to compare with" in output
     rows = card_rows(tmp_path / "out")
     assert rows["bytes sent"] == "unknown"
-    assert rows["accuracy"] == "not evaluated before, not evaluated after"
+    assert rows["evaluation"] == "none: the metrics are missing"
     assert rows["weights fingerprint"] == f"`{summary_of(trained_llama.run)['weights']}`"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from meerkat_engine.bench.experiments.grid import FinishedRun, Results
 from meerkat_engine.engine.errors import RunError
+from meerkat_engine.engine.lm.scores import scores_in
 from meerkat_engine.fed.run.metrics import check_metrics_line
 
 from helpers.command import call, metrics_of, summary_of
@@ -85,6 +86,6 @@ def test_a_run_with_finite_scores_says_nothing_of_it(run: Callable[..., list[str
 def test_a_count_that_is_no_number_of_examples_is_damage(count: object) -> None:
     line = {"round": 0, "steps": 0, "bytes_up": 0, "bytes_down": 0, "accuracy": 0.5, "macro_f1": 0.5,
             "validation_loss": None, "seconds": 0, "seconds_in_steps": 0, "seconds_in_forwards": 0}  # fmt: skip
-    check_metrics_line(line, None, "here")
+    check_metrics_line(line, None, "here", scores_in(line))
     with pytest.raises(RunError, match=r"nonfinite is .*, not a number of examples"):
-        check_metrics_line(line | {"nonfinite": count}, None, "here")
+        check_metrics_line(line | {"nonfinite": count}, None, "here", scores_in(line))

@@ -101,7 +101,7 @@ def test_the_ledger_replays_to_the_same_bits_and_accuracy(finished: tuple[Path, 
     data = EncodedTask(
         embedded.TASKS[embedded.NAME], embedded.rows("validation"), embedded.load().tokenizer, 256, "validation"
     )
-    assert evaluate(model.eval(), data).accuracy == summary["accuracy_after"]
+    assert evaluate(model.eval(), data).scores["accuracy"] == summary["accuracy_after"]
 
 
 def test_replay_reports_weights_that_differ_from_the_summary(finished: tuple[Path, Result], tmp_path: Path) -> None:
