@@ -33,9 +33,9 @@ def json_line_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, 
 def json_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the objects of a ``.json`` file, each with its place.
 
-    The file holds an array of objects; an object with exactly one list of objects in it, such as ``{"data": [...]}``; or
-    JSON Lines. A list of messages, which have a role, is a part of a row: an object that holds it is one line of JSON
-    Lines.
+    The file holds an array of objects; an object with exactly one list of objects in it, as in ``{"data": [...]}``;
+    or JSON Lines. A list of messages, which have a role, is a part of a row: an object that holds it is one line of
+    JSON Lines.
 
     Args:
         content: the file's bytes.
@@ -62,7 +62,7 @@ class _MoreFollowsError(DataError):
 
 
 def _parsed(text: str, where: str) -> Any:
-    """The value of a JSON text; raises ``DataError``, which is ``_MoreFollowsError`` if more than one value is there."""
+    """The value of a JSON text; raises ``DataError``, which is ``_MoreFollowsError`` if more text follows it."""
     try:
         return json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
