@@ -128,7 +128,7 @@ def stream_batch_gradients(
 
 def _default_loss(model: nn.Module) -> LossFunction:
     from .lm.causal import check_causal  # deferred: they import transformers
-    from .lm.objective import language_model_loss
+    from .lm.text_loss import language_model_loss
 
     check_causal(model)
     return language_model_loss

@@ -19,10 +19,9 @@ from ..engine import stream
 from ..engine.captured import BoundLoss
 from ..engine.clock import Clock
 from ..engine.errors import ConfigError, DataError, MessageError, NonFiniteLossError
-from ..engine.lm.batches import Batch
-from ..engine.lm.examples import EncodedTask
+from ..engine.lm.example_set import Examples
 from ..engine.lm.layout import Layout
-from ..engine.lm.objective import MicroBatchMap, Objective, example_losses, task_loss
+from ..engine.lm.objective import AnyBatch, MicroBatchMap, Objective, example_losses, task_loss
 from ..engine.private_closure import PrivateClosure
 from ..engine.sgd import sgd_steps
 from .messages import Stale, TrainReply, TrainRequest
@@ -81,7 +80,7 @@ class ClientData:
 
     def __init__(
         self,
-        task: EncodedTask,
+        task: Examples,
         indices: Tensor,
         batch_size: int,
         seed: int,
@@ -129,12 +128,11 @@ class ClientData:
         """Sets the data pointer to its position after ``steps`` batches from the beginning."""
         self.seen = steps * self.batch_size
 
-    def next_batches(self, objective: Objective, device: torch.device) -> list[Batch]:
+    def next_batches(self, objective: Objective, device: torch.device) -> list[AnyBatch]:
         """Returns the next batch as micro-batches, encoded for the given loss; none if the batch is empty."""
-        answers = "all" if objective is Objective.CANDIDATES else "gold"
         indices, size = self.next_indices(), self.micro_batch_size
         return [
-            self.task.batch(indices[start : start + size], answers=answers, device=device)
+            self.task.batch(indices[start : start + size], answers=objective.answers, device=device)
             for start in range(0, len(indices), size)
         ]
 
@@ -151,7 +149,7 @@ class _TaskLoss:
     clock: Clock = field(compare=False)
     forwards: list[tuple[Any, Any]] = field(compare=False)
 
-    def __call__(self, batches: list[Batch], micro_batch_map: MicroBatchMap | None = None) -> Tensor:
+    def __call__(self, batches: list[AnyBatch], micro_batch_map: MicroBatchMap | None = None) -> Tensor:
         return self.timed(lambda: task_loss(self.model, batches, self.objective, micro_batch_map))
 
     def timed(self, forward: Callable[[], Tensor]) -> Tensor:

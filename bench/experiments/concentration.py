@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...engine.errors import ConfigError
-from ...engine.lm.objective import language_model_loss
+from ...engine.lm.text_loss import language_model_loss
 from ...engine.mask_coverage import concentration
 from ...engine.sensitivity import Sensitivity, accumulate_gradients, select_largest
 from ...fed.config.run_config import RunConfig

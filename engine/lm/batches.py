@@ -58,6 +58,10 @@ class Batch:
     labels: Tensor
     candidate_ids: Tensor | None
 
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.labels)
+
     @property
     def answer_mask(self) -> Tensor:
         """Where there is an answer token: bool [S, A]."""
@@ -86,14 +90,14 @@ def text_batch(texts: Sequence[_Tokens], device: torch.device, limit: int | None
         device: device of the tensors.
         limit: see ``packed_batch``.
     """
-    rows = _PackedTokens(
-        [Item(prompt=text[:-1], answers=[]) for text in texts], *_layout([len(t) - 1 for t in texts], device, limit)
+    rows = PackedTokens(
+        [Item(prompt=text[:-1], answers=[]) for text in texts], *row_layout([len(t) - 1 for t in texts], device, limit)
     )
     scored = np.concatenate(
         [np.arange(start, start + len(text) - 1) for start, text in zip(rows.starts, texts, strict=True)]
     )
     arrays = [rows.ids, rows.positions, rows.until, scored, np.concatenate([text[1:] for text in texts])]
-    ids, positions, until, places, targets = _send(arrays, device)
+    ids, positions, until, places, targets = send(arrays, device)
     packed = PackedRows(input_ids=ids, position_ids=positions, attended_until=until, scored=places)
     return TextBatch(rows=packed, targets=targets)
 
@@ -139,8 +143,9 @@ def _in_parts(
     places = np.zeros_like(tokens)
     for i, length in enumerate(lengths.tolist()):
         places[i, :length] = range((i + 1) * keep - length, (i + 1) * keep)
-    arrays = [a for part in parts for a in _padded([sequences[i] for i in part], padding)]
-    *rows, order_, places_, tokens_, lengths_, labels_ = _send(
+    read = [np.concatenate([prompt, answer[:-1]]) for prompt, answer in sequences]
+    arrays = [array for part in parts for array in pad_rows([read[i] for i in part], padding)]
+    *rows, order_, places_, tokens_, lengths_, labels_ = send(
         [*arrays, order.ravel(), places, tokens, lengths, _array(labels)], device
     )
     padded = tuple(
@@ -154,15 +159,14 @@ def _in_parts(
     )  # fmt: skip
 
 
-def _padded(sequences: Sequence[tuple[_Tokens, _Tokens]], padding: int) -> tuple[_Tokens, _Tokens]:
-    """Token ids and attention mask, [N, L] each, of prompts and answers without the answers' last tokens."""
-    width = max(len(prompt) + len(answer) - 1 for prompt, answer in sequences)
+def pad_rows(sequences: Sequence[_Tokens], padding: int) -> tuple[_Tokens, _Tokens]:
+    """Token ids and attention mask, [N, L] each, of one sequence a row, padded on the left."""
+    width = max(map(len, sequences))
     ids = np.full((len(sequences), width), padding, dtype=np.int64)
     attention = np.zeros_like(ids)
-    for row, mask, (prompt, answer) in zip(ids, attention, sequences, strict=True):
-        start, end = width - len(prompt) - len(answer) + 1, width - len(answer) + 1
-        row[start:end] = prompt
-        row[end:] = answer[:-1]
+    for row, mask, sequence in zip(ids, attention, sequences, strict=True):
+        start = width - len(sequence)
+        row[start:] = sequence
         mask[start:] = 1
     return ids, attention
 
@@ -187,8 +191,8 @@ def packed_batch(
         in_one_row: whether all examples go into one row, in their order.
     """
     lengths = [item.length for item in items]
-    layout = (sum(lengths), [list(range(len(items)))]) if in_one_row else _layout(lengths, device, limit)
-    rows = _PackedTokens(items, *layout)
+    layout = (sum(lengths), [list(range(len(items)))]) if in_one_row else row_layout(lengths, device, limit)
+    rows = PackedTokens(items, *layout)
     single = candidate_ids is not None
     tokens, answer_lengths = _answers([] if single else [answer for item in items for answer in item.answers])
     places = np.zeros_like(tokens)
@@ -198,7 +202,7 @@ def packed_batch(
     if device.type == "cuda" and not single:  # as many as there can be
         scored = np.pad(scored, (0, tokens.size - len(scored)))
     arrays = [rows.ids, rows.positions, rows.until, scored, places, tokens, answer_lengths, _array(labels)]
-    ids_, positions_, until_, scored_, places_, tokens_, lengths_, labels_ = _send(arrays, device)
+    ids_, positions_, until_, scored_, places_, tokens_, lengths_, labels_ = send(arrays, device)
     return Batch(
         rows=PackedRows(input_ids=ids_, position_ids=positions_, attended_until=until_, scored=scored_),
         answer_places=places_, answer_tokens=tokens_, answer_lengths=lengths_, labels=labels_,
@@ -206,11 +210,12 @@ def packed_batch(
     )  # fmt: skip
 
 
-def _layout(lengths: Sequence[int], device: torch.device, limit: int | None) -> tuple[int, list[list[int]]]:
+def row_layout(lengths: Sequence[int], device: torch.device, limit: int | None) -> tuple[int, list[list[int]]]:
+    """Width of packed rows on a device, and the sequences in each row; see ``packing.pack``."""
     return pack(lengths, _GPU_WIDTH if device.type == "cuda" else 1, limit)
 
 
-class _PackedTokens:
+class PackedTokens:
     """Arrays of packed rows.
 
     Args:
@@ -275,11 +280,23 @@ def _array(values: Sequence[int]) -> _Tokens:
     return np.array(values, dtype=np.int64)
 
 
-def _send(arrays: Sequence[_Tokens], device: torch.device) -> list[Tensor]:
+def send(arrays: Sequence[_Tokens], device: torch.device) -> list[Tensor]:
     """Sends arrays to a device in one transfer. Returns tensors of their shapes."""
     flat = to_device_async(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-__all__ = ["Batch", "Item", "TextBatch", "packed_batch", "padded_batch", "sorted_batch", "text_batch"]
+__all__ = [
+    "Batch",
+    "Item",
+    "PackedTokens",
+    "TextBatch",
+    "packed_batch",
+    "pad_rows",
+    "padded_batch",
+    "row_layout",
+    "send",
+    "sorted_batch",
+    "text_batch",
+]

@@ -1,6 +1,6 @@
-"""Reads the examples of tasks and calibration text, from JSON Lines files or the Hugging Face hub."""
+"""Reads the examples of tasks and calibration text, from files or the Hugging Face hub."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,16 @@ from torch import Tensor
 
 from .. import stream
 from ..errors import DataError
+from .free_text.task import TextTask
 from .hub import HubSource
-from .row_files import read_jsonl
-from .tasks import Row, Task
+from .row_files import LocatedRows, read_jsonl, read_rows
+from .tasks import Task
 from .text import check_text
 
+AnyTask = Task | TextTask
 
-def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
+
+def task_rows(task: AnyTask, split: str, data_dir: Path | None) -> LocatedRows:
     """Reads the rows of a task's split and checks that they fit the task.
 
     Args:
@@ -34,24 +37,44 @@ def task_rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
     if data_dir is None:
         if task.hub is None:
             raise DataError(f"the task {task.name!r} is not on the hub; read it from local files with --data-dir")
-        return _checked(task, task.hub.rows(split), f"{task.hub}, {split}")
+        return hub_rows(task, task.hub, split)
     if not task.domains:
-        return _from_file(task, data_dir / task.name / f"{split}.jsonl")
-    rows_by_domain = [
-        [{**row, "domain": domain} for row in _from_file(task, data_dir / f"{task.name}_{domain}" / f"{split}.jsonl")]
-        for domain in task.domains
-    ]
-    return [row for one_per_domain in zip_longest(*rows_by_domain) for row in one_per_domain if row is not None]
+        return file_rows(task, data_dir / task.name / f"{split}.jsonl")
+    by_domain = []
+    for domain in task.domains:
+        located = file_rows(task, data_dir / f"{task.name}_{domain}" / f"{split}.jsonl")
+        by_domain.append(
+            [({**row, "domain": domain}, where) for row, where in zip(located, located.places, strict=True)]
+        )
+    interleaved = [pair for one_per_domain in zip_longest(*by_domain) for pair in one_per_domain if pair is not None]
+    return LocatedRows([row for row, _ in interleaved], [where for _, where in interleaved])
 
 
-def custom_rows(task: Task, data: Path, validation: Path | None, seed: int) -> tuple[list[Row], list[Row]]:
+def task_splits(task: AnyTask, data_dir: Path | None, seed: int) -> tuple[LocatedRows, LocatedRows]:
+    """Reads training and validation rows of a task. Where the hub has no validation split, a fifth is held out.
+
+    Args:
+        task: the task.
+        data_dir: see ``task_rows``.
+        seed: see ``hold_out``.
+
+    Raises:
+        DataError: see ``task_rows``.
+    """
+    train = task_rows(task, "train", data_dir)
+    if data_dir is None and task.hub is not None and task.hub.validation is None:
+        return hold_out(train, seed, str(task.hub))
+    return train, task_rows(task, "validation", data_dir)
+
+
+def custom_rows(task: AnyTask, data: Path, validation: Path | None, seed: int) -> tuple[LocatedRows, LocatedRows]:
     """Reads training and validation rows from the user's own files.
 
     Args:
-        task: task made for these data; see ``tasks.custom_task``.
-        data: JSON Lines file.
-        validation: JSON Lines file with the validation rows; None holds out a fifth of ``data``.
-        seed: seed of the choice of that fifth, in [0, 2**64).
+        task: task made for these data.
+        data: file with the rows; see ``row_files.read_rows``.
+        validation: file with the validation rows; None holds out a fifth of ``data``.
+        seed: see ``hold_out``.
 
     Returns:
         Training rows and validation rows.
@@ -60,17 +83,59 @@ def custom_rows(task: Task, data: Path, validation: Path | None, seed: int) -> t
         DataError: if a file cannot be read, a row does not fit the task (the message names the row), or there are too
             few rows to hold one out.
     """
-    rows = _from_file(task, data)
-    if validation is not None:
-        return rows, _from_file(task, validation)
+    rows = file_rows(task, data)
+    return (rows, file_rows(task, validation)) if validation is not None else hold_out(rows, seed, str(data))
+
+
+def hold_out(rows: LocatedRows, seed: int, where: str) -> tuple[LocatedRows, LocatedRows]:
+    """Divides rows into training rows and a fifth that is held out.
+
+    Args:
+        rows: the rows.
+        seed: seed of the choice of that fifth, in [0, 2**64).
+        where: source of the rows, for messages.
+
+    Raises:
+        DataError: if there is only one row.
+    """
     if len(rows) < 2:
         raise DataError(
-            f"{data} has only one example, so none can be held out; add examples, or pass --validation FILE"
+            f"{where} has only one example, so none can be held out; add examples, or pass --validation FILE"
         )
     order = stream.permutation(stream.derived_seed(seed, "held"), len(rows)).tolist()
     held_out = order[: max(1, len(rows) // 5)]
-    training = sorted(order[len(held_out) :])
-    return [rows[i] for i in training], [rows[i] for i in held_out]
+    return rows.select(sorted(order[len(held_out) :])), rows.select(held_out)
+
+
+def hub_rows(task: AnyTask, hub: HubSource, split: str) -> LocatedRows:
+    """Reads the rows of a split on the hub, or of a local directory like one, and checks that they fit a task.
+
+    Raises:
+        DataError: see ``task_rows``.
+    """
+    rows = list(hub.rows(split))
+    return _checked(
+        task, LocatedRows(rows, [f"{hub}, {split}, example {i}" for i in range(1, len(rows) + 1)]), str(hub)
+    )
+
+
+def file_rows(task: AnyTask, path: Path) -> LocatedRows:
+    """Reads the rows of a file and checks that they fit a task; see ``task_rows``."""
+    return _checked(task, read_rows(path), str(path))
+
+
+def _checked(task: AnyTask, rows: LocatedRows, where: str) -> LocatedRows:
+    """Returns the rows. Those of free text are checked when they are rendered.
+
+    Raises:
+        DataError: if there are no rows, or a row does not fit the task.
+    """
+    if not len(rows):
+        raise DataError(f"{where} has no examples")
+    if isinstance(task, Task):
+        for row, place in zip(rows, rows.places, strict=True):
+            task.check(row, place)
+    return rows
 
 
 def stratified_sample(labels: Sequence[int], count: int, seed: int) -> list[int]:
@@ -97,25 +162,6 @@ def stratified_sample(labels: Sequence[int], count: int, seed: int) -> list[int]
         order = stream.permutation(stream.derived_seed(seed, "eval", label), len(of_class)).tolist()
         chosen += [of_class[i] for i in order[: shares[label][0] + (label in rounded_up)]]
     return sorted(chosen)
-
-
-def _checked(task: Task, rows: Iterable[Row], where: str) -> list[Row]:
-    """Returns the rows as a list.
-
-    Raises:
-        DataError: if there are no rows, or a row does not fit the task.
-    """
-    checked = []
-    for number, row in enumerate(rows, 1):
-        task.check(row, f"{where}, example {number}")
-        checked.append(row)
-    if not checked:
-        raise DataError(f"{where} has no examples")
-    return checked
-
-
-def _from_file(task: Task, path: Path) -> list[Row]:
-    return _checked(task, read_jsonl(path), str(path))
 
 
 def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> tuple[list[str], str]:
@@ -178,4 +224,15 @@ def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int
             yield batch
 
 
-__all__ = ["calibration_texts", "custom_rows", "read_jsonl", "stratified_sample", "task_rows", "token_batches"]
+__all__ = [
+    "AnyTask",
+    "calibration_texts",
+    "custom_rows",
+    "file_rows",
+    "hold_out",
+    "hub_rows",
+    "stratified_sample",
+    "task_rows",
+    "task_splits",
+    "token_batches",
+]

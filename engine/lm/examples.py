@@ -1,4 +1,4 @@
-"""Tokenized examples of a task: prompts, label words, and batches of them."""
+"""Tokenized examples of a classification task: prompts, label words, and batches of them."""
 
 import hashlib
 import json
@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device_values import to_device_async
 from ..errors import DataError, ModelError
 from .batches import Batch, Item
-from .layout import Layout, lay_out, resolve_layout
+from .example_set import Examples
+from .layout import Layout, lay_out
 from .tasks import Row, Task
 
 
-class EncodedTask:
-    """Tokenized examples of a task.
+class EncodedTask(Examples):
+    """Tokenized examples of a classification task.
 
     Args:
         task: the task.
@@ -28,13 +29,9 @@ class EncodedTask:
         positions: maximum number of tokens that the model can read, if it has one; see ``models.max_positions``.
 
     Attributes:
+        task: the task. For the attributes of all kinds of examples see ``Examples``.
         prompts: token ids of each prompt, cut to fit ``max_length``.
         candidates: token ids of each label word.
-        labels: int64 [n], class of each example.
-        truncated: number of prompts that were cut.
-        pad: id of the padding token.
-        layout: how batches are laid out: sorted, which any model can take, until ``resolve_layout`` is called.
-        layout_reason: why the layout is not packed, where ``resolve_layout`` tried that.
 
     Raises:
         DataError: if a row lacks a field, its label is not one of the task's, its prompt has no tokens or does not
@@ -54,7 +51,8 @@ class EncodedTask:
     ) -> None:
         for number, row in enumerate(rows, 1):
             task.check(row, f"{where}, example {number}")
-        self.task = task
+        self.task, self.name = task, task.name
+        self.class_names = [word.strip() for word in task.label_words]
         self.pad = int(tokenizer.pad_token_id)
         self.candidates = _candidates(task, tokenizer)
         self.labels = torch.tensor([task.class_of(row) for row in rows], dtype=torch.int64, device="cpu")
@@ -67,6 +65,7 @@ class EncodedTask:
             for ids, row in zip(encoded, rows, strict=True)
         ]
         self._check_lengths(where, positions)
+        self.lengths, self.kept, self.notes = [len(ids) for ids in self.prompts], range(len(rows)), ()
         self._positions = positions
         self._prompts = [np.array(ids, dtype=np.int64) for ids in self.prompts]
         self._candidates = [np.array(ids, dtype=np.int64) for ids in self.candidates]
@@ -87,13 +86,9 @@ class EncodedTask:
                 f"positions; give --max-length {positions}"
             )
 
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.prompts)
-
     @property
     def digest(self) -> str:
-        """SHA-256 of all prompts, candidates and labels, in hexadecimal."""
+        """See ``Examples``."""
         content = json.dumps([self.prompts, self.candidates, self.labels.tolist()])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -132,13 +127,7 @@ class EncodedTask:
         return [self._items[answers][i] for i in indices]
 
     def batch(self, indices: Sequence[int], *, answers: str, device: torch.device) -> Batch:
-        """Lays out the given examples.
-
-        Args:
-            indices: positions of the examples, in [0, n); at least one.
-            answers: "all" to score every candidate, "gold" for the likelihood of the right one.
-            device: device of the batch's tensors.
-        """
+        """See ``Examples``."""
         labels = [self._classes[i] for i in indices]
         single = answers == "all" and all(len(ids) == 1 for ids in self.candidates)
         candidate_ids = self._single_token_ids(device) if single else None
@@ -154,10 +143,9 @@ class EncodedTask:
             self._candidate_ids[device] = to_device_async(ids, device)
         return self._candidate_ids[device]
 
-    def resolve_layout(self, layout: Layout, model: nn.Module) -> None:
-        """Sets ``layout`` to the one that fits a model, and ``layout_reason``; see ``layout.resolve_layout``."""
-        items = self.items(range(len(self)), "all")
-        self.layout, self.layout_reason = resolve_layout(layout, model, items, self.pad)
+    def layout_items(self) -> list[Item]:
+        """See ``Examples``."""
+        return self.items(range(len(self)), "all")
 
 
 def _token_ids(tokenizer: Any, task: Task, texts: list[str]) -> list[list[int]]:

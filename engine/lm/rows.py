@@ -7,11 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..errors import ModelError
 from .causal import position_ids
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# Last hidden states of a decoder, and the class of its output, which the model's head expects.
+HiddenStates = tuple[Tensor, type[ModelOutput]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,10 @@ class PaddedRows:
             )
         return logits.flatten(0, 1)
 
+    def hidden_states(self, model: nn.Module) -> HiddenStates:
+        """Computes the hidden states of all positions, row by row: [N * L, width]; and the class of the output."""
+        return _flat_hidden_states(model, self.arguments(model))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SortedRows:
@@ -54,15 +61,22 @@ class SortedRows:
 
     Args:
         parts: the rows of each forward pass.
-        order: int64 [P], place of each position's logits among those of all parts one after the other.
+        order: int64 [P], place of each position's logits among those of all parts one after the other; None if only
+            hidden states are needed.
     """
 
     parts: tuple[PaddedRows, ...]
-    order: Tensor
+    order: Tensor | None = None
 
     def logits(self, model: nn.Module) -> Tensor:
         """Computes the logits of the last positions of each row, in the order of the rows before they were sorted."""
+        assert self.order is not None
         return torch.cat([part.logits(model) for part in self.parts]).index_select(0, self.order)
+
+    def hidden_states(self, model: nn.Module) -> HiddenStates:
+        """Computes the hidden states of all parts, one after the other; see ``PaddedRows``."""
+        parts = [part.hidden_states(model) for part in self.parts]
+        return torch.cat([hidden for hidden, _ in parts]), parts[0][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +146,15 @@ class PackedRows:
             )
         return logits[0]
 
+    def hidden_states(self, model: nn.Module) -> HiddenStates:
+        """Computes the hidden states of all positions, row by row: [R * W, width]; see ``PaddedRows``."""
+        return _flat_hidden_states(model, self.arguments(model))
+
+
+def _flat_hidden_states(model: nn.Module, arguments: dict[str, Any]) -> HiddenStates:
+    output = cast(Any, model).get_decoder()(**arguments)
+    return output.last_hidden_state.flatten(0, 1), type(output)
+
 
 def _mask(model: nn.Module, visible: Tensor) -> Tensor:
     """Makes a mask [R, 1, W, W] of a bool tensor [R, W, W]; attention other than torch's adds it to the scores."""
@@ -160,4 +183,4 @@ def _hidden_states_selected(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 Rows = PaddedRows | SortedRows | PackedRows
 
-__all__ = ["PackedRows", "PaddedRows", "Rows", "SortedRows"]
+__all__ = ["HiddenStates", "PackedRows", "PaddedRows", "Rows", "SortedRows"]

@@ -213,17 +213,6 @@ TASKS = {
 }
 
 
-def get_task(name: str) -> Task:
-    """Returns the built-in task with this name.
-
-    Raises:
-        ConfigError: if there is none; the message lists all names.
-    """
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
-    return TASKS[name]
-
-
 def custom_task(name: str, template: str, labels: str, *, label: str = "label", cut: str | None = None) -> Task:
     """Creates a task for the user's own data.
 
@@ -247,4 +236,4 @@ def custom_task(name: str, template: str, labels: str, *, label: str = "label", 
     )
 
 
-__all__ = ["SST2", "TASKS", "Row", "Task", "custom_task", "get_task"]
+__all__ = ["SST2", "TASKS", "Row", "Task", "custom_task"]

@@ -36,14 +36,17 @@ def preset(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: the run's method.
-        given: the user's settings by flat names. Only ``model`` and ``task`` are read.
+        given: the user's settings by flat names. Only those of model and data are read.
 
     Returns:
         Values by flat names.
     """
     of_method = dict(_METHOD_PRESETS.get(method, {}))
     if given.get("model", embedded.NAME) == embedded.NAME and given.get("task", embedded.NAME) in embedded.TASKS:
-        return _EMBEDDED_PRESET | _EMBEDDED_METHOD_PRESETS.get(method, {}) | of_method
+        of_embedded = _EMBEDDED_PRESET | _EMBEDDED_METHOD_PRESETS.get(method, {}) | of_method
+        if given.keys() & {"data", "dataset"} and not given.keys() & {"labels", "label_field"}:
+            of_embedded["partition"] = Partition.IID  # free text without classes
+        return of_embedded
     return of_method
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...engine.errors import ConfigError
-from ...engine.lm.tasks import Task
+from ...engine.lm.data import AnyTask
+from ...engine.lm.free_text.task import TextTask
+from ...engine.lm.objective import Objective
 from ...engine.stream import check_seed
 from ..aggregation import Rule
 from ..attack import Attack
@@ -38,6 +40,7 @@ _NOT_IN_DIGEST = {
     "data_dir",
     "data",
     "validation",
+    "chat_template",
     "mask",
     "calibration",
     "device",
@@ -76,6 +79,7 @@ class RunConfig(Checked):
 
     def __post_init__(self) -> None:
         choose_task(self.data, self.clients, self.model.source)
+        self._check_objective()
         for name in ("rounds", "local_steps"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.snapshot_every >= 0, "snapshot_every", "0 or more")
@@ -88,9 +92,16 @@ class RunConfig(Checked):
             raise ConfigError(str(error)) from error
 
     @property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The task of the run."""
         return choose_task(self.data, self.clients, self.model.source)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of a step: the one that was set, or the one that suits the task."""
+        if self.step.objective is not None:
+            return self.step.objective
+        return Objective.LANGUAGE_MODEL if isinstance(self.task, TextTask) else Objective.CANDIDATES
 
     def private_terms(self) -> Privacy | None:
         """The privacy parameters of the clients' scalars; None if these are not private."""
@@ -124,16 +135,28 @@ class RunConfig(Checked):
             ConfigError: if the task is unknown or does not fit the model, or if the run uses the user's own data and
                 the task is another one.
         """
-        if self.data.file is None:
+        if not self.data.is_own:
             return self.replace(task=task)
         if task != self.task.name:
-            raise ConfigError(f"with --data the only task is {self.task.name!r}, the name of the file; got {task!r}")
+            raise ConfigError(f"with your own data the only task is {self.task.name!r}, their name; got {task!r}")
         return self
 
     def digest(self) -> str:
         """SHA-256 of the settings that a run's bits depend on. Other digests cover the contents of input files."""
         values = {name: str(value) for name, value in self.flat().items() if name not in _NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def _check_objective(self) -> None:
+        if not isinstance(self.task, TextTask):
+            if self.evaluation.metrics:
+                raise ConfigError(
+                    f"metrics compare generated answers, and {self.task.name!r} chooses between label words; leave it out"
+                )
+        elif self.step.objective is Objective.CANDIDATES:
+            raise ConfigError(
+                f"objective candidates is for a choice between label words, and {self.task.name!r} is free text; use "
+                f"language-model, or leave it out"
+            )
 
     def _check_method(self) -> None:
         recipe, selection = self.method.recipe, self.selection
@@ -226,8 +249,13 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     given: dict[str, Any] = {}
     for layer in layers:
         given |= layer
-    if {"data", "task"} <= given.keys():
+    if "task" in given and given.keys() & {"data", "dataset"}:
         raise ConfigError("give --task or --data, not both: your own data are a task by themselves")
+    if given.keys() & {"data", "dataset"} and "model" not in given:
+        raise ConfigError(
+            "--data and --dataset need --model; the embedded model only knows the words of its own texts, and takes "
+            "others with --model embedded"
+        )
     method = SETTINGS["method"].convert(given.get("method", Method.MEERKAT))
     return _from_flat(preset(method, given) | given)
 

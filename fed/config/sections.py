@@ -11,6 +11,7 @@ from ...engine.backend import BACKENDS
 from ...engine.captured import Capture
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
+from ...engine.lm.free_text.rendering import PromptFormat
 from ...engine.lm.layout import Layout
 from ...engine.lm.models import DTYPES
 from ...engine.lm.objective import Objective
@@ -60,25 +61,59 @@ class DataConfig(Checked):
         None, "directory with TASK/{train,validation}.jsonl", option="data_dir", shown="download from the hub"
     )
     file: Path | None = setting(
-        None, "JSON Lines file with your own examples, instead of --task; needs --template and --labels", option="data"
+        None,
+        "file with your own examples, instead of --task: JSON Lines, JSON, CSV, TSV or Parquet; with --labels a choice "
+        "between label words, else free text",
+        option="data",
     )
     validation: Path | None = setting(
-        None, "JSON Lines file with the validation examples for --data", shown="a fifth of --data, held out"
+        None, "file with the validation examples for --data", shown="a fifth of --data, held out"
     )
-    template: str | None = setting(None, "prompt for --data, with field names in braces: '{text} It was'")
+    dataset: str | None = setting(None, "data set on the Hugging Face hub, instead of --data")
+    config: str | None = setting(None, "configuration (subset) of --dataset", option="dataset_config")
+    revision: str | None = setting(None, "branch, tag or commit of --dataset", option="dataset_revision")
+    split: str = setting("train", "split of --dataset with the training examples", option="dataset_split")
+    validation_split: str | None = setting(
+        None,
+        "split of --dataset with the validation examples",
+        option="dataset_validation_split",
+        shown="a fifth, held out",
+    )
+    template: str | None = setting(None, "prompt for your own data, with field names in braces: '{text} It was'")
     labels: str | None = setting(
         None,
-        "label words for --data, one per class, separated by commas: terrible,great; each after a space, unless "
+        "label words for your own data, one per class, separated by commas: terrible,great; each after a space, unless "
         "the template ends with a line break or the words are in double quotes",
     )
-    label_field: str = setting("label", "field of --data that holds the class (a number from 0) or the label word")
+    label_field: str | None = setting(
+        None,
+        "field of your own data that holds the class (a number from 0) or the label word; for free text, the class by "
+        "which examples are partitioned",
+        shown="label; none for free text",
+    )
+    answer: str | None = setting(
+        None, "answer that follows --template in free text, with field names in braces: '{summary}'"
+    )
+    prompt_format: PromptFormat = setting(
+        PromptFormat.AUTO,
+        "free text: prompts as messages of a chat or as text: chat, text, auto (instructions in a chat, if there is a "
+        "chat template)",
+    )
+    chat_template: Path | None = setting(None, "file with a chat template (Jinja)", shown="the tokenizer's own")
     cut: str | None = setting(
-        None, "field of --data that is shortened if a prompt is too long", shown="the template's first field"
+        None,
+        "field of your own data that is shortened if a prompt is too long; not for free text",
+        shown="the template's first field",
     )
     max_length: int = setting(256, "maximum number of tokens of prompt and answer")
 
     def __post_init__(self) -> None:
         self._require(self.max_length >= 1, "max_length", "at least 1")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the examples are the user's own, from a file or a data set on the hub."""
+        return self.file is not None or self.dataset is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +151,11 @@ class StepConfig(Checked):
         "how a forward pass reads sequences of different lengths: packed (several in a row), sorted (parts of like "
         "length), padded (to the longest), auto (packed where the model computes the same, else sorted)",
     )
-    objective: Objective = setting(
-        Objective.CANDIDATES, "loss: candidates (cross-entropy over the label words), language-model (answer tokens)"
+    objective: Objective | None = setting(
+        None,
+        "loss: candidates (cross-entropy over the label words), language-model (mean over answer tokens), "
+        "language-model-by-example (mean over examples)",
+        shown="candidates; language-model for free text",
     )
     lr: float = setting(1e-4, "learning rate (eta) of the first step")
     schedule: Schedule = setting(Schedule.CONSTANT, "learning rate over the run: " + ", ".join(Schedule))
@@ -215,7 +253,7 @@ class SelectionConfig(Checked):
             rule = "in [0, 1]" if highest == 1 else "finite and not negative"
             self._require(0 <= value <= highest and math.isfinite(value), name, rule)
         if given and len(given) < len(_THRESHOLDS):
-            together, only = (", ".join(map(self._option, names)) for names in (_THRESHOLDS, given))
+            together, only = (", ".join(map(self.option, names)) for names in (_THRESHOLDS, given))
             raise ConfigError(f"{together} go together; only {only} given")
 
     def thresholds(self) -> Thresholds | None:
@@ -273,7 +311,7 @@ class PrivacyConfig(Checked):
             for name in ("clip", "delta"):
                 if getattr(self, name) != getattr(PrivacyConfig, name):
                     raise ConfigError(
-                        f"{self._option(name)} protects nobody without noise; give dp_noise too, or leave it out"
+                        f"{self.option(name)} protects nobody without noise; give dp_noise too, or leave it out"
                     )
 
     def build(self, batch_size: int) -> Privacy | None:
@@ -312,10 +350,16 @@ class EvaluationConfig(Checked):
     examples: int = setting(
         0, "number of validation examples, drawn by the seed, from each class its share; 0: all", option="eval_examples"
     )
+    metrics: str = setting(
+        "",
+        "free text: answers are generated and compared, by metrics separated by commas: exact-match, token-f1, rouge-l",
+    )
+    max_new_tokens: int = setting(64, "maximum number of tokens of a generated answer")
 
     def __post_init__(self) -> None:
         for name in ("every", "examples"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
 
 
 __all__ = [

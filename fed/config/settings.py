@@ -128,9 +128,9 @@ class Checked:
     def _require(self, holds: bool, name: str, rule: str) -> None:
         """Raises ``ConfigError`` with the setting's flat name, rule and value if ``holds`` is false."""
         if not holds:
-            raise ConfigError(f"{self._option(name)} must be {rule}, got {getattr(self, name)}")
+            raise ConfigError(f"{self.option(name)} must be {rule}, got {getattr(self, name)}")
 
-    def _option(self, name: str) -> str:
+    def option(self, name: str) -> str:
         """The flat name of one of the section's settings."""
         fields = {field.name: field for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return str(fields[name].metadata["option"] or name)

@@ -114,7 +114,7 @@ def _literal(value: bool | int | float | str) -> str:
 def config_toml(config: RunConfig) -> str:
     """All settings of a run as TOML, with a comment that describes the partition."""
     settings = config.flat()
-    if config.data.file is not None:  # the file is the task
+    if config.data.is_own:  # they are the task
         del settings["task"]
     return f"# partition: {config.clients.partition.describe(config.clients.alpha)}\n{to_toml(settings)}"
 

@@ -216,7 +216,7 @@ class _Inputs:
     @property
     def label_counts(self) -> list[list[int]]:
         """Number of training examples by client and label, [K][C]."""
-        return label_counts(self.data.train.labels, self.shares, len(self.data.train.task.label_words))
+        return label_counts(self.data.train.labels, self.shares, max(1, len(self.data.train.class_names)))
 
     @property
     def natural_client_names(self) -> list[Any]:
@@ -259,11 +259,15 @@ def _load_inputs(
         shared.check(base)
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool, shared=shared)
     pool.check(base, inputs.data_digest, data.train.layout)
+    for name, examples in (("training", data.train), ("held-out", data.validation)):
+        for note in examples.notes:
+            log(f"{name} data: {note}" if not note.startswith(" ") else note)
     if data.train.layout_reason:
         log(f"batches are {data.train.layout}, not packed: {data.train.layout_reason}")
     for i, counts in enumerate(inputs.label_counts[:8]):
         name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
-        log(f"client {i}{name}: {sum(counts)} examples, {counts} by label")
+        by_label = f", {counts} by label" if data.train.class_names else ""
+        log(f"client {i}{name}: {sum(counts)} examples{by_label}")
     if len(shares) > 8:
         log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` shows all")
     return inputs
@@ -336,9 +340,9 @@ def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Rep
         rounds.run(saved, None if inputs.shared is None else inputs.shared.initial)
     metrics.check_trained(header.terms.queries)
     summary = metrics.summary() | federation_summary(federation)
-    summary |= selection_summary(federation.selection, inputs.label_counts)
+    summary |= selection_summary(federation.selection, inputs.label_counts if inputs.data.train.class_names else [])
     summary |= {
-        "labels": [word.strip() for word in inputs.data.train.task.label_words],
+        "labels": list(inputs.data.train.class_names),
         **(inputs.partition_summary() if inputs.shares else {}),
         "base": inputs.base,
         "mask": mask.digest,

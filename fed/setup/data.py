@@ -1,5 +1,6 @@
 """Builds the examples of a run from its settings: the task as tokens, and each client's share of it."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
-from ...engine.lm.data import custom_rows, stratified_sample, task_rows
+from ...engine.lm.data import AnyTask, custom_rows, stratified_sample, task_splits
+from ...engine.lm.example_set import Examples
 from ...engine.lm.examples import EncodedTask
+from ...engine.lm.free_text.encoded import EncodedText
+from ...engine.lm.free_text.rendering import Renderer
 from ...engine.lm.models import LanguageModel, max_positions
-from ...engine.lm.tasks import Row, Task
+from ...engine.lm.row_files import LocatedRows
+from ...engine.lm.tasks import Task
 from ..config.run_config import RunConfig
 from ..partition import Group, Partition, natural_client_names, split
 
@@ -28,8 +33,8 @@ class TaskData:
         groups: name of the client of each training example, in the data; None unless the partition is natural.
     """
 
-    train: EncodedTask
-    validation: EncodedTask
+    train: Examples
+    validation: Examples
     groups: list[Group] | None = None
 
     def digest(self, shares: Sequence[Tensor]) -> str:
@@ -42,44 +47,73 @@ class TaskData:
         return hashlib.sha256((examples + json.dumps([share.tolist() for share in shares])).encode()).hexdigest()
 
 
-def read_rows(config: RunConfig) -> tuple[Task, Sequence[Row], Sequence[Row]]:
+def read_rows(config: RunConfig) -> tuple[AnyTask, LocatedRows, LocatedRows]:
     """Reads the run's task, its training rows and its validation rows."""
-    task = config.task
-    train: Sequence[Row]
-    validation: Sequence[Row]
-    if config.data.file is not None:
-        train, validation = custom_rows(task, config.data.file, config.data.validation, config.seed)
-    elif config.data.task in embedded.TASKS:
-        train, validation = embedded.rows("train", config.data.task), embedded.rows("validation", config.data.task)
+    task, data = config.task, config.data
+    if data.file is not None:
+        train, validation = custom_rows(task, data.file, data.validation, config.seed)
+    elif not data.is_own and data.task in embedded.TASKS:
+        train, validation = (
+            LocatedRows([*rows], [f"{task.name}, {split}, example {i}" for i in range(1, len(rows) + 1)])
+            for split in ("train", "validation")
+            for rows in [embedded.rows(split, data.task)]
+        )
     else:
-        train = task_rows(task, "train", config.data.directory)
-        validation = task_rows(task, "validation", config.data.directory)
+        train, validation = task_splits(task, None if data.is_own else data.directory, config.seed)
     return task, train, _sample(config, task, validation)
 
 
-def _sample(config: RunConfig, task: Task, validation: Sequence[Row]) -> Sequence[Row]:
+def _sample(config: RunConfig, task: AnyTask, validation: LocatedRows) -> LocatedRows:
     """The validation rows that ``eval_examples`` asks for: a sample by the seed, stratified by class."""
     if not config.evaluation.examples:
         return validation
-    labels = [task.class_of(row) for row in validation]
-    return [validation[i] for i in stratified_sample(labels, config.evaluation.examples, config.seed)]
+    labels = [task.class_of(row) for row in validation] if isinstance(task, Task) else [0] * len(validation)
+    return validation.select(stratified_sample(labels, config.evaluation.examples, config.seed))
 
 
 def encode(config: RunConfig, lm: LanguageModel) -> TaskData:
     """Reads the run's examples, tokenizes them for a model, and chooses the layout of their batches."""
     task, train, validation = read_rows(config)
-    groups = None
-    if config.clients.partition is Partition.NATURAL and task.client_field is not None:
-        groups = natural_client_names(train, task.client_field, f"{task.name}, train")
-    length, positions = config.data.max_length, max_positions(lm.model)
     data = TaskData(
-        EncodedTask(task, train, lm.tokenizer, length, f"{task.name}, train", positions),
-        EncodedTask(task, validation, lm.tokenizer, length, f"{task.name}, validation", positions),
-        groups,
+        encode_rows(config, lm, train, f"{task.name}, train"),
+        encode_rows(config, lm, validation, f"{task.name}, validation"),
     )
+    if config.clients.partition is Partition.NATURAL and task.client_field is not None:
+        kept = train.select(data.train.kept)
+        groups = natural_client_names(kept, task.client_field, f"{task.name}, train")
+        data = dataclasses.replace(data, groups=groups)
     data.train.resolve_layout(config.step.layout, lm.model)
     data.validation.layout = data.train.layout
     return data
+
+
+def encode_rows(config: RunConfig, lm: LanguageModel, rows: LocatedRows, name: str) -> Examples:
+    """Tokenizes rows of the run's task.
+
+    Args:
+        config: the settings.
+        lm: the model and its tokenizer.
+        rows: the rows.
+        name: name of the rows, for messages.
+    """
+    task, length, positions = config.task, config.data.max_length, max_positions(lm.model)
+    if isinstance(task, Task):
+        return EncodedTask(task, rows, lm.tokenizer, length, name, positions)
+    return EncodedText(task, rows, rows.places, renderer(config, lm), length, name, positions)
+
+
+def renderer(config: RunConfig, lm: LanguageModel) -> Renderer:
+    """What makes tokens of the run's prompts and answers, for a task of free text.
+
+    Raises:
+        ConfigError: if the chat template cannot be read, or there is none and one is needed.
+    """
+    path = config.data.chat_template
+    try:
+        template = None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from error
+    return Renderer(lm.tokenizer, template, config.data.prompt_format)
 
 
 def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:
@@ -98,10 +132,10 @@ def client_shares(config: RunConfig, data: TaskData) -> list[Tensor]:
 def check_files(config: RunConfig) -> None:
     """Raises ``ConfigError`` if the settings name a file or directory that does not exist. Call it before slow work."""
     settings = config.flat()
-    for name in ("data_dir", "data", "validation", "mask", "calibration"):
+    for name in ("data_dir", "data", "validation", "chat_template", "mask", "calibration"):
         path = settings[name]
         if path is not None and not Path(path).exists():
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "client_shares", "encode", "read_rows"]
+__all__ = ["TaskData", "check_files", "client_shares", "encode", "encode_rows", "read_rows", "renderer"]

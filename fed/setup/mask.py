@@ -14,12 +14,12 @@ from ...engine import stream
 from ...engine.errors import ConfigError, DataError
 from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
-from ...engine.lm.batches import Batch, Item, TextBatch, text_batch
+from ...engine.lm.batches import Item, TextBatch, text_batch
 from ...engine.lm.data import calibration_texts, token_batches
-from ...engine.lm.examples import EncodedTask
+from ...engine.lm.example_set import Examples
 from ...engine.lm.layout import Layout, resolve_layout
 from ...engine.lm.models import LanguageModel, max_positions
-from ...engine.lm.objective import Objective, task_loss
+from ...engine.lm.objective import AnyBatch, task_loss
 from ...engine.mask import SparseMask
 from ...engine.mask_coverage import MaskCoverage, measure_coverage
 from ..config.run_config import RunConfig
@@ -35,7 +35,7 @@ _SOURCES = {
 }
 
 
-def make_mask(config: RunConfig, lm: LanguageModel, train: EncodedTask | None = None) -> SparseMask:
+def make_mask(config: RunConfig, lm: LanguageModel, train: Examples | None = None) -> SparseMask:
     """The run's mask, read from its file or chosen by the rule of the method.
 
     Args:
@@ -109,7 +109,7 @@ def _texts(batch: dict[str, Tensor]) -> list[npt.NDArray[np.int64]]:
     return [text for text in texts if len(text) > 1]
 
 
-def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, part: int) -> list[Batch]:
+def _task_batches(config: RunConfig, train: Examples, device: torch.device, part: int) -> list[AnyBatch]:
     """Batches of a task's examples, to take gradients of its loss.
 
     Args:
@@ -120,9 +120,10 @@ def _task_batches(config: RunConfig, train: EncodedTask, device: torch.device, p
     """
     count = max(1, min(config.mask.texts, len(train) // 2))
     order = stream.permutation(stream.derived_seed(config.seed, "task"), len(train))[part * count :][:count]
-    answers = "all" if config.step.objective is Objective.CANDIDATES else "gold"
     size = config.mask.batch_size
-    return [train.batch(indices.tolist(), answers=answers, device=device) for indices in order.split(size)]
+    return [
+        train.batch(indices.tolist(), answers=config.objective.answers, device=device) for indices in order.split(size)
+    ]
 
 
 def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMask]) -> list[MaskCoverage]:
@@ -130,19 +131,19 @@ def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMa
     train = encode(config, lm).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
     return measure_coverage(
-        masks, lm.model, _with_progress_bar(batches), lambda net, batch: task_loss(net, batch, config.step.objective)
+        masks, lm.model, _with_progress_bar(batches), lambda net, batch: task_loss(net, batch, config.objective)
     )
 
 
-def _task_mask(config: RunConfig, model: nn.Module, train: EncodedTask) -> SparseMask:
+def _task_mask(config: RunConfig, model: nn.Module, train: Examples) -> SparseMask:
     batches = _task_batches(config, train, next(model.parameters()).device, 0)
     mask = SparseMask.from_gradients(
         model,
         _with_progress_bar(batches),
         config.mask.density,
-        loss=lambda net, batch: task_loss(net, batch, config.step.objective),
+        loss=lambda net, batch: task_loss(net, batch, config.objective),
         source="task",
-        calibration=f"{train.task.name}: {len(batches)} batches of {config.mask.batch_size}",
+        calibration=f"{train.name}: {len(batches)} batches of {config.mask.batch_size}",
         frozen=True,
     )
     return dataclasses.replace(mask, gradient=None)  # GradIP is about the gradient on pre-training text

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...engine import stream
 from ...engine.captured import Capture
 from ...engine.errors import ConfigError, NonFiniteLossError
-from ...engine.lm.examples import EncodedTask
+from ...engine.lm.example_set import Examples
 from ...engine.lm.layout import Layout
 from ...engine.lm.objective import MicroBatchMap
 from ...engine.mask import SparseMask
@@ -150,7 +150,7 @@ class Federation:
     def _client(
         self,
         id: int,
-        data: EncodedTask,
+        data: Examples,
         indices: Tensor,
         purpose: str,
         privacy: Privacy | None = None,
@@ -162,7 +162,7 @@ class Federation:
         examples = ClientData(
             data, indices, config.step.batch_size, seed, config.step.micro_batch_size, poisson=privacy is not None
         )
-        return Client(id, examples, self._replica, config.step.objective, self.timing, privacy, noise, micro_batch_map)
+        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise, micro_batch_map)
 
     def how_steps_run(self) -> str | None:
         """A line for the log: whether local steps on a GPU are CUDA graphs. None on a CPU, or before the first step."""

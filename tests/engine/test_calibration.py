@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meerkat_engine import SparseMask
 from meerkat_engine.engine.errors import DataError, MaskError, ModelError
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 from meerkat_engine.engine.sensitivity import select_largest
 
 from helpers.interrupts import Interrupts

@@ -14,7 +14,7 @@ from torch import nn
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.engine.delta import _KIND, Delta
 from meerkat_engine.engine.errors import DeltaError
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 from meerkat_engine.engine.parameters import ParameterTable, fingerprint
 from meerkat_engine.engine.weights import MaskedWeights
 

@@ -12,7 +12,7 @@ from meerkat_engine import SparseMask, SparseZO, replay
 from meerkat_engine.bench.measure import peak_bytes
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.errors import ConfigError, MaskError, ModelChangedError, NonFiniteLossError
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 from meerkat_engine.engine.weights import MaskedWeights, round_fp32
 
 from helpers.constants import DTYPES

@@ -10,7 +10,7 @@ from torch import nn
 from meerkat_engine import SparseMask, SparseZO, replay
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.errors import NonFiniteLossError
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 from meerkat_engine.engine.weights import MaskedWeights, round_fp32
 
 from helpers.constants import DTYPES

@@ -9,7 +9,7 @@ from torch import nn
 from meerkat_engine import SparseMask
 from meerkat_engine.bench.measure import peak_bytes
 from meerkat_engine.engine.errors import MaskError, ModelChangedError, NonFiniteLossError
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 from meerkat_engine.engine.sgd import sgd_steps
 from meerkat_engine.engine.weights import MaskedWeights
 

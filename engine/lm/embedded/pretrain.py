@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ... import stream
 from ..data import token_batches
-from ..objective import language_model_loss
+from ..text_loss import language_model_loss
 from . import corpus
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from ....engine import stream
 from ....engine.errors import ConfigError, MaskError, ModelError
 from ....engine.lm import embedded
-from ....engine.lm.data import custom_rows
-from ....engine.lm.examples import EncodedTask
-from ....engine.lm.models import max_positions
+from ....engine.lm.data import file_rows
+from ....engine.lm.example_set import Examples
 from ....engine.mask import SparseMask
 from ....engine.parameters import fingerprint
 from ...client import Client, ClientData
@@ -27,7 +26,7 @@ from ...config.run_config import RunConfig, make_config
 from ...config.toml import parse_toml, to_toml
 from ...methods import Elements
 from ...replica import Replica
-from ...setup.data import client_shares, encode
+from ...setup.data import client_shares, encode, encode_rows
 from ...setup.mask import make_mask
 from ...setup.model import load_language_model
 from ...setup.server_and_clients import make_terms
@@ -37,8 +36,8 @@ from ...setup.threads import choose_threads
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
                                "capture", "snapshot_every", "attack", "attackers"})  # fmt: skip
 # Settings that a node may choose for itself: name in `--node-config` -> name of the setting.
-_NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "mask": "mask", "device": "device",
-                  "backend": "backend", "capture": "capture"}  # fmt: skip
+_NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "chat-template": "chat_template",
+                  "mask": "mask", "device": "device", "backend": "backend", "capture": "capture"}  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Kinds of masked elements that follow from settings and model alone: the mask need not be sent.
 DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
@@ -71,9 +70,18 @@ def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
             f"the run's model is the path {model!r}; a node loads a path only if it is started with "
             f"--node-config 'model=\"DIR\"'"
         )
-    if "template" in accepted and "data" not in node:
+    dataset = accepted.get("dataset")
+    if dataset is not None and (not _HUB_ID.fullmatch(str(dataset)) or Path(str(dataset)).exists()):
+        raise ConfigError(f"the run's data set is the path {dataset!r}; a node reads no path that the server names")
+    built_in = model == embedded.NAME or accepted.get("task", embedded.NAME) not in embedded.TASKS
+    if "data" not in node and dataset is None and ("template" in accepted or not built_in):
         raise ConfigError(
             "the run uses each node's own examples; start this node with --node-config 'data=\"FILE.jsonl\"'"
+        )
+    if accepted.pop("chat_template", None) is not None and "chat-template" not in node:
+        raise ConfigError(
+            "the run has a chat template of its own; start this node with the same file: "
+            "--node-config 'chat-template=\"FILE\"'"
         )
     return make_config(accepted, {name: node[key] for key, name in _NODE_SETTINGS.items() if key in node})
 
@@ -92,7 +100,7 @@ class LocalRun:
 
     config: RunConfig
     replica: Replica
-    data: EncodedTask
+    data: Examples
     shares: list[Tensor] | None
     _clients: dict[int, Client] = field(default_factory=dict, init=False, repr=False)
 
@@ -123,10 +131,8 @@ class LocalRun:
             raise MaskError(f"the run's mask is {mask_digest[:12]}, this node's is {own_mask.digest[:12]}")
         replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend, config.model.capture)
         if config.data.file is not None:  # none are held out: the server evaluates on its own examples
-            task = config.task
-            rows, _ = custom_rows(task, config.data.file, config.data.file, config.seed)
-            length, positions = config.data.max_length, max_positions(lm.model)
-            examples = EncodedTask(task, rows, lm.tokenizer, length, task.name, positions)
+            rows = file_rows(config.task, config.data.file)
+            examples = encode_rows(config, lm, rows, config.task.name)
             examples.resolve_layout(config.step.layout, lm.model)
             return cls(config, replica, examples, None)
         data = encode(config, lm)
@@ -148,7 +154,7 @@ class LocalRun:
         noise = None if privacy is None else secrets.randbits(64)
         poisson = privacy is not None
         data = ClientData(self.data, indices, step.batch_size, seed, step.micro_batch_size, poisson=poisson)
-        return Client(id, data, self.replica, step.objective, privacy=privacy, noise_seed=noise)
+        return Client(id, data, self.replica, config.objective, privacy=privacy, noise_seed=noise)
 
 
 def _choose_mask(config: RunConfig, sent: bytes, lm: Any) -> SparseMask:

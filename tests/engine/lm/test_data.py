@@ -22,7 +22,7 @@ from meerkat_engine.engine.lm.data import (
 )
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.hub import HubSource
-from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_task
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task
 
 from helpers.models import make_byte_tokenizer, make_tokenizer
 from helpers.prompts import WORDS
@@ -128,19 +128,19 @@ def test_rows_of_domains_are_interleaved(write_jsonl: Callable[[str, list[str]],
         path = write_jsonl(
             f"vader_{domain}/train.jsonl", [f'{{"sentence": "{domain} {i}", "label": 1}}' for i in range(count)]
         )
-    rows = task_rows(get_task("vader"), "train", path.parent.parent)
+    rows = task_rows(TASKS["vader"], "train", path.parent.parent)
     assert [row["sentence"] for row in rows] == [
         "amazon 0", "movie 0", "nyt 0", "tweets 0", "movie 1", "nyt 1", "tweets 1", "movie 2",
     ]  # fmt: skip
     assert [row["domain"] for row in rows[:4]] == ["amazon", "movie", "nyt", "tweets"]
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read .*vader_tweets/train\.jsonl"):
-        task_rows(get_task("vader"), "train", path.parent.parent)
+        task_rows(TASKS["vader"], "train", path.parent.parent)
 
 
 def test_task_without_hub_source_asks_for_data_dir() -> None:
     with pytest.raises(DataError, match="the task 'vader' is not on the hub; read it from local files with --data-dir"):
-        task_rows(get_task("vader"), "train", None)
+        task_rows(TASKS["vader"], "train", None)
 
 
 ON_THE_HUB = {name: task for name, task in TASKS.items() if task.hub is not None}
@@ -195,7 +195,7 @@ def test_load_dataset_is_called_with_split_and_revision(monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or [])
     for name, split in (("trec", "validation"), ("rte", "train")):
         with pytest.raises(DataError, match="has no examples"):
-            task_rows(get_task(name), split, None)
+            task_rows(TASKS[name], split, None)
     trec = {"split": "test", "revision": "refs/convert/parquet", "streaming": False}
     assert calls == [
         (("CogComp/trec", None), trec),
@@ -208,7 +208,7 @@ def test_hub_source_reads_json_lines(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_jsonl("hub/train.jsonl", ['{"text": "a", "label": 3}'])
-    task = get_task("ag_news")
+    task = TASKS["ag_news"]
     assert task.hub is not None
     task_with_local_hub = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
     assert task_rows(task_with_local_hub, "train", None) == [{"text": "a", "label": 3}]

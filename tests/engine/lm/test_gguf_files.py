@@ -12,7 +12,7 @@ from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.engine.errors import ModelError
 from meerkat_engine.engine.lm.checkpoint import save_checkpoint
 from meerkat_engine.engine.lm.models import load_model
-from meerkat_engine.engine.lm.objective import language_model_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 
 from helpers.gguf import write_gguf
 from helpers.models import make_model

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from meerkat_engine import SparseMask, SparseZO
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.lm.lora import add_lora, merge_lora
-from meerkat_engine.engine.lm.objective import Objective, language_model_loss, task_loss
+from meerkat_engine.engine.lm.objective import Objective, task_loss
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 
 from helpers.constants import CPU
 from helpers.models import make_model

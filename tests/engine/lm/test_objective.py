@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 from meerkat_engine.engine.errors import DataError, ModelError
-from meerkat_engine.engine.lm.objective import Objective, candidate_scores, language_model_loss, task_loss
+from meerkat_engine.engine.lm.objective import Objective, candidate_scores, task_loss
 from meerkat_engine.engine.lm.tasks import SST2, Task
+from meerkat_engine.engine.lm.text_loss import language_model_loss
 
 from helpers.constants import CPU
 from helpers.losses import candidate_log_likelihoods

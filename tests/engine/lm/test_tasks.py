@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meerkat_engine.engine.errors import ConfigError, DataError
-from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task, get_task
+from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task
 
 from helpers.prompts import ROWS
 
@@ -16,13 +16,8 @@ def test_sst2_has_the_prompt_of_mezo() -> None:
     assert SST2.label_words == (" terrible", " great")
 
 
-def test_unknown_task_raises_and_lists_all_tasks() -> None:
-    with pytest.raises(ConfigError, match="unknown task 'sst3'; known: ag_news, boolq"):
-        get_task("sst3")
-
-
 def test_labels_can_be_numbers_booleans_or_label_words() -> None:
-    boolq = get_task("boolq")
+    boolq = TASKS["boolq"]
     assert [boolq.class_of({"answer": value}) for value in (False, True, 0, 1)] == [0, 1, 0, 1]
     assert [SST2.class_of({"label": word}) for word in ("terrible", " great", "great ")] == [0, 1, 1]
     spaced = custom_task("t", "{text} It is", "not so good,  good")
