@@ -18,6 +18,7 @@ from .bench.command import bench
 from .bench.experiments.command import experiment
 from .bench.scale_command import bench_server
 from .bench.tune.command import tune
+from .bench.tune.command import tune
 from .engine.errors import ConfigError, MeerkatError
 from .engine.lm.checkpoint import check_does_not_exist
 from .engine.lm.scores import SCORES, scores_in, shown
@@ -359,6 +360,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 main.add_command(bench)
 main.add_command(bench_server)
 main.add_command(experiment)
+main.add_command(tune)
 main.add_command(tune)
 
 

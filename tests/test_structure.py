@@ -58,7 +58,7 @@ UNITS = {
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
         "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
-        "experiments",
+        "experiments", "tune",
     ],
 }  # fmt: skip
 

@@ -1,0 +1,97 @@
+"""The command ``meerkat-engine tune``."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from ...engine.errors import ConfigError
+from ...fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
+from ...fed.config.run_config import RunConfig, make_config
+from ...fed.config.toml import config_toml
+from ...fed.run.directory import CONFIG
+from ...fed.setup.threads import choose_threads
+from .base import Base
+from .directory import FIGURE, RESULT, search_directory, write_if_missing
+from .figure import draw
+from .grid import Grid
+from .result import Found
+from .search import Search, rungs
+
+
+def _rates(context: click.Context, option: click.Parameter, value: str) -> list[float]:
+    """The numbers in the value of ``--lrs``."""
+    try:
+        return [float(part) for part in value.split(",")] if value else []
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give numbers separated by commas: 1e-4,2e-4,4e-4") from error
+
+
+@click.command(cls=GroupedCommand, epilog=example("meerkat-engine tune --rounds 30 --output tuned"))
+@settings()
+@click.option("--output", type=click.Path(path_type=Path), required=True,
+              help="directory of the search; a search that was stopped goes on in it")  # fmt: skip
+@click.option("--lrs", metavar="LR,LR,...", default="", callback=_rates,
+              help="learning rates to try, and no others, separated by commas [default: three decades around --lr in "
+              "factors of 2, and on if the best lies at the edge]")  # fmt: skip
+@click.option("--tune-eps", is_flag=True, help="also try other eps, in factors of 10")
+@click.option("--tune-density", is_flag=True, help="also try other densities, in factors of 3.16")
+@click.option("--tune-rounds", type=click.IntRange(1), metavar="R",
+              help="number of rounds of the longest runs [default: half of --rounds]")  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="run Python code that comes with the model, if there is any")
+def tune(
+    output: Path,
+    lrs: list[float],
+    tune_eps: bool,
+    tune_density: bool,
+    tune_rounds: int | None,
+    trust_remote_code: bool,
+    config_file: Path | None,
+    **options: Any,
+) -> None:
+    """Finds the learning rate of a run by short runs, judged by the held-out loss.
+
+    Takes all settings of `meerkat-engine run`, and writes config.toml with the best learning rate:
+    `meerkat-engine run --config DIR/config.toml` goes on with it.
+    """
+    config = make_config(settings_from_file(config_file) | given_options(options))
+    longest = tune_rounds or max(1, config.rounds // 2)
+    if longest > config.rounds:
+        raise ConfigError(f"--tune-rounds {longest} is more than the {config.rounds} rounds of a full run")
+    choose_threads(config.model.source)
+    grid = Grid(config, lrs, eps=tune_eps, density=tune_density)
+    with search_directory(output, _settings(config, lrs, grid.axes, longest)):
+        base = Base(config, output / "masks", tqdm.write, trust_remote_code=trust_remote_code)
+        search = Search(grid, rungs(longest), base, output / "runs", tqdm.write)
+        found = Found(search, search.run())
+        click.echo(found.table())
+        found.check()
+        _write(found, grid.config(found.best), output)
+    for warning in found.warnings():
+        click.echo(f"warning: {warning}")
+    click.echo(f"cost: {found.cost()}")
+    click.echo(f"to go on: meerkat-engine run --config {shlex.quote(str(output / CONFIG))}")
+
+
+def _settings(config: RunConfig, lrs: Sequence[float], axes: list[str], longest: int) -> dict[str, Any]:
+    """What a search depends on, ready for JSON."""
+    flat = {name: None if value is None else str(value) for name, value in config.flat().items()}
+    return {"lrs": list(lrs), "axes": axes, "tune_rounds": longest, **flat}
+
+
+def _write(found: Found, config: RunConfig, output: Path) -> None:
+    """Writes the files of the result that are not there yet; config.toml, which says that all is done, last."""
+    write_if_missing(output / RESULT, (json.dumps(found.json(), indent=1) + "\n").encode())
+    if not (output / FIGURE).exists():
+        try:
+            draw(found, output / FIGURE)
+        except ConfigError as error:  # matplotlib is not installed
+            tqdm.write(f"no figure: {error}")
+    write_if_missing(output / CONFIG, config_toml(config).encode())
+
+
+__all__ = ["tune"]
