@@ -1,15 +1,21 @@
 """``evaluate``: loss and scores of a model on a task's examples."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import ConfigError
+from .example_set import Examples
 from .examples import EncodedTask
+from .free_text.encoded import EncodedText
 from .objective import candidate_scores
 from .scores import LOSS, shown
+from .text_evaluation import generated_scores, held_out_loss
+from .text_metrics import Metric, named_metrics
 
 # Examples per batch by type of device: a GPU needs large batches to be busy.
 _BATCH_SIZES = {"cuda": 256}
@@ -20,11 +26,14 @@ class Evaluation:
     """Results of a model on a set of examples.
 
     Args:
-        loss: mean cross-entropy over the candidates; NaN or infinite if a score is.
+        loss: mean cross-entropy over the candidates, for free text over all answer tokens; NaN or infinite if a score
+            is.
         examples: number of examples.
         nonfinite: number of examples with a score that is NaN or infinite.
-        scores: ``accuracy``, the share of examples whose most likely candidate is the right one, in [0, 1], where an
-            example without finite scores counts as wrong; ``macro_f1``, the mean of the classes' F1, in [0, 1].
+        scores: for classification ``accuracy``, the share of examples whose most likely candidate is the right one, in
+            [0, 1], where an example without finite scores counts as wrong, and ``macro_f1``, the mean of the classes'
+            F1, in [0, 1]; for free text ``perplexity``, which is exp(loss), and the metrics of generated answers that
+            were asked for.
     """
 
     loss: float
@@ -39,15 +48,53 @@ class Evaluation:
         return name, self.loss if name == LOSS else self.scores[name]
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: EncodedTask, batch_size: int | None = None) -> Evaluation:
-    """Evaluates a model on all examples, in batches of similar length. The host waits for the device once, at the end.
+def evaluate(
+    model: nn.Module,
+    data: Examples,
+    batch_size: int | None = None,
+    *,
+    metrics: Sequence[str | Metric] = (),
+    max_new_tokens: int = 64,
+) -> Evaluation:
+    """Evaluates a model on all examples, in batches of similar length.
+
+    Loss, accuracy and macro-F1 make the host wait for the device once, at the end.
 
     Args:
         model: a transformers causal LM.
         data: the examples, at least one.
         batch_size: number of examples per batch; None: 32 on a CPU, 256 on a GPU.
+        metrics: metrics of generated answers, for free text; see ``text_metrics.score_texts``.
+        max_new_tokens: maximum number of tokens of a generated answer.
+
+    Raises:
+        ConfigError: if metrics are given for a classification task, or cannot be computed.
+        TypeError: if the examples are of another kind.
     """
+    named_metrics(metrics)  # raises before slow work
+    if isinstance(data, EncodedText):
+        loss, nonfinite = held_out_loss(model, data, batch_size)
+        scores = {"perplexity": _exp(loss)}
+        if metrics:
+            scores |= generated_scores(model, data, metrics, max_new_tokens)
+        return Evaluation(loss=loss, examples=len(data), nonfinite=nonfinite, scores=scores)
+    if not isinstance(data, EncodedTask):
+        raise TypeError(f"cannot evaluate {type(data).__name__}")
+    if metrics:
+        raise ConfigError(f"metrics are for free text, and {data.name} is a choice between label words; leave them out")
+    return _evaluate_classification(model, data, batch_size)
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@torch.inference_mode()
+def _evaluate_classification(model: nn.Module, data: EncodedTask, batch_size: int | None) -> Evaluation:
+    """See ``evaluate``."""
     device = next(model.parameters()).device
     size = batch_size or _BATCH_SIZES.get(device.type, 32)
     order = torch.tensor(sorted(range(len(data)), key=lambda i: len(data.prompts[i])), dtype=torch.int64, device="cpu")

@@ -73,6 +73,7 @@ def _progress(run: Run) -> str:
 def results(runs: list[Run]) -> list[Row]:
     """The results of each run. Rows without a value in any run are left out."""
     cells: dict[str, Callable[[dict[str, Any]], str]] = {
+        "held-out answer tokens": lambda s: _format(s.get("validation_tokens"), ","),
         "held-out examples without finite scores, before → after": lambda s: _join(
             s, "{} → {}", ",", "nonfinite_before", "nonfinite_after"
         ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...engine.lm.evaluation import Evaluation, evaluate
 from ...engine.lm.scores import SCORES
+from ...engine.lm.text_metrics import check_metrics
 from ..exchange import Exchange, serve
 from ..ledger.file import LedgerWriter, RoundRecord
 from ..ledger.snapshot import Snapshot
@@ -144,7 +145,11 @@ class Rounds:
             self._log(line)
 
     def _evaluate(self) -> Evaluation:
-        evaluation = evaluate(self._federation.model, self._federation.data.validation)
+        settings, data = self._config.evaluation, self._federation.data.validation
+        metrics = check_metrics(settings.metrics)
+        if metrics:
+            self._log(f"generating answers to {len(data)} held-out examples ({settings.metrics})")
+        evaluation = evaluate(self._federation.model, data, metrics=metrics, max_new_tokens=settings.max_new_tokens)
         if evaluation.nonfinite:
             self._log(
                 f"{evaluation.nonfinite} of {evaluation.examples} held-out examples have scores that are not finite; "

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from ...engine.errors import RunError
-from ...engine.lm.scores import LOSS, SCORES, scores_in
+from ...engine.lm.free_text.encoded import EncodedText
+from ...engine.lm.scores import LOSS, SCORES, scores_in, shown
 from ...engine.parameters import floating_parameters
 from ..attack import attack_summary
 from ..selection import PathStatistics, Selection
@@ -43,6 +44,8 @@ def check_summary(summary: Any, where: str) -> None:
     names = ["weights", *_NUMBERS, "seconds_per_step", "forward_share_of_step"]
     scores = {*scores_in(summary, "_before"), *scores_in(summary, "_after"), LOSS}
     names += [f"{name}_{when}" for name in SCORES if name in scores for when in ("before", "after")]
+    if shown(scores_in(summary, "_before"))[0] == LOSS:
+        names.append("validation_tokens")
     names += [name for name in _LISTS if name in summary]
     names += [name for first, others in _TOGETHER.items() if first in summary for name in (first, *others)]
     for name in names:
@@ -63,13 +66,15 @@ def _is_of_kind(name: str, value: Any) -> bool:
 
 def federation_summary(federation: Federation) -> dict[str, Any]:
     """Summary of a federation: size of the training, cost of sending weights, rejected messages, attackers."""
-    config, weights = federation.config, [p for _, p in floating_parameters(federation.model)]
+    config, validation = federation.config, federation.data.validation
+    weights = [p for _, p in floating_parameters(federation.model)]
     elements = federation.server.replica.terms.elements
     # The calibration is not counted, because it would send no weights.
     answers = config.rounds * config.clients.participants
     return {
         "truncated_train": federation.data.train.truncated,
-        "truncated_validation": federation.data.validation.truncated,
+        "truncated_validation": validation.truncated,
+        **({"validation_tokens": validation.answer_tokens} if isinstance(validation, EncodedText) else {}),
         "bytes_each_way_if_weights_were_sent": sum(p.numel() * p.element_size() for p in weights) * answers,
         # adapters, layers and complete models follow from their names; no ids are sent
         "mask_bytes": 8 * elements if config.method.recipe.elements.uses_density else 0,
