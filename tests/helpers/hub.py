@@ -78,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._json(
                         [entry for entry in self._tree(directory, "") if entry["path"].encode() in posted]
                     )
+            if path.startswith((f"{api}/revision/", f"/{name}/resolve/")):
+                return 404, {"X-Error-Code": "RevisionNotFound"}, b""
             if path == api:
                 return self._json(self._information(name, directory))
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
