@@ -101,30 +101,30 @@ def label_counts(labels: Tensor, shares: list[Tensor], classes: int) -> list[lis
     return [torch.bincount(labels[share], minlength=classes).tolist() for share in shares]
 
 
-def natural_client_names(rows: Sequence[Row], field: str, where: str) -> list[Group]:
+def natural_client_names(rows: Sequence[Row], field: str, places: Sequence[str]) -> list[Group]:
     """Reads the name of each example's natural client.
 
     Args:
         rows: the examples.
         field: field that names the client.
-        where: name of the data, for error messages.
+        places: where each example stands, for error messages.
 
     Raises:
         DataError: if an example does not have the field, its value is neither text nor an integer, or the type is not
             the same for all examples. The error names the example.
     """
     names: list[Group] = []
-    for number, row in enumerate(rows, 1):
+    for row, where in zip(rows, places, strict=True):
         if field not in row:
-            raise DataError(f"{where}, example {number}: natural clients need the field {field!r}; found {sorted(row)}")
+            raise DataError(f"{where}: natural clients need the field {field!r}; found {sorted(row)}")
         value = row[field]
         if type(value) not in (str, int) or (names and type(value) is not type(names[0])):
             raise DataError(
-                f"{where}, example {number}: the field {field!r} must name a client by text or by an integer, the same "
+                f"{where}: the field {field!r} must name a client by text or by an integer, the same "
                 f"in all examples; got {value!r}"
             )
         if isinstance(value, str):
-            check_text(value, f"{where}, example {number}: field {field!r}")
+            check_text(value, f"{where}: field {field!r}")
         names.append(value)
     return names
 

@@ -80,7 +80,7 @@ def encode(config: RunConfig, lm: LanguageModel) -> TaskData:
     )
     if config.clients.partition is Partition.NATURAL and task.client_field is not None:
         kept = train.select(data.train.kept)
-        groups = natural_client_names(kept, task.client_field, f"{task.name}, train")
+        groups = natural_client_names(kept, task.client_field, kept.places)
         data = dataclasses.replace(data, groups=groups)
     data.train.resolve_layout(config.step.layout, lm.model)
     data.validation.layout = data.train.layout

@@ -97,7 +97,7 @@ def test_natural_clients_are_those_of_the_client_field(own: list[str | Path], tm
     for arguments, message in [
         (["--clients", "3"], "the data name 2 natural clients, and clients is 3; set --clients 2"),
         (["--batch-size", "20"], "client 1 (south) has 12 examples, fewer than the 20 of a batch"),
-        (["--client-field", "ward"], "films, train, example 1: natural clients need the field 'ward'; found ['label'"),
+        (["--client-field", "ward"], "films.jsonl, line 1: natural clients need the field 'ward'; found ['label'"),
     ]:
         result = call(*natural, *arguments, "--output", tmp_path / "s")
         assert result.exit_code == 1
@@ -125,9 +125,20 @@ def test_the_natural_clients_of_vader_are_its_domains(
     [
         ({"task": "sst2"}, "give --task or --data, not both"),
         ({"task": "embedded"}, "give --task or --data, not both"),
-        ({"template": None}, "--data needs --template .* and --labels"),
-        ({"labels": None}, "--data needs --template .* and --labels"),
-        ({"model": None}, "--data needs --model"),
+        ({"template": None}, "--labels needs --template, the prompt that the label words follow"),
+        ({"labels": None}, r"--template needs --labels .* or --answer \(free text\)"),
+        ({"answer": "{title}"}, "give --labels .* or --answer for free text, not both"),
+        ({"labels": None, "template": None, "answer": "{title}"}, "template and answer go together"),
+        ({"labels": None, "template": None, "cut": "text"}, "cut is not for free text"),
+        ({"labels": None, "answer": "{title}", "partition": "dirichlet"}, "deals examples by class, .* --label-field"),
+        ({"labels": None, "answer": "{title}", "objective": "candidates"}, "objective candidates is for a choice"),
+        ({"prompt_format": "chat"}, "prompt_format is for free text"),
+        ({"chat_template": "t.jinja"}, "chat_template is for free text"),
+        ({"metrics": "rouge-l"}, "metrics compare generated answers"),
+        ({"dataset": "org/films"}, "give --data FILE or --dataset NAME, not both"),
+        ({"dataset_split": "all"}, "dataset_split does not go with --data FILE"),
+        ({"data": None, "dataset": "org/films", "validation": "v.jsonl"}, "validation does not go with --dataset NAME"),
+        ({"model": None}, "--data and --dataset need --model"),
         ({"labels": "good"}, "task 'films' needs at least two label words"),
         ({"labels": "good,good"}, "needs different label words"),
         ({"template": "{text It was"}, "fields stand in braces"),
@@ -139,7 +150,10 @@ def test_the_natural_clients_of_vader_are_its_domains(
                 {"data": None, "template": None, "labels": None, "task": "sst2", name: "x"},
                 f"{name} is only for your own data",
             )
-            for name in ("validation", "template", "labels", "label_field", "cut")
+            for name in (
+                "validation", "template", "labels", "label_field", "cut", "answer", "dataset_config",
+                "dataset_revision", "dataset_split", "dataset_validation_split",
+            )  # fmt: skip
         ),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -171,7 +185,7 @@ def test_half_an_emoji_is_an_error_before_a_run_begins(
         broken = write_jsonl("broken.jsonl", [line, *films.read_text().splitlines()])
         result = call(*own, "--data", broken, *options, "--output", tmp_path / "r")
         assert result.exit_code == 1
-        assert "example 1: field" in result.output
+        assert "broken.jsonl, line 1: field" in result.output
         assert "has half of a surrogate pair" in result.output
         assert not (tmp_path / "r").exists()
 

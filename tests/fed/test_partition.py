@@ -96,16 +96,17 @@ def test_a_natural_client_with_less_than_a_batch_is_an_error() -> None:
 
 
 def test_names_of_natural_clients_are_text_or_integers() -> None:
-    assert natural_client_names([{"site": "b"}, {"site": "a"}], "site", "t") == ["b", "a"]
-    assert natural_client_names([{"site": 3}, {"site": 11}], "site", "t") == [3, 11]
+    places = ["t, line 1", "t, line 2"]
+    assert natural_client_names([{"site": "b"}, {"site": "a"}], "site", places) == ["b", "a"]
+    assert natural_client_names([{"site": 3}, {"site": 11}], "site", places) == [3, 11]
     for rows, message in [
-        ([{"site": "a"}, {"ward": "b"}], r"t, example 2: natural clients need the field 'site'; found \['ward'\]"),
-        ([{"site": None}], "t, example 1: the field 'site' must name a client by text .*; got None"),
-        ([{"site": "a"}, {"site": 1}], "t, example 2: the field 'site' .*; got 1"),
-        ([{"site": 1}, {"site": True}], "example 2: the field 'site' .*; got True"),
+        ([{"site": "a"}, {"ward": "b"}], r"t, line 2: natural clients need the field 'site'; found \['ward'\]"),
+        ([{"site": None}], "t, line 1: the field 'site' must name a client by text .*; got None"),
+        ([{"site": "a"}, {"site": 1}], "t, line 2: the field 'site' .*; got 1"),
+        ([{"site": 1}, {"site": True}], "line 2: the field 'site' .*; got True"),
     ]:
         with pytest.raises(DataError, match=message):
-            natural_client_names(rows, "site", "t")
+            natural_client_names(rows, "site", places[: len(rows)])
 
 
 @pytest.mark.parametrize(("classes", "clients"), [(2, 8), (6, 10), (3, 5), (2, 1)])

@@ -31,7 +31,8 @@ class ChatTemplate:
                 "the data are conversations, and the model's tokenizer has no chat template; use a model that was "
                 "trained for conversations, or give --chat-template FILE"
             )
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer = tokenizer
+        self._template = _without_today(tokenizer.get_chat_template() if template is None else template)
 
     def text(self, messages: Sequence[Message], where: str, *, ask: bool = False) -> str:
         """The text of messages.
@@ -51,7 +52,6 @@ class ChatTemplate:
                     chat_template=self._template,
                     tokenize=False,
                     add_generation_prompt=ask,
-                    strftime_now=_DATE.strftime,
                 )
             )
         except (TemplateError, TypeError, ValueError) as error:
@@ -93,8 +93,7 @@ class ChatTemplate:
     @property
     def marks_answers(self) -> bool:
         """Whether the template says itself what the assistant's text is, with ``{% generation %}``."""
-        template = self._template if self._template is not None else self._tokenizer.chat_template
-        return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
 
     def marked(self, conversation: Conversation, where: str) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and for each 1 if the template marks it as the assistant's, else 0.
@@ -108,7 +107,6 @@ class ChatTemplate:
             chat_template=self._template,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            strftime_now=_DATE.strftime,
         )
         return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
@@ -117,6 +115,16 @@ class ChatTemplate:
         stripped = text.rstrip()
         ends_turn = any(stripped.endswith(token) for token in self._tokenizer.all_special_tokens)
         return max(len(stripped), begin) if ends_turn else len(text)
+
+
+def _without_today(template: str) -> str:
+    """A template that writes the same date every day. Raises ``ConfigError`` if it writes the date in another way."""
+    fixed = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(_DATE.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        raise ConfigError(
+            "the chat template writes today's date in a way that cannot be fixed; give --chat-template FILE"
+        )
+    return fixed
 
 
 __all__ = ["ChatTemplate"]

@@ -38,7 +38,7 @@ def test_task_rows_are_read_from_a_directory(write_jsonl: Callable[[str, list[st
     [
         (['{"sentence": "good", "label": 1}', '{"sentence": '], r"train\.jsonl, line 2: cannot be read as JSON"),
         (["[1]"], "line 1: expected an object, got list"),
-        (['{"sentence": "a", "label": 7}'], "example 1: label 7 is outside"),
+        (['{"sentence": "a", "label": 7}'], "line 1: label 7 is outside"),
         ([], "has no examples"),
     ],
     ids=["invalid JSON", "no object", "invalid label", "empty"],
@@ -59,9 +59,9 @@ def test_odd_json_is_an_error_that_names_the_line(write_jsonl: Callable[[str, li
     for line, message in (
         ('{"a":' * 100_000, "line 2: cannot be read as JSON"),
         (f'{{"sentence": "a", "label": {"9" * 5000}}}', "line 2: cannot be read as JSON"),
-        ('{"sentence": NaN, "label": 1}', "example 2: field 'sentence' must be text, got float"),
-        ('{"sentence": "a", "label": NaN}', "example 2: label nan is outside"),
-        (SURROGATE, r"example 2: field 'sentence' has half of a surrogate pair \('\\ud83d'\) at character 3"),
+        ('{"sentence": NaN, "label": 1}', "line 2: field 'sentence' must be text, got float"),
+        ('{"sentence": "a", "label": NaN}', "line 2: label nan is outside"),
+        (SURROGATE, r"line 2: field 'sentence' has half of a surrogate pair \('\\ud83d'\) at character 3"),
     ):
         path = write_jsonl("sst2/train.jsonl", [good, line])
         with pytest.raises(DataError, match=message):
@@ -211,7 +211,7 @@ def test_hub_source_reads_json_lines(
     task = TASKS["ag_news"]
     assert task.hub is not None
     task_with_local_hub = dataclasses.replace(task, hub=dataclasses.replace(task.hub, path=str(tmp_path / "hub")))
-    assert task_rows(task_with_local_hub, "train", None) == [{"text": "a", "label": 3}]
+    assert task_rows(task_with_local_hub, "train", None).rows == [{"text": "a", "label": 3}]
     with pytest.raises(DataError, match=r"cannot load .*hub from the hub: .*; to read local files, pass --data-dir"):
         task_rows(task_with_local_hub, "validation", None)
 
@@ -241,7 +241,7 @@ def test_validation_file_is_used_unchanged(write_jsonl: Callable[[str, list[str]
 
 def test_custom_data_without_a_field_of_the_template_raise(write_jsonl: Callable[[str, list[str]], Path]) -> None:
     path = write_jsonl("mail.jsonl", ['{"text": "a", "label": 0}', '{"body": "a", "label": 0}'])
-    message = r"mail\.jsonl, example 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
+    message = r"mail\.jsonl, line 2: task 'mail' needs the field 'text'; found \['body', 'label'\]"
     with pytest.raises(DataError, match=message):
         custom_rows(MAIL, path, None, 0)
 

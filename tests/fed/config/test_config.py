@@ -38,6 +38,10 @@ SPECIAL: list[dict[str, Any]] = [
     {"model": "m", "data": Path("f.jsonl"), "template": "{a} and {b}", "labels": "no,yes", "label_field": "l",
      "cut": "b",
      "validation": Path("v.jsonl")},
+    {"model": "m", "data": Path("f.jsonl"), "template": "{a}", "answer": "{b}", "prompt_format": "chat",
+     "chat_template": Path("t.jinja"), "metrics": "", "max_new_tokens": 9},
+    {"model": "m", "dataset": "org/name", "dataset_config": "c", "dataset_revision": "r", "dataset_split": "s",
+     "dataset_validation_split": "v"},
 ]  # fmt: skip
 
 
