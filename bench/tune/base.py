@@ -13,7 +13,7 @@ from ...engine.parameters import fingerprint
 from ...engine.weights import MaskedWeights
 from ...fed.config.run_config import RunConfig
 from ...fed.run.shared import Shared
-from ...fed.setup.data import TaskData, check_files, encode
+from ...fed.setup.data import TaskData, encode
 from ...fed.setup.mask import make_mask
 from ...fed.setup.model import load_language_model, resolved
 
@@ -51,7 +51,6 @@ class Base:
 
     @cached_property
     def _lm(self) -> LanguageModel:
-        check_files(self._given)
         self._log(f"loading the model {self._given.model.source} and the task {self._given.task.name}")
         return load_language_model(self._config, trust_remote_code=self.trust_remote_code)
 

@@ -14,6 +14,7 @@ from ...fed.config.options import GroupedCommand, example, given_options, settin
 from ...fed.config.run_config import RunConfig, make_config
 from ...fed.config.toml import config_toml
 from ...fed.run.directory import CONFIG
+from ...fed.setup.data import check_files
 from ...fed.setup.threads import choose_threads
 from .base import Base
 from .directory import FIGURE, RESULT, search_directory, write_if_missing
@@ -62,8 +63,9 @@ def tune(
     longest = tune_rounds or max(1, config.rounds // 2)
     if longest > config.rounds:
         raise ConfigError(f"--tune-rounds {longest} is more than the {config.rounds} rounds of a full run")
-    choose_threads(config.model.source)
     grid = Grid(config, lrs, eps=tune_eps, density=tune_density)
+    check_files(config)
+    choose_threads(config.model.source)
     with search_directory(output, _settings(config, lrs, grid.axes, longest)):
         base = Base(config, output / "masks", tqdm.write, trust_remote_code=trust_remote_code)
         search = Search(grid, rungs(longest), base, output / "runs", tqdm.write)

@@ -1,5 +1,6 @@
 """``Grid``: the learning rates, eps and densities that a search may try, in steps from the user's settings."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -54,8 +55,9 @@ class Grid:
             raise ConfigError("lr is 0, so there is no rate to search around; give another --lr, or --lrs")
         if len(self._lrs) == 1:
             raise ConfigError(f"--lrs has only {self._lrs[0]:g}; give two learning rates or more")
-        if any(lr <= 0 for lr in self._lrs):
-            raise ConfigError(f"--lrs must be positive, got {self._lrs[0]:g}")
+        for lr in self._lrs:
+            if not 0 < lr < math.inf:
+                raise ConfigError(f"--lrs must be positive and finite, got {lr:g}")
         recipe = config.method.recipe
         if eps and recipe.sends_weights:
             raise ConfigError(f"{config.method} draws no perturbations, so it has no eps; leave --tune-eps out")

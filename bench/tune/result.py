@@ -150,7 +150,9 @@ class Found:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4f}" if value < 1000 else f"{value:.1e}"
 
 
 def _time(seconds: float) -> str:

@@ -8,6 +8,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,10 @@ class Search:
                 return
             if candidate.rounds < rounds:
                 self._log(f"{self.name(point)}: rounds {candidate.rounds + 1} to {rounds}")
-                candidate.run_to(rounds, self._base)
+                with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
+                    candidate.run_to(rounds, self._base)
+                for text in dict.fromkeys(str(warning.message) for warning in caught):
+                    self._log(f"{self.name(point)}: {text}")
             self.reached[point] = rounds
 
     def _ranked(self, rung: int) -> list[Point]:
