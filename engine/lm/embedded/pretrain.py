@@ -22,19 +22,21 @@ from . import corpus
 
 
 def make_tokenizer() -> Any:
-    """Builds the tokenizer: one token per word; sequences begin with <s>."""
+    """Builds the tokenizer: one token per word; sequences begin with <s>, and answers end with a full stop."""
     words = ["<pad>", "<s>", "<unk>", *corpus.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>", "eos_token": "."}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
+def make_model(vocabulary: int, end: int, seed: int) -> LlamaForCausalLM:
     """Builds the model: two layers of width 64, tied embeddings, weights drawn from the project's stream.
 
     Args:
         vocabulary: number of tokens.
+        end: id of the token that ends an answer.
         seed: seed of the weights, in [0, 2**64).
     """
     config = LlamaConfig(
@@ -48,7 +50,7 @@ def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=None,
+        eos_token_id=end,
     )
     model = LlamaForCausalLM(config)
     base = 0
@@ -70,7 +72,7 @@ def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
 def main(directory: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     """Pre-trains the embedded model and saves it to DIRECTORY."""
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), stream.derived_seed(seed, "init"))
+    model = make_model(len(tokenizer), tokenizer.eos_token_id, stream.derived_seed(seed, "init"))
     batches = token_batches(corpus.texts(steps * batch_size, seed), tokenizer, batch_size, 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, step / 100) * (1 - step / steps))

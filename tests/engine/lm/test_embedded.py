@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.lm.embedded import corpus
-from meerkat_engine.engine.lm.embedded.pretrain import main
+from meerkat_engine.engine.lm.embedded.pretrain import main, make_tokenizer
 from meerkat_engine.engine.lm.evaluation import evaluate
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.text_loss import language_model_loss
@@ -46,6 +46,16 @@ def test_tokenizer_has_every_word() -> None:
         *(embedded.TASKS[embedded.NAME].prompt(row) for row in embedded.rows("validation")),
     ]:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_the_full_stop_ends_an_answer_and_is_a_word_of_reviews_as_before() -> None:
+    lm, made = embedded.load(), make_tokenizer()
+    assert lm.tokenizer.eos_token == made.eos_token == "."
+    assert lm.model.config.eos_token_id == lm.tokenizer.eos_token_id == lm.tokenizer.get_vocab()["."]
+    assert lm.tokenizer.get_vocab() == made.get_vocab()
+    for text in corpus.texts(100, 7):
+        words = ["<s>", *text.split()]
+        assert lm.tokenizer(text)["input_ids"] == made(text)["input_ids"] == made.convert_tokens_to_ids(words)
 
 
 def test_pretrained_model_predicts_its_text_but_not_the_task() -> None:
