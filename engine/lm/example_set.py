@@ -21,7 +21,8 @@ class Examples(ABC):
         kept: for each example, the index of its row; rows that cannot be used are left out.
         lengths: number of tokens of each example.
         truncated: number of prompts that were cut.
-        notes: lines for the user about how the rows were read.
+        overview: lines that show the user how the rows were understood; empty if the task says it already.
+        notes: lines for the user about rows that were left out or changed.
         pad: id of the padding token.
         layout: how batches are laid out: sorted, which any model can take, until ``resolve_layout`` is called.
         layout_reason: why the layout is not packed, where ``resolve_layout`` tried that.
@@ -33,6 +34,7 @@ class Examples(ABC):
     kept: Sequence[int]
     lengths: Sequence[int]
     truncated: int
+    overview: Sequence[str]
     notes: Sequence[str]
     pad: int
     layout: Layout

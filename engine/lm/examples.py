@@ -65,7 +65,8 @@ class EncodedTask(Examples):
             for ids, row in zip(encoded, rows, strict=True)
         ]
         self._check_lengths(where, positions)
-        self.lengths, self.kept, self.notes = [len(ids) for ids in self.prompts], range(len(rows)), ()
+        self.lengths, self.kept = [len(ids) for ids in self.prompts], range(len(rows))
+        self.overview, self.notes = (), ()
         self._positions = positions
         self._prompts = [np.array(ids, dtype=np.int64) for ids in self.prompts]
         self._candidates = [np.array(ids, dtype=np.int64) for ids in self.candidates]

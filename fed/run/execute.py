@@ -259,9 +259,11 @@ def _load_inputs(
         shared.check(base)
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool, shared=shared)
     pool.check(base, inputs.data_digest, data.train.layout)
+    for line in data.train.overview:
+        log(line)
     for name, examples in (("training", data.train), ("held-out", data.validation)):
         for note in examples.notes:
-            log(f"{name} data: {note}" if not note.startswith(" ") else note)
+            log(f"{name} data: {note}")
     if data.train.layout_reason:
         log(f"batches are {data.train.layout}, not packed: {data.train.layout_reason}")
     for i, counts in enumerate(inputs.label_counts[:8]):

@@ -96,7 +96,7 @@ class EncodedText(Examples):
             return
         begin, end = rendered.spans[-1]
         if end - begin + 1 > limit:  # at least one token of the prompt stays
-            self._leave_out(f"an answer too long for {limit} tokens", where)
+            self._leave_out(f"an answer too long for {limit} tokens (--max-length)", where)
             return
         cut, spans = 0, rendered.spans
         ids = rendered.ids[:end]
@@ -175,22 +175,28 @@ class EncodedText(Examples):
         return [text.item() for text in self.texts]
 
     @property
-    def notes(self) -> list[str]:  # type: ignore[override]
-        """See ``Examples``: what was understood, one example, and what was left out or cut."""
+    def overview(self) -> list[str]:  # type: ignore[override]
+        """See ``Examples``: the shape of the rows, and one example."""
         answers = sum(len(_spans(text)) for text in self.texts)
         lines = [
-            f"{self._shape}: {len(self)} examples, {answers} answers of {self.answer_tokens / answers:.0f} tokens on "
-            f"average; the first one, its answers in [[ ]]:",
-            f"  {self._shown(self.texts[0])}",
+            f"{self.name}: {self._shape}; {answers} answers of {self.answer_tokens / answers:.0f} tokens on average; "
+            f"the first example, what is learned in [[ ]]:",
+            self._shown(self.texts[0]),
         ]
-        for reason, places in self._left_out.items():
-            lines.append(f"left out, {reason}: {len(places)} rows ({_some(places)})")
-        if self.truncated:
-            lines.append(f"{self.truncated} prompts were cut at their beginning to fit")
-        if self._merged:
-            lines.append(f"in {self._merged} examples the first token of an answer begins in the prompt")
         if not self.end_tokens:
             lines.append("the tokenizer has no end-of-text token: the model does not learn where an answer ends")
+        return lines
+
+    @property
+    def notes(self) -> list[str]:  # type: ignore[override]
+        """See ``Examples``."""
+        lines = [
+            f"left out, {reason}: {len(places)} rows ({_some(places)})" for reason, places in self._left_out.items()
+        ]
+        if self.truncated:
+            lines.append(f"{self.truncated} prompts were cut at their beginning to fit (--max-length)")
+        if self._merged:
+            lines.append(f"in {self._merged} examples the first token of an answer begins in the prompt")
         return lines
 
     def _shown(self, text: ScoredText) -> str:

@@ -44,7 +44,10 @@ CONVERSATION = SHAPES["messages"][0][0]["messages"]
              "<|user|>Hi</s>\n<|assistant|>[Hello</s>]"],
         ),
         ("conversations", ["<|user|>Hi</s>\n<|assistant|>[Hello</s>]", "<|user|>2+2?</s>\n<|assistant|>[4</s>]"]),
-        ("instruction", ["<|user|>Add.\n\n2, 2</s>\n<|assistant|>[4</s>]", "<|user|>Say hi.</s>\n<|assistant|>[hi</s>]"]),
+        (
+            "instruction",
+            ["<|user|>Add.\n\n2, 2</s>\n<|assistant|>[4</s>]", "<|user|>Say hi.</s>\n<|assistant|>[hi</s>]"],
+        ),
         ("template", ["Q: 2+2\nA:[ 4 (x)</s>]", "Q: 1+1\nA:[ two (y)</s>]"]),
     ],
 )  # fmt: skip
@@ -94,7 +97,7 @@ def test_without_an_end_token_the_notes_say_so() -> None:
     data = encode_text([{"prompt": "a", "completion": "b"}], tokenizer=tokenizer)
     assert marked(data, 0) == "a[b]"
     assert data.end_tokens == []
-    assert "the tokenizer has no end-of-text token: the model does not learn where an answer ends" in data.notes
+    assert "the tokenizer has no end-of-text token: the model does not learn where an answer ends" in data.overview
 
 
 def test_the_end_of_a_turn_may_be_another_token_than_that_of_a_text() -> None:
@@ -161,7 +164,8 @@ def test_prompts_are_cut_at_their_beginning_and_answers_never() -> None:
     assert [marked(data, i) for i in range(2)] == ["aaaaaa[bcd</s>]", "x[y</s>]"]
     assert (data.truncated, list(data.kept)) == (1, [0, 2])
     assert any(
-        note.startswith("left out, an answer too long for 10 tokens: 1 rows (f.jsonl, line 2)") for note in data.notes
+        note.startswith("left out, an answer too long for 10 tokens (--max-length): 1 rows (f.jsonl, line 2)")
+        for note in data.notes
     )
     assert max(len(text.ids) for text in encode_text(rows, positions=10).texts) == 10
 
