@@ -18,12 +18,14 @@ from .bench.command import bench
 from .bench.experiments.command import experiment
 from .bench.scale_command import bench_server
 from .bench.tune.command import tune
-from .bench.tune.command import tune
 from .engine.errors import ConfigError, MeerkatError
 from .engine.lm.checkpoint import check_does_not_exist
 from .engine.lm.scores import SCORES, scores_in, shown
 from .fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .fed.config.run_config import RunConfig, make_config
+from .fed.inference.chat import chat
+from .fed.inference.evaluate import evaluate
+from .fed.inference.predict import predict
 from .fed.methods import Method
 from .fed.report.export import apply_delta, save_run
 from .fed.report.page import write_report
@@ -361,7 +363,9 @@ main.add_command(bench)
 main.add_command(bench_server)
 main.add_command(experiment)
 main.add_command(tune)
-main.add_command(tune)
+main.add_command(chat)
+main.add_command(evaluate)
+main.add_command(predict)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ UNITS = {
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",
         "terms", "replica", "reply_checks", "client", "ledger", "gradip", "server", "exchange", "attack", "config",
-        "setup", "torchrun", "run", "report", "flower",
+        "setup", "torchrun", "run", "inference", "report", "flower",
     ],
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",

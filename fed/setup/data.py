@@ -60,10 +60,10 @@ def read_rows(config: RunConfig) -> tuple[AnyTask, LocatedRows, LocatedRows]:
         )
     else:
         train, validation = task_splits(task, None if data.is_own else data.directory, config.seed)
-    return task, train, _sample(config, task, validation)
+    return task, train, sample_rows(config, task, validation)
 
 
-def _sample(config: RunConfig, task: AnyTask, validation: LocatedRows) -> LocatedRows:
+def sample_rows(config: RunConfig, task: AnyTask, validation: LocatedRows) -> LocatedRows:
     """The validation rows that ``eval_examples`` asks for: a sample by the seed, stratified by class."""
     if not config.evaluation.examples:
         return validation
@@ -138,4 +138,4 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "client_shares", "encode", "encode_rows", "read_rows", "renderer"]
+__all__ = ["TaskData", "check_files", "client_shares", "encode", "encode_rows", "read_rows", "renderer", "sample_rows"]
