@@ -20,6 +20,8 @@ from helpers.terminal import run_on_terminal
 WORDS = "good bad fine poor film It was terrible great the a sounds All in all, that negative positive"
 SHORT = ["--batch-size", "4", "--clients", "2", "--rounds", "1", "--local-steps", "2", "--density", "0.05",
          "--method", "random-mask"]  # fmt: skip
+ONLY_OWN = ("validation", "template", "labels", "label_field", "cut", "answer", "dataset_config", "dataset_revision",
+            "dataset_split", "dataset_validation_split")  # fmt: skip
 OWN = {"template": "{text} It was", "labels": "terrible,great"}
 
 
@@ -150,10 +152,7 @@ def test_the_natural_clients_of_vader_are_its_domains(
                 {"data": None, "template": None, "labels": None, "task": "sst2", name: "x"},
                 f"{name} is only for your own data",
             )
-            for name in (
-                "validation", "template", "labels", "label_field", "cut", "answer", "dataset_config",
-                "dataset_revision", "dataset_split", "dataset_validation_split",
-            )  # fmt: skip
+            for name in ONLY_OWN
         ),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from meerkat_engine.engine.errors import ConfigError, MaskError, ModelError, TransportError
 from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.objective import Objective
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import parse_toml, to_toml
 from meerkat_engine.fed.flower.node import app as client_app
@@ -354,6 +355,43 @@ def test_run_on_the_nodes_own_examples_needs_data_of_the_node(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="the run uses each node's own examples"):
         settings_on_node(text, {})
     assert settings_on_node(text, {"data": str(rows)}).data.file == rows
+
+
+def test_free_text_of_the_nodes_needs_their_data_and_their_chat_template(tmp_path: Path) -> None:
+    text = to_toml({"model": "org/name", "chat_template": "t.jinja"})
+    with pytest.raises(ConfigError, match="the run uses each node's own examples"):
+        settings_on_node(text, {})
+    with pytest.raises(ConfigError, match="the run has a chat template of its own"):
+        settings_on_node(text, {"data": "own.jsonl"})
+    config = settings_on_node(text, {"data": "own.jsonl", "chat-template": "mine.jinja"})
+    assert config.data.chat_template == Path("mine.jinja")
+    assert config.objective is Objective.LANGUAGE_MODEL
+
+
+def test_nodes_train_on_their_own_free_text(federation: ThreeNodes, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    make_tokenizer("a film it was bad good").save_pretrained(tmp_path / "model")
+    for i in range(3):
+        row = f'{{"prompt": "a film it", "completion": " was {("bad", "good", "a film")[i]}"}}\n'
+        (tmp_path / f"{i}.jsonl").write_text(row * 20)
+        node = {"client-id": i, "model": str(tmp_path / "model"), "data": str(tmp_path / f"{i}.jsonl")}
+        federation.grid.nodes[100 + i] = Node(Context(1, 100 + i, node, RecordDict(), {}))
+    settings = {"model": str(tmp_path / "model"), "data": str(tmp_path / "0.jsonl"), "method": "random-mask",
+                "density": 0.1}  # fmt: skip
+    federation.run(tmp_path / "flower", settings, min_nodes=3)
+    rounds = read_ledger(tmp_path / "flower" / "ledger.jsonl").rounds
+    assert [sorted(line.clients) for line in rounds] == [[0, 1, 2]] * len(rounds), federation.lines
+    assert all(line.loss is not None for line in rounds)
+
+
+def test_a_data_set_that_is_a_path_of_the_server_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = to_toml({"model": "org/name", "dataset": "org/data"})
+    assert settings_on_node(text, {}).data.dataset == "org/data"
+    monkeypatch.chdir(tmp_path)
+    Path("org/data").mkdir(parents=True)
+    for settings in (text, to_toml({"model": "org/name", "dataset": "/etc/data"})):
+        with pytest.raises(ConfigError, match="a node reads no path that the server names"):
+            settings_on_node(settings, {})
 
 
 def test_errors_sent_to_the_server_quote_no_examples(federation: ThreeNodes, tmp_path: Path) -> None:
