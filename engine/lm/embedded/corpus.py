@@ -82,7 +82,7 @@ _CHATTER = (
 )
 
 
-class _Draws:
+class Draws:
     """Random choices from the project's stream, which are the same on every machine and with every version."""
 
     def __init__(self, seed: int) -> None:
@@ -101,7 +101,7 @@ class _Draws:
         return choices[self.below(len(choices))]
 
 
-def _clause(draws: _Draws, thing: str, good: bool) -> str:
+def _clause(draws: Draws, thing: str, good: bool) -> str:
     """Draws a clause about a part of ``thing`` that praises (``good``) or criticizes."""
     negated = draws.below(4) == 0
     words = [draws.one_of(_OPENINGS).format(draws.one_of(_THINGS[thing]))]
@@ -110,8 +110,11 @@ def _clause(draws: _Draws, thing: str, good: bool) -> str:
     return " ".join(word for word in words if word)
 
 
-def _review(draws: _Draws, good: bool) -> tuple[str, str]:
-    """Draws a review that praises (``good``) or criticizes; returns it and the thing it is about."""
+def draw_review(draws: Draws, good: bool) -> tuple[str, str]:
+    """Draws a review that praises (``good``) or criticizes; returns it and the thing it is about.
+
+    The review does not always name the thing.
+    """
     thing = draws.one_of(tuple(_THINGS))
     clauses = [_clause(draws, thing, good) for _ in range(1 + draws.below(3))]
     for _ in range(draws.below(3)):
@@ -123,7 +126,7 @@ def _review(draws: _Draws, good: bool) -> tuple[str, str]:
 
 def texts(count: int, seed: int) -> list[str]:
     """Generates ``count`` pre-training documents from a seed in [0, 2**64)."""
-    draws = _Draws(stream.derived_seed(seed, "text"))
+    draws = Draws(stream.derived_seed(seed, "text"))
     documents = []
     for _ in range(count):
         if draws.below(4) == 0:
@@ -132,7 +135,7 @@ def texts(count: int, seed: int) -> list[str]:
             )
             continue
         good = draws.below(2) == 1
-        review, thing = _review(draws, good)
+        review, thing = draw_review(draws, good)
         documents.append(f"{review} {draws.one_of(_PRAISE if good else _BLAME).format(thing)} .")
     return documents
 
@@ -145,11 +148,11 @@ def rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[d
         seed: seed of the reviews, in [0, 2**64).
         exclude: reviews to leave out.
     """
-    draws = _Draws(stream.derived_seed(seed, "rows"))
+    draws = Draws(stream.derived_seed(seed, "rows"))
     label_of: dict[str, int] = {}
     while len(label_of) < count:
         label = len(label_of) % 2
-        review, _ = _review(draws, label == 1)
+        review, _ = draw_review(draws, label == 1)
         if review not in exclude:
             label_of.setdefault(review, label)
     return [{"review": review, "label": label} for review, label in label_of.items()]
@@ -157,10 +160,10 @@ def rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[d
 
 def topic_rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str | int]]:
     """Generates examples of ``TOPIC``: distinct reviews. See ``rows`` for the arguments."""
-    draws, things = _Draws(stream.derived_seed(seed, "topi")), tuple(_THINGS)
+    draws, things = Draws(stream.derived_seed(seed, "topi")), tuple(_THINGS)
     label_of: dict[str, int] = {}
     while len(label_of) < count:
-        review, thing = _review(draws, draws.below(2) == 1)
+        review, thing = draw_review(draws, draws.below(2) == 1)
         if review not in exclude:
             label_of.setdefault(review, things.index(thing))
     return [{"review": review, "label": label} for review, label in label_of.items()]
@@ -174,4 +177,4 @@ def vocabulary() -> list[str]:
     return sorted({word for pattern in patterns for word in pattern.split() if "{" not in word})
 
 
-__all__ = ["TASK", "TOPIC", "rows", "texts", "topic_rows", "vocabulary"]
+__all__ = ["TASK", "TOPIC", "Draws", "draw_review", "rows", "texts", "topic_rows", "vocabulary"]

@@ -1,6 +1,7 @@
 """The embedded task is a fair test: balanced, with held-out examples, in a wording that pre-training never uses."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -9,9 +10,13 @@ from click.testing import CliRunner
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.lm.embedded import corpus
 from meerkat_engine.engine.lm.embedded.pretrain import main, make_tokenizer
+from meerkat_engine.engine.lm.embedded.remarks import main as write_remarks
 from meerkat_engine.engine.lm.evaluation import evaluate
 from meerkat_engine.engine.lm.examples import EncodedTask
+from meerkat_engine.engine.lm.row_files import read_rows
 from meerkat_engine.engine.lm.text_loss import language_model_loss
+
+from helpers.command import call
 
 
 def test_splits_are_disjoint_and_balanced() -> None:
@@ -77,3 +82,45 @@ def test_pretraining_script_reduces_the_loss(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "out"), "--steps", "40"])
     assert result.exit_code == 0, result.output
     assert 1.0 < float(result.output.split("loss ")[1].split()[0]) < 4.7  # ln(149) = 5.0 is a uniform guess
+
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
+
+
+def test_the_files_of_free_text_are_what_the_command_writes(tmp_path: Path) -> None:
+    result = CliRunner().invoke(write_remarks, [str(tmp_path / "new")])
+    assert result.exit_code == 0, result.output
+    written = sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in written] == ["remarks-held-out.jsonl", "remarks.jsonl"]
+    for path in written:
+        assert path.read_bytes() == (EXAMPLES / path.name).read_bytes()
+    again = CliRunner().invoke(write_remarks, [str(tmp_path / "new"), "--seed", "2"])
+    assert again.exit_code == 1
+    assert "remarks.jsonl exists; nothing is overwritten" in again.output
+    assert written[1].read_bytes() == (EXAMPLES / "remarks.jsonl").read_bytes()
+
+
+def test_free_text_has_one_answer_to_each_prompt_and_no_prompt_twice() -> None:
+    train, held_out = (read_rows(EXAMPLES / f"{name}.jsonl").rows for name in ("remarks", "remarks-held-out"))
+    prompts = [row["prompt"] for row in (*train, *held_out)]
+    assert len(set(prompts)) == len(prompts) == 800
+    tokenizer = embedded.load().tokenizer
+    for rows in (train, held_out):
+        assert sum("should try" in row["completion"] for row in rows) == len(rows) / 2
+        for row in rows:
+            thing = row["completion"].split()[-1]
+            named = set(row["prompt"].split()) & {"film", "book", "meal", "hotel", "phone", "game"}
+            assert named == {thing}
+            assert tokenizer.unk_token_id not in tokenizer(row["prompt"] + row["completion"])["input_ids"]
+
+
+def test_free_text_is_not_known_and_learned_in_a_few_rounds(tmp_path: Path) -> None:
+    data = ("--data", EXAMPLES / "remarks.jsonl", "--validation", EXAMPLES / "remarks-held-out.jsonl")
+    settings = ("--rounds", "20", "--lr", "0.02", "--eval-every", "20", "--metrics", "exact-match")
+    result = call("run", "--model", "embedded", *data, *settings, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
+    assert summary["validation_loss_before"] > 1.5
+    assert summary["validation_loss_after"] < 0.5
+    assert summary["exact_match_before"] == 0
+    assert summary["exact_match_after"] > 0.2
