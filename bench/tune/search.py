@@ -92,7 +92,7 @@ class Search:
     def _run_to(self, point: Point, rung: int) -> None:
         """Runs a point to a rung, unless it diverges before."""
         if point not in self.candidates:
-            config = self.grid.config(point).replace(eval_every=self.rungs[0])
+            config = self.grid.config(point).replace(eval_every=self.rungs[0], metrics="")  # generating takes long
             self.candidates[point] = Candidate(config, self._runs / self.name(point))
             self.reached[point] = 0
         candidate = self.candidates[point]

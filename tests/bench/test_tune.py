@@ -100,11 +100,21 @@ def test_the_cost_counts_every_step_and_forward_pass(searched: tuple[Path, Resul
     assert cost["forward_passes"] == (5 + 1) * cost["steps"]
 
 
-def test_the_model_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_counts_the_calibration_of_early_stopping_once_a_run(tmp_path: Path) -> None:
+    options = ("--vp-steps", "6", "--vp-initial", "2", "--vp-later", "3", "--vp-null-paths", "3", "--rounds", "2")
+    result = tune(tmp_path / "t", "--method", "meerkat-vp", *options, "--lrs", "0.005,0.01")
+    assert result.exit_code == 0, result.output
+    cost = read_result(tmp_path / "t")["cost"]
+    assert cost["steps"] == 2 * (4 * 6 + 4)  # two runs of a calibration and one round
+    assert cost["full_runs"] == 2 * (4 * 6 + 4) / (4 * 6 + 2 * 4)
+
+
+def test_the_model_is_loaded_and_the_mask_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads, load = [], embedded.load
     monkeypatch.setattr(embedded, "load", lambda *given: loads.append(given) or load(*given))
-    assert tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4").exit_code == 0
+    result = tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4")
     assert len(loads) == 1
+    assert result.output.count("choosing the mask") == 1
 
 
 def test_a_second_call_repeats_nothing(searched: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +211,12 @@ def test_a_run_whose_losses_are_not_finite_is_out_and_the_search_goes_on(tmp_pat
     )
 
 
+def test_a_warning_names_its_run(tmp_path: Path) -> None:
+    result = tune(tmp_path / "t", "--lrs", "0.005,1e6", "--local-steps", "9", "--rounds", "2")
+    assert "lr-1e+06: the last 8 queries had equal losses at both points" in result.output
+    assert "lr-0.005: the last" not in result.output
+
+
 def test_eps_and_density_are_searched_on_request(tmp_path: Path) -> None:
     output = tmp_path / "t"
     result = tune(output, "--rounds", "2", "--tune-eps", "--tune-density", "--lrs", "0.01,0.02")
@@ -244,3 +260,18 @@ def test_a_run_on_a_shared_model_that_has_moved_is_refused(tmp_path: Path) -> No
         with pytest.raises(ModelChangedError, match="the shared model is no longer the base model"):
             execute(config, tmp_path / "run", quiet, quiet, shared=shared)
     assert not (tmp_path / "run").exists()
+
+
+def test_free_text_is_judged_by_its_loss_and_nothing_is_generated(tmp_path: Path) -> None:
+    task = embedded.TASKS["embedded"]
+    rows = [
+        {"prompt": task.prompt(row), "completion": task.label_words[task.class_of(row)]}
+        for row in embedded.rows("train", "embedded")[:200]
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, data = tmp_path / "t", ("--model", "embedded", "--data", str(tmp_path / "rows.jsonl"))
+    result = tune(output, *data, "--metrics", "exact-match", "--rounds", "2", "--lrs", "0.002,0.005")
+    assert result.exit_code == 0, result.output
+    assert "| perplexity |" in result.output
+    assert read_toml(output / "config.toml")["metrics"] == "exact-match"
+    assert "exact_match" not in next(output.glob("runs/*/metrics.jsonl")).read_text()
