@@ -150,7 +150,7 @@ class RunConfig(Checked):
         if not isinstance(self.task, TextTask):
             if self.evaluation.metrics:
                 raise ConfigError(
-                    f"metrics compare generated answers, and {self.task.name!r} chooses between label words; leave it out"
+                    f"metrics compare generated answers, and {self.task.name!r} chooses between label words"
                 )
         elif self.step.objective is Objective.CANDIDATES:
             raise ConfigError(

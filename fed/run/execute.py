@@ -11,6 +11,7 @@ from torch import Tensor
 from ...engine.backend import resolve
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm.models import LanguageModel, check_device
+from ...engine.lm.text_metrics import check_metrics
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
@@ -240,6 +241,7 @@ def _load_inputs(
     config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool, shared: Shared | None
 ) -> _Inputs:
     """Loads model and examples, partitions these among the clients, and logs what was loaded."""
+    check_metrics(config.evaluation.metrics)
     for line in pool.prepare(config):
         log(line)
     if config.model.backend != "auto":  # raises for a backend that does not fit, before slow work

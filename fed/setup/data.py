@@ -54,7 +54,9 @@ def read_rows(config: RunConfig) -> tuple[AnyTask, LocatedRows, LocatedRows]:
         train, validation = custom_rows(task, data.file, data.validation, config.seed)
     elif not data.is_own and data.task in embedded.TASKS:
         train, validation = (
-            LocatedRows([*rows], [f"{task.name}, {split}, example {i}" for i in range(1, len(rows) + 1)])
+            LocatedRows(
+                [dict(row) for row in rows], [f"{task.name}, {split}, example {i}" for i in range(1, len(rows) + 1)]
+            )
             for split in ("train", "validation")
             for rows in [embedded.rows(split, data.task)]
         )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,19 @@ def test_metrics_of_generated_answers_are_in_the_run(run: Callable[..., Any], fi
     first = metrics_of(files / "r")[0]
     assert {"validation_loss", "perplexity", "exact_match", "rouge_l"} <= first.keys()
     assert {"exact_match_after", "rouge_l_before"} <= summary_of(files / "r").keys()
+
+
+def test_a_metric_that_cannot_be_computed_is_an_error_before_the_model_is_loaded(
+    run: Callable[..., Any], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = run("--metrics", "bleu")
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    missing = run("--metrics", "rouge-l")
+    for result, message in ((unknown, "there is no metric 'bleu'"), (missing, "pip install")):
+        assert result.exit_code == 1
+        assert message in result.output
+        assert "loading the model" not in result.output
 
 
 def test_a_chat_template_file_is_used_and_its_text_is_part_of_the_run(run: Callable[..., Any], files: Path) -> None:
