@@ -3,10 +3,12 @@
 A line of the metrics has them under these names, and a summary under NAME_before and NAME_after.
 """
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
 LOSS = "validation_loss"
+_LARGE = 1e6  # decimals of larger numbers say nothing
 _CLASSIFICATION = ("accuracy", "macro_f1")
 _FREE_TEXT = "perplexity"
 
@@ -39,8 +41,10 @@ class Score:
         return self.title if self.title.startswith("held-out") else f"{self.title} on held-out examples"
 
     def text(self, value: float | None) -> str:
-        """A value as text; None stands for one that is not finite."""
-        return "not finite" if value is None else f"{value:.{self.decimals}f}"
+        """A value as text. None, NaN and infinity are not finite."""
+        if value is None or not math.isfinite(value):
+            return "not finite"
+        return f"{value:.3g}" if abs(value) >= _LARGE else f"{value:.{self.decimals}f}"
 
 
 SCORES = {

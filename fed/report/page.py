@@ -135,17 +135,24 @@ def _histogram(run: Run) -> dict[str, Any] | None:
     names, words = run.results.get("natural_clients"), run.results.get("labels")
     clients = [str(name) for name in names] if isinstance(names, list) else [str(i) for i in range(len(counts))]
     labels = [str(word) for word in words] if isinstance(words, list) else [f"label {i}" for i in range(len(counts[0]))]
+    by_label = " by label" if labels else ""  # free text may have no classes
     shown, counts_shown = clients[:_MAX_CLIENTS], counts[:_MAX_CLIENTS]
     alt = (
         f"Stacked bar chart: examples of {len(shown)} clients by label ({', '.join(labels)}). "
-        f"The table below has the numbers."
+        if labels
+        else f"Bar chart: examples of {len(shown)} clients. "
     )
     note = f"The first {_MAX_CLIENTS} of {len(counts)} clients." if len(counts) > _MAX_CLIENTS else ""
     return {
-        "picture": draw_histogram(shown, labels, counts_shown, alt),
+        "picture": draw_histogram(
+            shown, labels or ["examples"], counts_shown, f"{alt}The table below has the numbers."
+        ),
+        "by_label": by_label,
         "note": note,
         "labels": labels,
-        "rows": [(client, [sum(row), *row]) for client, row in zip(shown, counts_shown, strict=True)],
+        "rows": [
+            (client, [sum(row), *(row if labels else [])]) for client, row in zip(shown, counts_shown, strict=True)
+        ],
     }
 
 

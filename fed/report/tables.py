@@ -105,7 +105,8 @@ def _score(run: Run, name: str) -> str:
     """A score before and after training."""
     if name not in run.scores:
         return _NOTHING
-    return _join(run.results, "{} → {}", f".{SCORES[name].decimals}f", f"{name}_before", f"{name}_after")
+    values = [run.results.get(f"{name}_{when}") for when in ("before", "after")]
+    return " → ".join(SCORES[name].text(value) if value is None or is_number(value) else str(value) for value in values)
 
 
 def _join(results: dict[str, Any], pattern: str, spec: str, *names: str) -> str:
