@@ -17,6 +17,7 @@ from meerkat_engine.engine.errors import ModelChangedError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import read_toml
+from meerkat_engine.fed.run import execute as module
 
 from helpers.command import call
 from helpers.killing import contents, quiet
@@ -112,7 +113,9 @@ def test_the_cost_counts_the_calibration_of_early_stopping_once_a_run(tmp_path: 
 def test_the_model_is_loaded_and_the_mask_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads, load = [], embedded.load
     monkeypatch.setattr(embedded, "load", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(module, "make_mask", None)  # a run has the mask of the search
     result = tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4")
+    assert result.exit_code == 0, result.output
     assert len(loads) == 1
     assert result.output.count("choosing the mask") == 1
 
