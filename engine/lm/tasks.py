@@ -29,7 +29,8 @@ class Task:
         cut: name of the field whose end is cut when the prompt is too long.
         label_words: one word per class, at least two, each exactly as it follows the prompt: in most cases with a space
             in front.
-        label: name of the field with the class: an integer from 0, a bool, or a label word.
+        label: name of the field with the class: an integer from 0 (or its digits as text, unless a label word is a
+            number), a bool, or a label word.
         client_field: name of the field that names the client an example belongs to, for the partition "natural"; None
             if there is no such field.
         domains: names of the task's domains: rows are read from the folders NAME_DOMAIN and get the field ``domain``;
@@ -101,6 +102,9 @@ class Task:
         label, words = row[self.label], [_normalized(word) for word in self.label_words]
         if isinstance(label, str) and _normalized(label) in words:
             return words.index(_normalized(label))
+        numbers = [str(i) for i in range(len(words))]
+        if isinstance(label, str) and label.strip() in numbers and not any(word.isdecimal() for word in words):
+            return int(label)  # in a table of text, such as a .csv file, numbers are text
         if not isinstance(label, int) or not 0 <= label < len(words):
             raise DataError(
                 f"label {label!r} is outside task {self.name!r}, "

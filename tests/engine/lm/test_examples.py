@@ -32,7 +32,8 @@ def test_long_prompts_are_cut_at_the_end_of_the_field() -> None:
     [
         ({"sentence": "x", "label": 2}, "example 4: label 2 is outside task 'sst2', whose labels are 0 to 1"),
         ({"sentence": "x", "label": -1}, "label -1 is outside"),
-        ({"sentence": "x", "label": "1"}, "label '1' is outside"),
+        ({"sentence": "x", "label": "2"}, "label '2' is outside"),
+        ({"sentence": "x", "label": "01"}, "label '01' is outside"),
         ({"text": "x", "label": 1}, r"needs the field 'sentence'; found \['label', 'text'\]"),
         ({"sentence": 5, "label": 1}, "field 'sentence' must be text, got int"),
     ],

@@ -25,6 +25,14 @@ def test_labels_can_be_numbers_booleans_or_label_words() -> None:
     assert spaced.class_of({"label": " not  so good"}) == 0
 
 
+def test_digits_are_the_number_of_a_class_unless_label_words_are_numbers() -> None:
+    assert [SST2.class_of({"label": digits}) for digits in ("0", "1", " 1")] == [0, 1, 1]
+    stars = custom_task("t", "{text} Stars:", "2,1")
+    assert [stars.class_of({"label": word}) for word in ("2", "1")] == [0, 1]
+    with pytest.raises(DataError, match="label '0' is outside"):
+        stars.class_of({"label": "0"})
+
+
 @pytest.mark.parametrize(
     ("label", "labels"), [(1, "1,2,3"), (True, "true,false"), (0, "1,0")], ids=["number", "boolean", "swapped"]
 )
