@@ -84,7 +84,10 @@ def _head_losses(
     decoder = cast(Any, lm).get_decoder()
     for hidden_part, targets_part in zip(hidden.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
         arguments = lm, decoder, kind, hidden_part, targets_part, reduction
-        yield cast(Tensor, checkpoint(_head_loss, *arguments, use_reentrant=False))
+        if torch.is_grad_enabled():
+            yield cast(Tensor, checkpoint(_head_loss, *arguments, use_reentrant=False))
+        else:  # a checkpoint reads the state of the random generators, which a CUDA graph cannot
+            yield _head_loss(*arguments)
 
 
 def token_losses(model: nn.Module, batch: ScoredBatch) -> Tensor:

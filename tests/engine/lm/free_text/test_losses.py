@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from meerkat_engine.engine.lm import batches, scored_batches
 from meerkat_engine.engine.lm.free_text.encoded import EncodedText
 from meerkat_engine.engine.lm.layout import Layout
 from meerkat_engine.engine.lm.objective import Objective, example_losses, task_loss
@@ -91,6 +92,30 @@ def test_no_more_than_128_logits_exist_at_a_time() -> None:
     handle.remove()
     assert sum(math.prod(shape[:-1]) for shape in shapes) == data.answer_tokens
     assert max(math.prod(shape[:-1]) for shape in shapes) == 128
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_shapes_are_rounded_up_for_a_gpu_without_a_change_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    model, data = make_model(vocabulary=272, positions=200), encode_text(ROWS)
+    data.layout = layout
+    on_cpu = data.batch(range(6), answers="gold", device=CPU)
+    monkeypatch.setattr(scored_batches, "send", lambda arrays, _: batches.send(arrays, CPU))
+    for_gpu = data.batch(range(6), answers="gold", device=torch.device("cuda"))
+    assert (for_gpu.tokens.shape, for_gpu.order.shape) == ((256,), (6, 64))
+    with torch.no_grad():
+        for objective in (Objective.LANGUAGE_MODEL, Objective.LANGUAGE_MODEL_BY_EXAMPLE):
+            losses = [task_loss(model, batch, objective) for batch in (on_cpu, for_gpu)]
+            torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+
+
+def test_a_forward_pass_does_not_touch_random_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph cannot read their state."""
+    model, data = make_model(vocabulary=272, positions=200), encode_text(ROWS)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with torch.inference_mode():
+        task_loss(model, data.batch(range(6), answers="gold", device=CPU), Objective.LANGUAGE_MODEL)
 
 
 @pytest.mark.parametrize("layout", [Layout.AUTO, Layout.PACKED], ids=str)
