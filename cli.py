@@ -300,9 +300,11 @@ def apply(delta_file: Path, model: str, output: Path, trust_remote_code: bool) -
     cls=GroupedCommand,
     epilog=example("meerkat-engine mask --model HuggingFaceTB/SmolLM2-135M --output mask.safetensors"),
 )
-@settings("model", "task", "data_dir", "data", "validation", "template", "labels", "label_field", "cut", "method",
-          "density", "mask", "calibration", "calibration_texts", "calibration_batch_size", "calibration_length",
-          "layer", "objective", "max_length", "seed", "device", "dtype")  # fmt: skip
+@settings("model", "task", "data_dir", "data", "validation", "dataset", "dataset_config", "dataset_revision",
+          "dataset_split", "dataset_validation_split", "template", "labels", "label_field", "answer", "prompt_format",
+          "chat_template", "cut", "method", "density", "mask", "calibration", "calibration_texts",
+          "calibration_batch_size", "calibration_length", "layer", "objective", "max_length", "seed", "device",
+          "dtype")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip
@@ -321,7 +323,7 @@ def mask(
         raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
     user_settings = settings_from_file(config_file) | given_options(options)
     chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
-    if "model" in user_settings and not user_settings.keys() & {"task", "data"}:
+    if "model" in user_settings and not user_settings.keys() & {"task", "data", "dataset"}:
         if chosen_on_task:
             raise ConfigError(f"{Method.TASK_MASK} chooses its elements on a task's examples; give --task or --data")
         # The mask does not depend on the task, but RunConfig wants the name of one.
