@@ -69,10 +69,13 @@ def tune(
     with search_directory(output, _settings(config, lrs, grid.axes, longest)):
         base = Base(config, output / "masks", tqdm.write, trust_remote_code=trust_remote_code)
         search = Search(grid, rungs(longest), base, output / "runs", tqdm.write)
-        found = Found(search, search.run())
+        best = search.run()
+        found = Found(search, best, search.safer(best))
         click.echo(found.table())
         found.check()
-        _write(found, grid.config(found.best), output)
+        _write(found, grid.config(found.chosen), output)
+    if found.note():
+        click.echo(found.note())
     for warning in found.warnings():
         click.echo(f"warning: {warning}")
     click.echo(f"cost: {found.cost()}")

@@ -27,7 +27,7 @@ def draw(found: Found, path: Path) -> None:
     for label, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
     axis.axhline(search.start_loss, color="gray", linewidth=0.8, linestyle="--", label="base model")
-    axis.axvline(search.grid.values(found.best)["lr"], color="black", linewidth=0.8, linestyle=":", label="chosen")
+    axis.axvline(search.grid.values(found.chosen)["lr"], color="black", linewidth=0.8, linestyle=":", label="chosen")
     losses = [loss for points in lines.values() for _, loss in points if math.isfinite(loss)]
     low, high = min(losses), search.start_loss
     axis.set(

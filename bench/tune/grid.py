@@ -75,6 +75,11 @@ class Grid:
         """The points of the grid that are one step away from a point."""
         return [moved for axis in self.axes for step in (-1, 1) if self._has(moved := _moved(point, axis, step))]
 
+    def smaller_lr(self, point: Point) -> Point | None:
+        """The neighbour of a point with the next smaller learning rate; None if the grid has none."""
+        smaller = _moved(point, "lr", -1)
+        return smaller if self._has(smaller) else None
+
     def edges(self, point: Point) -> list[str]:
         """The edges of the grid that a point lies at, in words, such as "the smallest lr"."""
         return [

@@ -23,11 +23,13 @@ class Found:
 
     Args:
         search: the search, after it has run.
-        best: the best point.
+        best: the point with the smallest loss.
+        chosen: the point that is chosen.
     """
 
     search: Search
     best: Point
+    chosen: Point
 
     def table(self) -> str:
         """A line a run in Markdown, by learning rate."""
@@ -49,8 +51,10 @@ class Found:
     def verdict(self, point: Point) -> str:
         """What became of a run, in words."""
         search = self.search
-        if point == self.best:
+        if point == self.chosen:
             return "chosen"
+        if point == self.best:
+            return "smallest loss"
         if search.candidates[point].error:
             return f"failed: {search.candidates[point].error}"
         if search.diverged(point):
@@ -71,11 +75,20 @@ class Found:
 
     def warnings(self) -> list[str]:
         """What the user should know about the result, a sentence each."""
-        edges = self.search.grid.edges(self.best)
         return [
             f"the best run has {edge} of the search, so a better one may lie beyond: search again from there"
-            for edge in edges
+            for edge in self.search.grid.edges(self.best)
         ]
+
+    def note(self) -> str:
+        """Why the run with the smallest loss was not chosen; empty if it was."""
+        if self.chosen == self.best:
+            return ""
+        chosen, best = (self.search.start_loss - self.search.loss(point) for point in (self.chosen, self.best))
+        return (
+            f"{self.search.name(self.chosen)} has {chosen / best:.1%} of the improvement of "
+            f"{self.search.name(self.best)} at a smaller learning rate, which is safer, so it was chosen"
+        )
 
     @property
     def steps(self) -> int:
@@ -85,7 +98,7 @@ class Found:
     @property
     def forwards(self) -> int:
         """Number of forward passes over a batch in these steps."""
-        config = self.search.candidates[self.best].config
+        config = self.search.candidates[self.chosen].config
         by_gradient = {
             Gradient.TWO_POINT: 2 * config.step.queries,
             Gradient.FORWARD_DIFFERENCE: config.step.queries + 1,
@@ -95,8 +108,8 @@ class Found:
 
     @property
     def full_runs(self) -> float:
-        """The steps of all runs as a multiple of those of one run of all rounds, at the best point."""
-        candidate = self.search.candidates[self.best]
+        """The steps of all runs as a multiple of those of one run of all rounds, at the chosen point."""
+        candidate = self.search.candidates[self.chosen]
         calibration, *steps = [line["steps"] for line in candidate.lines]
         return self.steps / float(calibration + sum(steps) / len(steps) * candidate.config.rounds)
 
@@ -118,7 +131,8 @@ class Found:
         search = self.search
         return {
             "format": "meerkat-tune/1",
-            "best": search.grid.values(self.best),
+            "chosen": search.grid.values(self.chosen),
+            "smallest_loss": search.grid.values(self.best),
             "rungs": search.rungs,
             "validation_loss_before": finite_or_none(search.start_loss),
             "runs": [self._run_json(point, candidate) for point, candidate in self._runs],

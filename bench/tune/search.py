@@ -5,6 +5,7 @@
 2. Of the points that have not diverged, the better half goes on to the next rung, twice as many rounds; and so on.
 3. After the last rung the best point is compared with its neighbours again, after as many rounds. So a neighbour that
    fell out early gets its turn: short runs favour large learning rates.
+4. If half the learning rate is nearly as good as the best, it is chosen.
 """
 
 import math
@@ -18,6 +19,9 @@ from .grid import Grid, Point
 
 # A run has diverged if its held-out loss is more than this times that of the base model. A smaller rise may be noise.
 _DIVERGED = 1.05
+# Half the learning rate is chosen if it has this share of the improvement. The loss rises steeply on the other side: of
+# two rates that are nearly as good, the larger may ruin a run that is longer or has another seed (docs/tuning.md).
+_NEARLY = 0.97
 
 
 def rungs(rounds: int) -> list[int]:
@@ -57,7 +61,7 @@ class Search:
         self.reached: dict[Point, int] = {}
 
     def run(self) -> Point:
-        """Runs what has not been run yet, and returns the best point.
+        """Runs what has not been run yet, and returns the point with the smallest loss after the last rung.
 
         Raises:
             MeerkatError: see ``execute``. Runs that fail because their losses are not finite raise nothing.
@@ -70,6 +74,14 @@ class Search:
             for point in healthy[: math.ceil(len(healthy) / 2)]:
                 self._run_to(point, rung)
         return self._try_neighbours(len(self.rungs) - 1)
+
+    def safer(self, best: Point) -> Point:
+        """The point to choose: the best, or its neighbour with a smaller learning rate if that is nearly as good."""
+        smaller = self.grid.smaller_lr(best)
+        if smaller is None or self.diverged(smaller) or self.reached[smaller] < self.reached[best]:
+            return best
+        improvements = [self.start_loss - self.loss(point) for point in (smaller, best)]
+        return smaller if improvements[0] >= _NEARLY * improvements[1] > 0 else best
 
     @property
     def start_loss(self) -> float:

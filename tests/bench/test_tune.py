@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from meerkat_engine.bench.tune import search as search_module
 from meerkat_engine.bench.tune.base import Base
 from meerkat_engine.engine.errors import ModelChangedError
 from meerkat_engine.engine.lm import embedded
@@ -62,7 +63,7 @@ def test_the_chosen_run_has_the_smallest_loss_of_those_that_got_to_the_end(searc
     assert result["rungs"] == [1, 2, 4]
     assert len(last) >= 2
     assert last[chosen] < result["validation_loss_before"]
-    assert result["best"]["lr"] == chosen == read_toml(output / "config.toml")["lr"]
+    assert result["smallest_loss"]["lr"] == result["chosen"]["lr"] == chosen == read_toml(output / "config.toml")["lr"]
     row = next(line for line in printed.output.splitlines() if line.endswith("| chosen            |"))
     assert row.split()[1:9:2] == [f"{chosen:g}", "4", f"{result['validation_loss_before']:.4f}", f"{last[chosen]:.4f}"]
     assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -206,7 +207,7 @@ def test_if_no_run_is_better_than_the_base_model_nothing_is_recommended(tmp_path
 def test_a_run_whose_losses_are_not_finite_is_out_and_the_search_goes_on(tmp_path: Path) -> None:
     result = tune(tmp_path / "t", "--method", "fedavg", "--lrs", "0.1,1e25", "--rounds", "2", "--local-steps", "2")
     assert result.exit_code == 0, result.output
-    assert read_result(tmp_path / "t")["best"]["lr"] == 0.1
+    assert read_result(tmp_path / "t")["chosen"]["lr"] == 0.1
     assert "| failed: client 0, round 1: " in result.output
     assert (
         tune(tmp_path / "t", "--method", "fedavg", "--lrs", "0.1,1e25", "--rounds", "2", "--local-steps", "2").exit_code
@@ -231,8 +232,8 @@ def test_eps_and_density_are_searched_on_request(tmp_path: Path) -> None:
     assert len(list((output / "masks").iterdir())) == len(densities)
     moved = next(run for run in runs if run["density"] == 0.03162)
     assert moved["lr"] in (0.005623, 0.01125)  # divided by the square root of the factor
-    best = read_result(output)["best"]
-    assert {name: read_toml(output / "config.toml")[name] for name in best} == best
+    chosen = read_result(output)["chosen"]
+    assert {name: read_toml(output / "config.toml")[name] for name in chosen} == chosen
     titles = next(line for line in result.output.splitlines() if line.startswith("| lr"))
     assert titles.split()[1:9:2] == ["lr", "eps", "density", "rounds"]
 
@@ -243,6 +244,15 @@ def test_a_best_value_at_the_edge_of_the_given_rates_is_a_warning(tmp_path: Path
     assert read_result(tmp_path / "t")["warnings"] == [
         "the best run has the largest lr of the search, so a better one may lie beyond: search again from there"
     ]
+
+
+def test_a_choice_of_half_the_learning_rate_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "_NEARLY", 0.1)
+    result = tune(tmp_path / "t", "--rounds", "2", "--lrs", "0.001,0.002")
+    assert "lr-0.001 has " in result.output
+    assert "% of the improvement of lr-0.002 at a smaller learning rate, which is safer" in result.output
+    assert [run["verdict"] for run in read_result(tmp_path / "t")["runs"]] == ["chosen", "smallest loss"]
+    assert read_toml(tmp_path / "t" / "config.toml")["lr"] == 0.001
 
 
 def test_without_matplotlib_only_the_figure_is_missing(tmp_path: Path) -> None:

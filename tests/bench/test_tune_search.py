@@ -104,6 +104,28 @@ def test_of_equal_losses_the_smallest_learning_rate_wins(monkeypatch: pytest.Mon
     assert search(monkeypatch, lambda *_: 0.5, lrs=(0.3, 0.1, 0.2))[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize(("share", "chosen"), [(0.98, 0.005), (0.95, 0.01)])
+def test_half_the_learning_rate_is_chosen_if_it_is_nearly_as_good(
+    monkeypatch: pytest.MonkeyPatch, share: float, chosen: float
+) -> None:
+    def landscape(config: RunConfig, round: int) -> float:
+        shares = {0.01: 1.0, 0.005: share, 0.0025: 0.99 * share}
+        return START - 0.02 * round * shares.get(config.step.lr, 0.1)
+
+    values, found = search(monkeypatch, landscape)
+    assert values["lr"] == 0.01
+    assert found.grid.values(found.safer(Point(lr=0)))["lr"] == chosen
+
+
+def test_a_smaller_learning_rate_that_diverged_or_is_not_on_the_grid_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, found = search(monkeypatch, lambda config, _: 0.5 if config.step.lr == 0.2 else math.inf, lrs=(0.1, 0.2))
+    assert found.safer(Point(lr=1)) == Point(lr=1)
+    _, found = search(monkeypatch, lambda *_: 0.5, lrs=(0.1, 0.2))
+    assert found.safer(Point(lr=0)) == Point(lr=0)
+
+
 def test_given_rates_are_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
     values, found = search(
         monkeypatch, lambda config, round: bowl(1.0, round, config.step.lr), lrs=(0.3, 0.1, 0.2, 0.1)
