@@ -18,7 +18,8 @@ from meerkat_engine.engine.errors import ModelChangedError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import read_toml
-from meerkat_engine.fed.run import execute as module
+from meerkat_engine.fed.run import execute as execute_module
+from meerkat_engine.fed.run import rounds
 
 from helpers.command import call
 from helpers.killing import contents, quiet
@@ -91,12 +92,12 @@ def test_the_chosen_settings_give_the_run_that_was_measured(searched: tuple[Path
 def test_the_cost_counts_every_step_and_forward_pass(searched: tuple[Path, Result], tmp_path: Path) -> None:
     output, printed = searched
     cost = read_result(output)["cost"]
-    rounds = sum(run["rounds"] for run in read_result(output)["runs"])
-    assert cost["steps"] == 4 * rounds  # four clients, one step a round
+    number = sum(run["rounds"] for run in read_result(output)["runs"])
+    assert cost["steps"] == 4 * number  # four clients, one step a round
     assert cost["forward_passes"] == 2 * cost["steps"]
-    assert cost["full_runs"] == rounds / 8
-    assert cost["evaluations"] == 1 + rounds  # after every round, because the first rung is 1
-    assert f"5 runs, {4 * rounds} local steps ({8 * rounds} forward passes over a batch)" in printed.output
+    assert cost["full_runs"] == number / 8
+    assert cost["evaluations"] == 1 + number  # after every round, because the first rung is 1
+    assert f"5 runs, {4 * number} local steps ({8 * number} forward passes over a batch)" in printed.output
     assert tune(tmp_path / "t", "--method", "decomfl", "--lrs", "0.001,0.002", "--rounds", "2").exit_code == 0
     cost = read_result(tmp_path / "t")["cost"]
     assert cost["forward_passes"] == (5 + 1) * cost["steps"]
@@ -111,14 +112,18 @@ def test_the_cost_counts_the_calibration_of_early_stopping_once_a_run(tmp_path: 
     assert cost["full_runs"] == 2 * (4 * 6 + 4) / (4 * 6 + 2 * 4)
 
 
-def test_the_model_is_loaded_and_the_mask_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_share_is_loaded_chosen_and_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations, evaluate = [], rounds.evaluate
+    monkeypatch.setattr(rounds, "evaluate", lambda *of, **how: evaluations.append(of) or evaluate(*of, **how))
     loads, load = [], embedded.load
     monkeypatch.setattr(embedded, "load", lambda *given: loads.append(given) or load(*given))
-    monkeypatch.setattr(module, "make_mask", None)  # a run has the mask of the search
+    monkeypatch.setattr(execute_module, "make_mask", None)  # a run has the mask of the search
     result = tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4")
     assert result.exit_code == 0, result.output
     assert len(loads) == 1
     assert result.output.count("choosing the mask") == 1
+    assert result.output.count("evaluating the base model") == 1
+    assert len(evaluations) == read_result(tmp_path / "t")["cost"]["evaluations"] - 1
 
 
 def test_a_second_call_repeats_nothing(searched: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
