@@ -73,7 +73,7 @@ class HubSource:
                 yield renamed
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"cannot load {self} from the hub: {self._why(name, error)}; to read local files, pass --data-dir"
+                f"cannot load {self} from the hub: {self._why(name, error)}; to read local files, pass --data-dir (a task's) or --data (your own)"
             ) from error
 
     def _load(self, split: str, streaming: bool) -> Any:

@@ -1,6 +1,7 @@
 """``choose_task``: the task of a run, which is the embedded one, a built-in one, or one for the user's own data."""
 
 import dataclasses
+from pathlib import Path
 
 from ...engine.errors import ConfigError
 from ...engine.lm import embedded
@@ -125,6 +126,8 @@ def _free_text(data: DataConfig, name: str) -> TextTask:
 
 def _hub(data: DataConfig) -> HubSource:
     assert data.dataset is not None
+    if data.revision is not None and Path(data.dataset).exists():
+        raise ConfigError(f"{data.dataset} is a local directory, which has no revisions; leave dataset_revision out")
     return HubSource(
         path=data.dataset,
         config=data.config,

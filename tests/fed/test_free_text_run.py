@@ -140,6 +140,8 @@ def test_a_data_set_in_the_layout_of_the_hub(
     wrong = run(data=("--dataset", files / "hub", "--dataset-split", "half"), output="w")
     assert wrong.exit_code == 1
     assert "half" in wrong.output
+    revised = run(data=("--dataset", files / "hub", "--dataset-revision", "main"), output="w")
+    assert "is a local directory, which has no revisions" in revised.output
     assert not (files / "w").exists()
 
 
