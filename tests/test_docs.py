@@ -41,7 +41,7 @@ def test_the_index_lists_every_page() -> None:
 def test_commands_and_options_exist(page: Path) -> None:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     for command, rest in re.findall(
-        r"meerkat-engine (run|replay|apply|mask|report|bench|bench-server|experiment)\b([^\n`]*)", text
+        r"meerkat-engine (run|replay|apply|mask|report|predict|evaluate|chat|bench|bench-server|experiment)\b([^\n`]*)", text
     ):
         known = {"--help"} | {option for parameter in main.commands[command].params for option in parameter.opts}
         for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", rest):

@@ -101,7 +101,8 @@ def _lines() -> Iterator[str]:
         try:
             line = input(_ASK) if terminal else _piped()
         except EOFError:
-            click.echo()
+            if terminal:
+                click.echo()
             return
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D ends the conversation")

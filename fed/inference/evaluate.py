@@ -107,7 +107,7 @@ def _function(text: str) -> Metric:
 def _open(
     name: str, given: dict[str, Any], data: Path | None, round: int | None, base_model: str | None, trust: bool
 ) -> tuple[Target, RunConfig]:
-    """The target, and the settings of its evaluation: a run can be evaluated on another task than its own."""
+    """The target, and the settings of its evaluation."""
     is_run = holds_run_files(Path(name))
     if not is_run and data is None and not given.keys() & {"task", "dataset"}:
         raise ConfigError(f"{name} is no run, so it has no held-out examples; give --task, --dataset or --data FILE")
@@ -115,11 +115,20 @@ def _open(
         raise ConfigError("give --dataset NAME or --data FILE, not both")
     task = given.pop("task", None) if is_run else None
     target = open_target(name, given, round=round, base_model=base_model, trust_remote_code=trust)
-    if task is None or task == target.config.task.name:
-        return target, target.config
-    own_metrics = {} if "metrics" in given else {"metrics": ""}
-    config = target.config.on_task(task) if target.config.data.is_own else target.config
-    return target, config.replace(task=task, partition=Partition.IID, client_field=None, objective=None, **own_metrics)
+    config = target.config
+    if task is not None:
+        config = _on_task(config, task, keep_metrics="metrics" in given)
+    if data is not None:  # the run's own number is for its own examples
+        config = config.replace(eval_examples=given.get("eval_examples", 0))
+    return target, config
+
+
+def _on_task(config: RunConfig, task: str, *, keep_metrics: bool) -> RunConfig:
+    """A run's settings with another task, to evaluate its model on that."""
+    if config.data.is_own or task == config.task.name:
+        return config.on_task(task)
+    metrics = config.evaluation.metrics if keep_metrics else ""
+    return config.replace(task=task, partition=Partition.IID, client_field=None, objective=None, metrics=metrics)
 
 
 def _examples(target: Target, config: RunConfig, data: Path | None) -> tuple[Examples, str]:

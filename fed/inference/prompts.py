@@ -39,8 +39,10 @@ def typed_row(target: Target, text: str | None, fields: Mapping[str, str]) -> Ro
     for name, value in (("--text", text), *((f"--field {name}", value) for name, value in fields.items())):
         if value is not None:
             check_text(value, name)
-            if name == "--text" and not value.strip():
-                raise DataError("--text is empty; give it some text")
+    if text is not None and not text.strip():
+        raise DataError("--text is empty; give it some text")
+    if text is None and not any(value.strip() for value in fields.values()):
+        raise DataError("every --field is empty; give some text")
     names, optional = prompt_fields(target, fields)
     if names == CHAT and fields:
         raise ConfigError(

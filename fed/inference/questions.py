@@ -79,10 +79,16 @@ class Choices(Questions):
     def __init__(self, target: Target, rows: LocatedRows, name: str) -> None:
         task = target.config.task
         assert isinstance(task, Task)
+        for row, where in zip(rows, rows.places, strict=True):
+            for field in task.fields:
+                if field not in row:
+                    raise DataError(f"{where}: the prompt needs the field {field!r}; found {', '.join(sorted(row))}")
         labelled = LocatedRows([dict(with_answer(task, row)) for row in rows], rows.places)
         for row, where in zip(labelled, rows.places, strict=True):
             task.check(row, where)
-        data = encode_rows(target.config, target.lm, labelled, name)
+        length, positions = target.config.data.max_length, max_positions(target.lm.model)
+        config = target.config.replace(max_length=length if positions is None else min(length, positions))
+        data = encode_rows(config, target.lm, labelled, name)
         assert isinstance(data, EncodedTask)
         data.resolve_layout(target.config.step.layout, target.lm.model)
         self._data, self._tokenizer, self.cut = data, target.lm.tokenizer, data.truncated
@@ -152,7 +158,8 @@ class OpenQuestions(Questions):
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids[1:] if ids[0] == tokenizer.bos_token_id else ids))
+    begins_every_text = ids[:1] == tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.decode(ids[1:] if begins_every_text else ids))
 
 
 def longest_prompt(target: Target) -> int | None:

@@ -9,9 +9,9 @@ from click.testing import CliRunner, Result
 from meerkat_engine.cli import main
 
 
-def call(*arguments: object) -> Result:
-    """Runs a command in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+def call(*arguments: object, typed: str | None = None) -> Result:
+    """Runs a command in this process, with what is typed into it."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=typed)
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -161,7 +161,22 @@ def test_help_groups_the_options_by_section() -> None:
         assert f"  {name}" in block
 
 
-@pytest.mark.parametrize("command", ["run", "replay", "apply", "mask", "report", "bench", "bench-server", "experiment"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run",
+        "replay",
+        "apply",
+        "mask",
+        "report",
+        "predict",
+        "evaluate",
+        "chat",
+        "bench",
+        "bench-server",
+        "experiment",
+    ],
+)
 def test_every_command_has_an_example(command: str) -> None:
     *_, example = call(command, "--help").output.split("Example:\n")
     assert example.strip().startswith(f"meerkat-engine {command} ")
