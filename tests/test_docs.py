@@ -40,9 +40,8 @@ def test_the_index_lists_every_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_and_options_exist(page: Path) -> None:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
-    for command, rest in re.findall(
-        r"meerkat-engine (run|replay|apply|mask|report|predict|evaluate|chat|bench|bench-server|experiment)\b([^\n`]*)", text
-    ):
+    names = "|".join(sorted(main.commands, key=len, reverse=True))  # bench-server before bench
+    for command, rest in re.findall(rf"meerkat-engine ({names})\b([^\n`]*)", text):
         known = {"--help"} | {option for parameter in main.commands[command].params for option in parameter.opts}
         for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", rest):
             assert option in known, f"meerkat-engine {command} {option}"

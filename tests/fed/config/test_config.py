@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meerkat_engine.cli import main
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.fed import RunConfig, make_config
 from meerkat_engine.fed.config.options import settings
@@ -161,22 +162,7 @@ def test_help_groups_the_options_by_section() -> None:
         assert f"  {name}" in block
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "run",
-        "replay",
-        "apply",
-        "mask",
-        "report",
-        "predict",
-        "evaluate",
-        "chat",
-        "bench",
-        "bench-server",
-        "experiment",
-    ],
-)
+@pytest.mark.parametrize("command", main.commands)
 def test_every_command_has_an_example(command: str) -> None:
     *_, example = call(command, "--help").output.split("Example:\n")
     assert example.strip().startswith(f"meerkat-engine {command} ")
