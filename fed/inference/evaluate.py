@@ -68,6 +68,8 @@ def evaluate(
         )
     for note in examples.notes:
         click.echo(printable(note))
+    if examples.truncated and not examples.notes:
+        click.echo(f"{examples.truncated} prompts were cut to fit")
     if metrics:
         click.echo(f"generating answers to {len(examples)} examples")
     found = {}

@@ -82,7 +82,9 @@ class Choices(Questions):
         for row, where in zip(rows, rows.places, strict=True):
             for field in task.fields:
                 if field not in row:
-                    raise DataError(f"{where}: the prompt needs the field {field!r}; found {', '.join(sorted(row))}")
+                    raise DataError(
+                        f"{where}: the prompt needs the field {field!r}; found {', '.join(sorted(row)) or 'no fields'}"
+                    )
         labelled = LocatedRows([dict(with_answer(task, row)) for row in rows], rows.places)
         for row, where in zip(labelled, rows.places, strict=True):
             task.check(row, where)
@@ -169,9 +171,11 @@ def longest_prompt(target: Target) -> int | None:
 
 
 def _limit(target: Target) -> int | None:
-    """Maximum number of tokens of a prompt. In training, prompt and answer together have ``max_length`` tokens."""
-    limits = [longest_prompt(target), None if target.replayed is None else target.config.data.max_length - 1]
-    return min((limit for limit in limits if limit is not None), default=None)
+    """Maximum number of tokens of a prompt: of a run as in training, where prompt and answer have ``max_length``."""
+    if target.replayed is None:
+        return longest_prompt(target)
+    length, positions = target.config.data.max_length, max_positions(target.lm.model)
+    return (length if positions is None else min(length, positions)) - 1
 
 
 def _without_begin(ids: list[int], limit: int, first: Any) -> list[int]:

@@ -127,8 +127,11 @@ class Renderer:
         """
         presented = self.presented(content)
         if isinstance(presented, Plain):
-            # trailing spaces belong to the token of the first word of the answer
-            return list(self.tokenizer(presented.prompt.rstrip(" "))["input_ids"])
+            ids = list(self.tokenizer(presented.prompt)["input_ids"])
+            if not presented.prompt.endswith(" "):
+                return ids
+            # in most tokenizers the last space belongs to the token of the answer's first word
+            return ids[: _common_prefix(ids, self.tokenizer(presented.prompt + "a")["input_ids"])]
         messages = presented.messages[:-1] if presented.messages[-1]["role"] == "assistant" else presented.messages
         return self._ids(self._chat.text(messages, where, ask=True))
 
