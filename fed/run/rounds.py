@@ -74,6 +74,7 @@ class Rounds:
         self._config, self._timing = federation.config, federation.timing
         self._last_time, self._in_steps, self._in_forwards = time.perf_counter(), 0.0, 0.0
         self._said: str | None = None
+        self._said_generating = False
 
     def run(self, saved: SavedRounds, of_base: Evaluation | None = None) -> None:
         """Restores the saved rounds, then runs the others up to the last.
@@ -147,8 +148,9 @@ class Rounds:
     def _evaluate(self) -> Evaluation:
         settings, data = self._config.evaluation, self._federation.data.validation
         metrics = check_metrics(settings.metrics)
-        if metrics:
-            self._log(f"generating answers to {len(data)} held-out examples ({settings.metrics})")
+        if metrics and not self._said_generating:
+            self._said_generating = True
+            self._log(f"each evaluation generates answers to {len(data)} held-out examples ({settings.metrics})")
         evaluation = evaluate(self._federation.model, data, metrics=metrics, max_new_tokens=settings.max_new_tokens)
         if evaluation.nonfinite:
             self._log(
