@@ -57,13 +57,14 @@ class HubSource:
 
         Raises:
             DataError: if the data set has no held-out split or cannot be loaded; the message names what does not
-                exist, and what does.
+                exist, and what does. Also if its name is a file format of ``datasets``, such as "json".
         """
         import datasets
 
         name = self.validation if split == "validation" else self.train
         if name is None:
             raise DataError(f"{self} has no held-out split; name one, or hold out a part of its training split")
+        self._check_name()
         field_of = {column: field for field, column in self.columns.items()}
         try:
             for row in self._load(name, streaming):
@@ -73,7 +74,8 @@ class HubSource:
                 yield renamed
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"cannot load {self} from the hub: {self._why(name, error)}; to read local files, pass --data-dir (a task's) or --data (your own)"
+                f"cannot load {self} from the hub: {self._why(name, error)}; to read local files, pass --data-dir "
+                f"(a task's) or --data (your own)"
             ) from error
 
     def _load(self, split: str, streaming: bool) -> Any:
@@ -92,6 +94,17 @@ class HubSource:
             if isinstance(loaded, datasets.Dataset) and self.revision is not None and not local:
                 self._check_revision(loaded, self.revision)
             return loaded
+
+    def _check_name(self) -> None:
+        """Raises ``DataError`` for the name of a file format, for which ``datasets`` reads the working directory."""
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+        if self.path.removeprefix("hf://datasets/") not in _PACKAGED_DATASETS_MODULES:
+            return
+        directory = f", or --dataset ./{self.path} for the directory" if Path(self.path).is_dir() else ""
+        raise DataError(
+            f"{self.path} is a file format of `datasets`, not a data set; use --data FILE for a file{directory}"
+        )
 
     def _check_revision(self, loaded: Any, revision: str) -> None:
         """Checks that this revision was loaded: without the hub, ``datasets`` takes any that is in its cache.

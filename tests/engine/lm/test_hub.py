@@ -86,6 +86,39 @@ def test_a_name_that_does_not_exist_is_named_with_those_that_do(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["json", "text", "csv", "hf://datasets/json"])
+def test_the_name_of_a_file_format_does_not_read_the_working_directory(
+    name: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    for ending in ("json", "txt", "csv"):
+        Path(f"own.{ending}").write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=f"^{name} is a file format of `datasets`, not a data set; use --data FILE"):
+        prompts("train", streaming, path=name)
+
+
+def test_a_directory_with_the_name_of_a_file_format_is_read_as_a_path(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory.rename(directory.with_name("csv")).parent)
+    with pytest.raises(DataError, match=r"use --data FILE for a file, or --dataset \./csv for the directory"):
+        prompts(path="csv", config="short")
+    assert prompts(path="./csv", config="short")[:2] == ["train 0", "train 1"]
+
+
+def test_a_data_set_whose_card_names_files_of_this_machine_is_rejected(tmp_path: Path) -> None:
+    """The node of a federation may load data sets that the server chose."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "data").mkdir()
+    card = README.replace("part/train.parquet", str(tmp_path / "own.jsonl"))
+    (tmp_path / "data" / "README.md").write_text(card)
+    with hub_server({"datasets/me/data": tmp_path / "data"}) as server:
+        (message,) = load(tmp_path / "home", server.url, "me/data,short,main")
+    assert message.startswith("cannot load me/data (short) @ main from the hub: "), message
+
+
 def test_damaged_files_are_one_error_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
