@@ -69,7 +69,12 @@ def sample_rows(config: RunConfig, task: AnyTask, validation: LocatedRows) -> Lo
     """The validation rows that ``eval_examples`` asks for: a sample by the seed, stratified by class."""
     if not config.evaluation.examples:
         return validation
-    labels = [task.class_of(row) for row in validation] if isinstance(task, Task) else [0] * len(validation)
+    if isinstance(task, Task):
+        labels = [task.class_of(row) for row in validation]
+    else:
+        values = ["" if task.class_field is None else str(row.get(task.class_field)) for row in validation]
+        numbers = {value: i for i, value in enumerate(sorted(set(values)))}
+        labels = [numbers[value] for value in values]
     return validation.select(stratified_sample(labels, config.evaluation.examples, config.seed))
 
 
@@ -102,6 +107,21 @@ def encode_rows(config: RunConfig, lm: LanguageModel, rows: LocatedRows, name: s
     if isinstance(task, Task):
         return EncodedTask(task, rows, lm.tokenizer, length, name, positions)
     return EncodedText(task, rows, rows.places, renderer(config, lm), length, name, positions)
+
+
+def describe_examples(train: Examples, validation: Examples | None = None) -> list[str]:
+    """Log lines about a run's examples: what they are, which rows were left out or cut, and how batches are laid out.
+
+    Args:
+        train: the training examples; their layout is resolved.
+        validation: the held-out examples; None if there are none.
+    """
+    lines = [*train.overview, *(f"training data: {note}" for note in train.notes)]
+    if validation is not None:
+        lines += [f"held-out data: {note}" for note in validation.notes]
+    if train.layout_reason:
+        lines.append(f"batches are {train.layout}, not packed: {train.layout_reason}")
+    return lines
 
 
 def renderer(config: RunConfig, lm: LanguageModel) -> Renderer:
@@ -140,4 +160,14 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} does not exist")
 
 
-__all__ = ["TaskData", "check_files", "client_shares", "encode", "encode_rows", "read_rows", "renderer", "sample_rows"]
+__all__ = [
+    "TaskData",
+    "check_files",
+    "client_shares",
+    "describe_examples",
+    "encode",
+    "encode_rows",
+    "read_rows",
+    "renderer",
+    "sample_rows",
+]

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from meerkat_engine.engine.lm.row_files import LocatedRows
+from meerkat_engine.fed import make_config
+from meerkat_engine.fed.setup.data import sample_rows
+
 from helpers.command import call, metrics_of, summary_of
 from helpers.free_text import CHATML, SHAPES, make_chat_tokenizer
 from helpers.models import make_model
@@ -165,6 +169,18 @@ def test_dolly_has_its_categories_as_natural_clients(run: Callable[..., Any], fi
     assert "left out, no answer: 1 rows (" in result.output
     assert summary_of(files / "r")["natural_clients"] == ["chat", "qa"]
     assert summary_of(files / "r")["examples_by_client_and_label"] == [[5, 0], [0, 12]]
+
+
+def test_a_sample_of_the_held_out_rows_has_its_share_of_each_class(rows: list[dict[str, Any]]) -> None:
+    located = LocatedRows(
+        [{**row, "kind": "rare" if i % 10 == 0 else "usual"} for i, row in enumerate(rows)], [""] * 40
+    )
+    for seed in range(20):
+        config = make_config(
+            {"model": "m", "data": "d.jsonl", "label_field": "kind", "eval_examples": 20, "seed": seed}
+        )
+        sample = sample_rows(config, config.task, located)
+        assert [row["kind"] for row in sample].count("rare") == 2
 
 
 def test_metrics_of_generated_answers_are_in_the_run(run: Callable[..., Any], files: Path) -> None:

@@ -15,7 +15,7 @@ from ..example_set import Examples
 from ..layout import Layout
 from ..scored_batches import ScoredBatch, ScoredText, scored_batch
 from .rendering import Rendered, Renderer
-from .shapes import Content, Conversation, EmptyAnswerError
+from .shapes import Content, EmptyAnswerError, Plain
 from .task import Row, TextTask
 
 _SHOWN = 3  # rows that a note names
@@ -78,13 +78,24 @@ class EncodedText(Examples):
         of_kept = [places[i] for i in contents]
         for i, rendered in zip(contents, renderer.render(list(contents.values()), of_kept), strict=True):
             self._add(i, rendered, limit, places[i])
-        self._references = [task.acceptable(prepared[i], _last_answer(contents[i]), places[i]) for i in self.kept]
+        self._references = [
+            task.acceptable(prepared[i], places[i]) or [self._own_answer(contents[i], text)]
+            for i, text in zip(self.kept, self.texts, strict=True)
+        ]
         if not self.kept:
             raise DataError(f"{name} has no example that can be used{self._why_left_out()}")
         self.lengths = [text.length for text in self.texts]
         self._classes([prepared[i] for i in self.kept], [places[i] for i in self.kept])
         self.pad = int(renderer.tokenizer.pad_token_id)
         self.layout, self.layout_reason = Layout.SORTED, ""
+
+    def _own_answer(self, content: Content, text: ScoredText) -> str:
+        """The text of the last answer, as a perfect model would generate it; without surrounding white space."""
+        presented = self._renderer.presented(content)
+        if isinstance(presented, Plain):
+            return presented.answer.strip()
+        begin, end = _spans(text)[-1]
+        return str(self.tokenizer.decode(text.ids[begin:end], skip_special_tokens=True)).strip()
 
     def _leave_out(self, reason: str, where: str) -> None:
         self._left_out.setdefault(reason, []).append(where)
@@ -185,6 +196,8 @@ class EncodedText(Examples):
         ]
         if not self.end_tokens:
             lines.append("the tokenizer has no end-of-text token: the model does not learn where an answer ends")
+        elif int(self.texts[0].ids[-1]) not in self.end_tokens:
+            lines.append("the answer ends without an end token: the model does not learn where an answer ends")
         return lines
 
     @property
@@ -229,14 +242,6 @@ def _spans(text: ScoredText) -> list[tuple[int, int]]:
 def _some(places: Sequence[str]) -> str:
     """The first places, shortened."""
     return "; ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
-
-
-def _last_answer(content: Content) -> str:
-    """The text of the last answer, without surrounding white space."""
-    if isinstance(content, Conversation):
-        answers = [m["content"] for m in content.messages[content.asked :] if m["role"] == "assistant"]
-        return str([answer for answer in answers if answer.strip()][-1]).strip()
-    return content.answer.strip()
 
 
 __all__ = ["EncodedText"]

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ...errors import ConfigError, DataError, ModelError
-from .chat import ChatTemplate
+from .chat import ChatTemplate, special_tokens
 from .shapes import Content, Conversation, Instruction, Plain
 
 # For models without a chat template, or where the user wants text.
@@ -127,11 +127,11 @@ class Renderer:
         """
         presented = self.presented(content)
         if isinstance(presented, Plain):
-            ids = list(self.tokenizer(presented.prompt)["input_ids"])
+            (ids,) = self._texts([presented.prompt])
             if not presented.prompt.endswith(" "):
                 return ids
             # in most tokenizers the last space belongs to the token of the answer's first word
-            return ids[: _common_prefix(ids, self.tokenizer(presented.prompt + "a")["input_ids"])]
+            return ids[: _common_prefix(ids, self._texts([presented.prompt + "a"])[0])]
         messages = presented.messages[:-1] if presented.messages[-1]["role"] == "assistant" else presented.messages
         return self._ids(self._chat.text(messages, where, ask=True))
 
@@ -146,19 +146,26 @@ class Renderer:
             except DataError:
                 return ids
             last = rendered.ids[rendered.spans[-1][1] - 1]
-            if last in self.tokenizer.all_special_ids and last not in ids:
+            special = self.tokenizer.convert_tokens_to_ids(special_tokens(self.tokenizer))
+            if last in special and last not in ids:
                 ids.append(last)
         return ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _texts(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts. A token that begins every text is there once, also where the text has it already."""
+        first = self.tokenizer.bos_token_id
+        encoded: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        return [ids[1:] if first is not None and ids[:2] == [first, first] else ids for ids in encoded]
+
     def _plain(self, contents: Sequence[Any], places: Sequence[str]) -> list[Rendered]:
         """Prompts that answers follow directly, and the token that ends a text, if the tokenizer has one."""
         if not contents:
             return []
-        prompts = self.tokenizer([content.prompt for content in contents])["input_ids"]
-        texts = self.tokenizer([content.prompt + content.answer for content in contents])["input_ids"]
+        prompts = self._texts([content.prompt for content in contents])
+        texts = self._texts([content.prompt + content.answer for content in contents])
         end = self.tokenizer.eos_token_id
         rendered = []
         for prompt, ids in zip(prompts, texts, strict=True):
@@ -169,11 +176,6 @@ class Renderer:
         return rendered
 
     def _conversation(self, conversation: Conversation, where: str) -> Rendered:
-        if self._chat.marks_answers:
-            ids, mask = self._chat.marked(conversation, where)
-            answered = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
-            asked = sum(i < conversation.asked for i in answered)
-            return Rendered(ids, _runs(mask)[asked:])
         text, answers = self._chat.answers(conversation, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
@@ -193,12 +195,6 @@ def _instruction(content: Instruction, *, chat: bool) -> Plain:
         return Plain("\n\n".join(filter(None, (instruction, material))), content.answer)
     template = _WITH_INPUT if material else _WITHOUT_INPUT
     return Plain(template.format(instruction=instruction, input=material), " " + content.answer.strip())
-
-
-def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Begin and end of each run of ones."""
-    edges = [i for i, (before, own) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if before != own]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _common_prefix(prompt: Sequence[int], text: Sequence[int]) -> int:

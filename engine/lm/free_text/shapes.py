@@ -74,7 +74,9 @@ def shape_of(row: Mapping[str, Any], where: str) -> Shape:
     Raises:
         DataError: if its fields are those of no shape, or of several.
     """
-    shapes = [shape for shape, fields in _FIELDS.items() if all(row.get(field) is not None for field in fields)]
+    shapes = [shape for shape, fields in _FIELDS.items() if all(field in row for field in fields)]
+    if len(shapes) > 1:  # tables have all columns in every row
+        shapes = [shape for shape in shapes if any(row[field] is not None for field in _FIELDS[shape])] or shapes
     if len(shapes) == 1:
         return shapes[0]
     known = "; ".join(", ".join(fields) for fields in _FIELDS.values())
@@ -98,12 +100,14 @@ def content_of(row: Mapping[str, Any], shape: Shape, where: str) -> Content:
         EmptyAnswerError: if the row has no answer, or an empty one.
         DataError: if the row has another shape, a value of another type, or roles out of order.
     """
-    missing = [field for field in _FIELDS[shape] if row.get(field) is None]
+    missing = [field for field in _FIELDS[shape] if field not in row]
     if missing:
         raise DataError(
             f"{where}: the field {missing[0]!r} is missing; the rows before have {shape}, and all rows of a data set "
             f"must have the same shape; found {', '.join(sorted(row)) or 'no fields'}"
         )
+    if row[_FIELDS[shape][-1]] is None:
+        raise EmptyAnswerError(f"{where}: the answer is null")
     if shape is Shape.MESSAGES:
         return _conversation(row["messages"], where)
     if shape is Shape.CONVERSATIONS:

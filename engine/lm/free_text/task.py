@@ -89,15 +89,17 @@ class TextTask:
             return content_of(row, shape, where)
         assert self.template is not None
         assert self.answer is not None
+        if any(field in row and row[field] is None for field in template_fields(self.answer)):
+            raise EmptyAnswerError(f"{where}: the answer is null")
         answer = _filled(self.answer, row, where)
         if not answer.strip():
             raise EmptyAnswerError(f"{where}: the answer is empty")
         return Plain(_filled(self.template, row, where), answer)
 
-    def acceptable(self, row: Row, answer: str, where: str) -> list[str]:
-        """The acceptable answers of a prepared row, at least one."""
+    def acceptable(self, row: Row, where: str) -> list[str] | None:
+        """The acceptable answers of a prepared row, at least one; None if its own answer is the only one."""
         if self.references is None:
-            return [answer]
+            return None
         texts = row.get(self.references)
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{where}: field {self.references!r} must be a list of texts, got {texts!r:.80}")

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from tokenizers import normalizers, processors
-from transformers import AddedToken
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from meerkat_engine.engine.errors import ConfigError, DataError, ModelError
 from meerkat_engine.engine.lm.free_text.rendering import PromptFormat, Renderer
@@ -312,3 +312,92 @@ def test_a_prompt_alone_has_the_tokens_of_the_prompt_of_an_example() -> None:
                 continue  # its trailing space is a token of its own in this tokenizer
             assert data._renderer.prompt(content, "here") == data.prompt_ids(i)
     assert content_of({"prompt": "a", "completion": "b"}, Shape.PROMPT_COMPLETION, "here") == Plain("a", "b")
+
+
+def make_word_tokenizer(special: str = "") -> Any:
+    """A byte-level tokenizer of words with the space before them, whose offsets leave that space out.
+
+    Args:
+        special: a token that is special, but that the tokenizer does not name; empty: none.
+    """
+    tokenizer = make_byte_tokenizer()
+    core = Tokenizer(models.BPE({**tokenizer.get_vocab()}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    core.add_special_tokens(["</s>", *([special] if special else [])])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+BLOCK = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+ONLY_CONTENT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
+    + BLOCK
+    + "{% else %}{{ m['content'] }}"
+    "{% endif %}</s>{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_marked_answers_may_begin_and_end_with_spaces() -> None:
+    """A token of a space has no characters of its own in tokenizers that trim offsets."""
+    messages = [say("user", "2+2?"), say("assistant", "It is 4. "), say("user", "Hi"), say("assistant", " Good day")]
+    data = encode_text([{"messages": messages}], tokenizer=make_word_tokenizer(), chat_template=ONLY_CONTENT)
+    assert marked(data, 0) == (
+        "<|user|>2+2?</s>\n<|assistant|>[It is 4.] </s>\n<|user|>Hi</s>\n<|assistant|>[ Good day]"
+    )
+    assert data.references(0) == ["Good day"]
+    assert data.overview[-1] == "the answer ends without an end token: the model does not learn where an answer ends"
+    assert len(encode_text([{"messages": messages}]).overview) == 2
+
+
+def test_marked_answers_are_counted_by_message() -> None:
+    """An empty answer in the prompt is no answer, and takes none away from the completion."""
+    prompt = [say("user", "a"), say("assistant", ""), say("user", "b")]
+    rows = [{"prompt": prompt, "completion": [say("assistant", "c")]}]
+    assert marked(encode_text(rows, chat_template=ONLY_CONTENT), 0).endswith("<|user|>b</s>\n<|assistant|>[c]")
+    first_only = ONLY_CONTENT.replace(BLOCK, "{% if loop.first %}" + BLOCK + "{% else %}{{ m['content'] }}{% endif %}")
+    with pytest.raises(DataError, match=r"marks 0 texts with \{% generation %\}, and the assistant has 2 messages"):
+        encode_text(rows, chat_template=first_only)
+
+
+@pytest.mark.parametrize(
+    "after", ["", "{% if not add_generation_prompt %}</s>{% endif %}"], ids=["", "and an end of text"]
+)
+def test_the_end_of_a_turn_may_be_a_token_that_is_only_marked_as_special(after: str) -> None:
+    tokenizer = make_word_tokenizer("<end>")
+    assert "<end>" not in tokenizer.all_special_tokens
+    template = CHATML.replace("</s>", "<end>") + after
+    data = encode_text([{"messages": CONVERSATION[1:3]}], tokenizer=tokenizer, chat_template=template)
+    assert marked(data, 0) == "<|user|>2+2?<end>\n<|assistant|>[4<end>]"
+    assert data.end_tokens == tokenizer.convert_tokens_to_ids(["</s>", "<end>"])
+
+
+def test_what_a_template_adds_to_an_answer_is_part_of_the_reference() -> None:
+    data = encode_text([{"messages": CONVERSATION[1:3]}], chat_template=FORGETFUL)
+    assert marked(data, 0).endswith("[(hm) 4</s>]")
+    assert data.references(0) == ["(hm) 4"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": None},
+        {"prompt": "a", "completion": None, "messages": None},
+    ],
+)
+def test_an_answer_that_is_null_is_left_out(row: dict[str, Any]) -> None:
+    good = {**row, "completion": "b"}
+    for rows in ([row, good], [good, row]):
+        assert marked(encode_text(rows), 0) == "a[b</s>]"
+    chat = [{"messages": None}, {"messages": CONVERSATION}]
+    assert list(encode_text(chat).kept) == [1]
+    task = text_task("t", "{q}", "{a}")
+    assert list(encode_text([{"q": "x", "a": None}, {"q": "x", "a": "y"}], task).kept) == [1]
+
+
+def test_the_token_that_begins_every_text_is_there_once() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    data = encode_text([{"prompt": "<s>a", "completion": "b"}, {"prompt": "a", "completion": "b"}], tokenizer=tokenizer)
+    assert [marked(data, i) for i in range(2)] == ["<s>a[b</s>]"] * 2
+    assert data._renderer.prompt(Plain("<s>a", ""), "here") == data.prompt_ids(0)
