@@ -64,7 +64,7 @@ def test_whole_turns_are_forgotten_when_the_conversation_is_too_long(target: Tar
     dialogue, _ = dialogue_of(target, None, "Be brief.")
     turns: list[Message] = []
     noted = []
-    for i in range(6):  # a turn has about 40 tokens, and the model 128 positions
+    for i in range(5):  # a turn has about 40 tokens, and the model 128 positions
         answer, notes = ask(dialogue, target, f"{i} say it")
         noted += notes
         turns += [say("user", f"{i} say it"), say("assistant", answer.strip())]
