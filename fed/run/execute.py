@@ -20,7 +20,7 @@ from ..config.toml import read_toml
 from ..ledger.file import LedgerHeader
 from ..partition import label_counts
 from ..privacy import largest_epsilon
-from ..setup.data import TaskData, check_files, client_shares, encode
+from ..setup.data import TaskData, check_files, client_shares, describe_examples, encode
 from ..setup.mask import make_mask
 from ..setup.model import load_language_model, resolved, slow_dtype
 from ..setup.pool import ClientPool, LocalPool
@@ -261,13 +261,8 @@ def _load_inputs(
         shared.check(base)
     inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool, shared=shared)
     pool.check(base, inputs.data_digest, data.train.layout)
-    for line in data.train.overview:
+    for line in describe_examples(data.train, data.validation):
         log(line)
-    for name, examples in (("training", data.train), ("held-out", data.validation)):
-        for note in examples.notes:
-            log(f"{name} data: {note}")
-    if data.train.layout_reason:
-        log(f"batches are {data.train.layout}, not packed: {data.train.layout_reason}")
     for i, counts in enumerate(inputs.label_counts[:8]):
         name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
         by_label = f", {counts} by label" if data.train.class_names else ""
