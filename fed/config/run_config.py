@@ -114,6 +114,10 @@ class RunConfig(Checked):
             for option, setting in SETTINGS.items()
         }
 
+    def as_given(self) -> dict[str, Any]:
+        """The values, by flat names, from which ``make_config`` makes these settings: without ``task`` for own data."""
+        return {name: value for name, value in self.flat().items() if name != "task" or not self.data.is_own}
+
     def replace(self, **changes: Any) -> "RunConfig":
         """A copy of the settings with some changed. Presets are not applied again.
 

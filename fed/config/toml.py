@@ -113,10 +113,7 @@ def _literal(value: bool | int | float | str) -> str:
 
 def config_toml(config: RunConfig) -> str:
     """All settings of a run as TOML, with a comment that describes the partition."""
-    settings = config.flat()
-    if config.data.is_own:  # they are the task
-        del settings["task"]
-    return f"# partition: {config.clients.partition.describe(config.clients.alpha)}\n{to_toml(settings)}"
+    return f"# partition: {config.clients.partition.describe(config.clients.alpha)}\n{to_toml(config.as_given())}"
 
 
 __all__ = ["config_toml", "parse_toml", "read_toml", "to_toml"]

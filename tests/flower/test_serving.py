@@ -1,5 +1,6 @@
 """Runs over a Grid in this process: nodes that come, go, restart and fail, and settings that a node accepts."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,19 +13,20 @@ import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from meerkat_engine.engine.errors import ConfigError, MaskError, ModelError, TransportError
-from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm import embedded, layout
 from meerkat_engine.engine.lm.objective import Objective
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import parse_toml, to_toml
 from meerkat_engine.fed.flower.node import app as client_app
 from meerkat_engine.fed.flower.node.handler import RequestHandler
-from meerkat_engine.fed.flower.node.local_run import LocalRun, settings_on_node
+from meerkat_engine.fed.flower.node.local_run import LocalRun, settings_for_nodes, settings_on_node
 from meerkat_engine.fed.flower.records import RunDescription
 from meerkat_engine.fed.flower.server import exchange
 from meerkat_engine.fed.flower.server.run import describe_run, serve_run, settings_from
 from meerkat_engine.fed.ledger.file import read_ledger
 from meerkat_engine.fed.messages import TrainRequest
 
+from helpers.examples import EXAMPLES
 from helpers.models import make_model, make_tokenizer
 from helpers.nodes import LocalGrid, Node
 
@@ -322,8 +324,9 @@ def test_other_base_model_or_mask_is_an_error(reference: Path) -> None:
 
 
 def test_servers_paths_device_and_backend_are_ignored() -> None:
-    settings = {"rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd", "calibration": "/etc/passwd",
-                "mask": "/etc/passwd", "backend": "triton", "device": "cuda", "capture": "off"}  # fmt: skip
+    settings = {"task": embedded.NAME, "rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd",
+                "calibration": "/etc/passwd", "mask": "/etc/passwd", "backend": "triton", "device": "cuda",
+                "capture": "off"}  # fmt: skip
     config = settings_on_node(to_toml(settings), {})
     assert config.rounds == 7
     assert (config.data.directory, config.data.validation, config.mask.calibration, config.mask.file) == (None,) * 4
@@ -368,20 +371,97 @@ def test_free_text_of_the_nodes_needs_their_data_and_their_chat_template(tmp_pat
     assert config.objective is Objective.LANGUAGE_MODEL
 
 
-def test_nodes_train_on_their_own_free_text(federation: ThreeNodes, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    make_tokenizer("a film it was bad good").save_pretrained(tmp_path / "model")
-    for i in range(3):
-        row = f'{{"prompt": "a film it", "completion": " was {("bad", "good", "a film")[i]}"}}\n'
-        (tmp_path / f"{i}.jsonl").write_text(row * 20)
-        node = {"client-id": i, "model": str(tmp_path / "model"), "data": str(tmp_path / f"{i}.jsonl")}
+@pytest.mark.parametrize("own", [{}, {"template": "{prompt}", "labels": "bad,good", "label_field": "completion"}])
+def test_run_on_own_data_with_the_embedded_model_needs_data_of_the_node(own: dict[str, str], tmp_path: Path) -> None:
+    """Without them, the node would train on the embedded task, and the server could not tell."""
+    server = make_config({"model": embedded.NAME, "data": tmp_path / "server.jsonl"} | own)
+    with pytest.raises(ConfigError, match="the run uses each node's own examples"):
+        settings_on_node(settings_for_nodes(server), {})
+    config = settings_on_node(settings_for_nodes(server), {"data": "own.jsonl"})
+    assert config.digest() == server.digest()
+
+
+def test_node_without_data_cannot_take_part_in_a_run_on_own_data(federation: ThreeNodes, tmp_path: Path) -> None:
+    data = str(EXAMPLES / "data" / "remarks-held-out.jsonl")
+    for i in range(2):
+        federation.nodes[i].context.node_config["data"] = data
+    federation.run(tmp_path / "flower", {"model": embedded.NAME, "data": data, "rounds": 1}, min_nodes=2)
+    assert federation.logged("node 102 cannot take part: the run uses each node's own examples; start this node with")
+    (line,) = read_ledger(tmp_path / "flower" / "ledger.jsonl").rounds
+    assert sorted(line.clients) == [0, 1]
+
+
+def free_text_of_three_nodes(federation: ThreeNodes, directory: Path, words: str, *left_out: str) -> dict[str, Any]:
+    """Gives each node a file of free text; returns the settings of a run whose server has a file of its own.
+
+    Args:
+        federation: the nodes.
+        directory: where the files are written.
+        words: vocabulary of the model.
+        left_out: lines added to the files of the nodes.
+    """
+    make_model().save_pretrained(directory / "model")  # type: ignore[operator]
+    make_tokenizer(words).save_pretrained(directory / "model")
+    for i, answer in enumerate(("bad", "good", "a film")):
+        lines = [f'{{"prompt": "a film it", "completion": " was {answer}"}}'] * 20
+        (directory / f"{i}.jsonl").write_text("\n".join([*lines, *left_out]))
+        node = {"client-id": i, "model": str(directory / "model"), "data": str(directory / f"{i}.jsonl")}
         federation.grid.nodes[100 + i] = Node(Context(1, 100 + i, node, RecordDict(), {}))
-    settings = {"model": str(tmp_path / "model"), "data": str(tmp_path / "0.jsonl"), "method": "random-mask",
-                "density": 0.1}  # fmt: skip
+    (directory / "server.jsonl").write_text('{"prompt": "it was", "completion": " it"}\n' * 20)
+    return {"model": str(directory / "model"), "data": str(directory / "server.jsonl"), "method": "random-mask",
+            "density": 0.1}  # fmt: skip
+
+
+def test_nodes_train_on_their_own_free_text(federation: ThreeNodes, tmp_path: Path) -> None:
+    settings = free_text_of_three_nodes(federation, tmp_path, "a film it was bad good")
     federation.run(tmp_path / "flower", settings, min_nodes=3)
     rounds = read_ledger(tmp_path / "flower" / "ledger.jsonl").rounds
     assert [sorted(line.clients) for line in rounds] == [[0, 1, 2]] * len(rounds), federation.lines
     assert all(line.loss is not None for line in rounds)
+
+
+def test_rows_left_out_are_in_the_log_of_the_node_alone(
+    federation: ThreeNodes, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = free_text_of_three_nodes(
+        federation, tmp_path, "a film it was bad good", '{"prompt": "Jane Doe", "completion": ""}'
+    )
+    replies: list[Any] = []
+    pull = federation.grid.pull_messages
+
+    def keep(ids: Any) -> Any:
+        replies.extend(pulled := list(pull(ids)))
+        return pulled
+
+    monkeypatch.setattr(federation.grid, "pull_messages", keep)
+    caplog.set_level(logging.INFO, "meerkat.worker")
+    federation.run(tmp_path / "flower", settings, min_nodes=3)
+    own = [record.getMessage() for record in caplog.records if record.name == "meerkat.worker"]
+    for i, answer in enumerate(("bad", "good", "a film")):
+        assert f"training data: left out, no answer: 1 rows ({tmp_path / f'{i}.jsonl'}, line 21)" in own
+        assert any(f"[[was {answer}" in line for line in own), own
+    assert len(replies) >= 3 + 3 * SETTINGS["rounds"]
+    sent = "".join(str(reply.content) for reply in replies) + "".join(federation.lines)
+    for quoted in ("left out", ".jsonl, line", "was bad", "was good", "was a film"):
+        assert quoted not in sent, sent
+
+
+def test_reason_why_batches_of_a_node_are_not_packed_is_in_its_log(
+    reference: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_difference", lambda *inputs: "the logits differ")
+    caplog.set_level(logging.INFO, "meerkat.worker")
+    prepare(describe_run(reference, seconds=1))
+    assert "batches are sorted, not packed: the logits differ" in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["json", "text", "squad"])
+def test_a_data_set_without_an_owner_is_rejected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By such a name `datasets` may read the files of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.json").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ConfigError, match=f"a node reads only data sets whose name has an owner: .* OWNER/{name}"):
+        settings_on_node(to_toml({"model": "org/name", "dataset": name}), {})
 
 
 def test_a_data_set_that_is_a_path_of_the_server_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,4 +528,4 @@ def test_settings_are_read_from_an_apps_configuration() -> None:
 
 
 def test_name_of_the_embedded_model_is_no_path() -> None:
-    assert settings_on_node("", {}).model.source == embedded.NAME
+    assert settings_on_node(to_toml({"task": embedded.NAME}), {}).model.source == embedded.NAME

@@ -1,5 +1,6 @@
 """Flower's own strategies and privacy wrappers over this engine's clients, with the real ClientApp."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from flwr.serverapp import strategy as flower
 from flwr.supercore.differential_privacy import compute_clip_model_update
 
 from meerkat_engine.engine.errors import ConfigError
+from meerkat_engine.engine.lm import embedded
+from meerkat_engine.engine.lm.hub import HubSource
 from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.fed import Client, execute, make_config, read_ledger
 from meerkat_engine.fed.flower.node import app as client_app
@@ -33,18 +36,18 @@ PLAIN: dict[str, Any] = {"fraction_evaluate": 0.0, "min_train_nodes": CLIENTS, "
 
 @pytest.fixture(autouse=True)
 def encode_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encodes the examples once: all of these tests use the same."""
+    """Encodes the examples of a task once: most of these tests use the same."""
     for module in (local_run, server_strategy):
         monkeypatch.setattr(module, "encode", _encode_once)
 
 
-_ENCODED: list[Any] = []
+_ENCODED: dict[Any, Any] = {}
 
 
 def _encode_once(config: Any, tokenizer: Any) -> Any:
-    if not _ENCODED:
-        _ENCODED.append(encode(config, tokenizer))
-    return _ENCODED[0]
+    if config.data not in _ENCODED:
+        _ENCODED[config.data] = encode(config, tokenizer)
+    return _ENCODED[config.data]
 
 
 def app_with(*mods: Any) -> ClientApp:
@@ -203,6 +206,38 @@ def test_node_without_a_finite_loss_is_left_out(monkeypatch: pytest.MonkeyPatch)
     trained, grid = run_strategy(monkeypatch, flower.FedMedian(**PLAIN), rounds=3)
     assert grid.errors == ["client 1 skipped every step of round 2: no loss was finite"]
     check_models_of_nodes(trained, grid)
+
+
+@pytest.mark.parametrize("labels", [{}, {"template": "{prompt}", "labels": "lovely,cold", "label_field": "label"}])
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_strategy_trains_on_own_data(
+    on_hub: bool, labels: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free text and label words; a file of each node, and the nodes' shares of a data set on the hub."""
+    rows = [
+        {"prompt": "i found the staff", "completion": f" {('lovely', 'cold')[i % 2]}", "label": i % 2}
+        for i in range(80)
+    ]
+    monkeypatch.setattr(HubSource, "rows", lambda *arguments: iter(rows))
+    nodes = [Node.numbered(i) for i in range(CLIENTS)]
+    own: dict[str, Any] = {"dataset": "me/data"}
+    if not on_hub:
+        own = {"data": str(tmp_path / "server.jsonl")}
+        for i, path in enumerate((own["data"], *(str(tmp_path / f"{i}.jsonl") for i in range(CLIENTS)))):
+            Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows[i : i + 60]))
+        for i, node in enumerate(nodes):
+            node.context.node_config["data"] = str(tmp_path / f"{i}.jsonl")
+    grid = LocalGrid(nodes, client_app.app, monkeypatch)
+    settings = SETTINGS | own | labels | {"model": embedded.NAME, "rounds": 2, "partition": "iid"}
+    trained = start_strategy(grid, flower.FedAvg(**PLAIN), settings, lambda line: None, wait=30)
+    assert grid.errors == []
+    assert np.all(np.any(trained.scalars != 0, axis=1))
+    check_models_of_nodes(trained, grid)
+    server = make_config(settings)
+    for node in grid.nodes.values():
+        assert node.handler._local_run is not None
+        assert node.handler._local_run.config.objective is server.objective
+        assert isinstance(node.handler._local_run.config.task, type(server.task))
 
 
 @pytest.mark.parametrize(

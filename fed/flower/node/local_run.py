@@ -4,6 +4,7 @@ A node accepts from the server only the settings that define the run. Paths, dev
 the node's own.
 """
 
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -26,12 +27,14 @@ from ...config.run_config import RunConfig, make_config
 from ...config.toml import parse_toml, to_toml
 from ...methods import Elements
 from ...replica import Replica
-from ...setup.data import client_shares, encode, encode_rows
+from ...setup.data import client_shares, describe_examples, encode, encode_rows
 from ...setup.mask import make_mask
 from ...setup.model import load_language_model
 from ...setup.server_and_clients import make_terms
 from ...setup.threads import choose_threads
 
+# The node's own log: its lines may quote the node's examples, which the server must not see.
+_LOG = logging.getLogger("meerkat.worker")
 # Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
                                "capture", "snapshot_every", "attack", "attackers"})  # fmt: skip
@@ -43,13 +46,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
 
 
-def settings_for_nodes(settings: Mapping[str, Any]) -> str:
-    """The settings that are sent to nodes, as TOML.
-
-    Args:
-        settings: all settings of the run, by their flat names.
-    """
-    return to_toml({name: value for name, value in settings.items() if name not in _MACHINE_SETTINGS})
+def settings_for_nodes(config: RunConfig) -> str:
+    """The settings of a run that are sent to nodes, as TOML. If the data are the server's own, they have no task."""
+    return to_toml({name: value for name, value in config.as_given().items() if name not in _MACHINE_SETTINGS})
 
 
 def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
@@ -70,11 +69,9 @@ def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
             f"the run's model is the path {model!r}; a node loads a path only if it is started with "
             f"--node-config 'model=\"DIR\"'"
         )
-    dataset = accepted.get("dataset")
-    if dataset is not None and (not _HUB_ID.fullmatch(str(dataset)) or Path(str(dataset)).exists()):
-        raise ConfigError(f"the run's data set is the path {dataset!r}; a node reads no path that the server names")
-    built_in = model == embedded.NAME or accepted.get("task", embedded.NAME) not in embedded.TASKS
-    if "data" not in node and dataset is None and ("template" in accepted or not built_in):
+    if "dataset" in accepted:
+        _check_data_set(str(accepted["dataset"]))
+    elif "task" not in accepted and "data" not in node:
         raise ConfigError(
             "the run uses each node's own examples; start this node with --node-config 'data=\"FILE.jsonl\"'"
         )
@@ -84,6 +81,17 @@ def settings_on_node(toml: str, node: Mapping[str, Any]) -> RunConfig:
             "--node-config 'chat-template=\"FILE\"'"
         )
     return make_config(accepted, {name: node[key] for key, name in _NODE_SETTINGS.items() if key in node})
+
+
+def _check_data_set(name: str) -> None:
+    """Raises ``ConfigError`` if the name that the server gives may stand for files of this node."""
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        raise ConfigError(f"the run's data set is the path {name!r}; a node reads no path that the server names")
+    if "/" not in name:  # for `datasets`, some of these names are file formats of the working directory
+        raise ConfigError(
+            f"the run's data set is {name!r}; a node reads only data sets whose name has an owner: "
+            f"start the run with --dataset OWNER/{name}"
+        )
 
 
 @dataclass
@@ -132,11 +140,14 @@ class LocalRun:
         replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend, config.model.capture)
         if config.data.file is not None:  # none are held out: the server evaluates on its own examples
             rows = file_rows(config.task, config.data.file)
-            examples = encode_rows(config, lm, rows, config.task.name)
+            examples, shares = encode_rows(config, lm, rows, config.task.name), None
             examples.resolve_layout(config.step.layout, lm.model)
-            return cls(config, replica, examples, None)
-        data = encode(config, lm)
-        return cls(config, replica, data.train, client_shares(config, data))
+        else:
+            data = encode(config, lm)
+            examples, shares = data.train, client_shares(config, data)
+        for line in describe_examples(examples):
+            _LOG.info(line)
+        return cls(config, replica, examples, shares)
 
     def client(self, id: int) -> Client:
         """The client with an id, made when first asked for; raises ``ConfigError`` if the run has no such client."""

@@ -85,10 +85,10 @@ def describe_run(run: Path, *, seconds: float, send_mask: bool = True) -> RunDes
         seconds: time limit for a node to load the run.
         send_mask: whether to include the mask's file, where the mask does not follow from the settings.
     """
-    settings, header = read_toml(run / CONFIG), read_ledger(run / LEDGER).header
-    is_derived = make_config(settings).method.recipe.elements in DERIVED_ELEMENTS
+    config, header = make_config(read_toml(run / CONFIG)), read_ledger(run / LEDGER).header
+    is_derived = config.method.recipe.elements in DERIVED_ELEMENTS
     return RunDescription(
-        settings=settings_for_nodes(settings),
+        settings=settings_for_nodes(config),
         base=header.base,
         mask_digest=header.terms.mask_digest,
         stream_version=stream.VERSION,

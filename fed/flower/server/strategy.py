@@ -99,7 +99,7 @@ def start_strategy(
     mask = make_mask(config, lm, data.train)
     replica = Replica(lm.model, mask, make_terms(config, mask), config.model.backend)
     description = RunDescription(
-        settings=settings_for_nodes(config.flat()),
+        settings=settings_for_nodes(config),
         base=base,
         mask_digest=mask.digest,
         stream_version=stream.VERSION,
