@@ -22,8 +22,9 @@ from ..config.options import GroupedCommand, example, settings
 from ..config.run_config import RunConfig
 from ..partition import Partition
 from ..run.jsonl import finite_or_none
-from ..setup.data import check_files, encode, encode_rows, read_rows, sample_rows
+from ..setup.data import check_files, encode_rows, read_rows, sample_rows
 from .columns import printable, table
+from .held_out import held_out
 from .options import check_new, given_settings, of_target, write_new
 from .target import Target, holds_run_files, open_target
 
@@ -138,8 +139,7 @@ def _examples(target: Target, config: RunConfig, data: Path | None) -> tuple[Exa
     task = config.task
     if data is None and target.replayed is not None:
         check_files(config)
-        # with the layout of the run's training, so that the bits are those of its own evaluation
-        return encode(config, target.lm).validation, f"{task.name}, held-out examples"
+        return held_out(target.replayed, target.lm, config), f"{task.name}, held-out examples"
     if data is not None:
         rows, where = sample_rows(config, task, file_rows(task, data)), str(data)
     elif config.data.dataset is not None and task.hub is not None:

@@ -24,8 +24,8 @@ def own(folder: Path, faq: Path) -> tuple[Path, Path]:
     """A run, and its file of examples."""
     data = folder / "own.jsonl"
     shutil.copy(faq, data)
-    result = call("run", "--model", "embedded", "--data", data, "--method", "random-mask", "--rounds", 1, "--clients", 2,
-                  "--local-steps", 1, "--batch-size", 8, "--output", folder / "own")  # fmt: skip
+    result = call("run", "--model", "embedded", "--data", data, "--method", "random-mask", "--rounds", 1,
+                  "--clients", 2, "--local-steps", 1, "--batch-size", 8, "--output", folder / "own")  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder / "own", data
 
