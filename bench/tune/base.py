@@ -9,13 +9,14 @@ from pathlib import Path
 from ...engine.lm.evaluation import Evaluation, evaluate
 from ...engine.lm.models import LanguageModel
 from ...engine.mask import SparseMask
-from ...engine.parameters import fingerprint
 from ...engine.weights import MaskedWeights
 from ...fed.config.run_config import RunConfig
 from ...fed.run.shared import Shared
-from ...fed.setup.data import TaskData, encode
+from ...fed.setup.data import TaskData, describe_examples, encode
 from ...fed.setup.mask import make_mask
 from ...fed.setup.model import load_language_model, resolved
+from .directory import MASKS
+from .inputs import Inputs
 
 
 class Base:
@@ -23,13 +24,13 @@ class Base:
 
     Args:
         config: the settings of the user's run.
-        masks: directory for the masks.
+        output: directory of the search, which gets the masks and the record of what the runs have in common.
         log: called with a line before slow work.
         trust_remote_code: see ``models.load_model``.
     """
 
-    def __init__(self, config: RunConfig, masks: Path, log: Callable[[str], None], *, trust_remote_code: bool) -> None:
-        self._given, self._masks, self._log, self.trust_remote_code = config, masks, log, trust_remote_code
+    def __init__(self, config: RunConfig, output: Path, log: Callable[[str], None], *, trust_remote_code: bool) -> None:
+        self._given, self._output, self._log, self.trust_remote_code = config, output, log, trust_remote_code
 
     @contextmanager
     def shared(self, config: RunConfig) -> Iterator[Shared]:
@@ -37,11 +38,15 @@ class Base:
 
         Args:
             config: the settings of the run, which differ from those of the search in lr, eps and density at most.
+
+        Raises:
+            RunError: if examples, base model or the file of the masks are not those that the search began with.
         """
-        model, mask = self._lm.model, self._mask(config)
+        lm, data, base = self._loaded
+        model, mask = lm.model, self._mask(config)
         weights = MaskedWeights(model, mask, self._config.model.backend).live()
         try:
-            yield Shared(lm=self._lm, data=self._data, mask=mask, base=self._fingerprint, initial=self._initial)
+            yield Shared(lm=lm, data=data, mask=mask, base=base, initial=self._initial)
         finally:
             MaskedWeights(model, mask, self._config.model.backend).set_masters_(weights)
 
@@ -50,30 +55,31 @@ class Base:
         return resolved(self._given)
 
     @cached_property
-    def _lm(self) -> LanguageModel:
+    def _loaded(self) -> tuple[LanguageModel, TaskData, str]:
+        """The base model, the examples, and the fingerprint of the model."""
         self._log(f"loading the model {self._given.model.source} and the task {self._given.task.name}")
-        return load_language_model(self._config, trust_remote_code=self.trust_remote_code)
-
-    @cached_property
-    def _data(self) -> TaskData:
-        return encode(self._config, self._lm)
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._lm.model)
+        lm = load_language_model(self._config, trust_remote_code=self.trust_remote_code)
+        data = encode(self._config, lm)
+        inputs = Inputs.of(self._config, lm, data)
+        inputs.check(self._output)
+        for line in describe_examples(data.train, data.validation):
+            self._log(line)
+        return lm, data, inputs.base
 
     @cached_property
     def _initial(self) -> Evaluation:
-        self._log(f"evaluating the base model on {len(self._data.validation)} held-out examples")
-        return evaluate(self._lm.model, self._data.validation)
+        lm, data, _ = self._loaded
+        self._log(f"evaluating the base model on {len(data.validation)} held-out examples")
+        return evaluate(lm.model, data.validation)
 
     def _mask(self, config: RunConfig) -> SparseMask:
         """The mask of a density. It is kept in a file, so that a search that goes on need not choose it again."""
-        path = self._masks / f"density-{config.mask.density:g}.safetensors"
+        lm, data, _ = self._loaded
+        path = self._output / MASKS / f"density-{config.mask.density:g}.safetensors"
         if path.exists():
-            return SparseMask.load(path, self._lm.model)
+            return SparseMask.load(path, lm.model)
         self._log(f"choosing the mask ({config.mask.file or config.method.recipe.elements})")
-        mask = make_mask(dataclasses.replace(config, model=self._config.model), self._lm, self._data.train)
+        mask = make_mask(dataclasses.replace(config, model=self._config.model), lm, data.train)
         path.parent.mkdir(parents=True, exist_ok=True)
         mask.save(path)
         return mask

@@ -17,7 +17,7 @@ from ...fed.run.directory import CONFIG
 from ...fed.setup.data import check_files
 from ...fed.setup.threads import choose_threads
 from .base import Base
-from .directory import FIGURE, RESULT, search_directory, write_if_missing
+from .directory import FIGURE, RESULT, RUNS, search_directory, write_if_missing
 from .figure import draw
 from .grid import Grid
 from .result import Found
@@ -67,8 +67,8 @@ def tune(
     check_files(config)
     choose_threads(config.model.source)
     with search_directory(output, _settings(config, lrs, grid.axes, longest)):
-        base = Base(config, output / "masks", tqdm.write, trust_remote_code=trust_remote_code)
-        search = Search(grid, rungs(longest), base, output / "runs", tqdm.write)
+        base = Base(config, output, tqdm.write, trust_remote_code=trust_remote_code)
+        search = Search(grid, rungs(longest), base, output / RUNS, tqdm.write)
         best = search.run()
         found = Found(search, best, search.safer(best))
         click.echo(found.table())

@@ -1,6 +1,7 @@
 """The directory of a search: one process writes it, and only a search with the same settings goes on in it.
 
 DIR/search.json     settings of the search and of its runs
+DIR/inputs.json     digests of examples and base model, and of the file that masks come from
 DIR/masks           masks, one a density
 DIR/runs/NAME       run directories
 DIR/tune.json       what was found, and what every run did
@@ -19,7 +20,8 @@ from ...engine.atomic_files import write_atomic
 from ...engine.errors import ConfigError, RunError
 from ...fed.run.directory import RunDirectory
 
-SEARCH, RESULT, FIGURE = "search.json", "tune.json", "figure.png"
+SEARCH, INPUTS, RESULT, FIGURE = "search.json", "inputs.json", "tune.json", "figure.png"
+MASKS, RUNS = "masks", "runs"
 _BEFORE_START = re.compile(r"\.lock|\.search\.json\.\d+\.partial")
 
 
@@ -68,4 +70,4 @@ def write_if_missing(path: Path, content: bytes) -> None:
         write_atomic(path, content)
 
 
-__all__ = ["FIGURE", "RESULT", "SEARCH", "search_directory", "write_if_missing"]
+__all__ = ["FIGURE", "INPUTS", "MASKS", "RESULT", "RUNS", "SEARCH", "search_directory", "write_if_missing"]

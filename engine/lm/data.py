@@ -164,6 +164,12 @@ def stratified_sample(labels: Sequence[int], count: int, seed: int) -> list[int]
     return sorted(chosen)
 
 
+def calibration_file(path: Path | None, data_dir: Path | None) -> Path | None:
+    """The file that ``calibration_texts`` reads; None: it reads C4 on the hub."""
+    sample = None if data_dir is None else data_dir / "c4_sample" / "train.jsonl"
+    return sample if path is None and sample is not None and sample.is_file() else path
+
+
 def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> tuple[list[str], str]:
     """Reads pre-training text for the mask.
 
@@ -179,8 +185,7 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
     Raises:
         DataError: if there is no text; the message names the options that provide some.
     """
-    if path is None and data_dir is not None and (data_dir / "c4_sample" / "train.jsonl").is_file():
-        path = data_dir / "c4_sample" / "train.jsonl"
+    path = calibration_file(path, data_dir)
     if path is None:
         try:
             documents = HubSource(path="allenai/c4", config="en").rows("train", streaming=True)
@@ -226,6 +231,7 @@ def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int
 
 __all__ = [
     "AnyTask",
+    "calibration_file",
     "calibration_texts",
     "custom_rows",
     "file_rows",

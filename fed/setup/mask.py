@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ...engine.errors import ConfigError, DataError
 from ...engine.layers import decoder_layers, dominant_layer, parameter_names
 from ...engine.lm import embedded
 from ...engine.lm.batches import Item, TextBatch, text_batch
-from ...engine.lm.data import calibration_texts, token_batches
+from ...engine.lm.data import calibration_file, calibration_texts, token_batches
 from ...engine.lm.example_set import Examples
 from ...engine.lm.layout import Layout, resolve_layout
 from ...engine.lm.models import LanguageModel, max_positions
@@ -64,6 +65,15 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: Examples | None = Non
     return SparseMask.from_gradients(
         model, _with_progress_bar(batches), config.mask.density, calibration=calibration, frozen=True
     )
+
+
+def file_of_choice(config: RunConfig) -> Path | None:
+    """The file that the choice of the mask depends on: the mask's own, or the calibration text; None if none does."""
+    if config.mask.file is not None:
+        return config.mask.file
+    if config.method.recipe.elements not in (Elements.SENSITIVITY, Elements.LAYER) or _has_embedded_texts(config):
+        return None
+    return calibration_file(config.mask.calibration, config.data.directory)
 
 
 def _from_file(config: RunConfig, model: nn.Module) -> SparseMask:
@@ -164,11 +174,15 @@ def _with_progress_bar(batches: Sequence[Any]) -> Iterable[Any]:
     return iterator
 
 
+def _has_embedded_texts(config: RunConfig) -> bool:
+    return config.model.source == embedded.NAME and config.mask.calibration is None
+
+
 def _calibration_texts(config: RunConfig) -> tuple[list[str], str]:
     """The calibration texts, and a description of their source in words."""
-    if config.model.source == embedded.NAME and config.mask.calibration is None:
+    if _has_embedded_texts(config):
         return embedded.calibration_texts(config.mask.texts)
     return calibration_texts(config.mask.calibration, config.data.directory, config.mask.texts)
 
 
-__all__ = ["calibration_batches", "make_mask", "mask_coverage"]
+__all__ = ["calibration_batches", "file_of_choice", "make_mask", "mask_coverage"]

@@ -272,7 +272,7 @@ def test_without_matplotlib_only_the_figure_is_missing(tmp_path: Path) -> None:
 
 def test_a_run_on_a_shared_model_that_has_moved_is_refused(tmp_path: Path) -> None:
     config = make_config({"rounds": 1, "local_steps": 1, "calibration_texts": 16, "eval_examples": 40})
-    base = Base(config, tmp_path / "masks", quiet, trust_remote_code=False)
+    base = Base(config, tmp_path, quiet, trust_remote_code=False)
     with base.shared(config) as shared:
         next(shared.lm.model.parameters()).data[0, 0] += 1
         with pytest.raises(ModelChangedError, match="the shared model is no longer the base model"):
