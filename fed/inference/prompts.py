@@ -135,10 +135,11 @@ def with_answer(task: AnyTask, row: Row) -> Row:
         changed["messages"] = _answered(row["messages"], "role", "assistant", "content")
     if isinstance(row.get("conversations"), Sequence):
         changed["conversations"] = _answered(row["conversations"], "from", "gpt", "value")
-    if row.get("prompt") is not None:
+    of_instruction = row.get("instruction") is not None and "completion" not in row
+    if row.get("prompt") is not None and not of_instruction:
         as_chat = isinstance(row["prompt"], list)
         changed["completion"] = [{"role": "assistant", "content": _ANSWER}] if as_chat else _ANSWER
-    if row.get("instruction") is not None:
+    elif of_instruction:
         changed["output"] = _ANSWER
     return changed
 

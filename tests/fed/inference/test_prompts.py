@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from meerkat_engine.engine.errors import DataError
+from meerkat_engine.engine.lm.free_text.shapes import Instruction, Plain
 from meerkat_engine.engine.lm.free_text.task import TextTask, text_task
 from meerkat_engine.engine.lm.free_text.tasks import TEXT_TASKS
 from meerkat_engine.engine.lm.row_files import LocatedRows
@@ -80,3 +81,12 @@ def test_a_prompt_without_tokens_is_named(chat_model: Path) -> None:
 def test_scores_that_are_not_finite_choose_nothing() -> None:
     assert Choice({"no": float("nan"), "yes": float("nan")}).best is None
     assert Choice({"no": 0.25, "yes": 0.75}).best == "yes"
+
+
+def test_a_row_with_more_fields_than_its_shape_needs_is_read_as_in_training() -> None:
+    task = text_task("t", None, None)
+    row = {"instruction": "Add.", "output": "4", "prompt": "unused"}
+    (content,) = contents(task, [row], ["here"], typed=False)
+    assert isinstance(content, Instruction)
+    (content,) = contents(task, [{"prompt": "2+2=", "completion": "4", "instruction": "unused"}], ["here"], typed=False)
+    assert isinstance(content, Plain)
