@@ -32,7 +32,7 @@ def independent_clients(settings: dict[str, Any]) -> dict[int, Client]:
         own_data = ClientData(
             data.train, client_shares(config, data)[i], config.step.batch_size, stream.derived_seed(0, "data", i)
         )
-        clients[i] = Client(i, own_data, Replica(lm.model, mask, make_terms(config, mask)), config.step.objective)
+        clients[i] = Client(i, own_data, Replica(lm.model, mask, make_terms(config, mask)), config.objective)
     return clients
 
 
