@@ -216,7 +216,7 @@ def test_options_override_the_settings_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: ag_news, boolq"),
+        (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: ag_news, alpaca, boolq"),
         (["--task", "sst2"], "give both --model and --task, or neither"),
         (["--model", "x"], "give both --model and --task, or neither"),
         (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
@@ -367,7 +367,7 @@ def test_mask_check_reports_the_coverage_of_own_data(
     assert result.exit_code == 0, result.output
     assert "mine: holds " in result.output
     result = call("mask", *model, *own_data, "--check", "sst2")
-    assert "with --data the only task is 'mine', the name of the file; got 'sst2'" in result.output
+    assert "with your own data the only task is 'mine', their name; got 'sst2'" in result.output
 
 
 @pytest.mark.parametrize(
