@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,26 @@ def test_unanswered_message_is_an_error_after_its_time_limit(runtime: Path, pare
     os.kill(process, signal.SIGCONT)
     assert worker.ask(ROUND, b"", 60)[0]["known"] is False
     assert workers(runtime) == [process]
+
+
+def test_a_worker_that_stops_while_it_is_greeted_is_an_error_after_the_time_limit(
+    runtime: Path, parent: subprocess.Popen[bytes]
+) -> None:
+    worker = WorkerClient("one", parent.pid)
+    worker._prefix.with_suffix(".key").write_bytes(b"key")
+    with Listener(str(worker._prefix.with_suffix(".sock")), family="AF_UNIX") as silent:
+
+        def challenge_and_stop() -> None:
+            connections.append(silent.accept())
+            connections[0].send_bytes(b"#CHALLENGE#" + b"{sha256}" + bytes(20))
+
+        connections: list[Connection] = []
+        thread = threading.Thread(target=challenge_and_stop)
+        thread.start()
+        with pytest.raises(WorkerError, match=r"did not answer within 0\.5 s"):
+            worker.ask(ROUND, b"", 0.5)
+        thread.join()
+        connections[0].close()
 
 
 def test_worker_ends_after_the_idle_time_of_its_last_message(runtime: Path, parent: subprocess.Popen[bytes]) -> None:

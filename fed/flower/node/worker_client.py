@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import secrets
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -121,11 +123,13 @@ class WorkerClient:
         try:
             key = self._prefix.with_suffix(".key").read_bytes()
             connection = Client(str(self._prefix.with_suffix(".sock")), family="AF_UNIX")
-            if not connection.poll(seconds):  # Client with authkey would wait without a limit
+            _limit_reads(connection, seconds)  # Client with authkey would wait without a limit
+            try:
+                answer_challenge(connection, key)
+                deliver_challenge(connection, key)
+            except BlockingIOError:
                 connection.close()
-                raise WorkerError(f"the worker did not answer within {seconds:g} s")
-            answer_challenge(connection, key)
-            deliver_challenge(connection, key)
+                raise WorkerError(f"the worker did not answer within {seconds:g} s") from None
         except (OSError, EOFError, AuthenticationError):  # no worker, or the files of one that was killed
             return None
         return connection
@@ -155,6 +159,14 @@ class WorkerClient:
             time.sleep(0.05)
         process.kill()
         raise WorkerError(f"the worker did not listen within {_START_SECONDS:g} s")
+
+
+def _limit_reads(connection: "Connection", seconds: float) -> None:
+    """Sets a time limit for each read from a connection, after which it raises ``BlockingIOError``."""
+    whole, fraction = divmod(seconds, 1)
+    limit = struct.pack("ll", int(whole), max(1, int(fraction * 1e6)))  # 0 would be no limit
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 __all__ = ["END", "FrameHeader", "WorkerClient", "runtime_directory"]
