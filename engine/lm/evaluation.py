@@ -14,11 +14,8 @@ from .examples import EncodedTask
 from .free_text.encoded import EncodedText
 from .objective import candidate_scores
 from .scores import LOSS, shown
-from .text_evaluation import generated_scores, held_out_loss
+from .text_evaluation import examples_per_batch, generated_scores, held_out_loss
 from .text_metrics import Metric, named_metrics
-
-# Examples per batch by type of device: a GPU needs large batches to be busy.
-_BATCH_SIZES = {"cuda": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def _exp(loss: float) -> float:
 def _evaluate_classification(model: nn.Module, data: EncodedTask, batch_size: int | None) -> Evaluation:
     """See ``evaluate``."""
     device = next(model.parameters()).device
-    size = batch_size or _BATCH_SIZES.get(device.type, 32)
+    size = batch_size or examples_per_batch(device)
     order = torch.tensor(sorted(range(len(data)), key=lambda i: len(data.prompts[i])), dtype=torch.int64, device="cpu")
     batches = (data.batch(part.tolist(), answers="all", device=device) for part in order.split(size))
     scores, labels = torch.cat([candidate_scores(model, batch) for batch in batches]).cpu(), data.labels[order]

@@ -10,8 +10,10 @@ from .generation import generate
 from .text_loss import token_losses
 from .text_metrics import Metric, score_texts
 
-# Examples per batch by type of device: a GPU needs large batches to be busy.
-_BATCH_SIZES = {"cuda": 256}
+
+def examples_per_batch(device: torch.device) -> int:
+    """Number of examples of an evaluation's batch. A GPU needs large batches to be busy."""
+    return 256 if device.type == "cuda" else 32
 
 
 @torch.inference_mode()
@@ -29,7 +31,7 @@ def held_out_loss(model: nn.Module, data: EncodedText, batch_size: int | None = 
     """
     device = next(model.parameters()).device
     order = sorted(range(len(data)), key=lambda i: data.lengths[i])
-    size = batch_size or _BATCH_SIZES.get(device.type, 32)
+    size = batch_size or examples_per_batch(device)
     sums = []
     for start in range(0, len(order), size):
         batch = data.batch(order[start : start + size], answers="gold", device=device)
@@ -75,4 +77,4 @@ def generated_scores(
     return score_texts(generate_answers(model, data, max_new_tokens), references, metrics)
 
 
-__all__ = ["generate_answers", "generated_scores", "held_out_loss"]
+__all__ = ["examples_per_batch", "generate_answers", "generated_scores", "held_out_loss"]
