@@ -15,6 +15,7 @@ import click
 import torch
 import triton
 
+from ..triton_kernels import Layout
 from .assembly import Assembly
 from .compiling import DTYPES, TARGETS, compiling_for, launch_everything, quotient, square_roots
 
@@ -65,7 +66,7 @@ def _constant(kernel: Any, name: str) -> int:
 
 
 def _is_dense(kernel: Any) -> bool:
-    return bool(_constant(kernel, "DENSE"))
+    return _constant(kernel, "LAYOUT") == Layout.DENSE
 
 
 @functools.cache

@@ -5,13 +5,14 @@ in the backward pass, and no hook that changes gradients. The gradients are thos
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MaskError
+from .frozen.weight import FrozenWeight
 from .parameters import check_values, floating_parameters
 
 # Computes a model's loss on one batch, a scalar.
@@ -26,7 +27,8 @@ Backward = Callable[[Tensor], None]
 def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[Backward]:
     """Context that yields a backward pass which hands each gradient to its parameter's receiver and frees it.
 
-    In the context autograd is enabled, and only parameters with a receiver require gradients. The backward pass leaves
+    In the context autograd is enabled, and only parameters with a receiver require gradients. A frozen parameter gets
+    the gradient of its dense weight, which is made again in the backward pass. The backward pass leaves
     every ``grad`` as it is and runs none of the parameters' hooks. It cannot go through a checkpoint with
     ``use_reentrant=True``, nor work in inference mode.
 
@@ -42,13 +44,18 @@ def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Ite
     chosen = {name: p for name, p in floating_parameters(model) if name in receivers}
     for name, parameter in chosen.items():
         check_values(name, parameter)
-    with torch.enable_grad(), _requiring_gradients(model, chosen.values()):
-        for name, parameter in chosen.items():
-            parameter.register_hook(_hook(receivers[name]))
+    frozen = {name: p for name, p in chosen.items() if isinstance(p, FrozenWeight)}
+    plain = [p for p in chosen.values() if not isinstance(p, FrozenWeight)]
+    with torch.enable_grad(), _requiring_gradients(model, plain), ExitStack() as stack:
+        leaves: dict[str, Tensor] = dict(chosen)
+        for name, weight in frozen.items():
+            leaves[name] = stack.enter_context(weight.collecting_gradient())
+        for name, leaf in leaves.items():
+            leaf.register_hook(_hook(receivers[name]))
 
         def backward(loss: Tensor) -> None:
             # not loss.backward(), which would also run the hooks around the accumulation into `grad`
-            torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+            torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
 
         yield backward
 
@@ -57,7 +64,9 @@ def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Ite
 def _requiring_gradients(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
     """Context in which only the chosen parameters require gradients, and none has its hooks. Restores both."""
     ids = {id(parameter) for parameter in chosen}
-    before = [(p, p.requires_grad, p._backward_hooks) for p in model.parameters()]
+    before = [
+        (p, p.requires_grad, p._backward_hooks) for p in model.parameters() if not isinstance(p, FrozenWeight)
+    ]
     try:
         for parameter, requires_grad, _ in before:
             if requires_grad != (id(parameter) in ids):

@@ -7,10 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import ElementTable, build_table, can_be_dense
+from ..triton_kernels import ElementTable, Layout, build_table, can_be_dense
 from . import backend as backends
 from .backend import Backend
 from .errors import MaskError, ModelChangedError
+from .frozen.weight import FrozenWeight
 from .mask import SparseMask
 from .parameters import check_values, floating_parameters
 
@@ -20,7 +21,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class MaskedParameter:
-    """One parameter with masked elements, and its address, dtype and device when the table was built."""
+    """One parameter with masked elements, and its address, dtype and device when the table was built.
+
+    The address is that of the tensor that holds its live masked weights, see ``live``.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -34,14 +38,22 @@ class MaskedParameter:
     device: torch.device
 
     @property
-    def dense(self) -> bool:
-        """Whether all elements are masked and the alignment allows a table without offsets."""
-        return self.stop - self.start == self.parameter.numel() and can_be_dense(self.parameter, self.base)
+    def live(self) -> Tensor:
+        """The tensor that holds the live masked weights: the parameter, or the vector beside a frozen one."""
+        return live_tensor(self.parameter)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the live masked weights are; dense if all elements are masked and the alignment allows it."""
+        if isinstance(self.parameter, FrozenWeight):
+            return Layout.COMPACT
+        all_masked = self.stop - self.start == self.parameter.numel()
+        return Layout.DENSE if all_masked and can_be_dense(self.parameter, self.base) else Layout.SCATTERED
 
     @property
     def launch_key(self) -> tuple[object, ...]:
         """Parameters with the same key share one table, and so one launch per operation."""
-        return self.group, self.dtype, self.device, self.dense
+        return self.group, self.dtype, self.device, self.layout
 
     @cached_property
     def path(self) -> tuple[str, ...]:
@@ -57,7 +69,12 @@ class MaskedParameter:
         """Raises ``ModelChangedError`` if the parameter was moved or cast, or its module has another one now."""
         self._check_held_by(self.owner)
         if not self.is_in_place():
-            live = self.parameter
+            live = self.live
+            if isinstance(self.parameter, FrozenWeight):
+                raise ModelChangedError(
+                    f"the masked weights beside parameter {self.name!r} now belong to another optimizer; call this "
+                    f"optimizer's `reload()` to take them back"
+                )
             now = f"{live.dtype} on {live.device}"
             if (live.dtype, live.device) == (self.dtype, self.device):
                 now += " at another address"
@@ -68,7 +85,7 @@ class MaskedParameter:
 
     def is_in_place(self) -> bool:
         """Whether the parameter has the address, dtype and device that it had."""
-        live = self.parameter
+        live = self.live
         return live.data_ptr() == self.address and live.dtype == self.dtype and live.device == self.device
 
     def check_present(self, model: nn.Module) -> None:
@@ -81,6 +98,14 @@ class MaskedParameter:
     def _check_held_by(self, module: nn.Module | None) -> None:
         if module is None or module._parameters.get(self.own_name) is not self.parameter:
             raise ModelChangedError(f"parameter {self.name!r} was replaced in the model; {_REMEDY}")
+
+
+def live_tensor(parameter: nn.Parameter) -> Tensor:
+    """The tensor that holds a parameter's live weights: itself, or the vector of masked ones beside a frozen one."""
+    if not isinstance(parameter, FrozenWeight):
+        return parameter
+    assert parameter.values is not None
+    return parameter.values
 
 
 _REMEDY = "change the model first, then build the optimizer, or call the optimizer's `reload()`"
@@ -128,7 +153,9 @@ class LaunchGroup:
         """Yields each parameter with copies of its live masked weights and of ``cast(master)``."""
         for i, (p, start, stop) in enumerate(self.slot_ranges()):
             weight = self.table.weights[i]
-            live = weight.clone() if self.table.offsets is None else weight[self.table.offsets[start:stop].long()]
+            offsets = self.table.offsets
+            is_scattered = offsets is not None and self.table.layout is Layout.SCATTERED
+            live = weight[offsets[start:stop].long()] if is_scattered else weight.clone()
             yield p, live, self.master[start:stop].to(live.dtype)
 
     def differing(self) -> list[MaskedParameter]:
@@ -169,6 +196,8 @@ def _masked_parameters(model: nn.Module, mask: SparseMask, groups: Mapping[str, 
     for name, base, start, stop in mask.ranges():
         parameter = by_name[name]
         _check_writable(name, parameter)
+        if isinstance(parameter, FrozenWeight):
+            parameter.add_masked(mask.ids[start:stop] - base)
         masked.append(
             MaskedParameter(
                 name=name,
@@ -178,7 +207,7 @@ def _masked_parameters(model: nn.Module, mask: SparseMask, groups: Mapping[str, 
                 base=base,
                 start=start,
                 stop=stop,
-                address=parameter.data_ptr(),
+                address=live_tensor(parameter).data_ptr(),
                 dtype=parameter.dtype,
                 device=parameter.device,
             )
@@ -197,7 +226,7 @@ def _check_writable(name: str, parameter: nn.Parameter) -> None:
             f"to float32, bfloat16 or float16 first"
         )
     check_values(name, parameter)
-    if not parameter.is_contiguous():
+    if not isinstance(parameter, FrozenWeight) and not parameter.is_contiguous():
         raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
 
 
@@ -206,6 +235,8 @@ def _check_overlap(model: nn.Module, masked: list[MaskedParameter]) -> None:
     names = {p.name for p in masked}
     spans: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, FrozenWeight):  # has no memory that is written
+            continue
         if parameter.numel() and parameter.device.type != "meta" and type(parameter.data) is Tensor:
             last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
             start = parameter.data_ptr()
@@ -227,11 +258,11 @@ def _check_overlap(model: nn.Module, masked: list[MaskedParameter]) -> None:
 
 def _launch_group(parameters: list[MaskedParameter], ids: Tensor, backend: str) -> LaunchGroup:
     """Builds the table of parameters with the same ``launch_key``, and reads their masters from the weights."""
-    weights = [p.parameter.detach() for p in parameters]
-    offsets = None if parameters[0].dense else [ids[p.start : p.stop] - p.base for p in parameters]
-    device = weights[0].device
+    device, layout = parameters[0].device, parameters[0].layout
+    offsets = None if layout is Layout.DENSE else [ids[p.start : p.stop] - p.base for p in parameters]
+    weights = [p.live.detach() for p in parameters]
     resolved = backends.resolve(backend, device)
-    table = build_table(weights, [p.base for p in parameters], offsets)
+    table = build_table(weights, [p.base for p in parameters], offsets, compact=layout is Layout.COMPACT)
     master = torch.zeros(table.slots, dtype=torch.float32, device=device)
     group = LaunchGroup(
         group=parameters[0].group,
@@ -243,7 +274,8 @@ def _launch_group(parameters: list[MaskedParameter], ids: Tensor, backend: str) 
     )
     for i, (_, start, stop) in enumerate(group.slot_ranges()):
         weight = table.weights[i]
-        master[start:stop] = weight if offsets is None else weight[offsets[i].to(device)]
+        is_scattered = offsets is not None and layout is Layout.SCATTERED
+        master[start:stop] = weight[offsets[i].to(device)] if is_scattered else weight
     return group
 
 

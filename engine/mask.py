@@ -189,6 +189,7 @@ class SparseMask:
         return self.table.ranges(self.ids)
 
     @classmethod
+    @torch.no_grad()
     def magnitude(cls, model: nn.Module, density: float, *, frozen: bool = False) -> "SparseMask":
         """Masks the elements with the largest absolute weight.
 
@@ -206,11 +207,10 @@ class SparseMask:
         k = element_count(density, table.size_of(parameters))
         for name, parameter in parameters.items():
             check_values(name, parameter)
-            if torch.isnan(parameter.detach()).any():
+            if torch.isnan(parameter).any():
                 raise MaskError(f"parameter {name!r} contains NaN, which has no magnitude; check the model's weights")
-        weights = [p.detach() for p in parameters.values()]
         ids, scores = sensitivity.select_largest(
-            weights, k, bases=base_ids(table, parameters), score=lambda weight: weight.float().abs()
+            list(parameters.values()), k, bases=base_ids(table, parameters), score=lambda weight: weight.float().abs()
         )
         return cls(ids=ids, table=table, density=density, source="magnitude", scores=scores)
 

@@ -23,7 +23,8 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module, parameters: Sequence[MaskedParameter]) -> None:
         self._model, self._parameters = model, tuple(parameters)
-        self._live = [p.parameter for p in parameters]
+        self._held = [p.parameter for p in parameters]
+        self._some_frozen = any(p.live is not p.parameter for p in parameters)
         self._owners, self._names = [p.owner for p in parameters], [p.own_name for p in parameters]
         self._dicts = [owner._parameters for owner in self._owners]
         self._addresses, self._dtypes = [p.address for p in parameters], [p.dtype for p in parameters]
@@ -51,13 +52,14 @@ class ModelWatch:
 
     def are_in_place(self) -> bool:
         """Whether all parameters have the addresses and dtypes that they had. An address belongs to one device."""
+        live = [p.live for p in self._parameters] if self._some_frozen else self._held
         return (
-            list(map(Tensor.data_ptr, self._live)) == self._addresses and list(map(_dtype, self._live)) == self._dtypes
+            list(map(Tensor.data_ptr, live)) == self._addresses and list(map(_dtype, live)) == self._dtypes
         )
 
     def _are_held(self) -> bool:
         """Whether the modules that held the parameters still do."""
-        return all(map(is_, map(dict.get, self._dicts, self._names), self._live))
+        return all(map(is_, map(dict.get, self._dicts, self._names), self._held))
 
     def _have_their_dicts(self) -> bool:
         """Whether the modules still have the dictionaries of parameters in which ``_are_held`` looks."""

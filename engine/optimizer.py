@@ -29,6 +29,7 @@ from .estimator import (
     check_queries,
     evaluate_closure,
 )
+from .frozen.weight import frozen_weights
 from .graphs import CudaGraphs
 from .journal import Journal
 from .mask import SparseMask
@@ -158,6 +159,8 @@ class SparseZO(torch.optim.Optimizer):
             reason = "with debug=True, all passes look at the weights first"
         elif any(table.blocks.device != device for table in weights.tables()):
             reason = "the model is on several devices"
+        elif frozen_weights(self._model):
+            reason = "the weights are frozen, and made dense anew in every forward"
         elif graphs is not None and self._backend not in ("auto", "triton"):
             reason = f"the backend {self._backend!r} reads seeds on the host"
         return CapturedSteps(self._model, weights, self.estimator, self.queries, len(self.param_groups), graphs, reason)

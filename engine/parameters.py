@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import ModelError
+from .frozen.weight import FrozenWeight
 
 # Beginnings of the modules whose classes wrap a model, or become a base class of it, to train it in several processes.
 _REPLICATING = ("torch.nn.parallel.distributed", "torch.distributed._composable.replicate")
@@ -166,12 +167,14 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_values(name: str, parameter: nn.Parameter) -> None:
-    """Checks that the values of a parameter can be read, written and differentiated.
+    """Checks that the values of a parameter can be read, written (or written beside it), and differentiated.
 
     Raises:
         ModelError: if the parameter is on the meta device (not loaded, or offloaded), was made in inference mode, or is
             of a subclass of tensors, such as packed weights.
     """
+    if isinstance(parameter, FrozenWeight):
+        return
     if parameter.device.type == "meta":
         raise ModelError(
             f"parameter {name!r} is on the meta device, so it has no values; load the weights first, and do not offload"

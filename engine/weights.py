@@ -15,7 +15,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import ElementTable, reference
+from ..triton_kernels import ElementTable, Layout, reference
 from .device_values import DeviceValues, to_device_async
 from .errors import ModelChangedError
 from .launch_groups import LaunchGroup, MaskedParameter, launch_groups
@@ -415,10 +415,13 @@ class MaskedWeights:
         self._written = None
         for group in self._launch_groups:
             for p, start, stop in group.slot_ranges():
-                live = p.parameter.detach().view(-1)
+                live, values = p.live.detach().view(-1), group.master[start:stop]
+                if p.layout is Layout.COMPACT:
+                    live.copy_(values)
+                    continue
                 offsets = (self.mask.ids[p.start : p.stop] - p.base).to(live.device)
                 with torch.inference_mode(live.is_inference()):  # it may have been cast within a closure
-                    live.index_copy_(0, offsets, group.master[start:stop].to(live.device, live.dtype))
+                    live.index_copy_(0, offsets, values.to(live.device, live.dtype))
         self._restored = True
 
     def _parameters(self) -> list[MaskedParameter]:

@@ -5,6 +5,6 @@ reference and the element table need only torch.
 """
 
 from . import reference
-from .elements import ALIGN, BLOCK, ElementTable, build_table, can_be_dense
+from .elements import ALIGN, BLOCK, ElementTable, Layout, build_table, can_be_dense
 
-__all__ = ["ALIGN", "BLOCK", "ElementTable", "build_table", "can_be_dense", "reference"]
+__all__ = ["ALIGN", "BLOCK", "ElementTable", "Layout", "build_table", "can_be_dense", "reference"]

@@ -1,33 +1,34 @@
 """Shared code of all masked kernels: load a block's elements, draw their normals, round to the weights' dtype.
 
-``DENSE`` is a compile-time constant: true if all elements of the table's tensors are masked and the table has no
-offsets (see ``ElementTable``).
+``LAYOUT`` is a compile-time constant: where the weights and ids of a table's elements are, see ``elements.Layout``.
 """
 
 import triton
 import triton.language as tl
 
 from .elements import BLOCK as _BLOCK
+from .elements import Layout as _Layout
 from .philox import normal_at, normal_run
 
 _TABLE_BLOCK = tl.constexpr(_BLOCK)  # elements per row of the table
+_DENSE, _SCATTERED = tl.constexpr(int(_Layout.DENSE)), tl.constexpr(int(_Layout.SCATTERED))
 
 
 @triton.jit
-def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
     """Loads the elements of this program: a block of the table, or a part of one if ``BLOCK`` is smaller.
 
     Args:
         w_like_ptr: pointer with the weights' type; its address is not used.
         blocks_ptr: pointer to ``ElementTable.blocks``.
-        offsets_ptr: pointer to ``ElementTable.offsets``; not used if ``DENSE``.
+        offsets_ptr: pointer to ``ElementTable.offsets``; not used if dense.
         master_ptr: pointer to the masters, fp32 [slots].
         BLOCK: number of elements per program.
-        DENSE: whether the table has no offsets.
+        LAYOUT: ``Layout`` of the table, as an int.
 
     Returns:
         w_ptr: pointers to the live weights, [BLOCK].
-        ids: element ids, int64 [BLOCK]; if ``DENSE``, the id of the first element.
+        ids: element ids, int64 [BLOCK]; if dense, the id of the first element.
         masters_ptr: pointers to the masters, [BLOCK].
         master: masters, fp32 [BLOCK].
         live: lanes that hold an element, bool [BLOCK].
@@ -45,7 +46,7 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
     masters_ptr = master_ptr + start + lane
     master = tl.load(masters_ptr, mask=slots, other=0.0)
     live = lane < count
-    if DENSE:
+    if LAYOUT == _DENSE:
         live = slots  # equal, because a dense tensor's size is a multiple of 4
         # Four elements, as in the masters: the hint of 16 bytes would make a layout of eight for 2-byte weights, and a
         # conversion through shared memory.
@@ -54,15 +55,15 @@ def load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.conste
         ids = tl.load(block + 1) + first
     else:
         offsets = tl.load(offsets_ptr + start + lane, mask=slots, other=0).to(tl.int64)
-        w_ptr = tl.load(block).to(w_like_ptr.dtype) + offsets
+        w_ptr = tl.load(block).to(w_like_ptr.dtype) + (offsets if LAYOUT == _SCATTERED else first + lane)
         ids = tl.load(block + 1) + offsets
     return w_ptr, ids, masters_ptr, master, live, slots, count
 
 
 @triton.jit
-def block_normals(seed, ids, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+def block_normals(seed, ids, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
     """Draws ``z`` for a block: fp32 [BLOCK], from the ids that ``load_block`` returns."""
-    return normal_run(seed, ids, BLOCK) if DENSE else normal_at(seed, ids)
+    return normal_run(seed, ids, BLOCK) if LAYOUT == _DENSE else normal_at(seed, ids)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ from .launch import VALUES, launch_masked
 
 @triton.jit(do_not_specialize_on_alignment=VALUES)
 def _compare_kernel(
-    w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, counts_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr
+    w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, counts_ptr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    w_ptr, _, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
+    w_ptr, _, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT)
     weight = tl.load(w_ptr, mask=live, other=0.0).to(tl.float32)
     wanted = round_to(master, w_like_ptr.dtype.element_ty).to(tl.float32)
     both_nan = (weight != weight) & (wanted != wanted)

@@ -6,13 +6,14 @@ that four neighbours are one 16-byte load. Up to three padding slots after a ten
 written for them.
 
 The slots are cut into blocks of at most ``BLOCK``; a block never spans two tensors. A program processes one block and
-reads its four numbers once. The weight of a slot is at ``address + offset * itemsize``, its element id is
-``base + offset``.
+reads its four numbers once. The element id of a slot is ``base + offset``. Its weight is at ``address + offset *
+itemsize`` of its tensor, or, where masked weights are kept beside their tensors, next to its neighbours' (``Layout``).
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -22,12 +23,25 @@ ALIGN = 4
 _INT32_MAX = 2**31 - 1
 
 
+class Layout(IntEnum):
+    """Where the weights of a table's elements are.
+
+    ``SCATTERED``: in tensors that have other elements too, at their offsets.
+    ``COMPACT``: in vectors of the masked elements alone, in the order of their offsets.
+    ``DENSE``: in tensors of which all elements are masked. There are no offsets.
+    """
+
+    SCATTERED = 0
+    COMPACT = 1
+    DENSE = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """The part of a table in a range of slots, cut by tensors.
 
     Args:
-        weights: flat views of the tensors that have elements there; without offsets, only of these elements.
+        weights: flat views of the tensors that have elements there; unless scattered, only of these elements.
         sizes: numbers of slots between elements, of the first tensor's elements, between elements, and so on.
         counts: int64 [len(sizes)], the same on the table's device.
         bases: int64 [len(sizes)], element id of the first element of the elements' tensor, 0 between elements.
@@ -51,16 +65,20 @@ class ElementTable:
     """Locations of the masked elements of several tensors: tensor by tensor, in the order of their offsets.
 
     Args:
-        weights: flat views (one dimension, contiguous) of the live tensors, all of one dtype and device.
+        layout: where the weights of the elements are.
+        weights: flat views (one dimension, contiguous) of the live tensors, all of one dtype and device. If compact,
+            vectors of the masked elements alone.
         bases: element id of each tensor's first element.
         starts: first slot of each tensor, a multiple of ``ALIGN``, followed by one last entry: ``slots``.
         counts: number of masked elements of each tensor.
         offsets: flat offset of each slot's element in its tensor, int32 [slots] (int64 if a tensor has over 2**31
-            elements). None if all elements of all tensors are masked.
+            elements). None if dense.
         blocks: one row per block, int64 [n_blocks, 4]: address of the tensor, its base id, first slot, number of
-            elements (<= ``BLOCK``). Without offsets, address and id are those of the block's first element.
+            elements (<= ``BLOCK``). Unless scattered, the address is that of the block's first element; if dense, so is
+            the id.
     """
 
+    layout: Layout
     weights: tuple[Tensor, ...]
     bases: tuple[int, ...]
     starts: tuple[int, ...]
@@ -110,7 +128,7 @@ class ElementTable:
             weights, sizes, bases, rows, end = [], [], [], [], start
             for tensor, low, high in self.tensor_slices(start, stop):
                 weight, first = self.weights[tensor], self.starts[tensor]
-                weights.append(weight if self.offsets is not None else weight[low - first : high - first])
+                weights.append(weight if self.layout is Layout.SCATTERED else weight[low - first : high - first])
                 sizes += [low - end, high - low]
                 bases += [0, self.bases[tensor]]
                 rows.append((weights[-1].data_ptr(), low - start, high - low))
@@ -139,7 +157,9 @@ def can_be_dense(weight: Tensor, base: int) -> bool:
     return base % ALIGN == 0 and weight.numel() % ALIGN == 0 and weight.data_ptr() % 16 == 0
 
 
-def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor] | None) -> ElementTable:
+def build_table(
+    weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequence[Tensor] | None, *, compact: bool = False
+) -> ElementTable:
     """Builds the table of the masked elements of tensors.
 
     Args:
@@ -147,10 +167,13 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
         bases: element id of each tensor's first element.
         offsets: sorted flat offsets of each tensor's masked elements, int64 [n_i] with n_i > 0. None selects all
             elements of all tensors; then ``can_be_dense`` must hold for each tensor.
+        compact: whether ``weights`` are vectors of the masked elements alone, [n_i] each.
 
     Raises:
-        ValueError: if the tensors differ in dtype or device, one is not contiguous, or one cannot be dense.
+        ValueError: if the tensors differ in dtype or device, one is not contiguous, one cannot be dense, or a compact
+            one has another length than its offsets.
     """
+    layout = Layout.DENSE if offsets is None else Layout.COMPACT if compact else Layout.SCATTERED
     device, dtype = weights[0].device, weights[0].dtype
     for weight, base in zip(weights, bases, strict=True):
         if weight.device != device or weight.dtype != dtype:
@@ -164,40 +187,44 @@ def build_table(weights: Sequence[Tensor], bases: Sequence[int], offsets: Sequen
                 f"a tensor of {weight.numel()} elements with first id {base} at address {weight.data_ptr():#x} is not "
                 f"aligned: its elements need offsets"
             )
+    if compact and [w.numel() for w in weights] != [o.numel() for o in offsets or ()]:
+        raise ValueError("compact weights need one element for each offset")
     flat = tuple(w.detach().view(-1) for w in weights)
     counts = tuple(w.numel() for w in flat) if offsets is None else tuple(o.numel() for o in offsets)
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + -(-count // ALIGN) * ALIGN)
     blocks = [
-        _block_rows(w, base, start, count, dense=offsets is None)
+        _block_rows(w, base, start, count, layout)
         for w, base, start, count in zip(flat, bases, starts, counts, strict=False)
     ]
     return ElementTable(
+        layout=layout,
         weights=flat,
         bases=tuple(bases),
         starts=tuple(starts),
         counts=counts,
-        offsets=None if offsets is None else _padded_offsets(flat, offsets, starts).to(device),
+        offsets=None if offsets is None else _padded_offsets(offsets, starts).to(device),
         blocks=torch.cat(blocks).to(device),
     )
 
 
-def _padded_offsets(weights: Sequence[Tensor], offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+def _padded_offsets(offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
     """Concatenates the offsets of all tensors, padded to their slots: int32 or int64 [slots]."""
-    fits_int32 = max(w.numel() for w in weights) <= _INT32_MAX
+    fits_int32 = max(int(o[-1]) for o in offsets) <= _INT32_MAX
     padded = torch.zeros(starts[-1], dtype=torch.int32 if fits_int32 else torch.int64, device="cpu")
     for start, tensor_offsets in zip(starts, offsets, strict=False):
         padded[start : start + tensor_offsets.numel()] = tensor_offsets
     return padded
 
 
-def _block_rows(weight: Tensor, base: int, start: int, count: int, *, dense: bool) -> Tensor:
+def _block_rows(weight: Tensor, base: int, start: int, count: int, layout: Layout) -> Tensor:
     """Makes the rows of ``ElementTable.blocks`` for one tensor whose ``count`` elements start at slot ``start``."""
     first = torch.arange(0, count, BLOCK, device="cpu")  # first element of each block, counted within the tensor
-    shift = first if dense else torch.zeros_like(first)
-    addresses = weight.data_ptr() + shift * weight.element_size()
-    return torch.stack((addresses, base + shift, first + start, (count - first).clamp(max=BLOCK)), dim=1)
+    none = torch.zeros_like(first)
+    addresses = weight.data_ptr() + (none if layout is Layout.SCATTERED else first) * weight.element_size()
+    ids = base + (first if layout is Layout.DENSE else none)
+    return torch.stack((addresses, ids, first + start, (count - first).clamp(max=BLOCK)), dim=1)
 
 
-__all__ = ["ALIGN", "BLOCK", "ElementTable", "build_table", "can_be_dense"]
+__all__ = ["ALIGN", "BLOCK", "ElementTable", "Layout", "build_table", "can_be_dense"]

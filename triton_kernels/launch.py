@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from .elements import BLOCK, ElementTable
+from .elements import BLOCK, ElementTable, Layout
 
 if knobs.runtime.interpret and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     raise ImportError(
@@ -129,7 +129,7 @@ def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments:
         master: masters, float32 [slots].
         arguments: further keyword arguments of the kernel.
     """
-    dense = table.offsets is None
+    dense = table.layout is Layout.DENSE
     with on_device_of(master):
         config = config_of(kernel, dense=dense)
         kernel[(table.blocks.shape[0] * (BLOCK // config.block),)](
@@ -138,7 +138,7 @@ def launch_masked(kernel: Any, table: ElementTable, master: Tensor, **arguments:
             offsets_ptr=master if dense else table.offsets,
             master_ptr=master,
             **arguments,
-            DENSE=dense,
+            LAYOUT=int(table.layout),
             **config.options(),
         )
 

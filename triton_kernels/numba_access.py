@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import reference
-from .elements import ElementTable
+from .elements import ElementTable, Layout
 
 
 @intrinsic
@@ -87,8 +87,8 @@ def gather(table: ElementTable, start: int, out: Tensor) -> None:
 
 
 def _is_compiled_for(table: ElementTable) -> bool:
-    """Whether it is not for torch: without offsets the weights are contiguous, and int64 ones are of huge tensors."""
-    return table.offsets is not None and table.offsets.element_size() == 4
+    """Whether it is not for torch: other weights are contiguous, and int64 offsets are of huge tensors."""
+    return table.layout is Layout.SCATTERED and table.offsets is not None and table.offsets.element_size() == 4
 
 
 def _offsets(table: ElementTable, start: int) -> int:

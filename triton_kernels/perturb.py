@@ -22,10 +22,10 @@ def _perturb_kernel(
     seed_ptr,
     scale_ptr,
     BLOCK: tl.constexpr,
-    DENSE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
-    w_ptr, ids, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
-    value = master + block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
+    w_ptr, ids, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT)
+    value = master + block_normals(tl.load(seed_ptr), ids, BLOCK, LAYOUT) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 

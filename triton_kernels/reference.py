@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .elements import ElementTable
+from .elements import ElementTable, Layout
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -233,7 +233,7 @@ def part(values: Tensor, start: int, stop: int) -> Tensor:
 def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
     """Writes values of slots ``start`` onwards, [n] in the weights' dtype, to the live weights."""
     window = table.window(start, start + values.numel())
-    if table.offsets is None:
+    if table.offsets is None or table.layout is not Layout.SCATTERED:
         for weight, piece in zip(window.weights, window.split(values), strict=True):
             weight.copy_(piece)
         return
@@ -245,7 +245,7 @@ def scatter_(table: ElementTable, start: int, values: Tensor) -> None:
 def gather(table: ElementTable, start: int, out: Tensor) -> None:
     """Reads the live weights of slots ``start`` onwards into ``out``, [n] in their dtype; skips slots without one."""
     window = table.window(start, start + out.numel())
-    if table.offsets is None:
+    if table.offsets is None or table.layout is not Layout.SCATTERED:
         for weight, piece in zip(window.weights, window.split(out), strict=True):
             piece.copy_(weight)
         return

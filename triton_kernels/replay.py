@@ -23,13 +23,13 @@ def _replay_kernel(
     c_ptr,
     n: tl.int32,
     BLOCK: tl.constexpr,
-    DENSE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     w_ptr, ids, masters_ptr, master, live, slots, count = load_block(
-        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
+        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT
     )
     for t in range(tl.where(count > 0, n, 0)):  # a part of a block may be empty
-        master = update_master(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, DENSE), tl.load(c_ptr + t))
+        master = update_master(master, block_normals(tl.load(seeds_ptr + t), ids, BLOCK, LAYOUT), tl.load(c_ptr + t))
     tl.store(masters_ptr, master, mask=slots)
     count_updates(applied_ptr, n)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)

@@ -10,8 +10,8 @@ from .launch import VALUES, launch_masked
 
 
 @triton.jit(do_not_specialize_on_alignment=VALUES)
-def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    w_ptr, _, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE)
+def _restore_kernel(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
+    w_ptr, _, _, master, live, _, _ = load_block(w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
 
 

@@ -23,12 +23,12 @@ def _update_kernel(
     seed_ptr,
     c_ptr,
     BLOCK: tl.constexpr,
-    DENSE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     w_ptr, ids, masters_ptr, master, live, slots, _ = load_block(
-        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
+        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT
     )
-    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
+    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, LAYOUT), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     count_updates(applied_ptr, 1)
     tl.store(w_ptr, round_to(master, w_like_ptr.dtype.element_ty), mask=live)
@@ -46,15 +46,15 @@ def _update_perturb_kernel(
     next_seed_ptr,
     scale_ptr,
     BLOCK: tl.constexpr,
-    DENSE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     w_ptr, ids, masters_ptr, master, live, slots, _ = load_block(
-        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, DENSE
+        w_like_ptr, blocks_ptr, offsets_ptr, master_ptr, BLOCK, LAYOUT
     )
-    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, DENSE), tl.load(c_ptr))
+    master = update_master(master, block_normals(tl.load(seed_ptr), ids, BLOCK, LAYOUT), tl.load(c_ptr))
     tl.store(masters_ptr, master, mask=slots)
     count_updates(applied_ptr, 1)
-    value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, DENSE) * tl.load(scale_ptr)
+    value = master + block_normals(tl.load(next_seed_ptr), ids, BLOCK, LAYOUT) * tl.load(scale_ptr)
     tl.store(w_ptr, round_to(value, w_like_ptr.dtype.element_ty), mask=live)
 
 

@@ -11,9 +11,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meerkat_engine.engine.backend import resolve
 from meerkat_engine.triton_kernels import (
     BLOCK,
     ElementTable,
+    Layout,
     block,
     build_table,
     coefficients,
@@ -66,7 +68,7 @@ def masters_of(table: ElementTable) -> torch.Tensor:
     """Makes masters that differ from the rounded weights, as after some updates."""
     master = torch.full((table.slots,), float("nan"))  # stays in slots without an element
     for tensor, low, high in table.tensor_slices(0, table.slots):
-        at = slice(None) if table.offsets is None else table.offsets[low:high].long()
+        at = table.offsets[low:high].long() if table.layout is Layout.SCATTERED else slice(None)
         master[low:high] = table.weights[tensor][at].float() + 1e-5
     return master
 
@@ -76,11 +78,16 @@ def elements_of(table: ElementTable, slots: torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    ops: object, weights: list[torch.Tensor], bases: list[int], offsets: list[torch.Tensor] | None
+    ops: object,
+    weights: list[torch.Tensor],
+    bases: list[int],
+    offsets: list[torch.Tensor] | None,
+    *,
+    compact: bool = False,
 ) -> list[torch.Tensor]:
     """Runs all operations in sequence; returns the weights after each, then the masters."""
     live = [w.clone() for w in weights]
-    table = build_table(live, bases, offsets)
+    table = build_table(live, bases, offsets, compact=compact)
     master = masters_of(table)
     seen = []
     ops.perturb_(table, master, bits64(2**63 + 5), fp32(1e-3))  # type: ignore[attr-defined]
@@ -115,6 +122,30 @@ def test_fully_masked_tensors_need_no_offsets(sizes: list[int], dtype: torch.dty
     runs = [run(ops, weights, bases, at) for ops in (KERNELS, reference) for at in (None, offsets)]
     for found in zip(*runs, strict=True):
         assert all(same_bits(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("elements", ["all", "first", "last", "sparse"])
+@pytest.mark.parametrize("sizes", [[1], [1000], [5, 4096, 1], [8 * BLOCK, 7]], ids=str)
+def test_masked_elements_beside_their_tensors_have_the_same_bits(
+    sizes: list[int], elements: str, dtype: torch.dtype
+) -> None:
+    weights = weights_of(sizes, dtype)
+    bases = [2**32 - 3 + sum(sizes[:i]) for i in range(len(sizes))]
+    offsets = [layout(elements, n) for n in sizes]
+    beside = [w[at] for w, at in zip(weights, offsets, strict=True)]
+    tensors = len(sizes)
+    expected = run(reference, weights, bases, offsets)
+    numba = resolve("numba", torch.device("cpu"))
+    for ops in (KERNELS, reference, numba):
+        found = run(ops, beside, bases, offsets, compact=True)
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert same_bits(a, b if i == len(found) - 1 else b[offsets[i % tensors]])
+
+
+def test_compact_weights_have_one_element_for_each_offset() -> None:
+    with pytest.raises(ValueError, match="one element for each offset"):
+        build_table([torch.zeros(8)], [0], [torch.tensor([1, 5])], compact=True)
 
 
 @pytest.mark.parametrize(("base", "size", "shift"), [(2, 8, 0), (4, 7, 0), (4, 8, 1)], ids=["id", "size", "address"])

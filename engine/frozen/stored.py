@@ -1,0 +1,80 @@
+"""``Stored``: a matrix of weights as it is kept: plain, in few bits, in a file, or on another device."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stored(ABC):
+    """The read-only values of one parameter.
+
+    Attributes:
+        shape: shape of the parameter.
+        format: name of the format, for people: "bfloat16", "nf4".
+    """
+
+    shape: torch.Size
+    format: str
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the values in a new tensor: ``dtype`` ``shape`` on ``device``, contiguous. The caller may write it."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in which the values are kept."""
+
+    def rows(self, index: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns rows of a matrix in a new tensor: ``dtype`` [n, columns] on ``device``.
+
+        Args:
+            index: numbers of the rows, int64 [n] on ``device``.
+            dtype: dtype of the result.
+            device: device of the result.
+        """
+        return self.dense(dtype, device)[index]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the values."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+
+class PlainStored(Stored):
+    """Plain numbers: float32, bfloat16 or float16, in memory or mapped from a file, on any device.
+
+    A cast to a wider dtype is exact, so a checkpoint in bfloat16 takes two bytes a weight and computes in float32.
+
+    Args:
+        values: the values, contiguous; never written.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.shape = values.detach(), values.shape
+        self.format = str(values.dtype).removeprefix("torch.")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See ``Stored``."""
+        return (self.values,)
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See ``Stored``."""
+        if self.values.device == device:
+            return self.values.to(dtype, copy=True)
+        return self.values.to(device, non_blocking=True).to(dtype)  # fewer bytes cross before the cast
+
+    def rows(self, index: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See ``Stored``."""
+        return self.values[index.to(self.values.device)].to(device).to(dtype)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Returns a tensor on a device, without a copy if it is there."""
+    return value if value.device == device else value.to(device, non_blocking=True)
+
+
+__all__ = ["PlainStored", "Stored", "moved"]
