@@ -44,7 +44,7 @@ UNITS = {
         "perturb", "restore", "compare", "update", "replay", "inner",
     ],
     "engine": [
-        "errors", "clock", "caller_warnings", "frozen", "parameters", "extras", "atomic_files", "checksummed", "backend",
+        "errors", "clock", "caller_warnings", "extras", "frozen", "parameters", "atomic_files", "checksummed", "backend",
         "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask",
         "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd", "estimator",
         "journal", "tensor_trees", "program", "graphs", "captured", "private_closure", "param_groups", "step_seeds",

@@ -12,10 +12,10 @@ from .correction_reference import CorrectionRows, check_inputs, correction_rows
 from .launch import on_device_of
 
 # A program is one warp with 32 rows and 8 tokens. Its lanes are neighbouring rows of one token, because y is contiguous
-# along them: in a layer with a few masked elements a row, most rows have some, so that a sector of 32 bytes serves up
-# to 16 lanes. With a lane a token, every lane would read and write a sector of y for itself. The reads of x are
-# scattered either way; programs that run together share the rows of x, which stay in the caches. An element's column and
-# values are read once for the 8 tokens. One warp needs no barrier to find its longest row, and a long row keeps no
+# along them: where a row has a few masked elements on average, most rows have some, so that up to 16 lanes share a
+# sector of 32 bytes. With a lane a token, every lane would read and write a sector of y for itself. The reads of x are
+# scattered either way; programs that run together share the rows of x, which stay in the caches. An element's column
+# and values are read once for the 8 tokens. One warp needs no barrier to find its longest row, and a long row keeps no
 # other warp waiting. Chosen from the compilers' output, not from timings yet.
 _TOKENS, _ROWS, _WARPS = 8, 32, 1
 # Elements of a row in flight at a time: their columns are read together, then x at all of them, then they are added in
@@ -54,7 +54,8 @@ def _correct_kernel(
     x_ptr += (tl.minimum(token, n_tokens - 1) * in_features)[:, None]  # past the end, the last token again
     total = tl.zeros([TOKENS, ROWS], tl.float32)
     for j in range(0, tl.max(length), UNROLL):
-        columns, deltas = (), ()
+        columns: tl.tuple = ()
+        deltas: tl.tuple = ()
         for u in tl.static_range(UNROLL):
             at, live = first + (j + u), j + u < length
             columns += (tl.load(columns_ptr + at, mask=live, other=0),)

@@ -8,7 +8,7 @@ elements lie beside it. What the layer returns is corrected in place, by these e
 Every operation is one IEEE fp32 operation, rounded by itself. The sum begins with +0 and adds the products in the order
 of the columns; then it is added to y in fp32, and the result is rounded once to the dtype of y. It follows that
 
-- an output whose row has no masked element keeps its bits, and so does NaN or infinity in an input reach only the
+- an output whose row has no masked element keeps its bits, and an input, NaN and infinity included, reaches only the
   outputs whose rows have an element in its column;
 - the sum is never -0, so an output of -0 with a sum of 0 becomes +0;
 - an infinite ``value - base`` times a 0 of x is NaN. NaN stays NaN; its bits are not specified.
@@ -99,8 +99,8 @@ def check_inputs(x: Tensor, y: Tensor, rows: CorrectionRows, values: Tensor, bas
         )
     if x.shape[1] != rows.in_features or y.shape[1] <= rows.last_row:
         raise ValueError(
-            f"the elements are of a weight with {rows.in_features} columns and at least {rows.last_row + 1} rows, but x "
-            f"has {x.shape[1]} columns and y {y.shape[1]}"
+            f"the elements are of a weight with {rows.in_features} columns and at least {rows.last_row + 1} rows, but "
+            f"x has {x.shape[1]} columns and y {y.shape[1]}"
         )
     for name, tensor in (("values", values), ("base", base)):
         if tensor.dtype != torch.float32 or tensor.shape != (n,):
@@ -130,16 +130,16 @@ def correct_(x: Tensor, y: Tensor, rows: CorrectionRows, values: Tensor, base: T
         ValueError: see ``check_inputs``.
     """
     check_inputs(x, y, rows, values, base)
-    at_rows, first = rows.rows.long(), rows.starts[:-1].long()
-    counts = rows.starts.diff()
+    at_rows, first, counts = rows.rows.long(), rows.starts[:-1].long(), rows.starts.diff()
     delta = values - base
+    by_column = x.t().contiguous()
     sums = torch.zeros((at_rows.numel(), x.shape[0]), dtype=torch.float32, device=x.device)  # [r, tokens]
     for j in range(int(counts.max()) if counts.numel() else 0):
         longer = (counts > j).nonzero().squeeze(1)
         element = first[longer] + j
-        product = x.t().index_select(0, rows.columns[element]).float() * delta[element].unsqueeze(1)
-        sums[longer] = sums[longer] + product
-    y[:, at_rows] = (y[:, at_rows].float() + sums.t()).to(y.dtype)
+        product = by_column.index_select(0, rows.columns[element]).float() * delta[element].unsqueeze(1)
+        sums.index_copy_(0, longer, sums.index_select(0, longer) + product)
+    y.index_copy_(1, at_rows, (y.index_select(1, at_rows).float() + sums.t()).to(y.dtype))
 
 
 __all__ = ["CorrectionRows", "check_inputs", "correct_", "correction_rows"]

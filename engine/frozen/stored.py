@@ -22,6 +22,10 @@ class Stored(ABC):
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns the values in a new tensor: ``dtype`` ``shape`` on ``device``, contiguous. The caller may write it."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> "Stored":
+        """Returns the same values on a device: this object if they are there."""
+
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,6 +59,10 @@ class PlainStored(Stored):
     def __init__(self, values: Tensor) -> None:
         self.values, self.shape = values.detach(), values.shape
         self.format = str(values.dtype).removeprefix("torch.")
+
+    def to(self, device: torch.device) -> Stored:
+        """See ``Stored``."""
+        return self if self.values.device == device else PlainStored(self.values.to(device))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,19 @@ class GgufFile:
 
     def _known_tensors(self, model: nn.Module) -> Iterator[str]:
         """Names that gguf gives the model's parameters."""
+        return filter(None, map(self.tensor_name, model.state_dict()))
+
+    def tensor_name(self, parameter: str) -> str | None:
+        """Name that gguf gives a parameter of the model; None if it knows none."""
+        return None if self._names is None else self._names.get_name(parameter, (".weight", ".bias"))
+
+    @cached_property
+    def _names(self) -> Any:
         import gguf
 
         kind = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
-        if kind is not None:
-            names = gguf.get_tensor_name_map(kind, int(self.settings.get(f"{self.architecture}.block_count", 0)))
-            yield from filter(None, (names.get_name(name, (".weight", ".bias")) for name in model.state_dict()))
+        blocks = int(self.settings.get(f"{self.architecture}.block_count", 0))
+        return None if kind is None else gguf.get_tensor_name_map(kind, blocks)
 
     def _all_ones(self, name: str) -> bool:
         return bool((self.tensors[name].data == 1).all())

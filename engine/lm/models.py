@@ -15,7 +15,9 @@ from ..extras import install_hint
 from .gguf_files import GgufFile
 from .hub_connection import hub_or_cache
 from .model_source import PICKLES, check_source
+from .own_dtype import own_dtype
 from .padding_probe import check_padding
+from .quantize import Quantize, freeze_base
 from .weight_files import check_all_used, safetensors_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +49,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     *,
+    quantize: Quantize = Quantize.NONE,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Loads a model and its tokenizer. Weights are read from safetensors or GGUF files only.
@@ -61,6 +64,9 @@ def load_model(
         source: a local directory, a ``.gguf`` file, or a Hugging Face model id.
         dtype: dtype of the weights: float32, bfloat16 or float16.
         device: device to put the model on.
+        quantize: how the weights are kept; all but ``NONE`` are read-only, and masked weights live beside them. The
+            peak of the host's memory is then the result, and one parameter in float32: the files are mapped, not read
+            (a GGUF file is first made a model in float32).
         trust_remote_code: whether code that comes with the model may run; if False, a model that needs such code
             raises.
 
@@ -77,11 +83,16 @@ def load_model(
     try:
         local = path.exists() or path.suffix == ".gguf"
         with torch.device("cpu"), nullcontext() if local else hub_or_cache(repr(source)):
-            model, tokenizer = _load_with_transformers(path, source, dtype, trust_remote_code)
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        lm = LanguageModel(model.to(device).eval(), prepare_tokenizer(tokenizer), source)
+            loaded = dtype if quantize is Quantize.NONE else _mapped_dtype(path, source)
+            model, tokenizer, gguf = _load_with_transformers(path, source, loaded, trust_remote_code)
+        if quantize is Quantize.NONE:
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+            model.to(device)
+        else:
+            freeze_base(model, quantize, dtype, device, gguf)
+        lm = LanguageModel(model.eval(), prepare_tokenizer(tokenizer), source)
         _check_tokens(lm)
         check_padding(lm.model, _probe_ids(lm), lm.tokenizer.pad_token_id, dtype)
     except ImportError as error:
@@ -97,8 +108,16 @@ def load_model(
     return lm
 
 
-def _load_with_transformers(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any, Any]:
-    """Returns the model and its tokenizer as transformers loads them, after comparing the model with its files."""
+def _mapped_dtype(path: Path, source: str) -> torch.dtype:
+    """The dtype in which transformers maps a model's files, and a GGUF file is dequantized exactly."""
+    return torch.float32 if path.suffix == ".gguf" else DTYPES[own_dtype(source)]
+
+
+def _load_with_transformers(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any, Any, GgufFile | None]:
+    """Returns the model and its tokenizer as transformers loads them, after comparing the model with its files.
+
+    The third result is the GGUF file; None for other files.
+    """
     # Always passed, also when False: without it transformers would ask at the terminal.
     options: dict[str, Any] = {"trust_remote_code": trust}
     if path.suffix == ".gguf":
@@ -106,7 +125,7 @@ def _load_with_transformers(path: Path, source: str, dtype: torch.dtype, trust: 
     weights_name = check_source(source, options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = load_complete(AutoModelForCausalLM, source, dtype, options, weights_name)
-    return model, tokenizer
+    return model, tokenizer, None
 
 
 def load_complete(
@@ -130,7 +149,7 @@ def load_complete(
     return model
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_gguf(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, GgufFile]:
     options = options | {"gguf_file": path.name}
     directory = str(path.parent)
     file = GgufFile(path)
@@ -143,7 +162,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple
     )
     _check_loaded(info)
     file.check_tensors(model)
-    return model, tokenizer
+    return model, tokenizer, file
 
 
 def _check_loaded(loading_info: dict[str, Any]) -> None:

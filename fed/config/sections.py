@@ -15,6 +15,7 @@ from ...engine.lm.free_text.rendering import PromptFormat
 from ...engine.lm.layout import Layout
 from ...engine.lm.models import DTYPES
 from ...engine.lm.objective import Objective
+from ...engine.lm.quantize import Quantize
 from ..aggregation import Aggregation, Rule, Weighting
 from ..attack import Attack
 from ..partition import Partition
@@ -40,6 +41,11 @@ class ModelConfig(Checked):
     dtype: str = setting(
         AUTO,
         "dtype of the weights: float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own on a GPU",
+    )
+    quantize: Quantize = setting(
+        Quantize.NONE,
+        "how the weights that no step changes are kept: none (in the dtype, masked weights in place), as-stored (in the "
+        "checkpoint's own format), nf4, int8, torchao-int8. All but none: read-only, masked weights beside them",
     )
     device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
     backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")

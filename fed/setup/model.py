@@ -8,16 +8,24 @@ from ...engine.lm import embedded
 from ...engine.lm.lora import add_lora
 from ...engine.lm.models import DTYPES, LanguageModel, check_device, load_model
 from ...engine.lm.own_dtype import own_dtype
+from ...engine.lm.quantize import Quantize
 from ..config.run_config import RunConfig
 from ..config.sections import AUTO
 from ..methods import Elements
 
 
-def load_base_model(model: str, dtype: str, device: str = "cpu", *, trust_remote_code: bool = False) -> LanguageModel:
+def load_base_model(
+    model: str,
+    dtype: str,
+    device: str = "cpu",
+    *,
+    quantize: Quantize = Quantize.NONE,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
     """Loads a base model. ``model`` is a value of ``--model``, which may also name the embedded model."""
     if model == embedded.NAME:
-        return embedded.load(DTYPES[dtype], device)
-    return load_model(model, DTYPES[dtype], device, trust_remote_code=trust_remote_code)
+        return embedded.load(DTYPES[dtype], device, quantize=quantize)
+    return load_model(model, DTYPES[dtype], device, quantize=quantize, trust_remote_code=trust_remote_code)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -65,7 +73,9 @@ def load_language_model(
         trust_remote_code: see ``models.load_model``; not a setting, so that no settings file can switch it on.
     """
     base = resolved(config).model
-    lm = load_base_model(model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code)
+    lm = load_base_model(
+        model or base.source, base.dtype, base.device, quantize=base.quantize, trust_remote_code=trust_remote_code
+    )
     if config.method.recipe.elements is Elements.LORA:
         lora = config.lora
         added = add_lora(lm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.modules, seed=config.seed)

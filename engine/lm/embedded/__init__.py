@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..models import LanguageModel, load_model
+from ..quantize import Quantize
 from ..tasks import Row
 from . import corpus
 
@@ -16,14 +17,17 @@ DIRECTORY = Path(__file__).parent / "model"
 _TRAIN, _VALIDATION = 800, 400
 
 
-def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LanguageModel:
+def load(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, quantize: Quantize = Quantize.NONE
+) -> LanguageModel:
     """Loads the embedded model: Llama architecture, two layers of width 64.
 
     Args:
         dtype: dtype of the weights.
         device: device to put the model on.
+        quantize: how the weights are kept; see ``models.load_model``.
     """
-    return load_model(str(DIRECTORY), dtype, device)
+    return load_model(str(DIRECTORY), dtype, device, quantize=quantize)
 
 
 @cache

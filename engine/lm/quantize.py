@@ -1,0 +1,135 @@
+"""Keeps the weights that a run does not change in few bytes: in the checkpoint's own format, or quantized."""
+
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError
+from ..frozen.freeze import Storing, freeze
+from ..frozen.quantized import GgufStored, Int8Stored, Nf4Stored, TorchaoStored
+from ..frozen.stored import PlainStored, Stored
+from .gguf_files import GgufFile
+
+
+class Quantize(StrEnum):
+    """How the weights of a base model are kept.
+
+    ``NONE``: in the run's dtype; masked weights are written in place.
+    ``AS_STORED``: as the checkpoint has them: in bfloat16, mapped from its files; or in the blocks of a GGUF file.
+    ``NF4``: linear layers in 4 bits, by bitsandbytes.
+    ``INT8``: linear layers in 8 bits, by bitsandbytes.
+    ``TORCHAO_INT8``: linear layers in 8 bits, by torchao.
+
+    All but the first are read-only, and the masked weights live beside them. Parameters that are not quantized are kept
+    as the checkpoint has them.
+    """
+
+    NONE = "none"
+    AS_STORED = "as-stored"
+    NF4 = "nf4"
+    INT8 = "int8"
+    TORCHAO_INT8 = "torchao-int8"
+
+
+_QUANTIZERS: dict[Quantize, Callable[[Tensor], Stored]] = {
+    Quantize.NF4: Nf4Stored.quantize,
+    Quantize.INT8: Int8Stored.quantize,
+    Quantize.TORCHAO_INT8: TorchaoStored.quantize,
+}
+
+
+def freeze_base(
+    model: nn.Module, kind: Quantize, dtype: torch.dtype, device: torch.device, gguf: GgufFile | None = None
+) -> None:
+    """Makes the parameters of a model read-only, in a format that takes fewer bytes.
+
+    Works parameter by parameter: beside the model and the result, there is one parameter in float32.
+
+    Args:
+        model: the model, on the CPU, in the dtype of its checkpoint.
+        kind: the format.
+        dtype: dtype in which the model computes.
+        device: device on which it computes, and where the weights are kept.
+        gguf: the GGUF file that it was loaded from; None for other files.
+
+    Raises:
+        ConfigError: if a package is missing, or the model has no layer that can be quantized.
+    """
+    store = _as_stored(gguf)
+    if kind is not Quantize.AS_STORED:
+        store = _quantizing(model, _QUANTIZERS[kind], store)
+    freeze(model, lambda name, values: store(name, values).to(device), dtype=dtype, device=device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _quantizing(model: nn.Module, quantize: Callable[[Tensor], Stored], others: Storing) -> Storing:
+    """Quantizes the matrices of linear layers, but not of the output head and of embeddings, as transformers does."""
+    kept = {id(p) for module in (_output_head(model), model.get_input_embeddings()) for p in _parameters(module)}  # type: ignore[operator]
+    linear = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+    }
+    if not linear:
+        raise ConfigError(f"{type(model).__name__} has no linear layers that could be quantized; leave --quantize out")
+    return lambda name, values: quantize(values) if name in linear else others(name, values)
+
+
+def _output_head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings()  # type: ignore[no-any-return]
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _as_stored(file: GgufFile | None) -> Storing:
+    """Keeps the blocks of a GGUF file. Parameters whose blocks are not found are kept as they were loaded."""
+
+    def store(name: str, values: Tensor) -> Stored:
+        tensor = None if file is None else file.tensors.get(file.tensor_name(name))
+        blocks = None if tensor is None or values.dim() != 2 else _blocks(tensor, values)
+        return blocks or PlainStored(values)
+
+    return store
+
+
+def _blocks(tensor: Any, values: Tensor) -> Stored | None:
+    """The blocks of a tensor of a GGUF file, if they hold exactly these values, maybe with their rows in another order.
+
+    transformers orders the rows of query and key projections of some architectures anew. The blocks are ordered alike.
+    """
+    type_number, rows = int(tensor.tensor_type), values.shape[0]
+    if not GgufStored.supports(type_number) or tuple(map(int, tensor.shape)) != tuple(reversed(values.shape)):
+        return None
+    with warnings.catch_warnings():  # the file is mapped to be read only, and frozen weights are never written
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        blocks = torch.from_numpy(tensor.data).view(rows, -1)
+    stored = GgufStored(blocks, type_number, tensor.tensor_type.name, values.shape[1])
+    dense = stored.dense(torch.float32, values.device)
+    if torch.equal(dense, values):
+        return stored
+    order = _order_of_rows(dense, values)
+    if order is None:
+        return None
+    return GgufStored(blocks[order], type_number, tensor.tensor_type.name, values.shape[1])
+
+
+def _order_of_rows(rows: Tensor, wanted: Tensor) -> Tensor | None:
+    """The order, int64 [n], in which rows [n, m] are the wanted ones, [n, m]; None if there is none."""
+    places = {row.numpy().tobytes(): i for i, row in enumerate(rows)}
+    order = [places.get(row.numpy().tobytes()) for row in wanted]
+    if None in order:
+        return None
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
+
+
+__all__ = ["Quantize", "freeze_base"]
