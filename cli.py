@@ -285,14 +285,18 @@ def replay(
 @click.argument("delta_file", metavar="DELTA", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="the base model: Hugging Face id, directory, GGUF file, or 'embedded'")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="new directory for the checkpoint")
+@click.option(
+    "--onto-plain", is_flag=True, help="apply it to plain weights although the run's were quantized: another model"
+)
 @_trust_remote_code_option
-def apply(delta_file: Path, model: str, output: Path, trust_remote_code: bool) -> None:
+def apply(delta_file: Path, model: str, output: Path, onto_plain: bool, trust_remote_code: bool) -> None:
     """Applies a delta to its base model and saves the result as a Hugging Face checkpoint.
 
     `meerkat-engine replay RUN --delta FILE` writes a delta.
     """
-    delta = apply_delta(delta_file, model, output, trust_remote_code=trust_remote_code)
-    click.echo(f"applied {len(delta.mask)} weights of round {delta.round} to {model}; weights {delta.weights}")
+    delta = apply_delta(delta_file, model, output, onto_plain=onto_plain, trust_remote_code=trust_remote_code)
+    result = "another model than the run's" if onto_plain else f"weights {delta.weights}"
+    click.echo(f"applied {len(delta.mask)} weights of round {delta.round} to {model}; {result}")
     click.echo(f"saved to {output}")
 
 
@@ -304,7 +308,7 @@ def apply(delta_file: Path, model: str, output: Path, trust_remote_code: bool) -
           "dataset_split", "dataset_validation_split", "template", "labels", "label_field", "answer", "prompt_format",
           "chat_template", "cut", "method", "density", "mask", "calibration", "calibration_texts",
           "calibration_batch_size", "calibration_length", "layer", "objective", "max_length", "seed", "device",
-          "dtype")  # fmt: skip
+          "dtype", "quantize")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip

@@ -15,7 +15,7 @@ _NVIDIA = {
     "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.\w*64\w*",
     "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)|HSETP2",
     "special": r"MUFU",
-    "convert": r"(I2F|I2FP|F2F|F2FP|F2I)",
+    "convert": r"(I2F|I2FP|F2F|F2FP|F2I|HADD2\.F32)",
     "memory": r"(LD|ST|ULDC|ATOM|RED|MEMBAR|ERRBAR|CGAERRBAR|CCTL)",
     "control": r"(BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|CALL|RET|DEPBAR|YIELD)",
     "uniform": r"U[A-Z0-9]+|S2UR|R2UR|VOTEU",

@@ -65,6 +65,11 @@ def _constant(kernel: Any, name: str) -> int:
     return int(kernel.src.constants[(names.index(name),)]) if name in names else 0
 
 
+def _per_program(kernel: Any) -> int:
+    """Returns the number of elements of a program; the correction's are outputs."""
+    return _constant(kernel, "BLOCK") or _constant(kernel, "TOKENS") * _constant(kernel, "ROWS")
+
+
 def _is_dense(kernel: Any) -> bool:
     return _constant(kernel, "LAYOUT") == Layout.DENSE
 
@@ -101,7 +106,7 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 target=target,
                 dtype=dtype,
                 dense=_is_dense(kernel),
-                elements=max(1, _constant(kernel, "BLOCK") // (kernel.metadata.num_warps * TARGETS[target].warp_size)),
+                elements=max(1, _per_program(kernel) // (kernel.metadata.num_warps * TARGETS[target].warp_size)),
                 warps=kernel.metadata.num_warps,
                 registers=registers,
                 spills=spills,
@@ -137,7 +142,8 @@ def markdown(reports: list[KernelReport]) -> str:
         f"triton {triton.__version__}, {len(reports)} compilations with {sum(r.spills for r in reports)} spills, "
         f"{sum(r.local_bytes for r in reports)} bytes of local memory and {sum(r.fused for r in reports)} fused "
         "multiply-adds. Instructions an element: a thread's over its elements, by kind; a loop's body (replay: an "
-        "update, inner: a seed) counts once; `_coefficients_kernel` has one thread.",
+        "update, inner: a seed, correct: four masked elements a row) counts once; `_coefficients_kernel` has one "
+        "thread.",
         "",
         f"| {' | '.join([*columns, *_KINDS])} |",
         "|---" * 3 + "|--:" * (len(columns) - 3 + len(_KINDS)) + "|",

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from ..triton_kernels import build_table
 from ..triton_kernels.coefficients import coefficients
 from ..triton_kernels.compare import compare
+from ..triton_kernels.correction import correct_, correction_rows
 from ..triton_kernels.inner import inner
 from ..triton_kernels.launch import launch_config
 from ..triton_kernels.normal import bits, normal, polar
@@ -129,6 +130,11 @@ def launch_everything(dtype: torch.dtype) -> None:
         normal(0, sparse.ids(0, sparse.slots))
         bits(0, sparse.ids(0, sparse.slots))
         polar(sparse.ids(0, sparse.slots))
+    for tokens, in_features, out_features, n, at in ((1, 64, 64, 5, 0), (16, 1000, 501, 16, 1), (5, 512, 2048, 300, 3)):
+        elements = torch.arange(0, in_features * out_features, in_features * out_features // n, device="cpu")[:n]
+        x, y = (_zeros(at + tokens * m, dtype)[at:].view(tokens, m) for m in (in_features, out_features))
+        values, base = _zeros(at + n)[at:], _zeros(n)
+        correct_(x, y, correction_rows(elements, in_features), values, base)
 
 
 def square_roots(target: str, roots: int) -> Any:

@@ -20,8 +20,10 @@ from .weights import MaskedWeights
 
 _KIND = FileKind(
     name="delta",
-    format="meerkat-delta/2",
-    keys=frozenset({"base", "base_by_kind", "dtype", "mask", "method", "round", "table", "table_digest", "weights"}),
+    format="meerkat-delta/3",
+    keys=frozenset(
+        {"base", "base_by_kind", "dtype", "kept", "mask", "method", "round", "table", "table_digest", "weights"}
+    ),
     tensors={"ids": "I64", "masters": "F32"},
     error=DeltaError,
     remedy="create it again with `meerkat-engine replay RUN --delta FILE`",
@@ -41,6 +43,9 @@ class Delta:
         base_by_kind: ``parameters.fingerprint_by_kind`` of the base model.
         weights: fingerprint of the model after applying the delta.
         dtype: dtype of the base model's parameters, as in ``models.DTYPES``; "mixed" if they have several.
+        kept: how the base model's weights are kept, for whoever loads it: a name of ``quantize.Quantize``, with "+add"
+            if masked weights are added to outputs. The fingerprints are those of the dense weights that it computes
+            with.
         method: name of the method that made the masters; may be empty.
         round: last round of the run that made the masters, at least 0; 0 without a run.
         where: name of the delta in error messages.
@@ -55,6 +60,7 @@ class Delta:
     base_by_kind: Mapping[str, str]
     weights: str
     dtype: str
+    kept: str = "none"
     method: str = ""
     round: int = 0
     where: str = "the delta"
@@ -73,7 +79,15 @@ class Delta:
 
     @classmethod
     def of(
-        cls, model: nn.Module, weights: MaskedWeights, *, base: str, start: Tensor, method: str = "", round: int = 0
+        cls,
+        model: nn.Module,
+        weights: MaskedWeights,
+        *,
+        base: str,
+        start: Tensor,
+        kept: str = "none",
+        method: str = "",
+        round: int = 0,
     ) -> "Delta":
         """Makes the delta from the base model to the model's present weights.
 
@@ -82,6 +96,7 @@ class Delta:
             weights: the model's masked weights, in the restored state (true at any time except within a step).
             base: ``parameters.fingerprint`` of the base model.
             start: ``weights.masters()`` of the base model, float32 [k], taken before anything was trained.
+            kept: how the base model's weights are kept, stored in the delta.
             method: name of the method that changed the weights, stored in the delta.
             round: last round of the run, stored in the delta.
 
@@ -111,6 +126,7 @@ class Delta:
             base_by_kind=base_by_kind,
             weights=after,
             dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+            kept=kept,
             method=method,
             round=round,
         )
@@ -129,6 +145,7 @@ class Delta:
             "base": self.base,
             "base_by_kind": json.dumps(dict(self.base_by_kind)),
             "dtype": self.dtype,
+            "kept": self.kept,
             "method": self.method,
             "round": str(self.round),
             "table": self.mask.table.to_json(),
@@ -151,7 +168,7 @@ class Delta:
         try:
             table = ParameterTable.from_json(metadata["table"])
             mask = SparseMask(ids=ids, table=table, density=ids.numel() / max(1, table.size), source="delta")
-            plain = {key: metadata[key] for key in ("base", "weights", "dtype", "method")}
+            plain = {key: metadata[key] for key in ("base", "weights", "dtype", "kept", "method")}
             delta = cls(
                 mask=mask,
                 masters=tensors["masters"],
@@ -166,6 +183,24 @@ class Delta:
             if metadata[key] != value:
                 raise DeltaError(f"{where} is damaged: its {key} does not match its ids and table")
         return delta
+
+    def apply_to_other(self, model: nn.Module, backend: str = "auto") -> None:
+        """Sets the masked weights in another model of the same parameters, such as the base with unquantized weights.
+
+        The result is another model than the fine-tuned one: its other weights differ.
+
+        Args:
+            model: the model; its masked weights are written.
+            backend: see ``apply``.
+
+        Raises:
+            DeltaError: if the model has other parameters.
+            ValueError: see ``apply``.
+        """
+        difference = self.mask.table.difference(ParameterTable.of(model))
+        if difference is not None:
+            raise DeltaError(f"{self.where} was made for another model: {difference}")
+        MaskedWeights(model, self.mask, backend).set_masters_(self.masters)
 
     def apply(self, model: nn.Module, backend: str = "auto") -> None:
         """Applies the masked weights to a base model, which then has the bits of the fine-tuned model.
@@ -186,8 +221,9 @@ class Delta:
         if base != self.base:
             by_kind = fingerprint_by_kind(model).items()
             differing = [kind for kind, digest in by_kind if digest != self.base_by_kind.get(kind)]
+            kept = "" if self.kept == "none" else f" whose weights are kept as {self.kept}"
             raise DeltaError(
-                f"{self.where} needs a base model of dtype {self.dtype} with fingerprint {self.base[:12]}; "
+                f"{self.where} needs a base model of dtype {self.dtype}{kept} with fingerprint {self.base[:12]}; "
                 f"this model has fingerprint {base[:12]} (other {' and '.join(differing)})"
             )
         try:

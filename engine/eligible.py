@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskError
+from .frozen.weight import FrozenWeight
 from .parameters import ParameterTable, floating_parameters
 
 
@@ -31,6 +32,10 @@ def eligible_parameters(model: nn.Module, frozen: bool = False) -> dict[str, nn.
         )
     chosen = {name: p for name, p in parameters.items() if frozen or p.requires_grad}
     if not any(p.numel() for p in chosen.values()):
+        if any(isinstance(p, FrozenWeight) for p in parameters.values()):
+            raise MaskError(
+                "the model's weights are read-only, with masked ones beside them; pass frozen=True to mask them"
+            )
         raise MaskError(
             "no parameter of the model requires a gradient, so there is nothing to mask; call "
             "model.requires_grad_(True) to train them all, or pass frozen=True to mask frozen parameters too"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .caller_warnings import warn_caller
 from .errors import NonFiniteLossError
+from .two_points import BothPoints
 from .weights import round_fp32
 
 # Writes the loss at the current weights to a float32 [1] tensor. The text names the point ("+eps", "w") in errors.
@@ -90,7 +91,46 @@ def two_point(
         evaluate(pair[1:], "-eps")
         pairs.append(pair)
         records.append(record(pair, eps))
-    return records[0][0] if len(pairs) == 1 else torch.cat(pairs).double().mean().float(), records
+    return _mean(pairs, records), records
+
+
+def two_point_together(
+    weights: Weights, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record, both: BothPoints
+) -> tuple[Tensor, list[Tensor]]:
+    """Evaluates each query of a step at both points, in one pass through the model where that pays.
+
+    Args:
+        weights: see ``two_point``.
+        seeds: see ``two_point``.
+        eps: see ``two_point``.
+        evaluate: see ``two_point``.
+        record: see ``two_point``.
+        both: computes both points.
+
+    Returns:
+        See ``two_point``.
+    """
+    pairs, records = [], []
+    try:
+        for seed in seeds:
+            pair = torch.empty(2, dtype=torch.float32, device=weights.device)
+            weights.perturb_(seed, -eps)
+            both.keep_second()
+            weights.perturb_(seed, eps)
+            with both.first():
+                evaluate(pair[:1], "+eps")
+            with both.second():
+                evaluate(pair[1:], "-eps")
+            pairs.append(pair)
+            records.append(record(pair, eps))
+    finally:
+        both.forget()
+    return _mean(pairs, records), records
+
+
+def _mean(pairs: Sequence[Tensor], records: Sequence[Tensor]) -> Tensor:
+    """Mean of the losses of a step, float32 scalar."""
+    return records[0][0] if len(pairs) == 1 else torch.cat(list(pairs)).double().mean().float()
 
 
 def forward_difference(
@@ -259,5 +299,6 @@ __all__ = [
     "forward_difference",
     "nan_unless_all_finite",
     "two_point",
+    "two_point_together",
     "warn_low_precision",
 ]

@@ -64,9 +64,7 @@ def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Ite
 def _requiring_gradients(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
     """Context in which only the chosen parameters require gradients, and none has its hooks. Restores both."""
     ids = {id(parameter) for parameter in chosen}
-    before = [
-        (p, p.requires_grad, p._backward_hooks) for p in model.parameters() if not isinstance(p, FrozenWeight)
-    ]
+    before = [(p, p.requires_grad, p._backward_hooks) for p in model.parameters() if not isinstance(p, FrozenWeight)]
     try:
         for parameter, requires_grad, _ in before:
             if requires_grad != (id(parameter) in ids):

@@ -1,6 +1,6 @@
 """``LaunchGroup``: masked parameters of one group, dtype and device, with their element table and fp32 masters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -154,8 +154,10 @@ class LaunchGroup:
         for i, (p, start, stop) in enumerate(self.slot_ranges()):
             weight = self.table.weights[i]
             offsets = self.table.offsets
-            is_scattered = offsets is not None and self.table.layout is Layout.SCATTERED
-            live = weight[offsets[start:stop].long()] if is_scattered else weight.clone()
+            if offsets is not None and self.table.layout is Layout.SCATTERED:
+                live = weight[offsets[start:stop].long()]
+            else:
+                live = weight.clone()
             yield p, live, self.master[start:stop].to(live.dtype)
 
     def differing(self) -> list[MaskedParameter]:
@@ -184,20 +186,24 @@ def launch_groups(model: nn.Module, mask: SparseMask, groups: Mapping[str, int],
         ValueError: if a masked parameter is not contiguous, or of a dtype or kind that the operations cannot write.
         ConfigError: if the backend is not available.
     """
+    _check_overlap(model, {name for name, *_ in mask.ranges()})
     parameters = _masked_parameters(model, mask, groups)
-    _check_overlap(model, parameters)
     keys = dict.fromkeys(p.launch_key for p in parameters)
     return [_launch_group([p for p in parameters if p.launch_key == key], mask.ids, backend) for key in keys]
 
 
 def _masked_parameters(model: nn.Module, mask: SparseMask, groups: Mapping[str, int]) -> list[MaskedParameter]:
-    masked = []
+    masked, beside = [], []
     by_name = dict(floating_parameters(model))
     for name, base, start, stop in mask.ranges():
         parameter = by_name[name]
         _check_writable(name, parameter)
         if isinstance(parameter, FrozenWeight):
-            parameter.add_masked(mask.ids[start:stop] - base)
+            beside.append((parameter, parameter.beside(mask.ids[start:stop] - base)))
+    for parameter, vectors in beside:  # after all checks: a mask that is refused takes nothing from an optimizer
+        parameter.set_beside(*vectors)
+    for name, base, start, stop in mask.ranges():
+        parameter = by_name[name]
         masked.append(
             MaskedParameter(
                 name=name,
@@ -208,7 +214,7 @@ def _masked_parameters(model: nn.Module, mask: SparseMask, groups: Mapping[str, 
                 start=start,
                 stop=stop,
                 address=live_tensor(parameter).data_ptr(),
-                dtype=parameter.dtype,
+                dtype=live_tensor(parameter).dtype,
                 device=parameter.device,
             )
         )
@@ -230,9 +236,8 @@ def _check_writable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"parameter {name!r} has masked elements and is not contiguous; call .contiguous() on it")
 
 
-def _check_overlap(model: nn.Module, masked: list[MaskedParameter]) -> None:
-    """Raises ``MaskError`` if memory of a masked parameter belongs to another parameter too."""
-    names = {p.name for p in masked}
+def _check_overlap(model: nn.Module, names: Container[str]) -> None:
+    """Raises ``MaskError`` if memory of a masked parameter, by name, belongs to another parameter too."""
     spans: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, FrozenWeight):  # has no memory that is written
@@ -274,8 +279,8 @@ def _launch_group(parameters: list[MaskedParameter], ids: Tensor, backend: str) 
     )
     for i, (_, start, stop) in enumerate(group.slot_ranges()):
         weight = table.weights[i]
-        is_scattered = offsets is not None and layout is Layout.SCATTERED
-        master[start:stop] = weight[offsets[i].to(device)] if is_scattered else weight
+        scattered = offsets if layout is Layout.SCATTERED else None
+        master[start:stop] = weight if scattered is None else weight[scattered[i].to(device)]
     return group
 
 

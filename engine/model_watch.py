@@ -53,9 +53,7 @@ class ModelWatch:
     def are_in_place(self) -> bool:
         """Whether all parameters have the addresses and dtypes that they had. An address belongs to one device."""
         live = [p.live for p in self._parameters] if self._some_frozen else self._held
-        return (
-            list(map(Tensor.data_ptr, live)) == self._addresses and list(map(_dtype, live)) == self._dtypes
-        )
+        return list(map(Tensor.data_ptr, live)) == self._addresses and list(map(_dtype, live)) == self._dtypes
 
     def _are_held(self) -> bool:
         """Whether the modules that held the parameters still do."""

@@ -28,6 +28,7 @@ from .estimator import (
     check_nonfinite,
     check_queries,
     evaluate_closure,
+    two_point_together,
 )
 from .frozen.weight import frozen_weights
 from .graphs import CudaGraphs
@@ -38,6 +39,7 @@ from .parameters import floating_parameters
 from .step_seeds import StepSeeds
 from .step_warnings import StepWarnings
 from .stream import VERSION, check_seed, step_seed
+from .two_points import BothPoints, PointsMode, check_points_mode
 from .updates import UpdateLog
 from .weights import MaskedWeights, round_fp32
 
@@ -72,6 +74,9 @@ class SparseZO(torch.optim.Optimizer):
             ``step``.
         frozen: whether masked elements of parameters that do not require gradients are trained too.
         capture: "auto" or "off": whether steps with a ``BoundLoss`` are captured as CUDA graphs where that is possible.
+        points: "separate", "together" or "auto": whether the losses at +eps and -eps come from one forward pass over
+            the batch twice, if the masked weights are beside frozen ones (see ``BothPoints``). The losses are the same
+            up to float rounding. Only for the two-point estimator and causal LMs of transformers.
         debug: whether to check before every pass, and not only before every ``step`` or ``step_many``, that nothing
             else has written the masked weights, the closure included. It holds a second copy of the masked weights and
             makes the host wait.
@@ -111,13 +116,16 @@ class SparseZO(torch.optim.Optimizer):
         nonfinite: str = NonFinite.RAISE,
         frozen: bool = False,
         capture: str = Capture.AUTO,
+        points: str = PointsMode.SEPARATE,
         debug: bool = False,
     ) -> None:
         check_lr(lr)
         check_eps(eps)
         self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
         self.nonfinite = check_nonfinite(nonfinite)
-        self.capture = check_capture(capture)
+        self.capture, self.points = check_capture(capture), check_points_mode(points)
+        if self.points is PointsMode.TOGETHER and self.estimator is not Estimator.TWO_POINT:
+            raise ValueError("points='together' is for the two-point estimator")
         self.seed = check_seed(seed)
         self._groups_fixed = False
         if params is None:
@@ -147,6 +155,7 @@ class SparseZO(torch.optim.Optimizer):
         self.weights, self._journal, self._unequal = weights, journal, None
         self._seeds = StepSeeds(weights.values, self.queries)
         self._captured = self._make_captured(weights)
+        self._both = self._make_both_points(weights)
         # On a GPU a check of a value would make the host wait, so it comes when the scalars are read.
         self._waits = weights.values.device.type != "cuda"
         self._check_immediately = self._waits and self.nonfinite is NonFinite.RAISE
@@ -164,6 +173,19 @@ class SparseZO(torch.optim.Optimizer):
         elif graphs is not None and self._backend not in ("auto", "triton"):
             reason = f"the backend {self._backend!r} reads seeds on the host"
         return CapturedSteps(self._model, weights, self.estimator, self.queries, len(self.param_groups), graphs, reason)
+
+    def _make_both_points(self, weights: MaskedWeights) -> BothPoints | None:
+        """Decides whether the points of a step may be computed in one forward pass."""
+        if self.points is PointsMode.SEPARATE or self.estimator is not Estimator.TWO_POINT:
+            return None
+        if self.points is PointsMode.AUTO and not set(weights.names()) <= frozen_weights(self._model).keys():
+            return None
+        return BothPoints(self._model, weights, self.points)
+
+    @property
+    def not_together(self) -> str | None:
+        """Why the points of a step are not computed in one forward pass, although it would pay; None if they are."""
+        return None if self._both is None else self._both.reason
 
     @property
     def captured_steps(self) -> int:
@@ -536,7 +558,10 @@ class SparseZO(torch.optim.Optimizer):
             taken = self._captured.take(self._journal, closure, tensors, eps, rates, evaluate, self._record)
         if taken is None:
             on_device = self._fp64(*rates)
-            taken = ESTIMATES[self.estimator](
+            estimate = ESTIMATES[self.estimator]
+            if self._both is not None:
+                estimate = functools.partial(two_point_together, both=self._both)
+            taken = estimate(
                 self._journal, tensors, eps, functools.partial(evaluate, closure),
                 lambda pair, half: self._record(pair, self._fp64(half), on_device),
             )  # fmt: skip

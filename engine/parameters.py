@@ -191,16 +191,22 @@ def check_values(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, rounded: bool = False) -> str:
     """Computes SHA-256 over name, dtype, shape and bytes of all that a model consists of, in hexadecimal.
 
     These are the parameters with element ids, then those without (such as int8 weights), then the buffers that
-    ``state_dict`` holds (such as running means; not those that are computed from the configuration).
+    ``state_dict`` holds (such as running means; not those that are computed from the configuration). Of a frozen
+    parameter it is the dense weight, so the fingerprint is that of the same model with plain weights, unless live
+    values beside it are added to outputs and have more bits than the dense weight.
+
+    Args:
+        model: the model.
+        rounded: whether to leave out the bits that the dense weights have no room for.
 
     Raises:
         ModelError: if a tensor has no bytes to read, as on the meta device.
     """
-    return _digest(chain.from_iterable(_tensors_by_kind(model).values()))
+    return _digest(chain.from_iterable(_tensors_by_kind(model).values()), rounded=rounded)
 
 
 def fingerprint_by_kind(model: nn.Module) -> dict[str, str]:
@@ -229,12 +235,15 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, buffer
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]], *, rounded: bool = False) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         try:
             digest.update(_bytes_of(tensor.detach()))
+            if not rounded and isinstance(tensor, FrozenWeight) and tensor.has_wide_values():
+                assert tensor.values is not None
+                digest.update(_bytes_of(tensor.values))
         except (RuntimeError, TypeError) as error:  # meta, sparse and quantized tensors, wrappers such as DTensor
             raise ModelError(
                 f"the model has no fingerprint: the values of {name!r} ({tensor.dtype} on {tensor.device}) cannot be "

@@ -413,6 +413,9 @@ class MaskedWeights:
         self._watch.check_present()
         self._complete()
         self._written = None
+        for p in self._parameters():
+            if p.layout is Layout.COMPACT:  # cannot be moved, but another optimizer may have taken its vector
+                p.check_memory()
         for group in self._launch_groups:
             for p, start, stop in group.slot_ranges():
                 live, values = p.live.detach().view(-1), group.master[start:stop]

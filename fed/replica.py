@@ -12,6 +12,7 @@ from ..engine.errors import MaskError, MessageError
 from ..engine.estimator import Estimator, NonFinite
 from ..engine.mask import SparseMask
 from ..engine.optimizer import SparseZO
+from ..engine.two_points import PointsMode
 from .methods import Gradient
 from .terms import Terms
 
@@ -28,6 +29,7 @@ class Replica:
         terms: the federation's terms.
         backend: "auto", "torch", "numba" or "triton"; see ``backend.resolve``.
         capture: "auto" or "off": whether the local steps are captured as CUDA graphs; see ``SparseZO``.
+        points: whether the losses of a step come from one forward pass; see ``SparseZO``.
 
     Attributes:
         model: the model.
@@ -44,7 +46,13 @@ class Replica:
     """
 
     def __init__(
-        self, model: nn.Module, mask: SparseMask, terms: Terms, backend: str = "auto", capture: str = "auto"
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        terms: Terms,
+        backend: str = "auto",
+        capture: str = "auto",
+        points: str = PointsMode.SEPARATE,
     ) -> None:
         if mask.digest != terms.mask_digest:
             raise MaskError(f"the mask has digest {mask.digest[:12]}, the federation uses {terms.mask_digest[:12]}")
@@ -63,6 +71,7 @@ class Replica:
             frozen=True,  # the terms' mask says what is trained
             nonfinite=NonFinite.SKIP,  # a bad batch of one client must not stop the others
             capture=capture,
+            points=points,
         )
         self.forwards: list[tuple[Any, Any]] = []
         self._round = 1

@@ -19,7 +19,7 @@ from meerkat_engine.engine import stream
 from meerkat_engine.engine.backend import resolve
 from meerkat_engine.engine.captured import BoundLoss
 from meerkat_engine.engine.weights import MaskedWeights
-from meerkat_engine.triton_kernels import BLOCK, build_table, reference
+from meerkat_engine.triton_kernels import BLOCK, build_table, correction, correction_reference, reference
 from meerkat_engine.triton_kernels.normal import polar
 
 from helpers.command import call
@@ -94,6 +94,20 @@ def test_every_operation_has_the_bits_of_the_cpu(device: torch.device, dtype: to
     wanted = run_all_operations(torch.device("cpu"), "torch", dtype, dense=dense)
     assert len(found) == len(wanted)
     assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_correction_has_the_bits_of_the_cpu(device: torch.device, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn((21, size), generator=generator).to(dtype) for size in (300, 200))
+    offsets = torch.cat((torch.arange(0, 300), torch.arange(300, 300 * 200, 97)))  # one long row
+    values, base = torch.randn((2, offsets.numel()), generator=generator)
+    found, wanted = y.clone().to(device), y.clone()
+    rows = correction.correction_rows(offsets.to(device), 300)
+    correction.correct_(x.to(device), found, rows, values.to(device), base.to(device))
+    correction_reference.correct_(x, wanted, correction_reference.correction_rows(offsets, 300), values, base)
+    assert not same_bits(wanted, y)
+    assert same_bits(found.cpu(), wanted)
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,14 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 UNITS = {
     "triton_kernels": [
         "philox", "elements", "launch", "block", "reference", "numba_normal", "numba_access", "normal", "coefficients",
-        "perturb", "restore", "compare", "update", "replay", "inner",
+        "perturb", "restore", "compare", "update", "replay", "inner", "correction_reference", "correction",
     ],
     "engine": [
-        "errors", "clock", "caller_warnings", "extras", "frozen", "parameters", "atomic_files", "checksummed", "backend",
-        "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "mask",
-        "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd", "estimator",
-        "journal", "tensor_trees", "program", "graphs", "captured", "private_closure", "param_groups", "step_seeds",
-        "step_warnings", "optimizer", "trainer_checks", "trainer",
+        "errors", "clock", "caller_warnings", "extras", "frozen", "parameters", "atomic_files", "checksummed",
+        "backend", "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible",
+        "mask", "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd",
+        "two_points", "estimator", "journal", "tensor_trees", "program", "graphs", "captured", "private_closure",
+        "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",

@@ -4,7 +4,16 @@ The kernels' modules import triton; the engine imports them when the Triton back
 reference and the element table need only torch.
 """
 
-from . import reference
+from . import correction_reference, reference
 from .elements import ALIGN, BLOCK, ElementTable, Layout, build_table, can_be_dense
 
-__all__ = ["ALIGN", "BLOCK", "ElementTable", "Layout", "build_table", "can_be_dense", "reference"]
+__all__ = [
+    "ALIGN",
+    "BLOCK",
+    "ElementTable",
+    "Layout",
+    "build_table",
+    "can_be_dense",
+    "correction_reference",
+    "reference",
+]

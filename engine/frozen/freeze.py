@@ -19,6 +19,7 @@ def freeze(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    adds: bool = False,
 ) -> None:
     """Replaces every floating-point parameter of a model by a frozen one, one after the other.
 
@@ -29,6 +30,7 @@ def freeze(
         store: makes the stored values of each parameter.
         dtype: dtype in which the model computes; None: each parameter's own.
         device: device on which the model computes; None: each parameter's own.
+        adds: see ``FrozenWeight``.
     """
     points = Points()
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name, _ in model.named_parameters()}
@@ -43,10 +45,17 @@ def freeze(
         if parameter is None or not parameter.is_floating_point() or isinstance(parameter, FrozenWeight):
             continue
         frozen = FrozenWeight(
-            store(name, parameter.detach()), dtype or parameter.dtype, device or parameter.device, points
+            store(name, parameter.detach()), dtype or parameter.dtype, device or parameter.device, points, adds=adds
         )
         for module, own_name in of_name:
             module._parameters[own_name] = frozen  # type: ignore[assignment]
 
 
-__all__ = ["Storing", "freeze"]
+def thaw(module: nn.Module) -> None:
+    """Replaces the frozen parameters of a module, not those of its submodules, by plain ones that can be written."""
+    for name, parameter in module._parameters.items():
+        if isinstance(parameter, FrozenWeight):
+            module._parameters[name] = nn.Parameter(parameter.dense(), requires_grad=False)
+
+
+__all__ = ["Storing", "freeze", "thaw"]

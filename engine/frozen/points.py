@@ -5,13 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import ModelError
 
 # Operations that compute the rows of a batch one by one, and the position of the batch among their arguments.
-_BATCHED: dict[Any, int] = {F.linear: 0, F.embedding: 0, F.layer_norm: 0, F.rms_norm: 0, torch.addmm: 1}
+_BATCHED: dict[Any, int] = {
+    functional.linear: 0,
+    functional.embedding: 0,
+    functional.layer_norm: 0,
+    functional.rms_norm: 0,
+    torch.addmm: 1,
+}
 _ELEMENTWISE = {"mul", "__mul__", "__rmul__", "multiply", "add", "__add__", "__radd__"}
 
 
@@ -38,7 +44,7 @@ class Points:
             self.second, self.both = before
 
 
-def batch_argument(func: Any, args: Sequence[Any], weight: Tensor) -> int:
+def batch_argument(func: Any, args: Sequence[Any], weights: Sequence[Tensor]) -> int:
     """Finds the argument of an operation that holds the batch.
 
     Raises:
@@ -48,7 +54,7 @@ def batch_argument(func: Any, args: Sequence[Any], weight: Tensor) -> int:
         return _BATCHED[func]
     if getattr(func, "__name__", "") in _ELEMENTWISE:
         for i, value in enumerate(args):
-            if value is not weight and isinstance(value, Tensor) and value.dim() > weight.dim():
+            if isinstance(value, Tensor) and all(value is not w and value.dim() > w.dim() for w in weights):
                 return i
     raise ModelError(f"{getattr(func, '__name__', func)} cannot be computed at two points in one forward pass")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import ConfigError
 from ..extras import install_hint
@@ -37,6 +38,10 @@ class Nf4Stored(Stored):
         """See ``Stored``."""
         return self if self.packed.device == device else Nf4Stored(self.packed.to(device), self._state_on(device))
 
+    def pinned(self) -> Stored:
+        """See ``Stored``. The scales stay where they are: they are few."""
+        return Nf4Stored(self.packed.pin_memory(), self.state)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """See ``Stored``."""
@@ -48,7 +53,6 @@ class Nf4Stored(Stored):
         state = self._state_on(device)
         state.dtype = dtype
         return _bitsandbytes().dequantize_4bit(moved(self.packed, device), state)  # type: ignore[no-any-return]
-
 
     def _state_on(self, device: torch.device) -> Any:
         """A copy of the state on a device."""
@@ -87,6 +91,10 @@ class Int8Stored(Stored):
             return self
         return Int8Stored(self.integers.to(device), self.scales.to(device))
 
+    def pinned(self) -> Stored:
+        """See ``Stored``."""
+        return Int8Stored(self.integers.pin_memory(), self.scales.pin_memory())
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """See ``Stored``."""
@@ -115,7 +123,7 @@ class TorchaoStored(Stored):
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise ConfigError(f"this format needs the package torchao ({error}); {install_hint('quantize')}") from error
+            raise ConfigError(f"this format needs the package torchao ({error}); {install_hint('torchao')}") from error
         with torch.device("meta"):
             layer = torch.nn.Linear(1, 1, bias=False)
         layer.weight = torch.nn.Parameter(values.float(), requires_grad=False)
@@ -125,6 +133,10 @@ class TorchaoStored(Stored):
     def to(self, device: torch.device) -> Stored:
         """See ``Stored``."""
         return self if self.quantized.device == device else TorchaoStored(self.quantized.to(device))
+
+    def pinned(self) -> Stored:
+        """See ``Stored``. Not every format of torchao can be pinned; a copy to the device then waits."""
+        return self
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -157,6 +169,10 @@ class GgufStored(Stored):
             return self
         return GgufStored(self.blocks.to(device), self._type, self._name, self.shape[1])
 
+    def pinned(self) -> Stored:
+        """See ``Stored``."""
+        return GgufStored(self.blocks.pin_memory(), self._type, self._name, self.shape[1])
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """See ``Stored``."""
@@ -168,27 +184,28 @@ class GgufStored(Stored):
 
     def rows(self, index: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See ``Stored``."""
-        return self._dequantize(moved(self.blocks[moved(index, self.blocks.device)], device), dtype)
+        rows = functional.embedding(moved(index, self.blocks.device), self.blocks)
+        return self._dequantize(moved(rows, device), dtype)
 
     def _dequantize(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        return _gguf_dequantize()(blocks, self._type, dtype).reshape(blocks.shape[0], self.shape[1])  # type: ignore[no-any-return]
+        """Dequantizes rows in float32, as transformers does when it loads the file."""
+        dense = _gguf_dequant().dequantize(blocks, self._type, torch.float32)
+        return dense.reshape(blocks.shape[0], self.shape[1]).to(dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def supports(type: int) -> bool:
         """Whether blocks of a type can be dequantized."""
-        from transformers.integrations.gguf import dequant
-
-        return type in dequant.GGML_BLOCK
+        return type in _gguf_dequant().GGML_BLOCK
 
 
-def _gguf_dequantize() -> Any:
+def _gguf_dequant() -> Any:
     try:
-        from transformers.integrations.gguf.dequant import dequantize
+        from transformers.integrations.gguf import dequant
     except ImportError as error:
         raise ConfigError(
             f"keeping the blocks of a GGUF file needs transformers 5.23 or later ({error}); upgrade it"
         ) from error
-    return dequantize
+    return dequant
 
 
 def _bitsandbytes() -> Any:

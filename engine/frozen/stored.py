@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Stored(ABC):
@@ -20,11 +21,15 @@ class Stored(ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns the values in a new tensor: ``dtype`` ``shape`` on ``device``, contiguous. The caller may write it."""
+        """Returns the values in a new tensor, ``dtype`` ``shape`` on ``device``, contiguous; the caller may write it."""
 
     @abstractmethod
     def to(self, device: torch.device) -> "Stored":
         """Returns the same values on a device: this object if they are there."""
+
+    @abstractmethod
+    def pinned(self) -> "Stored":
+        """Returns the same values in pinned memory of the host, from which a GPU copies without waiting."""
 
     @property
     @abstractmethod
@@ -38,8 +43,11 @@ class Stored(ABC):
             index: numbers of the rows, int64 [n] on ``device``.
             dtype: dtype of the result.
             device: device of the result.
+
+        Raises:
+            IndexError: if there is no such row.
         """
-        return self.dense(dtype, device)[index]
+        return functional.embedding(index, self.dense(dtype, device))
 
     @property
     def nbytes(self) -> int:
@@ -53,16 +61,20 @@ class PlainStored(Stored):
     A cast to a wider dtype is exact, so a checkpoint in bfloat16 takes two bytes a weight and computes in float32.
 
     Args:
-        values: the values, contiguous; never written.
+        values: the values, never written; copied if they are not contiguous.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.shape = values.detach(), values.shape
+        self.values, self.shape = values.detach().contiguous(), values.shape
         self.format = str(values.dtype).removeprefix("torch.")
 
     def to(self, device: torch.device) -> Stored:
         """See ``Stored``."""
         return self if self.values.device == device else PlainStored(self.values.to(device))
+
+    def pinned(self) -> Stored:
+        """See ``Stored``."""
+        return PlainStored(self.values.pin_memory())
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -77,7 +89,7 @@ class PlainStored(Stored):
 
     def rows(self, index: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See ``Stored``."""
-        return self.values[index.to(self.values.device)].to(device).to(dtype)
+        return functional.embedding(index.to(self.values.device), self.values).to(device).to(dtype)
 
 
 def moved(value: Any, device: torch.device) -> Any:

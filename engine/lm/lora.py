@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import stream
 from ..errors import ConfigError
 from ..extras import install_hint
+from ..frozen.freeze import thaw
 from ..parameters import floating_parameters
 
 _NAME = "default"
@@ -80,6 +81,8 @@ def add_lora(
 def merge_lora(model: nn.Module) -> None:
     """Merges the adapters into the weights of their layers and removes them, which leaves a plain model.
 
+    Frozen weights become plain ones in these layers.
+
     Args:
         model: a model with adapters of ``add_lora``; its weights are changed.
 
@@ -91,6 +94,7 @@ def merge_lora(model: nn.Module) -> None:
         raise ConfigError("the model has no adapters to merge; add_lora adds them")
     with torch.no_grad():
         for name, layer in layers:
+            thaw(layer.get_base_layer())
             layer.merge(adapter_names=[_NAME])
             model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):

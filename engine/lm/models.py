@@ -10,14 +10,14 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import MeerkatError, ModelError
+from ..errors import ConfigError, MeerkatError, ModelError
 from ..extras import install_hint
 from .gguf_files import GgufFile
 from .hub_connection import hub_or_cache
 from .model_source import PICKLES, check_source
-from .own_dtype import own_dtype
+from .own_dtype import holding_dtype
 from .padding_probe import check_padding
-from .quantize import Quantize, freeze_base
+from .quantize import Offload, Quantize, freeze_base
 from .weight_files import check_all_used, safetensors_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +50,8 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     quantize: Quantize = Quantize.NONE,
+    offload: Offload = Offload.NONE,
+    adds: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Loads a model and its tokenizer. Weights are read from safetensors or GGUF files only.
@@ -67,10 +69,13 @@ def load_model(
         quantize: how the weights are kept; all but ``NONE`` are read-only, and masked weights live beside them. The
             peak of the host's memory is then the result, and one parameter in float32: the files are mapped, not read
             (a GGUF file is first made a model in float32).
+        offload: where read-only weights are kept.
+        adds: how live values get into a linear layer with read-only weights; see ``FrozenWeight``.
         trust_remote_code: whether code that comes with the model may run; if False, a model that needs such code
             raises.
 
     Raises:
+        ConfigError: if a package that ``quantize`` needs is missing, or the model has no layer that can be quantized.
         ModelError: if the model cannot be found or loaded (the message names the place searched); its weights are
             pickles, are packed (quantized), or do not belong to its config; it is an adapter without its base model; it
             needs remote code that is not trusted; its tokenizer has tokens that it does not know; or left padding
@@ -91,7 +96,7 @@ def load_model(
                     parameter.data = parameter.data.to(dtype)
             model.to(device)
         else:
-            freeze_base(model, quantize, dtype, device, gguf)
+            freeze_base(model, quantize, dtype, device, gguf=gguf, offload=offload, adds=adds)
         lm = LanguageModel(model.eval(), prepare_tokenizer(tokenizer), source)
         _check_tokens(lm)
         check_padding(lm.model, _probe_ids(lm), lm.tokenizer.pad_token_id, dtype)
@@ -101,6 +106,8 @@ def load_model(
         raise ModelError(
             f"GGUF files need the packages gguf and accelerate ({error}); {install_hint('gguf')}"
         ) from error
+    except ConfigError:
+        raise
     except Exception as error:  # damaged files raise exceptions of any type in transformers and tokenizers
         raise ModelError(
             f"cannot load the model {source!r} {_place(path, source)}: {_reason(error, trust_remote_code)}"
@@ -109,11 +116,13 @@ def load_model(
 
 
 def _mapped_dtype(path: Path, source: str) -> torch.dtype:
-    """The dtype in which transformers maps a model's files, and a GGUF file is dequantized exactly."""
-    return torch.float32 if path.suffix == ".gguf" else DTYPES[own_dtype(source)]
+    """The dtype in which transformers maps a model's files, and a GGUF file is dequantized, without rounding."""
+    return torch.float32 if path.suffix == ".gguf" else DTYPES[holding_dtype(source)]
 
 
-def _load_with_transformers(path: Path, source: str, dtype: torch.dtype, trust: bool) -> tuple[Any, Any, GgufFile | None]:
+def _load_with_transformers(
+    path: Path, source: str, dtype: torch.dtype, trust: bool
+) -> tuple[Any, Any, GgufFile | None]:
     """Returns the model and its tokenizer as transformers loads them, after comparing the model with its files.
 
     The third result is the GGUF file; None for other files.

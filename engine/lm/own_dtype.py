@@ -10,6 +10,7 @@ from .weight_files import safetensors_files
 
 # Names in safetensors and GGUF files, and as in ``models.DTYPES``.
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NO_WEIGHTS = {"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 
 
 def own_dtype(source: str) -> str:
@@ -21,6 +22,25 @@ def own_dtype(source: str) -> str:
     Args:
         source: see ``models.load_model``; files of a model on the hub are downloaded.
     """
+    elements = _elements(source)
+    stored, _ = elements.most_common(1)[0] if elements else ("F32", 0)
+    return _NAMES.get(stored, "float32")
+
+
+def holding_dtype(source: str) -> str:
+    """Returns the name of the smallest dtype that holds all of a checkpoint's weights as they are, up to float32.
+
+    Some checkpoints store a few weights in a wider dtype than the others: "float32" for these.
+
+    Args:
+        source: see ``own_dtype``.
+    """
+    names = {_NAMES.get(stored, "float32") for stored in _elements(source) if stored not in _NO_WEIGHTS}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def _elements(source: str) -> Counter[str]:
+    """Number of elements of each type in a checkpoint's files; empty where these cannot be read."""
     elements: Counter[str] = Counter()
     try:
         if Path(source).suffix == ".gguf":
@@ -35,9 +55,8 @@ def own_dtype(source: str) -> str:
                         part = file.get_slice(name)
                         elements[part.get_dtype()] += math.prod(part.get_shape())
     except Exception:  # damaged files raise exceptions of any type
-        return "float32"
-    stored, _ = elements.most_common(1)[0] if elements else ("F32", 0)
-    return _NAMES.get(stored, "float32")
+        return Counter()
+    return elements
 
 
-__all__ = ["own_dtype"]
+__all__ = ["holding_dtype", "own_dtype"]

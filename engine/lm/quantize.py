@@ -36,6 +36,18 @@ class Quantize(StrEnum):
     TORCHAO_INT8 = "torchao-int8"
 
 
+class Offload(StrEnum):
+    """Where read-only weights are while another device computes; each is copied there when it is used.
+
+    ``NONE``: on the device. ``CPU``: in the host's memory, pinned. ``DISK``: in the checkpoint's files, which are
+    mapped.
+    """
+
+    NONE = "none"
+    CPU = "cpu"
+    DISK = "disk"
+
+
 _QUANTIZERS: dict[Quantize, Callable[[Tensor], Stored]] = {
     Quantize.NF4: Nf4Stored.quantize,
     Quantize.INT8: Int8Stored.quantize,
@@ -44,7 +56,14 @@ _QUANTIZERS: dict[Quantize, Callable[[Tensor], Stored]] = {
 
 
 def freeze_base(
-    model: nn.Module, kind: Quantize, dtype: torch.dtype, device: torch.device, gguf: GgufFile | None = None
+    model: nn.Module,
+    kind: Quantize,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    gguf: GgufFile | None = None,
+    offload: Offload = Offload.NONE,
+    adds: bool = False,
 ) -> None:
     """Makes the parameters of a model read-only, in a format that takes fewer bytes.
 
@@ -54,20 +73,56 @@ def freeze_base(
         model: the model, on the CPU, in the dtype of its checkpoint.
         kind: the format.
         dtype: dtype in which the model computes.
-        device: device on which it computes, and where the weights are kept.
+        device: device on which it computes.
         gguf: the GGUF file that it was loaded from; None for other files.
+        offload: where the weights are kept.
+        adds: how live values get into a linear layer; see ``FrozenWeight``.
 
     Raises:
         ConfigError: if a package is missing, or the model has no layer that can be quantized.
     """
+    if offload is not Offload.NONE and device.type == "cpu":
+        raise ConfigError("offload is for weights that a GPU computes with; on a CPU, leave --offload out")
+    _make_buffers_for(dtype, model)
     store = _as_stored(gguf)
     if kind is not Quantize.AS_STORED:
         store = _quantizing(model, _QUANTIZERS[kind], store)
-    freeze(model, lambda name, values: store(name, values).to(device), dtype=dtype, device=device)
+    place = _PLACES[offload]
+    freeze(model, lambda name, values: place(store(name, values), device), dtype=dtype, device=device, adds=adds)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+# Brings stored values to the place where they are kept.
+_PLACES: dict[Offload, Callable[[Stored, torch.device], Stored]] = {
+    Offload.NONE: lambda stored, device: stored.to(device),
+    Offload.CPU: lambda stored, _: stored.pinned(),
+    Offload.DISK: lambda stored, _: stored,
+}
+
+
+def _make_buffers_for(dtype: torch.dtype, model: Any) -> None:
+    """Makes the buffers as in a model that was loaded in a dtype. Some have it, such as Gemma's scale of embeddings.
+
+    They are those of a twin of the model, which has no weights: its parameters are on the meta device.
+    """
+    if model.dtype is dtype:
+        return
+    with torch.device("meta"):
+        twin = type(model)._from_config(model.config, dtype=dtype)
+    for module in twin.modules():
+        module._is_hf_initialized = False
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    twin.initialize_weights()
+    for path, module in twin.named_modules():
+        own = model.get_submodule(path)._buffers
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                own[name] = buffer if name in module._non_persistent_buffers_set else own[name].to(buffer.dtype)
 
 
 def _quantizing(model: nn.Module, quantize: Callable[[Tensor], Stored], others: Storing) -> Storing:
@@ -95,11 +150,18 @@ def _as_stored(file: GgufFile | None) -> Storing:
     """Keeps the blocks of a GGUF file. Parameters whose blocks are not found are kept as they were loaded."""
 
     def store(name: str, values: Tensor) -> Stored:
-        tensor = None if file is None else file.tensors.get(file.tensor_name(name))
-        blocks = None if tensor is None or values.dim() != 2 else _blocks(tensor, values)
-        return blocks or PlainStored(values)
+        tensor = None if file is None else file.tensors.get(file.tensor_name(name) or "")
+        if tensor is None:
+            return PlainStored(values)
+        if (dtype := _PLAIN.get(tensor.tensor_type.name)) is not None and torch.equal(values.to(dtype).float(), values):
+            return PlainStored(values.to(dtype))
+        return (_blocks(tensor, values) if values.dim() == 2 else None) or PlainStored(values)
 
     return store
+
+
+# Types of GGUF files that are no blocks, and that are loaded in float32.
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _blocks(tensor: Any, values: Tensor) -> Stored | None:
@@ -132,4 +194,4 @@ def _order_of_rows(rows: Tensor, wanted: Tensor) -> Tensor | None:
     return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
-__all__ = ["Quantize", "freeze_base"]
+__all__ = ["Offload", "Quantize", "freeze_base"]

@@ -12,10 +12,12 @@ from ...engine.errors import ConfigError
 from ...engine.lm.data import AnyTask
 from ...engine.lm.free_text.task import TextTask
 from ...engine.lm.objective import Objective
+from ...engine.lm.quantize import Quantize
 from ...engine.stream import check_seed
+from ...engine.two_points import PointsMode
 from ..aggregation import Rule
 from ..attack import Attack
-from ..methods import Elements, Method, Stopping
+from ..methods import Elements, Gradient, Method, Stopping
 from ..privacy import Privacy
 from .presets import preset
 from .sections import (
@@ -46,6 +48,7 @@ _NOT_IN_DIGEST = {
     "device",
     "backend",
     "capture",
+    "offload",
     "snapshot_every",
 }
 
@@ -84,6 +87,7 @@ class RunConfig(Checked):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.snapshot_every >= 0, "snapshot_every", "0 or more")
         self._check_method()
+        self._check_points()
         self._check_privacy()
         self._check_aggregation()
         try:
@@ -180,6 +184,14 @@ class RunConfig(Checked):
                 raise ConfigError(f"{name} has no meaning for {self.method}, which trains {recipe.elements} elements")
         if self.step.queries > 1 and recipe.sends_weights:
             raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
+
+    def _check_points(self) -> None:
+        if self.step.points is not PointsMode.TOGETHER:
+            return
+        if self.model.quantize is Quantize.NONE:
+            raise ConfigError("points together need read-only weights; give --quantize (as-stored, nf4, ...)")
+        if self.method.recipe.gradient is not Gradient.TWO_POINT:
+            raise ConfigError(f"{self.method} has no two points to compute together; leave --points out")
 
     def _check_aggregation(self) -> None:
         aggregation, participants = self.aggregation.build(), self.clients.participants

@@ -5,6 +5,7 @@ The text of a setting is its line in ``meerkat-engine run --help``.
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from ...engine.backend import BACKENDS
@@ -15,7 +16,8 @@ from ...engine.lm.free_text.rendering import PromptFormat
 from ...engine.lm.layout import Layout
 from ...engine.lm.models import DTYPES
 from ...engine.lm.objective import Objective
-from ...engine.lm.quantize import Quantize
+from ...engine.lm.quantize import Offload, Quantize
+from ...engine.two_points import PointsMode
 from ..aggregation import Aggregation, Rule, Weighting
 from ..attack import Attack
 from ..partition import Partition
@@ -26,6 +28,13 @@ from .settings import Checked, setting
 
 # Value of the settings dtype and device that a run replaces by what it stands for; see ``setup.model.resolved``.
 AUTO = "auto"
+
+
+class MaskedWeightsMode(StrEnum):
+    """How masked weights beside read-only ones get into a linear layer; see ``FrozenWeight``."""
+
+    WRITE = "write"
+    ADD = "add"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,18 @@ class ModelConfig(Checked):
     )
     quantize: Quantize = setting(
         Quantize.NONE,
-        "how the weights that no step changes are kept: none (in the dtype, masked weights in place), as-stored (in the "
-        "checkpoint's own format), nf4, int8, torchao-int8. All but none: read-only, masked weights beside them",
+        "how the weights that no step changes are kept: none (in the dtype, masked weights in place), as-stored (in "
+        "the checkpoint's own format), nf4, int8, torchao-int8. All but none: read-only, masked weights beside them",
+    )
+    offload: Offload = setting(
+        Offload.NONE,
+        "with --quantize on a GPU, where the read-only weights are: none (on the GPU), cpu (in the host's memory), "
+        "disk (in the checkpoint's files)",
+    )
+    masked_weights: MaskedWeightsMode = setting(
+        MaskedWeightsMode.WRITE,
+        "with --quantize, how masked weights get into a linear layer: write (into its dense weight, in the dtype), add "
+        "(to its output, in float32)",
     )
     device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
     backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
@@ -53,9 +72,18 @@ class ModelConfig(Checked):
         Capture.AUTO, "on a GPU, local steps as CUDA graphs: auto: where possible, off. The bits are the same"
     )
 
+    @property
+    def kept(self) -> str:
+        """How the weights are kept, as in a delta; see ``Delta``."""
+        return f"{self.quantize}{'+add' if self.masked_weights is MaskedWeightsMode.ADD else ''}"
+
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
         self._require(self.dtype in (AUTO, *DTYPES), "dtype", f"one of {', '.join((AUTO, *DTYPES))}")
+        if self.quantize is Quantize.NONE:
+            for name, value in (("offload", self.offload), ("masked_weights", self.masked_weights)):
+                needs = "needs read-only weights; give --quantize too (as-stored keeps those of the checkpoint)"
+                self._require(value in (Offload.NONE, MaskedWeightsMode.WRITE), name, needs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +193,11 @@ class StepConfig(Checked):
     )
     lr: float = setting(1e-4, "learning rate (eta) of the first step")
     schedule: Schedule = setting(Schedule.CONSTANT, "learning rate over the run: " + ", ".join(Schedule))
+    points: PointsMode = setting(
+        PointsMode.AUTO,
+        "with --quantize, the losses at +eps and -eps: separate (two forward passes), together (one, over the batch "
+        "twice), auto (together for few tokens, and with --offload)",
+    )
     queries: int = setting(1, "number of perturbations q of a step [decomfl: 5]")
     eps: float = setting(1e-3, "scale of the perturbation")
 

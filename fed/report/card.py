@@ -12,6 +12,7 @@ from ...engine.delta import Delta
 from ...engine.lm.data import AnyTask
 from ...engine.lm.models import LanguageModel
 from ...engine.lm.scores import LOSS, SCORES, scores_in, shown
+from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, make_config
 from ..run.jsonl import is_number
 from ..run.replay import Replayed
@@ -37,6 +38,7 @@ def run_card(replayed: Replayed, name: str, weights: str) -> str:
     before, after = _metrics_line(replayed, 0), _metrics_line(replayed, replayed.round)
     rows = {
         "base model": _code(config.model.source),
+        "base weights": _kept(config.model.kept),
         "method": f"{config.method}, {len(mask):,} of {mask.table.size:,} elements",
         "task": f"{task.name}; {_data(config, task)}",
         "clients": f"{header.clients}, {config.clients.partition.describe(config.clients.alpha)}",
@@ -62,7 +64,7 @@ def run_card(replayed: Replayed, name: str, weights: str) -> str:
     return _card(replayed.lm, name, body, _eval_results(task, after), [str(config.method), "federated-learning"])
 
 
-def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
+def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str, *, onto_plain: bool = False) -> str:
     """The model card of a base model with a delta applied to it.
 
     Args:
@@ -70,6 +72,7 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
         lm: the model after the delta.
         name: name of the model.
         base: value of ``--model``, which names the base model.
+        onto_plain: whether it was applied to other base weights than those of the run.
 
     Returns:
         The card as Markdown with front matter.
@@ -78,11 +81,13 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
         "base model": _code(base),
         "method": f"{_plain(delta.method) or 'unknown'}, round {delta.round}, {len(delta.mask):,} of "
         f"{delta.mask.table.size:,} elements",
+        "base weights": _kept(delta.kept, onto_plain=onto_plain),
         "base fingerprint": _code(delta.base),
         "mask digest": _code(delta.mask.digest),
-        "weights fingerprint": _code(delta.weights),
+        "weights fingerprint": _code(fingerprint(lm.model, rounded=True)),
     }
-    again = shlex.join(["meerkat-engine", "apply", "DELTA", "--model", base, "--output", "DIR"])
+    onto = ["--onto-plain"] if onto_plain else []
+    again = shlex.join(["meerkat-engine", "apply", "DELTA", "--model", base, *onto, "--output", "DIR"])
     body = (
         f"# {name}\n\n"
         "A base model to which a delta was applied: the masked weights of a fine-tuned model.\n\n"
@@ -90,6 +95,14 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str) -> str:
         f"To reproduce it with meerkat-engine {__version__}:\n\n```sh\n{again}\n```\n"
     )
     return _card(lm, name, body, [], [])
+
+
+def _kept(kept: str, *, onto_plain: bool = False) -> str:
+    if kept == "none":
+        return "plain"
+    if onto_plain:
+        return f"plain; the run's were kept as {kept}, so this is another model than that of the run"
+    return f"dequantized, kept as {kept} in the run"
 
 
 def run_command(config: RunConfig) -> str:

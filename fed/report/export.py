@@ -7,6 +7,7 @@ from ...engine.errors import DeltaError
 from ...engine.lm.checkpoint import check_does_not_exist, save_checkpoint
 from ...engine.lm.lora import merge_lora
 from ...engine.lm.models import DTYPES
+from ...engine.lm.quantize import Quantize
 from ...engine.parameters import fingerprint
 from ..run.replay import Replayed
 from ..setup.model import load_base_model
@@ -25,16 +26,20 @@ def save_run(replayed: Replayed, output: Path) -> None:
     """
     if replayed.lm.adapters:
         merge_lora(replayed.lm.model)
-    save_checkpoint(replayed.lm, output, run_card(replayed, output.name, fingerprint(replayed.lm.model)))
+    save_checkpoint(replayed.lm, output, run_card(replayed, output.name, fingerprint(replayed.lm.model, rounded=True)))
 
 
-def apply_delta(path: Path, model: str, output: Path, *, trust_remote_code: bool = False) -> Delta:
+def apply_delta(
+    path: Path, model: str, output: Path, *, onto_plain: bool = False, trust_remote_code: bool = False
+) -> Delta:
     """Applies a delta to its base model and saves the result as a checkpoint.
 
     Args:
         path: path of the delta file.
         model: value of ``--model``, which names the base model.
         output: path of the checkpoint directory, which must not exist.
+        onto_plain: whether to apply it to the base model's plain weights although those of the run were kept in
+            another format. That is another model than the run's.
         trust_remote_code: see ``models.load_model``.
 
     Returns:
@@ -50,9 +55,16 @@ def apply_delta(path: Path, model: str, output: Path, *, trust_remote_code: bool
         raise DeltaError(
             f"{delta.where} belongs to a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} can be loaded"
         )
-    lm = load_base_model(model, delta.dtype, trust_remote_code=trust_remote_code)
-    delta.apply(lm.model)
-    save_checkpoint(lm, output, delta_card(delta, lm, output.name, model))
+    kept, _, adds = ("none" if onto_plain else delta.kept).partition("+")
+    if kept not in list(Quantize):
+        raise DeltaError(
+            f"{delta.where} belongs to a base whose weights are kept as {delta.kept!r}; known: {', '.join(Quantize)}"
+        )
+    lm = load_base_model(
+        model, delta.dtype, quantize=Quantize(kept), adds=bool(adds), trust_remote_code=trust_remote_code
+    )
+    (delta.apply_to_other if onto_plain else delta.apply)(lm.model)
+    save_checkpoint(lm, output, delta_card(delta, lm, output.name, model, onto_plain=onto_plain))
     return delta
 
 

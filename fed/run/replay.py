@@ -79,6 +79,7 @@ class Replayed:
             self.masked,
             base=self.ledger.header.base,
             start=self.start,
+            kept=self.config.model.kept,
             method=self.config.method,
             round=self.round,
         )

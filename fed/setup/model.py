@@ -1,6 +1,7 @@
 """Loads the model of a run."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -8,9 +9,8 @@ from ...engine.lm import embedded
 from ...engine.lm.lora import add_lora
 from ...engine.lm.models import DTYPES, LanguageModel, check_device, load_model
 from ...engine.lm.own_dtype import own_dtype
-from ...engine.lm.quantize import Quantize
 from ..config.run_config import RunConfig
-from ..config.sections import AUTO
+from ..config.sections import AUTO, MaskedWeightsMode
 from ..methods import Elements
 
 
@@ -19,13 +19,21 @@ def load_base_model(
     dtype: str,
     device: str = "cpu",
     *,
-    quantize: Quantize = Quantize.NONE,
     trust_remote_code: bool = False,
+    **kept: Any,
 ) -> LanguageModel:
-    """Loads a base model. ``model`` is a value of ``--model``, which may also name the embedded model."""
+    """Loads a base model.
+
+    Args:
+        model: a value of ``--model``, which may also name the embedded model.
+        dtype: name of the dtype.
+        device: the device.
+        trust_remote_code: see ``models.load_model``.
+        kept: how the weights are kept: ``quantize``, ``offload`` and ``adds`` of ``models.load_model``.
+    """
     if model == embedded.NAME:
-        return embedded.load(DTYPES[dtype], device, quantize=quantize)
-    return load_model(model, DTYPES[dtype], device, quantize=quantize, trust_remote_code=trust_remote_code)
+        return embedded.load(DTYPES[dtype], device, **kept)
+    return load_model(model, DTYPES[dtype], device, trust_remote_code=trust_remote_code, **kept)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -74,8 +82,9 @@ def load_language_model(
     """
     base = resolved(config).model
     lm = load_base_model(
-        model or base.source, base.dtype, base.device, quantize=base.quantize, trust_remote_code=trust_remote_code
-    )
+        model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code,
+        quantize=base.quantize, offload=base.offload, adds=base.masked_weights is MaskedWeightsMode.ADD,
+    )  # fmt: skip
     if config.method.recipe.elements is Elements.LORA:
         lora = config.lora
         added = add_lora(lm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.modules, seed=config.seed)

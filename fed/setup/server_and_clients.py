@@ -126,8 +126,8 @@ class Federation:
         self.timing, self.selection = Timing(), Selection()
         self._shares_clients = micro_batch_map is not None
         self._windows = config.selection.windows(config.step.queries)
-        self._replica = Replica(model, mask, make_terms(config, mask), config.model.backend, config.model.capture)
-        terms = self._replica.terms
+        terms = make_terms(config, mask)
+        self._replica = Replica(model, mask, terms, config.model.backend, config.model.capture, config.step.points)
         self._gradip = None
         if terms.calibration_steps or (not terms.sends_weights and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.model.backend)

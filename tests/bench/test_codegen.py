@@ -15,7 +15,9 @@ pytestmark = pytest.mark.slow  # compiles every kernel for three GPUs: run it af
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 WRITING_KERNELS = {"_perturb_kernel", "_update_kernel", "_update_perturb_kernel", "_replay_kernel", "_restore_kernel"}
 TABLE_KERNELS = WRITING_KERNELS | {"_compare_kernel"}
-LIST_KERNELS = {"_normal_kernel", "_bits_kernel", "_polar_kernel", "_inner_kernel", "_coefficients_kernel"}
+LIST_KERNELS = {
+    "_normal_kernel", "_bits_kernel", "_polar_kernel", "_inner_kernel", "_coefficients_kernel", "_correct_kernel",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

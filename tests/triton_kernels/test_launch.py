@@ -38,7 +38,7 @@ def test_a_slice_of_seeds_or_scales_starts_no_compiler() -> None:
     assert masked == {
         f"_{name}_kernel" for name in ("perturb", "update", "update_perturb", "replay", "restore", "compare")
     }
-    assert once == {f"_{name}_kernel" for name in ("inner", "normal", "bits", "polar", "coefficients")}
+    assert once == {f"_{name}_kernel" for name in ("inner", "normal", "bits", "polar", "coefficients", "correct")}
 
 
 def load_again() -> None:

@@ -2,11 +2,11 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..models import LanguageModel, load_model
-from ..quantize import Quantize
 from ..tasks import Row
 from . import corpus
 
@@ -17,17 +17,15 @@ DIRECTORY = Path(__file__).parent / "model"
 _TRAIN, _VALIDATION = 800, 400
 
 
-def load(
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, quantize: Quantize = Quantize.NONE
-) -> LanguageModel:
+def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any) -> LanguageModel:
     """Loads the embedded model: Llama architecture, two layers of width 64.
 
     Args:
         dtype: dtype of the weights.
         device: device to put the model on.
-        quantize: how the weights are kept; see ``models.load_model``.
+        options: further options of ``models.load_model``.
     """
-    return load_model(str(DIRECTORY), dtype, device, quantize=quantize)
+    return load_model(str(DIRECTORY), dtype, device, **options)
 
 
 @cache

@@ -37,10 +37,11 @@ from ...setup.threads import choose_threads
 _LOG = logging.getLogger("meerkat.worker")
 # Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
-                               "capture", "snapshot_every", "attack", "attackers"})  # fmt: skip
+                               "capture", "offload", "snapshot_every", "attack", "attackers"})  # fmt: skip
 # Settings that a node may choose for itself: name in `--node-config` -> name of the setting.
 _NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "chat-template": "chat_template",
-                  "mask": "mask", "device": "device", "backend": "backend", "capture": "capture"}  # fmt: skip
+                  "mask": "mask", "device": "device", "backend": "backend", "capture": "capture",
+                  "offload": "offload"}  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Kinds of masked elements that follow from settings and model alone: the mask need not be sent.
 DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})
@@ -137,7 +138,8 @@ class LocalRun:
         own_mask = _choose_mask(config, mask, lm)
         if own_mask.digest != mask_digest:
             raise MaskError(f"the run's mask is {mask_digest[:12]}, this node's is {own_mask.digest[:12]}")
-        replica = Replica(lm.model, own_mask, make_terms(config, own_mask), config.model.backend, config.model.capture)
+        terms = make_terms(config, own_mask)
+        replica = Replica(lm.model, own_mask, terms, config.model.backend, config.model.capture, config.step.points)
         if config.data.file is not None:  # none are held out: the server evaluates on its own examples
             rows = file_rows(config.task, config.data.file)
             examples, shares = encode_rows(config, lm, rows, config.task.name), None
