@@ -16,6 +16,7 @@ import torch
 from . import __version__
 from .bench.command import bench
 from .bench.experiments.command import experiment
+from .bench.memory_command import bench_memory
 from .bench.scale_command import bench_server
 from .bench.tune.command import tune
 from .engine.errors import ConfigError, MeerkatError
@@ -367,6 +368,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 main.add_command(bench)
 main.add_command(bench_server)
+main.add_command(bench_memory)
 main.add_command(experiment)
 main.add_command(tune)
 main.add_command(chat)

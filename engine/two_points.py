@@ -215,7 +215,9 @@ def _inputs(args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _twice(value: Any, rows: int) -> Any:
-    """Repeats the tensors that have a row for each row of the batch."""
+    """Repeats the tensors that have a row for each row of the batch, and positions that are the same for all rows."""
+    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1 and not value.is_floating_point():
+        value = value.expand(rows, -1)
     if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == rows:
         return torch.cat((value, value))
     if isinstance(value, dict):

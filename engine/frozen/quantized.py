@@ -13,7 +13,10 @@ from .stored import Stored, moved
 
 
 class Nf4Stored(Stored):
-    """4-bit NormalFloat of bitsandbytes: 16 levels, and the largest absolute value of each 64 weights in float32.
+    """4 bits a weight, by bitsandbytes: one of 16 levels, and the largest absolute value of each block of weights.
+
+    ``quantize`` takes NormalFloat levels (NF4), and blocks of 64 weights with a float32 each. A checkpoint may be
+    quantized in another way: to 4-bit floats (FP4), or with the float32 quantized too (double quantization).
 
     Args:
         packed: two weights a byte, uint8 [n / 2, 1].
@@ -23,10 +26,9 @@ class Nf4Stored(Stored):
         QLoRA, arXiv 2305.14314, section 3.
     """
 
-    format = "nf4"
-
     def __init__(self, packed: Tensor, state: Any) -> None:
         self.packed, self.state, self.shape = packed.detach(), state, torch.Size(state.shape)
+        self.format = str(state.quant_type)
 
     @classmethod
     def quantize(cls, values: Tensor) -> "Nf4Stored":

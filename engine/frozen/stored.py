@@ -21,7 +21,7 @@ class Stored(ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns the values in a new tensor, ``dtype`` ``shape`` on ``device``, contiguous; the caller may write it."""
+        """Returns the values in a new tensor, ``dtype`` ``shape`` on ``device``, contiguous; it may be written."""
 
     @abstractmethod
     def to(self, device: torch.device) -> "Stored":

@@ -77,6 +77,7 @@ class FrozenWeight(Tensor):
         *,
         adds: bool = False,
     ) -> "FrozenWeight":
+        """Makes a parameter; see the class."""
         self = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=device, requires_grad=False)
         self.stored, self.points, self.adds = stored, points or Points(), adds
         self.offsets = self.values = self.second = self._correction = self._anchor = None
@@ -188,7 +189,8 @@ class FrozenWeight(Tensor):
         if func in _ABOUT:
             _check_stays_frozen(func, args, kwargs)
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)  # not returned from here: an interrupt must not skip the exit
+            return result
         if args and args[0] is _itself(func, args, kwargs):
             return args[0]
         _check_reads_only(func, args, kwargs)
