@@ -73,9 +73,7 @@ class Case:
         elif kind is Quantize.NONE:
             model = build(self.model, dtype, device)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_SEED)
-                model = build(self.model, torch.bfloat16, torch.device("cpu"))
+            model = build(self.model, torch.bfloat16, torch.device("cpu"))
             freeze_base(model, kind, dtype, device, offload=Offload(self.offload), adds=self.adds)
         return model.requires_grad_(False)
 

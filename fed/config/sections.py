@@ -51,6 +51,11 @@ class ModelConfig(Checked):
         AUTO,
         "dtype of the weights: float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own on a GPU",
     )
+    device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
+    backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
+    capture: Capture = setting(
+        Capture.AUTO, "on a GPU, local steps as CUDA graphs: auto: where possible, off. The bits are the same"
+    )
     quantize: Quantize = setting(
         Quantize.NONE,
         "how the weights that no step changes are kept: none (in the dtype, masked weights in place), as-stored (in "
@@ -66,11 +71,6 @@ class ModelConfig(Checked):
         "with --quantize, how masked weights get into a linear layer: write (into its dense weight, in the dtype), add "
         "(to its output, in float32)",
     )
-    device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
-    backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
-    capture: Capture = setting(
-        Capture.AUTO, "on a GPU, local steps as CUDA graphs: auto: where possible, off. The bits are the same"
-    )
 
     @property
     def kept(self) -> str:
@@ -80,10 +80,12 @@ class ModelConfig(Checked):
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
         self._require(self.dtype in (AUTO, *DTYPES), "dtype", f"one of {', '.join((AUTO, *DTYPES))}")
-        if self.quantize is Quantize.NONE:
-            for name, value in (("offload", self.offload), ("masked_weights", self.masked_weights)):
-                needs = "needs read-only weights; give --quantize too (as-stored keeps those of the checkpoint)"
-                self._require(value in (Offload.NONE, MaskedWeightsMode.WRITE), name, needs)
+        for name, value in (("offload", self.offload), ("masked_weights", self.masked_weights)):
+            has_effect = value not in (Offload.NONE, MaskedWeightsMode.WRITE)
+            if has_effect and self.quantize is Quantize.NONE:
+                raise ConfigError(
+                    f"{name} {value} is for read-only weights; give --quantize too (as-stored keeps the checkpoint's)"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from helpers.command import call
 CHANGED: dict[str, Any] = {
     "method": "meerkat-vp", "rounds": 7, "local_steps": 3, "seed": 5, "snapshot_every": 2, "model": "m",
     "dtype": "bfloat16",
-    "device": "cuda", "backend": "torch", "capture": "off", "task": "vader", "data_dir": Path("d"), "max_length": 99,
+    "device": "cuda", "backend": "torch", "capture": "off",
+    "quantize": "nf4", "offload": "cpu", "masked_weights": "add", "points": "together", "task": "vader", "data_dir": Path("d"), "max_length": 99,
     "clients": 9,
     "clients_per_round": 5, "partition": "natural", "alpha": 0.1, "client_field": "who", "batch_size": 3,
     "micro_batch_size": 2, "layout": "padded", "objective": "language-model", "lr": 0.5, "schedule": "cosine",
@@ -131,7 +132,8 @@ def test_flat_names_in_a_file_are_errors_that_name_the_section() -> None:
 def test_a_file_has_a_table_for_each_section() -> None:
     written = tomllib.loads(config_toml(make_config({"model": "m", "task": "sst2", "mask": "f"})))
     assert written["model"] == {
-        "source": "m", "dtype": "auto", "device": "auto", "backend": "auto", "capture": "auto",
+        "source": "m", "dtype": "auto", "device": "auto", "backend": "auto", "capture": "auto", "quantize": "none",
+        "offload": "none", "masked_weights": "write",
     }  # fmt: skip
     assert written["mask"]["file"] == "f"
     assert "calibration" not in written["mask"]  # because it is None
@@ -141,12 +143,13 @@ def test_a_file_has_a_table_for_each_section() -> None:
 
 
 def test_the_digest_covers_all_settings_that_bits_depend_on() -> None:
-    given = {"model": "m", "task": "sst2"}
+    given = {"model": "m", "task": "sst2", "quantize": "nf4"}
     config = make_config(given)
-    not_in_digest = {"data_dir": "d", "device": "cuda", "backend": "torch", "capture": "off",
+    not_in_digest = {"data_dir": "d", "device": "cuda", "backend": "torch", "capture": "off", "offload": "cpu",
                      "snapshot_every": 3, "calibration": "c"}  # fmt: skip
     assert make_config(given, not_in_digest).digest() == config.digest()
-    for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3}):
+    for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3}, {"quantize": "int8"},
+                   {"masked_weights": "add"}, {"points": "together"}):  # fmt: skip
         assert config.replace(**change).digest() != config.digest()
 
 
