@@ -11,6 +11,7 @@ import torch
 
 from ..engine.errors import ConfigError, MeerkatError
 from ..engine.lm.models import check_device
+from ..engine.lm.quantize import Quantize
 from ..fed.config.options import example
 from . import environment
 from .memory import Case, cases, in_own_process, measure_times
@@ -21,13 +22,22 @@ from .tables import amount, table
 @click.option("--model", default="smollm2-135m", show_default=True,
               help="a shape, with random weights, or a Hugging Face id, directory or GGUF file")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--quantize", "kinds", multiple=True, type=click.Choice(list(Quantize)),
+              help="how base weights are kept; may be repeated; default: all of them")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="sequences of a batch")
 @click.option("--length", type=click.IntRange(2), default=20, show_default=True, help="tokens of each sequence")
 @click.option("--repeats", type=click.IntRange(0), default=5, show_default=True, help="timed steps; 0: none")
 @click.option("--output", type=click.Path(path_type=Path), help="new directory for result.json and result.md")
 @click.pass_context
 def bench_memory(
-    context: click.Context, model: str, device: str, batch_size: int, length: int, repeats: int, output: Path | None
+    context: click.Context,
+    model: str,
+    device: str,
+    kinds: tuple[str, ...],
+    batch_size: int,
+    length: int,
+    repeats: int,
+    output: Path | None,
 ) -> None:
     """Measures steps with base weights in place, as stored, in int8 and in NF4.
 
@@ -38,6 +48,8 @@ def bench_memory(
     where, load_before = check_device(device), os.getloadavg()[0]
     records, plain = [], None
     for case in cases(model, device, batch_size, length):
+        if kinds and plain is not None and case.quantize not in kinds:
+            continue
         click.echo(f"measuring {case.name}", err=True)
         plain = plain or case
         record: dict[str, Any] = {"name": case.name, "memory": in_own_process(case)}

@@ -18,6 +18,9 @@ from meerkat_engine.bench.gpu.words import differing_words
 from meerkat_engine.engine import stream
 from meerkat_engine.engine.backend import resolve
 from meerkat_engine.engine.captured import BoundLoss
+from meerkat_engine.engine.frozen.weight import frozen_weights
+from meerkat_engine.engine.lm.quantize import Offload, Quantize, freeze_base
+from meerkat_engine.engine.parameters import fingerprint
 from meerkat_engine.engine.weights import MaskedWeights
 from meerkat_engine.triton_kernels import BLOCK, build_table, correction, correction_reference, reference
 from meerkat_engine.triton_kernels.normal import polar
@@ -330,3 +333,46 @@ def test_a_wrong_radius_or_angle_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("meerkat_engine.bench.gpu.words.polar", wrong)
     assert differing_words(torch.device("cpu"), 2**20) == {"words": 17, "radius": 1, "sine": 0, "cosine": 2}
+
+
+@pytest.mark.parametrize("points", ["separate", "together"])
+@pytest.mark.parametrize("kind", ["as-stored", "int8", "nf4"])
+def test_steps_over_read_only_weights_are_those_over_plain_ones(device: torch.device, kind: str, points: str) -> None:
+    """Bit for bit where the points are separate, and replayed on the CPU from the scalars."""
+    model = make_model("llama", torch.bfloat16)
+    on_cpu = copy.deepcopy(model)
+    freeze_base(model, Quantize(kind), torch.float32, device)
+    freeze_base(on_cpu, Quantize(kind), torch.float32, torch.device("cpu"))
+    assert fingerprint(model) == fingerprint(on_cpu)
+    plain = make_model("llama", torch.float32)
+    for name, parameter in plain.named_parameters():
+        parameter.data = frozen_weights(on_cpu)[name].dense()
+    plain.to(device)
+    mask = SparseMask.random(plain, 0.05, 1)
+    ids = torch.arange(5, 45, device=device).view(2, 20)
+    opts = [
+        SparseZO(net, mask, lr=0.1, seed=4, frozen=True, points=at)
+        for net, at in ((model, points), (plain, "separate"))
+    ]
+    for _ in range(3):
+        for opt, net in zip(opts, (model, plain), strict=True):
+            opt.step(lambda net=net: net(input_ids=ids, labels=ids).loss)
+    mine, theirs = (torch.tensor(opt.projected_gradients) for opt in opts)
+    assert torch.allclose(mine, theirs, atol=0.02)
+    assert points == "together" or torch.equal(mine, theirs)
+    replay(on_cpu, mask, opts[0].log)
+    assert fingerprint(on_cpu) == fingerprint(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_weights_have_the_bits_of_those_on_the_gpu(offload: str) -> None:
+    device, scalars = torch.device("cuda"), []
+    for where in ("none", offload):
+        model = make_model("llama", torch.bfloat16)
+        freeze_base(model, Quantize.NF4, torch.bfloat16, device, offload=Offload(where))
+        opt = SparseZO(model, SparseMask.random(model, 0.05, 1, frozen=True), lr=0.1, frozen=True)
+        ids = torch.arange(5, 45, device=device).view(2, 20)
+        opt.step_many([lambda model=model, ids=ids: model(input_ids=ids, labels=ids).loss.float()] * 3)
+        scalars.append(opt.projected_gradients)
+    assert scalars[0] == scalars[1]

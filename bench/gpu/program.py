@@ -85,6 +85,10 @@ def parts(device: str, output: Path) -> list[Part]:
     )
     if not on_gpu:
         shape = ("--model", "embedded", "--batch-size", "2", "--length", "8", "--repeats", "3")
+    memory = ("--model", "llama-3.2-1b", "--repeats", "3")
+    if not on_gpu:
+        memory = ("--model", "embedded", "--batch-size", "2", "--length", "6", "--repeats", "2", "--quantize", "int8")
+    memory = ("bench-memory", "--device", device, *memory, "--output", str(output / "memory"))
     densities = ("--density", "0.01", "--density", "0.001")
     bench = ("bench", "--device", device, *shape, *densities, "--no-figures", "--output", str(output / "bench"))
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
@@ -102,6 +106,7 @@ def parts(device: str, output: Path) -> list[Part]:
         Part(name="sweep", command=own("sweep", "sweep"), limit=110, kernels=True),
         Part(name="bench", command=("python", "-m", "meerkat_engine", *bench), limit=120),
         Part(name="steps", command=own("steps", "steps"), limit=200),
+        Part(name="memory", command=("python", "-m", "meerkat_engine", *memory), limit=150),
         Part(name="pipeline", command=own("pipeline", "pipeline"), limit=100),
         # On a CPU the compiler takes minutes.
         *([Part(name="compiled", command=own("compiled", "compiled"), limit=100)] if on_gpu else []),

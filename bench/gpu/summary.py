@@ -25,6 +25,7 @@ def markdown(directory: Path) -> str:
         _bits(program["parts"], results),
         _sweep(results.get("sweep", {}).get("rows", [])),
         _steps([row for name in ("steps", "compiled") for row in results.get(name, {}).get("rows", [])]),
+        _memory(directory / "memory" / "result.md"),
         _pipeline(results.get("pipeline", {})),
         _profile(program["parts"].get("ncu", {}), results.get("ncu", {})),
     ]
@@ -37,6 +38,10 @@ def _machine(program: dict[str, Any], machine: dict[str, Any]) -> str:
     named = [f"commit {machine['commit'][:7]}", program["date"]]
     named += [f"{name} {value}" for name, value in {**machine["versions"], **machine["nvidia_smi"]}.items()]
     return f"{machine['machine']['device']}: {', '.join(named)}."
+
+
+def _memory(page: Path) -> str:
+    return page.read_text().strip() if page.is_file() else ""
 
 
 def _outcomes(parts: dict[str, Any]) -> str:

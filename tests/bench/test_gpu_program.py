@@ -29,7 +29,7 @@ from helpers.imports import ROOT
 from helpers.missing import environment_without
 
 CPU = torch.device("cpu")
-BITS_FIRST = ["machine", "tests", "words", "runs", "sweep", "bench", "steps", "pipeline"]
+BITS_FIRST = ["machine", "tests", "words", "runs", "sweep", "bench", "steps", "memory", "pipeline"]
 OPTIONAL = ["memcheck", "racecheck", "ncu"]
 
 
@@ -78,6 +78,9 @@ def test_every_part_leaves_its_own_json(finished: tuple[Path, str]) -> None:
     assert all(row["seconds"] > 0 and row["host"] > 0 for row in rows)
     assert rows[0]["scalars"] == rows[1]["scalars"] != []
     assert read(directory / "bench" / "result.json")["kernels"]
+    kept = read(directory / "memory" / "result.json")["cases"]
+    assert [case["name"] for case in kept] == ["in place, float32", "int8, float32", "int8, float32, both points in one pass"]
+    assert all(case["memory"]["step"] > 0 for case in kept)
 
 
 def test_the_summary_has_a_line_for_each_result(finished: tuple[Path, str]) -> None:
@@ -85,7 +88,7 @@ def test_the_summary_has_a_line_for_each_result(finished: tuple[Path, str]) -> N
     page = (directory / "summary.md").read_text()
     assert page in printed
     for expected in ("of 65,537 words differ", "radius 0, sine 0, cosine 0", "same bits", "the same ledger", " passed",
-                     "dense, MeZO's loop", "update + perturb", "steps a second", f"torch {torch.__version__}",
+                     "dense, MeZO's loop", "update + perturb", "steps a second", "step / its forwards", f"torch {torch.__version__}",
                      "commit ", "A published figure"):  # fmt: skip
         assert expected in page
 
