@@ -44,8 +44,8 @@ class Delta:
         weights: fingerprint of the model after applying the delta.
         dtype: dtype of the base model's parameters, as in ``models.DTYPES``; "mixed" if they have several.
         kept: how the base model's weights are kept, for whoever loads it: a name of ``quantize.Quantize``, with "+add"
-            if masked weights are added to outputs. The fingerprints are those of the dense weights that it computes
-            with.
+            if masked weights are added to outputs, "+round" if they are rounded. The fingerprints are those of the
+            dense weights that it computes with.
         method: name of the method that made the masters; may be empty.
         round: last round of the run that made the masters, at least 0; 0 without a run.
         where: name of the delta in error messages.

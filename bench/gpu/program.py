@@ -85,7 +85,7 @@ def parts(device: str, output: Path) -> list[Part]:
     )
     if not on_gpu:
         shape = ("--model", "embedded", "--batch-size", "2", "--length", "8", "--repeats", "3")
-    memory = ("--model", "llama-3.2-1b", "--repeats", "3")
+    memory: tuple[str, ...] = ("--model", "llama-3.2-1b", "--repeats", "3")
     if not on_gpu:
         memory = ("--model", "embedded", "--batch-size", "2", "--length", "6", "--repeats", "2", "--quantize", "int8")
     memory = ("bench-memory", "--device", device, *memory, "--output", str(output / "memory"))

@@ -20,6 +20,7 @@ def freeze(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     adds: bool = False,
+    rounds: bool = False,
 ) -> None:
     """Replaces every floating-point parameter of a model by a frozen one, one after the other.
 
@@ -31,6 +32,7 @@ def freeze(
         dtype: dtype in which the model computes; None: each parameter's own.
         device: device on which the model computes; None: each parameter's own.
         adds: see ``FrozenWeight``.
+        rounds: see ``FrozenWeight``.
     """
     points = Points()
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name, _ in model.named_parameters()}
@@ -45,7 +47,12 @@ def freeze(
         if parameter is None or not parameter.is_floating_point() or isinstance(parameter, FrozenWeight):
             continue
         frozen = FrozenWeight(
-            store(name, parameter.detach()), dtype or parameter.dtype, device or parameter.device, points, adds=adds
+            store(name, parameter.detach()),
+            dtype or parameter.dtype,
+            device or parameter.device,
+            points,
+            adds=adds,
+            rounds=rounds,
         )
         for module, own_name in of_name:
             module._parameters[own_name] = frozen  # type: ignore[assignment]

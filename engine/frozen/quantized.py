@@ -65,6 +65,9 @@ class Nf4Stored(Stored):
         return state
 
 
+_ONE = 7.874015718698502e-3  # 1 / 127
+
+
 class Int8Stored(Stored):
     """8-bit integers of bitsandbytes: each row scaled by its largest absolute value.
 
@@ -106,7 +109,14 @@ class Int8Stored(Stored):
         """See ``Stored``."""
         # The bits of bitsandbytes' int8_vectorwise_dequant, which holds two such tensors at once.
         dense = moved(self.integers, device).float().mul_(moved(self.scales, device).view(-1, 1))
-        return dense.mul_(7.874015718698502e-3).to(dtype)  # 1 / 127
+        return dense.mul_(_ONE).to(dtype)  # type: ignore[no-any-return]
+
+    def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """See ``Stored``. The scales stay, so values beyond the largest one of their row become that one."""
+        scales = moved(self.scales, values.device)[offsets // self.shape[1]]
+        integers = (values / (scales * _ONE)).round_().clamp_(-127, 127)
+        # In the order of ``dense``.
+        return integers.mul_(scales).mul_(_ONE)  # type: ignore[no-any-return]
 
 
 class TorchaoStored(Stored):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import ConfigError
+
 
 class Stored(ABC):
     """The read-only values of one parameter.
@@ -49,6 +51,18 @@ class Stored(ABC):
         """
         return functional.embedding(index, self.dense(dtype, device))
 
+    def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """Rounds values of elements to those that this format has at their places.
+
+        Args:
+            values: float32 [n].
+            offsets: flat offsets of the elements, int32 or int64 [n].
+
+        Raises:
+            ConfigError: if the format has no grid of its own.
+        """
+        raise ConfigError(f"values cannot be rounded to {self.format}; masked weights are rounded to int8 only")
+
     @property
     def nbytes(self) -> int:
         """Number of bytes of the values."""
@@ -75,6 +89,10 @@ class PlainStored(Stored):
     def pinned(self) -> Stored:
         """See ``Stored``."""
         return PlainStored(self.values.pin_memory())
+
+    def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """See ``Stored``. The values stay: a dense weight rounds them to its dtype."""
+        return values
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

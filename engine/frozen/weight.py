@@ -49,6 +49,8 @@ class FrozenWeight(Tensor):
         adds: whether the live values are float32, and linear layers add them to their outputs as a sparse correction
             (see ``triton_kernels.correction``), in place of writing them into the dense weight, whose dtype may round
             a perturbation away. Other operations write them, rounded.
+        rounds: whether operations read live values rounded to the format of the stored ones, as if the masked weights
+            were in it too. For comparison: most perturbations are rounded away.
 
     Attributes:
         stored: as the argument.
@@ -65,6 +67,7 @@ class FrozenWeight(Tensor):
     values: Tensor | None  # type: ignore[assignment]  # torch's method of this name is for sparse tensors
     second: Tensor | None
     adds: bool
+    rounds: bool
     _correction: Correction | None
     _anchor: Tensor | None
 
@@ -76,10 +79,11 @@ class FrozenWeight(Tensor):
         points: Points | None = None,
         *,
         adds: bool = False,
+        rounds: bool = False,
     ) -> "FrozenWeight":
         """Makes a parameter; see the class."""
         self = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=device, requires_grad=False)
-        self.stored, self.points, self.adds = stored, points or Points(), adds
+        self.stored, self.points, self.adds, self.rounds = stored, points or Points(), adds, rounds
         self.offsets = self.values = self.second = self._correction = self._anchor = None
         self._is_param = True  # for isinstance(_, nn.Parameter), as torch's own subclasses have it
         return self
@@ -96,10 +100,10 @@ class FrozenWeight(Tensor):
         return self.stored.dense(self.dtype, self.device)
 
     def has_wide_values(self) -> bool:
-        """Whether live values have bits that the dtype of the weight has no room for."""
-        return (
-            self.adds and self.values is not None and not torch.equal(self.values, self.values.to(self.dtype).float())
-        )
+        """Whether live values have bits that the dense weight has no room for."""
+        if self.values is None or not (self.adds or self.rounds):
+            return False
+        return not torch.equal(self.values, self._live().to(self.dtype).to(self.values.dtype))
 
     def rows(self, index: Tensor) -> Tensor:
         """Returns rows of ``dense()``: [n, columns] for row numbers int64 [n], in the dtype of the weight.
@@ -121,7 +125,8 @@ class FrozenWeight(Tensor):
     def _live(self) -> Tensor:
         values = self.second if self.points.second and self.second is not None else self.values
         assert values is not None
-        return values
+        assert self.offsets is not None
+        return self.stored.rounded(values, self.offsets) if self.rounds else values
 
     def beside(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns new vectors for ``offsets`` and ``values`` of elements to mask, with the values that they have now.
@@ -174,7 +179,7 @@ class FrozenWeight(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenWeight":
         if id(self) not in memo:
             points = memo.setdefault(id(self.points), Points())
-            copy = FrozenWeight(self.stored, self.dtype, self.device, points, adds=self.adds)
+            copy = FrozenWeight(self.stored, self.dtype, self.device, points, adds=self.adds, rounds=self.rounds)
             copy.offsets, copy.values = self.offsets, None if self.values is None else self.values.clone()
             copy._correction = self._correction
             memo[id(self)] = copy

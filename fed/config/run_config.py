@@ -45,6 +45,7 @@ _NOT_IN_DIGEST = {
     "chat_template",
     "mask",
     "calibration",
+    "calibration_elements",
     "device",
     "backend",
     "capture",

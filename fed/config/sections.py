@@ -35,6 +35,7 @@ class MaskedWeightsMode(StrEnum):
 
     WRITE = "write"
     ADD = "add"
+    ROUND = "round"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,17 @@ class ModelConfig(Checked):
     masked_weights: MaskedWeightsMode = setting(
         MaskedWeightsMode.WRITE,
         "with --quantize, how masked weights get into a linear layer: write (into its dense weight, in the dtype), add "
-        "(to its output, in float32)",
+        "(to its output, in float32), round (written, rounded to int8: for comparison)",
     )
 
     @property
     def kept(self) -> str:
         """How the weights are kept, as in a delta; see ``Delta``."""
-        return f"{self.quantize}{'+add' if self.masked_weights is MaskedWeightsMode.ADD else ''}"
+        return (
+            str(self.quantize)
+            if self.masked_weights is MaskedWeightsMode.WRITE
+            else (f"{self.quantize}+{self.masked_weights}")
+        )
 
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
@@ -225,6 +230,12 @@ class MaskConfig(Checked):
     texts: int = setting(64, "number of calibration texts", option="calibration_texts")
     batch_size: int = setting(4, "number of calibration texts of one gradient", option="calibration_batch_size")
     length: int = setting(256, "maximum number of tokens of a calibration text", option="calibration_length")
+    elements: int = setting(
+        0,
+        "number of elements whose gradients are accumulated at a time, in 8 bytes each, with a pass over the texts for "
+        "each such group (0: all in one pass). The mask is the same",
+        option="calibration_elements",
+    )
     layer: str = setting(
         "", "layer-zo: dotted name of the module to train", shown="the transformer block with the largest gradient"
     )
@@ -233,6 +244,7 @@ class MaskConfig(Checked):
         self._require(0 < self.density <= 1, "density", "in (0, 1]")
         for name in ("texts", "batch_size", "length"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.elements >= 0, "elements", "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,13 +55,18 @@ def apply_delta(
         raise DeltaError(
             f"{delta.where} belongs to a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} can be loaded"
         )
-    kept, _, adds = ("none" if onto_plain else delta.kept).partition("+")
+    kept, _, how = ("none" if onto_plain else delta.kept).partition("+")
     if kept not in list(Quantize):
         raise DeltaError(
             f"{delta.where} belongs to a base whose weights are kept as {delta.kept!r}; known: {', '.join(Quantize)}"
         )
     lm = load_base_model(
-        model, delta.dtype, quantize=Quantize(kept), adds=bool(adds), trust_remote_code=trust_remote_code
+        model,
+        delta.dtype,
+        quantize=Quantize(kept),
+        adds=how == "add",
+        rounds=how == "round",
+        trust_remote_code=trust_remote_code,
     )
     (delta.apply_to_other if onto_plain else delta.apply)(lm.model)
     save_checkpoint(lm, output, delta_card(delta, lm, output.name, model, onto_plain=onto_plain))

@@ -29,7 +29,7 @@ def load_base_model(
         dtype: name of the dtype.
         device: the device.
         trust_remote_code: see ``models.load_model``.
-        kept: how the weights are kept: ``quantize``, ``offload`` and ``adds`` of ``models.load_model``.
+        kept: how the weights are kept: ``quantize``, ``offload``, ``adds`` and ``rounds`` of ``models.load_model``.
     """
     if model == embedded.NAME:
         return embedded.load(DTYPES[dtype], device, **kept)
@@ -84,6 +84,7 @@ def load_language_model(
     lm = load_base_model(
         model or base.source, base.dtype, base.device, trust_remote_code=trust_remote_code,
         quantize=base.quantize, offload=base.offload, adds=base.masked_weights is MaskedWeightsMode.ADD,
+        rounds=base.masked_weights is MaskedWeightsMode.ROUND,
     )  # fmt: skip
     if config.method.recipe.elements is Elements.LORA:
         lora = config.lora
