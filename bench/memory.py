@@ -16,7 +16,7 @@ from ..engine.errors import MeerkatError
 from ..engine.frozen.weight import frozen_weights
 from ..engine.lm.causal import causal_lm
 from ..engine.lm.models import DTYPES, load_model
-from ..engine.lm.quantize import Offload, Quantize, freeze_base
+from ..engine.lm.quantize import Offload, Quantize, freeze_base, quantizable
 from ..engine.mask import SparseMask
 from ..engine.optimizer import SparseZO
 from ..engine.parameters import floating_parameters
@@ -42,6 +42,7 @@ class Case:
         density: share of the elements that are masked, at random.
         rows: sequences of the batch.
         length: tokens of each.
+        layers: number of transformer blocks of a shape that are made; 0: all.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Case:
     density: float = 1e-3
     rows: int = 16
     length: int = 20
+    layers: int = 0
 
     @property
     def name(self) -> str:
@@ -71,9 +73,9 @@ class Case:
             options: dict[str, Any] = {"quantize": kind, "offload": Offload(self.offload), "adds": self.adds}
             model = load_model(self.model, dtype, device, **options).model
         elif kind is Quantize.NONE:
-            model = build(self.model, dtype, device)
+            model = build(self.model, dtype, device, self.layers or None)
         else:
-            model = build(self.model, torch.bfloat16, torch.device("cpu"))
+            model = build(self.model, torch.bfloat16, torch.device("cpu"), self.layers or None)
             freeze_base(model, kind, dtype, device, offload=Offload(self.offload), adds=self.adds)
         return model.requires_grad_(False)
 
@@ -101,7 +103,8 @@ def measure_memory(case: Case) -> dict[str, Any]:
     Returns:
         Bytes: "base" of the stored weights, of which "mapped" from files; "masked" beside them; "step", the largest
         amount that a step allocates; "layer" of the largest dense weight; "process", how much the process has more,
-        without mapped files, than before the model was made; "device_peak" on a GPU. Numbers: "elements", "masked_elements".
+        without mapped files, than before the model was made; "device_peak" on a GPU. Numbers: "elements",
+        "masked_elements".
     """
     device, before = torch.device(case.device), _anonymous()
     model = case.load()
@@ -137,6 +140,34 @@ def _masked_bytes(optimizer: SparseZO) -> int:
         if t is not None
     ]
     return own + sum(master.nbytes for master in masters) + sum(beside)
+
+
+def computed_bytes(case: Case) -> dict[str, int]:
+    """Bytes of the stored weights of a shape with all its layers, by its parameters' sizes, and of one dense weight.
+
+    Returns:
+        "base", "layer", "elements", "masked_elements" as in ``measure_memory``.
+    """
+    kind, width = Quantize(case.quantize), DTYPES[case.dtype].itemsize
+    model = build(case.model, torch.bfloat16, torch.device("meta"))
+    linear = quantizable(model) if kind not in (Quantize.NONE, Quantize.AS_STORED) else frozenset()
+    base = sum(
+        _quantized_bytes(kind, p) if name in linear else p.numel() * (width if kind is Quantize.NONE else 2)
+        for name, p in floating_parameters(model)
+    )
+    sizes = [p.numel() for _, p in floating_parameters(model)]
+    return {
+        "base": base,
+        "layer": max(sizes) * width,
+        "elements": sum(sizes),
+        "masked_elements": round(case.density * sum(sizes)),
+    }
+
+
+def _quantized_bytes(kind: Quantize, matrix: Tensor) -> int:
+    if kind is Quantize.NF4:
+        return matrix.numel() // 2 + 4 * -(-matrix.numel() // 64) + 4 * 16  # blocks, their scales, and the 16 levels
+    return matrix.numel() + 4 * matrix.shape[0]
 
 
 def in_own_process(case: Case) -> dict[str, Any]:
@@ -187,10 +218,11 @@ def _seconds(action: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def cases(model: str, device: str, rows: int, length: int) -> Iterator[Case]:
+def cases(model: str, device: str, rows: int, length: int, layers: int = 0) -> Iterator[Case]:
     """All cases of a model on a device."""
     narrow = "bfloat16" if device == "cuda" else "float32"  # what the quantized ones compute in
-    common: dict[str, Any] = {"model": model, "device": device, "rows": rows, "length": length}
+    common: dict[str, Any] = {"model": model, "device": device, "rows": rows, "length": length,
+                              "layers": layers}  # fmt: skip
     yield Case(**common, dtype="float32")
     yield Case(**common, dtype="bfloat16")
     for kind in (Quantize.AS_STORED, Quantize.INT8, Quantize.NF4):
@@ -232,4 +264,4 @@ if __name__ == "__main__":
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-__all__ = ["Case", "cases", "in_own_process", "measure_memory", "measure_times"]
+__all__ = ["Case", "cases", "computed_bytes", "in_own_process", "measure_memory", "measure_times"]

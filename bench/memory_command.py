@@ -14,7 +14,8 @@ from ..engine.lm.models import check_device
 from ..engine.lm.quantize import Quantize
 from ..fed.config.options import example
 from . import environment
-from .memory import Case, cases, in_own_process, measure_times
+from .memory import Case, cases, computed_bytes, in_own_process, measure_times
+from .shapes import SHAPES
 from .tables import amount, table
 
 
@@ -26,6 +27,8 @@ from .tables import amount, table
               help="how base weights are kept; may be repeated; default: all of them")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="sequences of a batch")
 @click.option("--length", type=click.IntRange(2), default=20, show_default=True, help="tokens of each sequence")
+@click.option("--layers", type=click.IntRange(1),
+              help="make only so many blocks of a shape; what all of them take is computed")  # fmt: skip
 @click.option("--repeats", type=click.IntRange(0), default=5, show_default=True, help="timed steps; 0: none")
 @click.option("--output", type=click.Path(path_type=Path), help="new directory for result.json and result.md")
 @click.pass_context
@@ -36,6 +39,7 @@ def bench_memory(
     kinds: tuple[str, ...],
     batch_size: int,
     length: int,
+    layers: int | None,
     repeats: int,
     output: Path | None,
 ) -> None:
@@ -43,16 +47,21 @@ def bench_memory(
 
     Memory is measured in a process for each, times in turn with weights in place.
     """
+    if layers is not None and model not in SHAPES:
+        raise ConfigError(f"--layers is for a shape, one of {', '.join(SHAPES)}")
     if output is not None and output.exists():
         raise ConfigError(f"{str(output)!r} exists; choose a new directory for --output")
     where, load_before = check_device(device), os.getloadavg()[0]
     records, plain = [], None
-    for case in cases(model, device, batch_size, length):
+    for case in cases(model, device, batch_size, length, layers or 0):
         if kinds and plain is not None and case.quantize not in kinds:
             continue
         click.echo(f"measuring {case.name}", err=True)
         plain = plain or case
         record: dict[str, Any] = {"name": case.name, "memory": in_own_process(case)}
+        if layers is not None and "failed" not in record["memory"]:
+            record["memory"] |= computed_bytes(case) | {"mapped": 0, "process": 0}
+            record["memory"]["masked"] = 16 * record["memory"]["masked_elements"]  # masters, offsets twice, live values
         if repeats and "failed" not in record["memory"]:
             record["time"] = _times(case, plain, repeats)
         records.append(record)
@@ -92,14 +101,13 @@ def markdown(result: dict[str, Any]) -> str:
             amount(memory["base"]) + (f", {amount(memory['mapped'])} mapped" if memory["mapped"] else ""),
             amount(memory["masked"]),
             amount(memory["step"]),
-            amount(memory.get("device_peak", memory["process"])),
+            amount(_total(memory)),
             f"{_bound_ratio(memory, plain):.3f}",
             f"{time['over_forwards']:.3f}" if "over_forwards" in time else time.get("failed", ""),
             f"{time['over_plain']:.2f}" if "over_plain" in time else "",
         ])  # fmt: skip
     machine, versions = result["machine"], result["versions"]
-    peak = "on the device" if any("device_peak" in c["memory"] for c in result["cases"]) else "of the process"
-    head = ["base weights", "stored", "masked", "a step allocates", f"peak {peak}", "of the bound", "step / its forwards",
+    head = ["base weights", "stored", "masked", "a step allocates", "together", "of the bound", "step / its forwards",
             "step / in place"]  # fmt: skip
     text = ", ".join(f"{name} {value}" for name, value in versions.items())
     return (
@@ -109,10 +117,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _bound_ratio(memory: dict[str, Any], plain: dict[str, Any] | None) -> float:
-    """Stored, masked and allocated bytes over base + 24 B a masked element + activations + one layer."""
+    """Bytes of a step over base + 24 B a masked element + activations + one layer."""
     activations = plain["step"] if plain is not None else memory["step"]
     bound = memory["base"] + 24 * memory["masked_elements"] + activations + memory["layer"]
-    return float((memory["base"] + memory["masked"] + memory["step"]) / bound)
+    return float(_total(memory) / bound)
+
+
+def _total(memory: dict[str, Any]) -> int:
+    return int(memory["base"] + memory["masked"] + memory["step"])
 
 
 __all__ = ["bench_memory", "markdown"]

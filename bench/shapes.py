@@ -13,6 +13,14 @@ _LLAMA_1B = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
 }  # fmt: skip
+_LLAMA_3B = {
+    "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+_LLAMA_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
 _QWEN2_1B5 = {
     "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -44,6 +52,8 @@ _CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "smollm2-135m": lambda: transformers.LlamaConfig(**_SMOLLM2_135M),
     "opt-1.3b": lambda: transformers.OPTConfig(**_OPT_1B3),
     "llama-3.2-1b": lambda: transformers.LlamaConfig(**_LLAMA_1B),
+    "llama-3.2-3b": lambda: transformers.LlamaConfig(**_LLAMA_3B),
+    "llama-3.1-8b": lambda: transformers.LlamaConfig(**_LLAMA_8B),
     "qwen2-1.5b": lambda: transformers.Qwen2Config(**_QWEN2_1B5),
     "gemma-2-2b": lambda: transformers.Gemma2Config(**_GEMMA2_2B),
 }
@@ -54,18 +64,22 @@ SHAPES = (embedded.NAME, *_CONFIGS)
 SST2_LENGTHS = (8, 12, 8, 36, 6, 24, 5, 11, 5, 30, 15, 11, 14, 16, 9, 16)
 
 
-def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build(name: str, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> nn.Module:
     """Builds a model in evaluation mode.
 
     Args:
         name: one of ``SHAPES``. The embedded model has its own weights, the others have random ones.
         dtype: dtype of the weights.
         device: device of the weights.
+        layers: number of transformer blocks; None: all of them.
     """
     if name == embedded.NAME:
         return embedded.load(dtype, device).model
+    config = _CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers = layers
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(_CONFIGS[name](), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     return cast(nn.Module, model)
 

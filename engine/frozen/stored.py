@@ -25,6 +25,10 @@ class Stored(ABC):
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns the values in a new tensor, ``dtype`` ``shape`` on ``device``, contiguous; it may be written."""
 
+    def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the values like ``dense``, but maybe in the stored tensor itself: the caller must not write it."""
+        return self.dense(dtype, device)
+
     @abstractmethod
     def to(self, device: torch.device) -> "Stored":
         """Returns the same values on a device: this object if they are there."""
@@ -89,6 +93,11 @@ class PlainStored(Stored):
     def pinned(self) -> Stored:
         """See ``Stored``."""
         return PlainStored(self.values.pin_memory())
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See ``Stored``."""
+        is_dense = self.values.dtype == dtype and self.values.device == device
+        return self.values if is_dense else self.dense(dtype, device)
 
     def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
         """See ``Stored``. The values stay: a dense weight rounds them to its dtype."""

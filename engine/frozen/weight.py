@@ -99,6 +99,11 @@ class FrozenWeight(Tensor):
         """Returns the stored values as a new plain tensor, in the dtype and on the device of the weight."""
         return self.stored.dense(self.dtype, self.device)
 
+    def base_for_linear(self) -> Tensor:
+        """Returns the stored values like ``base``, but maybe themselves, if nothing is to be written into them."""
+        is_written = self.offsets is not None and self._correction is None
+        return (self.stored.dense if is_written else self.stored.read)(self.dtype, self.device)
+
     def has_wide_values(self) -> bool:
         """Whether live values have bits that the dense weight has no room for."""
         if self.values is None or not (self.adds or self.rounds):
@@ -224,7 +229,7 @@ def _compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (weight._anchor is not None or x.requires_grad):
         return _Linear.apply(x, weight._anchor, bias, weight)  # type: ignore[no-any-return]
-    return _with_live(x, weight, weight.base(), bias)
+    return _with_live(x, weight, weight.base_for_linear(), bias)
 
 
 def _with_live(x: Tensor, weight: FrozenWeight, base: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -233,7 +238,7 @@ def _with_live(x: Tensor, weight: FrozenWeight, base: Tensor, bias: Tensor | Non
     Args:
         x: the input, [..., columns].
         weight: the weight.
-        base: its stored values, plain; written.
+        base: its ``base_for_linear()``.
         bias: the bias, plain.
     """
     if weight.offsets is None:
@@ -266,7 +271,7 @@ def _by_halves(func: Any, weights: list[FrozenWeight], args: Sequence[Any], kwar
     if len(halves) != 2 or halves[0].shape != halves[1].shape:
         raise ModelError(f"{func.__name__} got a batch of {args[which].shape[0]}, which has no two halves")
     # A linear layer reads and dequantizes its weight once for both points.
-    base = args[1].base() if func is functional.linear and isinstance(args[1], FrozenWeight) else None
+    base = args[1].base_for_linear() if func is functional.linear and isinstance(args[1], FrozenWeight) else None
     results = []
     for half, second in zip(halves, (False, True), strict=True):
         with points.at(second=second):

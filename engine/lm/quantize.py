@@ -1,7 +1,7 @@
 """Keeps the weights that a run does not change in few bytes: in the checkpoint's own format, or quantized."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -20,7 +20,8 @@ class Quantize(StrEnum):
     """How the weights of a base model are kept.
 
     ``NONE``: in the run's dtype; masked weights are written in place.
-    ``AS_STORED``: as the checkpoint has them: in bfloat16, mapped from its files; or in the blocks of a GGUF file.
+    ``AS_STORED``: as the checkpoint has them: in bfloat16, mapped from its files; in the blocks of a GGUF file; or as
+    bitsandbytes or torchao has quantized them.
     ``NF4``: linear layers in 4 bits, by bitsandbytes.
     ``INT8``: linear layers in 8 bits, by bitsandbytes.
     ``TORCHAO_INT8``: linear layers in 8 bits, by torchao.
@@ -62,12 +63,15 @@ def freeze_base(
     device: torch.device,
     *,
     gguf: GgufFile | None = None,
+    packed: Mapping[str, Stored] | None = None,
     offload: Offload = Offload.NONE,
     adds: bool = False,
+    rounds: bool = False,
 ) -> None:
     """Makes the parameters of a model read-only, in a format that takes fewer bytes.
 
-    Works parameter by parameter: beside the model and the result, there is one parameter in float32.
+    Works parameter by parameter: beside the model and the result, there are up to four copies of one parameter in
+    float32, in which its library quantizes it.
 
     Args:
         model: the model, on the CPU, in the dtype of its checkpoint.
@@ -75,20 +79,31 @@ def freeze_base(
         dtype: dtype in which the model computes.
         device: device on which it computes.
         gguf: the GGUF file that it was loaded from; None for other files.
+        packed: by name, the values of parameters that the checkpoint holds packed, and that have none in the model.
         offload: where the weights are kept.
         adds: how live values get into a linear layer; see ``FrozenWeight``.
+        rounds: whether they are rounded to the format, which must be int8; see ``FrozenWeight``.
 
     Raises:
         ConfigError: if a package is missing, or the model has no layer that can be quantized.
     """
     if offload is not Offload.NONE and device.type == "cpu":
         raise ConfigError("offload is for weights that a GPU computes with; on a CPU, leave --offload out")
-    _make_buffers_for(dtype, model)
-    store = _as_stored(gguf)
+    if rounds and kind is not Quantize.INT8:
+        raise ConfigError(f"masked weights are rounded to int8 only, not to {kind}; give --quantize int8")
+    _make_buffers_for(dtype, model, is_packed=bool(packed))
+    store = _as_stored(gguf, packed or {})
     if kind is not Quantize.AS_STORED:
         store = _quantizing(model, _QUANTIZERS[kind], store)
     place = _PLACES[offload]
-    freeze(model, lambda name, values: place(store(name, values), device), dtype=dtype, device=device, adds=adds)
+    freeze(
+        model,
+        lambda name, values: place(store(name, values), device),
+        dtype=dtype,
+        device=device,
+        adds=adds,
+        rounds=rounds,
+    )
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -103,12 +118,12 @@ _PLACES: dict[Offload, Callable[[Stored, torch.device], Stored]] = {
 }
 
 
-def _make_buffers_for(dtype: torch.dtype, model: Any) -> None:
+def _make_buffers_for(dtype: torch.dtype, model: Any, *, is_packed: bool) -> None:
     """Makes the buffers as in a model that was loaded in a dtype. Some have it, such as Gemma's scale of embeddings.
 
     They are those of a twin of the model, which has no weights: its parameters are on the meta device.
     """
-    if model.dtype is dtype:
+    if model.dtype is dtype and not is_packed:  # a packed model's buffers may have another dtype than its parameters
         return
     with torch.device("meta"):
         twin = type(model)._from_config(model.config, dtype=dtype)
@@ -125,17 +140,24 @@ def _make_buffers_for(dtype: torch.dtype, model: Any) -> None:
                 own[name] = buffer if name in module._non_persistent_buffers_set else own[name].to(buffer.dtype)
 
 
-def _quantizing(model: nn.Module, quantize: Callable[[Tensor], Stored], others: Storing) -> Storing:
-    """Quantizes the matrices of linear layers, but not of the output head and of embeddings, as transformers does."""
-    kept = {id(p) for module in (_output_head(model), model.get_input_embeddings()) for p in _parameters(module)}  # type: ignore[operator]
-    linear = {
+def quantizable(model: Any) -> frozenset[str]:
+    """Names of the parameters that are quantized: matrices of linear layers, as transformers chooses them.
+
+    The output head and embeddings are not among them.
+    """
+    kept = {id(p) for module in (_output_head(model), model.get_input_embeddings()) for p in _parameters(module)}
+    return frozenset(
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
-    }
-    if not linear:
+    )
+
+
+def _quantizing(model: nn.Module, quantize: Callable[[Tensor], Stored], others: Storing) -> Storing:
+    names = quantizable(model)
+    if not names:
         raise ConfigError(f"{type(model).__name__} has no linear layers that could be quantized; leave --quantize out")
-    return lambda name, values: quantize(values) if name in linear else others(name, values)
+    return lambda name, values: quantize(values) if name in names else others(name, values)
 
 
 def _output_head(model: Any) -> nn.Module | None:
@@ -146,10 +168,12 @@ def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else list(module.parameters())
 
 
-def _as_stored(file: GgufFile | None) -> Storing:
-    """Keeps the blocks of a GGUF file. Parameters whose blocks are not found are kept as they were loaded."""
+def _as_stored(file: GgufFile | None, packed: Mapping[str, Stored]) -> Storing:
+    """Keeps packed values, and the blocks of a GGUF file. Other parameters are kept as they were loaded."""
 
     def store(name: str, values: Tensor) -> Stored:
+        if name in packed:
+            return packed[name]
         tensor = None if file is None else file.tensors.get(file.tensor_name(name) or "")
         if tensor is None:
             return PlainStored(values)
@@ -194,4 +218,4 @@ def _order_of_rows(rows: Tensor, wanted: Tensor) -> Tensor | None:
     return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
-__all__ = ["Offload", "Quantize", "freeze_base"]
+__all__ = ["Offload", "Quantize", "freeze_base", "quantizable"]
