@@ -23,7 +23,7 @@ from .tables import amount, table
 @click.option("--model", default="smollm2-135m", show_default=True,
               help="a shape, with random weights, or a Hugging Face id, directory or GGUF file")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--quantize", "kinds", multiple=True, type=click.Choice(list(Quantize)),
+@click.option("--quantize", "kinds", multiple=True, type=click.Choice([kind.value for kind in Quantize]),
               help="how base weights are kept; may be repeated; default: all of them")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="sequences of a batch")
 @click.option("--length", type=click.IntRange(2), default=20, show_default=True, help="tokens of each sequence")

@@ -4,7 +4,7 @@ Nothing of the model is changed, and no hook that is registered on a parameter r
 in the backward pass, and no hook that changes gradients. The gradients are those of the loss.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,28 +24,32 @@ Backward = Callable[[Tensor], None]
 
 
 @contextmanager
-def stream_gradients(model: nn.Module, receivers: Mapping[str, Receiver]) -> Iterator[Backward]:
+def stream_gradients(
+    model: nn.Module, receivers: Mapping[str, Receiver], *, among: Collection[str] = ()
+) -> Iterator[Backward]:
     """Context that yields a backward pass which hands each gradient to its parameter's receiver and frees it.
 
-    In the context autograd is enabled, and only parameters with a receiver require gradients. A frozen parameter gets
-    the gradient of its dense weight, which is made again in the backward pass. The backward pass leaves
-    every ``grad`` as it is and runs none of the parameters' hooks. It cannot go through a checkpoint with
+    In the context autograd is enabled, and only parameters with a receiver, or in ``among``, require gradients. A
+    frozen parameter gets the gradient of its dense weight, which is made again in the backward pass. The backward pass
+    leaves every ``grad`` as it is and runs none of the parameters' hooks. It cannot go through a checkpoint with
     ``use_reentrant=True``, nor work in inference mode.
 
     Args:
         model: the model. On exit ``requires_grad`` and the hooks of all parameters are restored.
         receivers: receiver by parameter name, as in ``model.named_parameters()``. A parameter that the loss does not
             depend on gets no call.
+        among: names of plain parameters that require gradients too, which are not computed.
 
     Raises:
         ModelError: if a parameter with a receiver has no values that can be differentiated; see
             ``parameters.check_values``.
     """
-    chosen = {name: p for name, p in floating_parameters(model) if name in receivers}
-    for name, parameter in chosen.items():
+    parameters = {name: p for name, p in floating_parameters(model) if name in receivers or name in among}
+    for name, parameter in parameters.items():
         check_values(name, parameter)
+    chosen = {name: p for name, p in parameters.items() if name in receivers}
     frozen = {name: p for name, p in chosen.items() if isinstance(p, FrozenWeight)}
-    plain = [p for p in chosen.values() if not isinstance(p, FrozenWeight)]
+    plain = [p for p in parameters.values() if not isinstance(p, FrozenWeight)]
     with torch.enable_grad(), _requiring_gradients(model, plain), ExitStack() as stack:
         leaves: dict[str, Tensor] = dict(chosen)
         for name, weight in frozen.items():
@@ -100,7 +104,12 @@ def _hook(receive: Receiver) -> Callable[[Tensor], Tensor | None]:
 
 
 def stream_batch_gradients(
-    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, receivers: Mapping[str, Receiver]
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction | None,
+    receivers: Mapping[str, Receiver],
+    *,
+    among: Collection[str] | None = None,
 ) -> int:
     """Computes the gradient on each calibration batch and hands it to the receivers.
 
@@ -111,6 +120,10 @@ def stream_batch_gradients(
         loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
             causal LM.
         receivers: receiver by parameter name; see ``stream_gradients``.
+        among: names of all parameters that get their gradients, here or in further passes. The plain ones require
+            gradients in each pass, since torch's forward may have other last bits if they do not; backpropagation still
+            ends at the first parameter with a receiver. Nothing is kept for frozen ones of other passes. A loss then
+            need not depend on a parameter with a receiver. None: those with a receiver, in one pass.
 
     Returns:
         The number of batches.
@@ -121,12 +134,13 @@ def stream_batch_gradients(
         ModelError: if ``loss`` is None and the model is no causal LM of transformers, or see ``stream_gradients``.
     """
     count = 0
-    with stream_gradients(model, receivers) as backward, _unchanged(model):
+    with stream_gradients(model, receivers, among=among or ()) as backward, _unchanged(model):
         loss = loss or _default_loss(model)
         for batch in batches:
             value = loss(model, batch)
-            _check_loss(value, f"the loss on calibration batch {count}")
-            backward(value)
+            _check_loss(value, f"the loss on calibration batch {count}", depends=among is None)
+            if value.requires_grad:
+                backward(value)
             count += 1
     if count == 0:
         raise MaskError("no calibration batch was given; at least one is needed to compute gradients")
@@ -141,13 +155,13 @@ def _default_loss(model: nn.Module) -> LossFunction:
     return language_model_loss
 
 
-def _check_loss(value: Any, name: str) -> None:
+def _check_loss(value: Any, name: str, *, depends: bool) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise MaskError(f"{name} must be a tensor with one element, got {shape}")
     if not torch.isfinite(value):
         raise MaskError(f"{name} is {value.item()}; it must be finite")
-    if not value.requires_grad:
+    if depends and not value.requires_grad:
         raise MaskError(f"{name} does not depend on the chosen parameters")
 
 

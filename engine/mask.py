@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from . import sensitivity, stream
 from .checksummed import FileKind, read_checksummed, write_checksummed
-from .eligible import base_ids, check_density, element_count, element_ids, eligible_parameters, values_at_ids
+from .eligible import base_ids, check_density, element_count, element_ids, eligible_parameters
 from .errors import MaskError
 from .parameters import ParameterTable, check_values
+from .ranking import most_sensitive
 from .sensitivity import LossFunction
 
 _KIND = FileKind(
@@ -111,28 +112,33 @@ class SparseMask:
         source: str = "sensitivity",
         calibration: str = "",
         frozen: bool = False,
+        at_a_time: int | None = None,
     ) -> "SparseMask":
         """Masks the elements with the largest mean squared gradient over calibration batches.
 
         Works within ``torch.inference_mode`` too. Memory besides the model and the activations: 8 bytes per element to
-        choose from, one parameter's gradient at a time, a copy of the buffers, and then at most 80 bytes per masked
-        element (or for each of 2**20 elements, if these are more).
+        choose from, or with ``at_a_time`` for each of that many (at least those of the largest parameter); one
+        parameter's gradient at a time, a copy of the buffers, and then at most 80 bytes per masked element (or for each
+        of 2**20 elements, if these are more), with ``at_a_time`` twice that and 32 more.
 
         Args:
             model: the model to make the mask for. Afterwards it is as before, and so are torch's random generators; no
                 hook on a parameter runs.
             batches: batches of calibration text: int64 token ids [B, L], or mappings with ``input_ids`` and
-                ``attention_mask``.
+                ``attention_mask``. With ``at_a_time`` they are read several times; an iterator is first made a list.
             density: ``u`` in (0, 1].
             loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
                 causal LM; any other model needs its own loss.
             source: name of the method, stored in the mask.
             calibration: description of the text, stored in the mask. Empty stores the number of batches.
             frozen: whether parameters that do not require gradients can be masked too.
+            at_a_time: number of elements whose gradients are accumulated at a time: parameters are taken in groups of
+                that many elements at most, each with a forward and a backward pass over all batches. The mask has the
+                same bits. None: all in one pass.
 
         Raises:
-            MaskError: if the density is out of range, there is no batch, a loss or gradient is not finite, or no
-                parameter can be masked.
+            MaskError: if the density or ``at_a_time`` is out of range, there is no batch, a loss or gradient is not
+                finite, or no parameter can be masked.
             ModelError: if ``loss`` is None and the model is no causal LM of transformers; if the model is in a wrapper
                 (DDP, FSDP) or sharded; or if a parameter is on the meta device, offloaded, or made in inference mode.
             DataError: if ``loss`` is None and a batch has no token to predict.
@@ -143,17 +149,15 @@ class SparseMask:
         table = ParameterTable.of(model)
         names = eligible_parameters(model, frozen).keys()
         k = element_count(density, table.size_of(names))
-        gradients = sensitivity.accumulate_gradients(model, batches, loss, names)
-        squares = list(gradients.squares.values())
-        ids, scores = sensitivity.select_largest(squares, k, bases=base_ids(table, names))
+        best = most_sensitive(model, batches, loss, k, names, at_a_time=at_a_time)
         return cls(
-            ids=ids,
+            ids=best.ids,
             table=table,
             density=density,
             source=source,
-            calibration=calibration or f"{gradients.batches} batches",
-            gradient=values_at_ids(gradients.means, table, ids),
-            scores=scores,
+            calibration=calibration or f"{best.batches} batches",
+            gradient=best.gradient,
+            scores=best.scores,
         )
 
     @torch.inference_mode(False)

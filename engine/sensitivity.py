@@ -8,6 +8,7 @@ References:
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -30,16 +31,23 @@ class Sensitivity:
         squares: mean squared gradient of each element.
         means: mean gradient of each element.
         batches: number of batches in the means.
+        reached: names of the parameters that a loss depends on; the gradients of the others are 0.
     """
 
     squares: dict[str, Tensor]
     means: dict[str, Tensor]
     batches: int
+    reached: frozenset[str] = frozenset()
 
 
 @torch.inference_mode(False)
 def accumulate_gradients(
-    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None, names: Collection[str] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction | None,
+    names: Collection[str] | None = None,
+    *,
+    among: Collection[str] | None = None,
 ) -> Sensitivity:
     """Computes mean and mean square of parameters' gradients over batches.
 
@@ -53,6 +61,7 @@ def accumulate_gradients(
         loss: computes the model's loss on one batch, a scalar. None uses the language-model loss of a transformers
             causal LM.
         names: names of the parameters; None for all that have element ids, frozen ones too.
+        among: names of all parameters of which these are a part; see ``gradients.stream_batch_gradients``.
 
     Raises:
         MaskError: if there is no batch, or a loss or gradient is not finite.
@@ -62,18 +71,20 @@ def accumulate_gradients(
     parameters = {name: p for name, p in floating_parameters(model) if names is None or name in names}
     squares = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
     means = {name: torch.zeros_like(square) for name, square in squares.items()}
-    collectors = {name: _collector(squares[name], means[name]) for name in parameters}
-    count = stream_batch_gradients(model, batches, loss, collectors)
+    reached: set[str] = set()
+    collectors = {name: _collector(squares[name], means[name], partial(reached.add, name)) for name in parameters}
+    count = stream_batch_gradients(model, batches, loss, collectors, among=among)
     for name, square in squares.items():
         square.div_(count)
         means[name].div_(count)
         if not torch.isfinite(square).all():
             raise MaskError(f"the gradient of {name!r} is not finite or overflows when squared; calibrate in float32")
-    return Sensitivity(squares, means, count)
+    return Sensitivity(squares, means, count, frozenset(reached))
 
 
-def _collector(square: Tensor, mean: Tensor) -> Receiver:
+def _collector(square: Tensor, mean: Tensor, note: Callable[[], None]) -> Receiver:
     def collect(gradient: Tensor) -> None:
+        note()
         gradient = gradient.float()
         mean.add_(gradient)
         square.addcmul_(gradient, gradient)

@@ -375,6 +375,7 @@ class MaskedWeights:
         A model that was moved or cast is no error.
         """
         self._watch.check_present()
+        self._check_beside()
         if self._watch.are_in_place():
             self.check_not_overwritten()
 
@@ -413,9 +414,7 @@ class MaskedWeights:
         self._watch.check_present()
         self._complete()
         self._written = None
-        for p in self._parameters():
-            if p.layout is Layout.COMPACT:  # cannot be moved, but another optimizer may have taken its vector
-                p.check_memory()
+        self._check_beside()
         for group in self._launch_groups:
             for p, start, stop in group.slot_ranges():
                 live, values = p.live.detach().view(-1), group.master[start:stop]
@@ -426,6 +425,12 @@ class MaskedWeights:
                 with torch.inference_mode(live.is_inference()):  # it may have been cast within a closure
                     live.index_copy_(0, offsets, values.to(live.device, live.dtype))
         self._restored = True
+
+    def _check_beside(self) -> None:
+        """Raises ``ModelChangedError`` if another optimizer has taken the vectors beside frozen parameters."""
+        for p in self._parameters():
+            if p.layout is Layout.COMPACT:
+                p.check_memory()
 
     def _parameters(self) -> list[MaskedParameter]:
         return sorted((p for group in self._launch_groups for p in group.parameters), key=lambda p: p.base)

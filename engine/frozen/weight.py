@@ -200,7 +200,7 @@ class FrozenWeight(Tensor):
             _check_stays_frozen(func, args, kwargs)
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)  # not returned from here: an interrupt must not skip the exit
-            return result
+            return result  # noqa: RET504
         if args and args[0] is _itself(func, args, kwargs):
             return args[0]
         _check_reads_only(func, args, kwargs)

@@ -5,9 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor, nn
 
 from ..atomic_files import sync_directory
 from ..errors import ConfigError, MeerkatError, RunError
+from ..frozen.weight import FrozenWeight, frozen_weights
 from ..parameters import fingerprint, floating_parameters
 from .models import LanguageModel, load_complete
 
@@ -52,7 +54,8 @@ def save_checkpoint(lm: LanguageModel, output: Path, card: str) -> None:
 
 def _write_files(directory: Path, lm: LanguageModel, card: str) -> None:
     """Writes the checkpoint's files into an empty directory and flushes them to disk."""
-    lm.model.save_pretrained(directory)  # type: ignore[operator]
+    dense = {"state_dict": _dense_state(lm.model)} if frozen_weights(lm.model) else {}
+    lm.model.save_pretrained(directory, **dense)  # type: ignore[operator]
     lm.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
     mode = (directory / "README.md").stat().st_mode  # safetensors' writer makes files that only the owner can read
@@ -65,6 +68,15 @@ def _write_files(directory: Path, lm: LanguageModel, card: str) -> None:
         sync_directory(path)
 
 
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, in which tied frozen weights share one dense tensor, so that they are saved once."""
+    dense: dict[int, Tensor] = {}
+    return {
+        name: dense.setdefault(id(value), value.detach()) if isinstance(value, FrozenWeight) else value.detach()
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+
+
 def _compare(directory: Path, lm: LanguageModel) -> None:
     """Raises ``RunError`` unless loading the directory gives the model's bits and the tokenizer's tokens."""
     own = dict(floating_parameters(lm.model))
@@ -72,7 +84,7 @@ def _compare(directory: Path, lm: LanguageModel) -> None:
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all values of the smaller dtypes
     try:
         with torch.device("cpu"):  # whatever torch's default device is
-            loaded = load_complete(type(lm.model), str(directory), dtype, {})
+            loaded, _ = load_complete(type(lm.model), str(directory), dtype, {})
     except ValueError as error:
         raise RunError(f"the checkpoint would not give the model back: {error}; nothing was saved") from error
     for name, parameter in floating_parameters(loaded):

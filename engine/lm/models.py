@@ -16,9 +16,10 @@ from .gguf_files import GgufFile
 from .hub_connection import hub_or_cache
 from .model_source import PICKLES, check_source
 from .own_dtype import holding_dtype
+from .packed import AGAIN, ON_CPU, PackedParameter, check_complete, check_installed, take_packed
 from .padding_probe import check_padding
 from .quantize import Offload, Quantize, freeze_base
-from .weight_files import check_all_used, safetensors_files
+from .weight_files import check_all_used, safetensors_files, tensor_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE = "The film was long, but its story and its actors kept me in my seat until the very end of it."
@@ -52,6 +53,7 @@ def load_model(
     quantize: Quantize = Quantize.NONE,
     offload: Offload = Offload.NONE,
     adds: bool = False,
+    rounds: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Loads a model and its tokenizer. Weights are read from safetensors or GGUF files only.
@@ -66,20 +68,22 @@ def load_model(
         source: a local directory, a ``.gguf`` file, or a Hugging Face model id.
         dtype: dtype of the weights: float32, bfloat16 or float16.
         device: device to put the model on.
-        quantize: how the weights are kept; all but ``NONE`` are read-only, and masked weights live beside them. The
-            peak of the host's memory is then the result, and one parameter in float32: the files are mapped, not read
-            (a GGUF file is first made a model in float32).
+        quantize: how the weights are kept; all but ``NONE`` are read-only, and masked weights live beside them. A
+            checkpoint that bitsandbytes or torchao has quantized is loaded with ``AS_STORED``, and stays packed. The
+            peak of the host's memory is then the result, and a few copies of one parameter: the files are mapped, not
+            read (a GGUF file is first made a model in float32).
         offload: where read-only weights are kept.
         adds: how live values get into a linear layer with read-only weights; see ``FrozenWeight``.
+        rounds: whether live values are rounded to int8; see ``FrozenWeight``.
         trust_remote_code: whether code that comes with the model may run; if False, a model that needs such code
             raises.
 
     Raises:
         ConfigError: if a package that ``quantize`` needs is missing, or the model has no layer that can be quantized.
         ModelError: if the model cannot be found or loaded (the message names the place searched); its weights are
-            pickles, are packed (quantized), or do not belong to its config; it is an adapter without its base model; it
-            needs remote code that is not trusted; its tokenizer has tokens that it does not know; or left padding
-            changes its scores.
+            pickles, are packed (quantized) and cannot be kept so, or do not belong to its config; it is an adapter
+            without its base model; it needs remote code that is not trusted; its tokenizer has tokens that it does not
+            know; or left padding changes its scores.
     """
     device = check_device(device)
     path = Path(source)
@@ -89,14 +93,18 @@ def load_model(
         local = path.exists() or path.suffix == ".gguf"
         with torch.device("cpu"), nullcontext() if local else hub_or_cache(repr(source)):
             loaded = dtype if quantize is Quantize.NONE else _mapped_dtype(path, source)
-            model, tokenizer, gguf = _load_with_transformers(path, source, loaded, trust_remote_code)
+            as_stored = quantize is Quantize.AS_STORED
+            model, tokenizer, gguf, packed = _load_with_transformers(path, source, loaded, trust_remote_code, as_stored)
         if quantize is Quantize.NONE:
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
             model.to(device)
         else:
-            freeze_base(model, quantize, dtype, device, gguf=gguf, offload=offload, adds=adds)
+            stored = {name: parameter.stored for name, parameter in packed.items()}
+            freeze_base(
+                model, quantize, dtype, device, gguf=gguf, packed=stored, offload=offload, adds=adds, rounds=rounds
+            )
         lm = LanguageModel(model.eval(), prepare_tokenizer(tokenizer), source)
         _check_tokens(lm)
         check_padding(lm.model, _probe_ids(lm), lm.tokenizer.pad_token_id, dtype)
@@ -121,26 +129,34 @@ def _mapped_dtype(path: Path, source: str) -> torch.dtype:
 
 
 def _load_with_transformers(
-    path: Path, source: str, dtype: torch.dtype, trust: bool
-) -> tuple[Any, Any, GgufFile | None]:
+    path: Path, source: str, dtype: torch.dtype, trust: bool, as_stored: bool
+) -> tuple[Any, Any, GgufFile | None, dict[str, PackedParameter]]:
     """Returns the model and its tokenizer as transformers loads them, after comparing the model with its files.
 
-    The third result is the GGUF file; None for other files.
+    The third result is the GGUF file; None for other files. The fourth is what the model lacks: its packed parameters,
+    which may be there if weights are kept as they are stored.
     """
     # Always passed, also when False: without it transformers would ask at the terminal.
     options: dict[str, Any] = {"trust_remote_code": trust}
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, options)
-    weights_name = check_source(source, options)
+        return *_load_gguf(path, dtype, options), {}
+    weights_name, method = check_source(source, options, as_stored=as_stored)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = load_complete(AutoModelForCausalLM, source, dtype, options, weights_name)
-    return model, tokenizer, None
+    model, packed = load_complete(AutoModelForCausalLM, source, dtype, options, weights_name, method)
+    return model, tokenizer, None, packed
 
 
 def load_complete(
-    kind: Any, source: str, dtype: torch.dtype, options: dict[str, Any], weights_name: str | None = None
-) -> Any:
+    kind: Any,
+    source: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    weights_name: str | None = None,
+    method: str | None = None,
+) -> tuple[Any, dict[str, PackedParameter]]:
     """Loads a model from safetensors files and compares it with them.
+
+    Packed parameters have no values in the model; they are returned beside it, by name.
 
     Args:
         kind: class whose ``from_pretrained`` loads the model.
@@ -148,14 +164,31 @@ def load_complete(
         dtype: dtype of the weights.
         options: further options for ``from_pretrained``.
         weights_name: file name of the weights or their index that the model's config names; None if it names none.
+        method: the method by which they are packed; see ``check_source``.
 
     Raises:
+        ConfigError: if a package that packed weights need is missing.
         ValueError: if the files lack tensors of the model, or hold tensors that it does not use.
     """
-    model, info = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **_REPORT, **options)
+    if method is None:
+        model, info = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **_REPORT, **options)
+    else:
+        check_installed(method)
+        check_complete(method, tensor_names(safetensors_files(source, weights_name)))
+        try:
+            model, info = kind.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **_REPORT, **options, **ON_CPU
+            )
+        except RuntimeError as error:  # it fills what is missing with random numbers, and cannot in integers
+            raise ValueError(
+                f"transformers cannot read its weights packed by {method} ({_first_line(error)}): a tensor may be "
+                f"missing, be damaged, or belong to no layer; {AGAIN}"
+            ) from error
     _check_loaded(info)
-    check_all_used(model, safetensors_files(source, weights_name), info["unexpected_keys"])
-    return model
+    packed = take_packed(model)
+    tensors = {name: parameter.tensors for name, parameter in packed.items()}
+    check_all_used(model, safetensors_files(source, weights_name), info["unexpected_keys"], tensors)
+    return model, packed
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, GgufFile]:

@@ -60,7 +60,21 @@ def safetensors_files(source: str, named: str | None = None) -> list[Path]:
     return [Path(cached_file(source, shard)) for shard in shards]
 
 
-def check_all_used(model: nn.Module, files: Iterable[Path], unexpected: Iterable[str]) -> None:
+def tensor_names(files: Iterable[Path]) -> set[str]:
+    """Returns the names of all tensors in safetensors files.
+
+    Raises:
+        ValueError: if a name is in two of them.
+    """
+    return set(_stored_tensors(files))
+
+
+def check_all_used(
+    model: nn.Module,
+    files: Iterable[Path],
+    unexpected: Iterable[str],
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
     """Checks that a model's parameters and the tensors in its files are the same set.
 
     Tensors that the architecture lists as not its own, such as further prediction heads, are named in a warning.
@@ -70,24 +84,54 @@ def check_all_used(model: nn.Module, files: Iterable[Path], unexpected: Iterable
         model: the loaded transformers model.
         files: the safetensors files that it was loaded from.
         unexpected: names of tensors that transformers reported as not used, under its own names for them.
+        packed: by parameter name, the tensors of the files that a packed parameter was read from, by their names there;
+            the model itself has no values of these parameters.
 
     Raises:
         ValueError: if a tensor is not used, is in two files, is of an integer or 8-bit type where the model has
-            floating-point numbers, or a parameter has no tensor.
+            floating-point numbers, or a parameter has no tensor; or if a tensor of a packed parameter is missing, or
+            was not read as it is.
     """
-    stored = _stored_tensors(files)
-    entries = model.state_dict()
+    stored, packed = _stored_tensors(files), packed or {}
+    parts = {name: part for of_one in packed.values() for name, part in of_one.items()}
+    own = model.state_dict(keep_vars=True)
+    without_values = {id(own[name]) for name in packed}
+    own = {name: entry for name, entry in own.items() if id(entry) not in without_values}
+    entries = own | parts
     matches = {name: _match(model, name, entries) for name in stored}
     for name, entry in matches.items():
-        if entry is not None and stored[name].dtype not in _FLOATS and entries[entry].is_floating_point():
+        if entry is None:
+            continue
+        if entry in parts:
+            _check_read(name, stored[name], parts[entry])
+        elif stored[name].dtype not in _FLOATS and entries[entry].is_floating_point():
             raise ValueError(_packed(name, stored[name]))
+    if missing := sorted(parts.keys() - set(matches.values())):
+        raise ValueError(f"its weights lack {len(missing)} of their packed tensors, among them {missing[0]!r}")
     rest = {name: tensor for name, tensor in stored.items() if matches[name] is None}
     for name in _unused(model, rest, unexpected):
         del rest[name]
     for name, tensor in rest.items():
         if tensor.dtype not in _FLOATS:
             raise ValueError(_packed(name, tensor))
-    _check_same_elements(model, rest, {entry for entry in matches.values() if entry is not None})
+    _check_same_elements(model, own, rest, {entry for entry in matches.values() if entry in own})
+
+
+def _check_read(name: str, stored: _Stored, part: Tensor) -> None:
+    """Checks that a packed tensor was read as it is stored: bits with a meaning of their own, not to be cast.
+
+    Raises:
+        ValueError: if it was not.
+    """
+    if ".quant_state." in name:  # JSON, from which bitsandbytes makes the state, and which it writes in its own way
+        return
+    value = stored.read(name)
+    if value.dtype != part.dtype or value.shape != part.shape or not torch.equal(_bits(value), _bits(part)):
+        raise ValueError(
+            f"its packed tensor {name!r} ({stored.dtype} {list(stored.shape)} in {stored.file.name}) was read as other "
+            f"values ({part.dtype} {list(part.shape)}), so the layer would compute something else; quantize it with a "
+            f"newer version of its library, or load the checkpoint that it was quantized from"
+        )
 
 
 def _stored_tensors(files: Iterable[Path]) -> dict[str, _Stored]:
@@ -176,15 +220,26 @@ def _is_computed(model: nn.Module, name: str, stored: _Stored) -> bool:
     return False
 
 
-def _check_same_elements(model: nn.Module, rest: Mapping[str, _Stored], matched: set[str]) -> None:
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _check_same_elements(
+    model: nn.Module, entries: Mapping[str, Any], rest: Mapping[str, _Stored], matched: set[str]
+) -> None:
     """Checks that the stored tensors without an entry of their name are those that the remaining parameters hold.
 
     transformers renames, splits and merges tensors of some architectures, which leaves the number of elements equal.
 
+    Args:
+        model: the model.
+        entries: its parameters and buffers by name, without packed ones.
+        rest: the stored tensors without an entry of their name.
+        matched: names of the entries that have a stored tensor.
+
     Raises:
         ValueError: if the numbers differ.
     """
-    entries = model.state_dict(keep_vars=True)
     known = {id(entries[name]) for name in matched}
     left = [(name, entry) for name, entry in _distinct(entries) if id(entry) not in known]
     parameters = [(name, entry) for name, entry in left if isinstance(entry, nn.Parameter)]
@@ -210,4 +265,4 @@ def _distinct(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, entry
 
 
-__all__ = ["check_all_used", "safetensors_files"]
+__all__ = ["check_all_used", "safetensors_files", "tensor_names"]

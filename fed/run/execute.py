@@ -34,7 +34,7 @@ from .shared import Shared
 from .summary import federation_summary, selection_summary
 
 # Settings that say where and how a run is computed. Another machine that resumes it may have others.
-_OF_THE_MACHINE = ("device", "backend", "capture", "offload")
+_OF_THE_MACHINE = ("device", "backend", "capture", "offload", "calibration_elements")
 
 
 def execute(
@@ -144,7 +144,7 @@ def resume(
 def check_same_settings(settings: Mapping[str, Any], path: Path) -> RunConfig:
     """Checks that the given settings are those that a run was started with, and returns all settings of the run.
 
-    Settings of the machine (device, backend, capture, offload) may differ: the given ones replace the run's.
+    Settings of the machine (``_OF_THE_MACHINE``) may differ: the given ones replace the run's.
 
     Args:
         settings: values by flat names; other settings are not compared.

@@ -1,7 +1,7 @@
 """Builds the mask of a run from its settings, and measures which share of a task's gradient a mask covers."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: Examples | None = Non
     if elements is Elements.LAYER:
         return _layer_mask(config, model, batches)
     return SparseMask.from_gradients(
-        model, _with_progress_bar(batches), config.mask.density, calibration=calibration, frozen=True
-    )
+        model, _WithProgressBar(batches), config.mask.density, calibration=calibration, frozen=True,
+        at_a_time=config.mask.elements or None,
+    )  # fmt: skip
 
 
 def file_of_choice(config: RunConfig) -> Path | None:
@@ -141,7 +142,7 @@ def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMa
     train = encode(config, lm).train
     batches = _task_batches(config, train, next(lm.model.parameters()).device, 1)
     return measure_coverage(
-        masks, lm.model, _with_progress_bar(batches), lambda net, batch: task_loss(net, batch, config.objective)
+        masks, lm.model, _WithProgressBar(batches), lambda net, batch: task_loss(net, batch, config.objective)
     )
 
 
@@ -149,18 +150,19 @@ def _task_mask(config: RunConfig, model: nn.Module, train: Examples) -> SparseMa
     batches = _task_batches(config, train, next(model.parameters()).device, 0)
     mask = SparseMask.from_gradients(
         model,
-        _with_progress_bar(batches),
+        _WithProgressBar(batches),
         config.mask.density,
         loss=lambda net, batch: task_loss(net, batch, config.objective),
         source="task",
         calibration=f"{train.name}: {len(batches)} batches of {config.mask.batch_size}",
         frozen=True,
+        at_a_time=config.mask.elements or None,
     )
     return dataclasses.replace(mask, gradient=None)  # GradIP is about the gradient on pre-training text
 
 
 def _layer_mask(config: RunConfig, model: nn.Module, batches: Sequence[Any]) -> SparseMask:
-    layer = config.mask.layer or dominant_layer(model, _with_progress_bar(batches))
+    layer = config.mask.layer or dominant_layer(model, _WithProgressBar(batches))
     names = parameter_names(model, layer)
     if not names:
         raise ConfigError(
@@ -169,9 +171,14 @@ def _layer_mask(config: RunConfig, model: nn.Module, batches: Sequence[Any]) -> 
     return SparseMask.of_parameters(model, names, f"layer {layer}").with_gradient(model, batches)
 
 
-def _with_progress_bar(batches: Sequence[Any]) -> Iterable[Any]:
-    iterator: Iterable[Any] = tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=None)
-    return iterator
+class _WithProgressBar:
+    """Batches that show a progress bar whenever they are read."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(tqdm(self._batches, desc="calibrating", unit="batch", leave=False, disable=None))
 
 
 def _has_embedded_texts(config: RunConfig) -> bool:

@@ -79,7 +79,11 @@ def test_every_part_leaves_its_own_json(finished: tuple[Path, str]) -> None:
     assert rows[0]["scalars"] == rows[1]["scalars"] != []
     assert read(directory / "bench" / "result.json")["kernels"]
     kept = read(directory / "memory" / "result.json")["cases"]
-    assert [case["name"] for case in kept] == ["in place, float32", "int8, float32", "int8, float32, both points in one pass"]
+    assert [case["name"] for case in kept] == [
+        "in place, float32",
+        "int8, float32",
+        "int8, float32, both points in one pass",
+    ]
     assert all(case["memory"]["step"] > 0 for case in kept)
 
 

@@ -53,9 +53,7 @@ def test_a_quantized_run_is_replayed_and_its_delta_applied(added: bool, tmp_path
     assert applied.exit_code == 0, applied.output
     other = call("apply", delta, "--model", "embedded", "--onto-plain", "--output", tmp_path / "other")
     assert "another model than the run's" in other.output
-    mine, again, plain = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("replayed", "applied", "other")
-    )
+    mine, again, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("replayed", "applied", "other"))
     assert all(torch.equal(mine[name], again[name]) for name in mine)
     layer = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(mine[layer], plain[layer])

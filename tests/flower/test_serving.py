@@ -326,9 +326,12 @@ def test_other_base_model_or_mask_is_an_error(reference: Path) -> None:
 def test_servers_paths_device_and_backend_are_ignored() -> None:
     settings = {"task": embedded.NAME, "rounds": 7, "data_dir": "/etc", "validation": "/etc/passwd",
                 "calibration": "/etc/passwd", "mask": "/etc/passwd", "backend": "triton", "device": "cuda",
-                "capture": "off"}  # fmt: skip
+                "capture": "off", "calibration_elements": 9}  # fmt: skip
     config = settings_on_node(to_toml(settings), {})
     assert config.rounds == 7
+    assert config.mask.elements == 0
+    assert settings_on_node(to_toml(settings), {"calibration-elements": 5}).mask.elements == 5
+    assert "elements" not in settings_for_nodes(make_config({"calibration_elements": 9}))
     assert (config.data.directory, config.data.validation, config.mask.calibration, config.mask.file) == (None,) * 4
     assert (config.model.backend, config.model.device, config.model.capture) == ("auto",) * 3
     with pytest.raises(ConfigError, match="trust_remote_code"):

@@ -15,6 +15,7 @@ _RENAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
+    "lm_head": "output",
 }  # fmt: skip
 
 
@@ -23,14 +24,16 @@ def write_gguf(
     model: nn.Module,
     settings: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    kind: str = "F32",
 ) -> None:
-    """Writes a Llama model to a GGUF file: float32 tensors, byte-level tokenizer.
+    """Writes a Llama model to a GGUF file, with a byte-level tokenizer.
 
     Args:
         path: path of the file.
         model: the model, with a vocabulary of at least 260.
         settings: further settings; a string, float, int, bool or list of ints each.
         tensors: further tensors, float32.
+        kind: type of the matrices: "F32", "Q4_0"; vectors are float32.
     """
     gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     writer = gguf.GGUFWriter(path, "llama")
@@ -49,7 +52,9 @@ def write_gguf(
     for name, value in (settings or {}).items():
         add[type(value)](name, value)
     for name, parameter in model.named_parameters():
-        writer.add_tensor(*_converted(name, parameter.detach().numpy(), config))
+        converted, values = _converted(name, parameter.detach().numpy(), config)
+        number = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
+        writer.add_tensor(converted, gguf.quants.quantize(values, number), raw_dtype=number)
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -1,7 +1,7 @@
 """The ClientApp: passes Flower's messages to the node's worker. It loads no torch: Flower starts it for each message.
 
 A node is configured by ``--node-config``: ``client-id`` (or ``partition-id``), ``model``, ``data``, ``data-dir``,
-``mask``, ``device``, ``backend``, ``capture``, ``offload``.
+``mask``, ``device``, ``backend``, ``capture``, ``offload``, ``calibration-elements``.
 """
 
 import os

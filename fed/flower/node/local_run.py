@@ -37,11 +37,12 @@ from ...setup.threads import choose_threads
 _LOG = logging.getLogger("meerkat.worker")
 # Settings of a machine, not of the run: they are not sent, and they are ignored in a message.
 _MACHINE_SETTINGS = frozenset({"data_dir", "data", "validation", "calibration", "mask", "backend", "device",
-                               "capture", "offload", "snapshot_every", "attack", "attackers"})  # fmt: skip
+                               "capture", "offload", "calibration_elements", "snapshot_every", "attack",
+                               "attackers"})  # fmt: skip
 # Settings that a node may choose for itself: name in `--node-config` -> name of the setting.
 _NODE_SETTINGS = {"model": "model", "data": "data", "data-dir": "data_dir", "chat-template": "chat_template",
                   "mask": "mask", "device": "device", "backend": "backend", "capture": "capture",
-                  "offload": "offload"}  # fmt: skip
+                  "offload": "offload", "calibration-elements": "calibration_elements"}  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Kinds of masked elements that follow from settings and model alone: the mask need not be sent.
 DERIVED_ELEMENTS = frozenset({Elements.ALL, Elements.MAGNITUDE, Elements.RANDOM, Elements.LORA})

@@ -22,13 +22,15 @@ CHANGED: dict[str, Any] = {
     "method": "meerkat-vp", "rounds": 7, "local_steps": 3, "seed": 5, "snapshot_every": 2, "model": "m",
     "dtype": "bfloat16",
     "device": "cuda", "backend": "torch", "capture": "off",
-    "quantize": "nf4", "offload": "cpu", "masked_weights": "add", "points": "together", "task": "vader", "data_dir": Path("d"), "max_length": 99,
+    "quantize": "nf4", "offload": "cpu", "masked_weights": "add", "points": "together", "task": "vader",
+    "data_dir": Path("d"), "max_length": 99,
     "clients": 9,
     "clients_per_round": 5, "partition": "natural", "alpha": 0.1, "client_field": "who", "batch_size": 3,
     "micro_batch_size": 2, "layout": "padded", "objective": "language-model", "lr": 0.5, "schedule": "cosine",
     "queries": 2, "eps": 0.1,
     "density": 0.2, "mask": Path("m"), "calibration": Path("c"), "calibration_texts": 3, "calibration_batch_size": 2,
-    "calibration_length": 8, "lora_rank": 2, "lora_alpha": 4, "vp_steps": 60, "vp_initial": 2, "vp_later": 30,
+    "calibration_length": 8, "calibration_elements": 5, "lora_rank": 2, "lora_alpha": 4, "vp_steps": 60,
+    "vp_initial": 2, "vp_later": 30,
     "vp_rho_later": 2.0, "vp_rho_quie": 0.5, "vp_sigma": 0.1, "vp_null_paths": 5, "aggregation": "median",
     "weighting": "uniform", "trim": 0.3, "clip": 2.0, "max_scalar": 1e6, "max_examples": 50, "dp_noise": 1.0,
     "dp_clip": 0.1, "dp_delta": 1e-6, "attack": "scale", "attackers": 1, "eval_every": 2, "eval_examples": 40,
@@ -146,10 +148,10 @@ def test_the_digest_covers_all_settings_that_bits_depend_on() -> None:
     given = {"model": "m", "task": "sst2", "quantize": "nf4"}
     config = make_config(given)
     not_in_digest = {"data_dir": "d", "device": "cuda", "backend": "torch", "capture": "off", "offload": "cpu",
-                     "snapshot_every": 3, "calibration": "c"}  # fmt: skip
+                     "snapshot_every": 3, "calibration": "c", "calibration_elements": 5}  # fmt: skip
     assert make_config(given, not_in_digest).digest() == config.digest()
-    for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3}, {"quantize": "int8"},
-                   {"masked_weights": "add"}, {"points": "together"}):  # fmt: skip
+    for change in ({"lr": 0.5}, {"clients": 5}, {"max_scalar": 1e7}, {"seed": 1}, {"eval_every": 3},
+                   {"quantize": "int8"}, {"masked_weights": "add"}, {"points": "together"}):  # fmt: skip
         assert config.replace(**change).digest() != config.digest()
 
 
