@@ -28,7 +28,7 @@ class KernelReport:
         kernel: name of the kernel.
         target: sm_80, sm_90 or gfx942.
         dtype: dtype of the live weights: fp32, bf16 or fp16.
-        dense: whether this is the variant for tensors of which every element is masked.
+        layout: where the weights of its elements are, a name of ``Layout``; "" for kernels on lists.
         elements: elements per thread.
         warps: warps per program.
         registers: registers per thread (AMD: vector registers).
@@ -45,7 +45,7 @@ class KernelReport:
     kernel: str
     target: str
     dtype: str
-    dense: bool
+    layout: str
     elements: int
     warps: int
     registers: int
@@ -70,8 +70,10 @@ def _per_program(kernel: Any) -> int:
     return _constant(kernel, "BLOCK") or _constant(kernel, "TOKENS") * _constant(kernel, "ROWS")
 
 
-def _is_dense(kernel: Any) -> bool:
-    return _constant(kernel, "LAYOUT") == Layout.DENSE
+def _layout(kernel: Any) -> str:
+    if "LAYOUT" not in kernel.src.fn.arg_names:
+        return ""
+    return Layout(_constant(kernel, "LAYOUT")).name.lower()
 
 
 @functools.cache
@@ -95,7 +97,7 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
     """
     with compiling_for(TARGETS[target]) as kernels:
         launch_everything(DTYPES[dtype])
-    variants = [(kernel.name, _is_dense(kernel)) for kernel in kernels]
+    variants = [(kernel.name, _layout(kernel)) for kernel in kernels]
     reports = []
     for kernel in kernels:
         assembly = Assembly(kernel)
@@ -105,7 +107,7 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 kernel=kernel.name,
                 target=target,
                 dtype=dtype,
-                dense=_is_dense(kernel),
+                layout=_layout(kernel),
                 elements=max(1, _per_program(kernel) // (kernel.metadata.num_warps * TARGETS[target].warp_size)),
                 warps=kernel.metadata.num_warps,
                 registers=registers,
@@ -115,7 +117,7 @@ def examine(target: str, dtype: str) -> list[KernelReport]:
                 wide_loads=assembly.wide_loads(),
                 wide_stores=assembly.wide_stores(),
                 mix=assembly.mix(),
-                compilations=variants.count((kernel.name, _is_dense(kernel))),
+                compilations=variants.count((kernel.name, _layout(kernel))),
                 arguments={name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"},
             )
         )
@@ -149,7 +151,7 @@ def markdown(reports: list[KernelReport]) -> str:
         "|---" * 3 + "|--:" * (len(columns) - 3 + len(_KINDS)) + "|",
     ]
     for r in reports:
-        name = f"`{r.kernel}`{', dense' if r.dense else ''}"
+        name = f"`{r.kernel}`{f', {r.layout}' if r.layout not in ('', 'scattered') else ''}"
         mix = [f"{r.mix[kind] / r.elements:.4g}" for kind in _KINDS]
         cells = [
             name,

@@ -110,7 +110,9 @@ def launch_everything(dtype: torch.dtype) -> None:
     for size in (5000, 16 * 1024):
         weight = torch.zeros(size, dtype=dtype, device="cpu")
         sparse = build_table([weight], [0], [torch.arange(0, size, 3, device="cpu")])
-        for table in (sparse, build_table([weight], [0], None)):
+        offsets = torch.arange(0, size, 3, device="cpu")
+        compact = build_table([weight[: offsets.numel()]], [0], [offsets], compact=True)
+        for table in (sparse, compact, build_table([weight], [0], None)):
             master, applied = _zeros(table.slots), _zeros(1, torch.int32)
             for steps, at in ((1, 0), (2, 1), (16, 3)):
                 seeds, c = _zeros(at + steps, torch.int64)[at:], _zeros(at + steps)[at:]

@@ -45,10 +45,10 @@ UNITS = {
     ],
     "engine": [
         "errors", "clock", "caller_warnings", "extras", "frozen", "parameters", "atomic_files", "checksummed",
-        "backend", "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible", "ranking",
-        "mask", "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay", "sgd",
-        "two_points", "estimator", "journal", "tensor_trees", "program", "graphs", "captured", "private_closure",
-        "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
+        "backend", "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible",
+        "ranking", "mask", "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay",
+        "sgd", "two_points", "estimator", "journal", "tensor_trees", "program", "graphs", "captured",
+        "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",
@@ -57,8 +57,8 @@ UNITS = {
     ],
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
-        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command", "memory",
-        "memory_command", "experiments", "tune",
+        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
+        "memory", "memory_command", "experiments", "tune",
     ],
 }  # fmt: skip
 
@@ -197,8 +197,8 @@ def test_kernels_only_import_torch_and_triton() -> None:
     for path in (ROOT / "triton_kernels").glob("*.py"):
         for name in imported_names(path.read_text(), f"triton_kernels/{path.name}"):
             assert name.split(".")[0] in {
-                "meerkat_engine", "torch", "triton", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools",
-                "math", "typing", *(["numpy"] if path.stem == "launch" else []),
+                "meerkat_engine", "torch", "triton", "bisect", "collections", "contextlib", "dataclasses", "enum",
+                "functools", "math", "typing", *(["numpy"] if path.stem == "launch" else []),
             } | ({"numba", "numpy", "concurrent", "itertools"} if path.stem[:6] == "numba_" else set())  # fmt: skip
 
 

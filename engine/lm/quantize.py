@@ -1,6 +1,7 @@
 """Keeps the weights that a run does not change in few bytes: in the checkpoint's own format, or quantized."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 from ..frozen.freeze import Storing, freeze
 from ..frozen.quantized import GgufStored, Int8Stored, Nf4Stored, TorchaoStored
 from ..frozen.stored import PlainStored, Stored
+from ..frozen.weight import frozen_weights
 from .gguf_files import GgufFile
 
 
@@ -108,6 +110,18 @@ def freeze_base(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def describe_frozen(model: nn.Module) -> str | None:
+    """Says in which formats the read-only weights of a model are kept; None if it has none."""
+    stored = [weight.stored for weight in frozen_weights(model).values()]
+    if not stored:
+        return None
+    elements: Counter[str] = Counter()
+    for values in stored:
+        elements[values.format] += values.shape.numel()
+    formats = ", ".join(f"{count:,} elements in {name}" for name, count in elements.most_common())
+    return f"read-only base weights, {sum(values.nbytes for values in stored) / 1e6:,.1f} MB: {formats}"
 
 
 # Brings stored values to the place where they are kept.
@@ -218,4 +232,4 @@ def _order_of_rows(rows: Tensor, wanted: Tensor) -> Tensor | None:
     return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
-__all__ = ["Offload", "Quantize", "freeze_base", "quantizable"]
+__all__ = ["Offload", "Quantize", "describe_frozen", "freeze_base", "quantizable"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...engine.backend import resolve
 from ...engine.errors import ConfigError, RunError
 from ...engine.lm.models import LanguageModel, check_device
+from ...engine.lm.quantize import describe_frozen
 from ...engine.lm.text_metrics import check_metrics
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
@@ -254,6 +255,9 @@ def _load_inputs(
         f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
     )
     lm = load_language_model(config, trust_remote_code=trust_remote_code) if shared is None else shared.lm
+    kept = describe_frozen(lm.model)
+    if kept is not None:
+        log(kept)
     data = encode(config, lm) if shared is None else shared.data
     shares = client_shares(config, data) if pool.simulated else []
     base = fingerprint(lm.model)

@@ -165,8 +165,13 @@ class Federation:
         return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise, micro_batch_map)
 
     def how_steps_run(self) -> str | None:
-        """A line for the log: whether local steps on a GPU are CUDA graphs. None on a CPU, or before the first step."""
+        """A line for the log: why the points of a step are not computed together, or whether steps are CUDA graphs.
+
+        None if there is nothing to say: on a CPU, or before the first step.
+        """
         optimizer = self._replica.optimizer
+        if optimizer.not_together is not None:
+            return optimizer.not_together
         if optimizer.weights.values.device.type != "cuda" or not self.timing.steps:
             return None
         if optimizer.captured_steps:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from meerkat_engine.bench.assembly import Assembly
+from meerkat_engine.triton_kernels import Layout
 
 from helpers.processes import run_python
 
@@ -47,20 +48,20 @@ def test_the_recorded_table_matches_the_compilers_output(directory: Path, name: 
 
 def test_every_instruction_has_a_kind(reports: list[dict[str, Any]]) -> None:
     assert [r for r in reports if r["mix"]["other"]] == []
-    perturb = {(r["target"], r["dense"]): r["mix"] for r in reports if r["kernel"] == "_perturb_kernel"}
-    for (target, dense), mix in perturb.items():
+    perturb = {(r["target"], r["layout"]): r["mix"] for r in reports if r["kernel"] == "_perturb_kernel"}
+    for (target, layout), mix in perturb.items():
         # Scattered elements take one square root each, dense ones half of one. Memory: offsets, masters, weights.
         assert mix["special"] >= 4, target
         assert mix["memory"] >= 6, target
         assert mix["float64"] == 0
         # Four normals from one Philox block cost far less than one normal from each of four blocks.
-        assert sum(mix.values()) < (80 * 8 if dense else 210 * 4), target
+        assert sum(mix.values()) < (80 * 8 if layout == "dense" else 210 * 4), target
 
 
 def test_every_kernel_target_and_dtype_was_compiled(reports: list[dict[str, Any]]) -> None:
-    reported = {(r["kernel"], r["dense"], r["target"], r["dtype"]) for r in reports}
+    reported = {(r["kernel"], r["layout"], r["target"], r["dtype"]) for r in reports}
     targets, dtypes = ("sm_80", "sm_90", "gfx942"), ("fp32", "bf16", "fp16")
-    variants = {(k, dense) for k in TABLE_KERNELS for dense in (False, True)} | {(k, False) for k in LIST_KERNELS}
+    variants = {(k, layout.name.lower()) for k in TABLE_KERNELS for layout in Layout} | {(k, "") for k in LIST_KERNELS}
     assert reported == {(*variant, t, d) for variant in variants for t in targets for d in dtypes}
 
 
@@ -84,13 +85,13 @@ def test_contiguous_values_are_accessed_sixteen_bytes_at_a_time(reports: list[di
     """Applies to masters and offsets, and to the weights of dense fp32 tensors."""
     for r in reports:
         runs = r["elements"] // 4  # four elements are 16 bytes
-        wide_weights = r["dense"] and r["dtype"] == "fp32"
+        wide_weights = r["layout"] == "dense" and r["dtype"] == "fp32"
         if r["kernel"] in WRITING_KERNELS:
-            assert r["wide_loads"] == (1 if r["dense"] else 2) * runs, r
+            assert r["wide_loads"] == (1 if r["layout"] == "dense" else 2) * runs, r
             stores = (r["kernel"] not in ("_perturb_kernel", "_restore_kernel")) + wide_weights
             assert r["wide_stores"] == stores * runs, r
         elif r["kernel"] in TABLE_KERNELS:  # reads the weights and writes two counts
-            assert r["wide_loads"] == ((1 if r["dense"] else 2) + wide_weights) * runs, r
+            assert r["wide_loads"] == ((1 if r["layout"] == "dense" else 2) + wide_weights) * runs, r
             assert r["wide_stores"] == 0, r
 
 
@@ -102,7 +103,7 @@ def test_fusion_is_detected_when_it_is_enabled() -> None:
         "LaunchConfig.options = lambda self: options(self) | {'enable_fp_fusion': True}\n"
         "from meerkat_engine.bench.codegen import examine\n"
         "reports = [r for t in ('sm_90', 'gfx942') for r in examine(t, 'fp32')]\n"
-        "print([r.fused for r in reports if r.kernel == '_update_kernel' and not r.dense])\n"
+        "print([r.fused for r in reports if r.kernel == '_update_kernel' and r.layout == 'scattered'])\n"
     )
     nvidia, amd = json.loads(run_python("-c", script))
     assert nvidia > 50

@@ -92,8 +92,8 @@ def test_the_summary_has_a_line_for_each_result(finished: tuple[Path, str]) -> N
     page = (directory / "summary.md").read_text()
     assert page in printed
     for expected in ("of 65,537 words differ", "radius 0, sine 0, cosine 0", "same bits", "the same ledger", " passed",
-                     "dense, MeZO's loop", "update + perturb", "steps a second", "step / its forwards", f"torch {torch.__version__}",
-                     "commit ", "A published figure"):  # fmt: skip
+                     "dense, MeZO's loop", "update + perturb", "steps a second", "step / its forwards",
+                     f"torch {torch.__version__}", "commit ", "A published figure"):  # fmt: skip
         assert expected in page
 
 

@@ -190,7 +190,7 @@ def test_an_error_of_the_closure_leaves_the_model_as_it_was() -> None:
 
 def test_plain_weights_are_refused_or_computed_apart() -> None:
     model = make_model()
-    with pytest.raises(ConfigError, match="'model.embed_tokens.weight' is plain"):
+    with pytest.raises(ConfigError, match=r"'model\.embed_tokens\.weight' is plain"):
         make_optimizer(model, "together")
     opt = make_optimizer(model, "auto")
     opt.step(loss_of(model))
