@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine.lm.checkpoint import save_checkpoint as save_checkpoint
     from .engine.lm.models import LanguageModel as LanguageModel
     from .engine.lm.models import load_model as load_model
+    from .engine.lm.quantize import Quantize as Quantize
     from .engine.mask import SparseMask as SparseMask
     from .engine.optimizer import SparseZO as SparseZO
     from .engine.parameters import fingerprint as fingerprint
@@ -33,6 +34,7 @@ _MODULES = {
     "Estimator": "engine.estimator",
     "LanguageModel": "engine.lm.models",
     "MeerkatError": "engine.errors",
+    "Quantize": "engine.lm.quantize",
     "SparseMask": "engine.mask",
     "SparseZO": "engine.optimizer",
     "SparseZOTrainer": "engine.trainer",

@@ -309,7 +309,7 @@ def apply(delta_file: Path, model: str, output: Path, onto_plain: bool, trust_re
           "dataset_split", "dataset_validation_split", "template", "labels", "label_field", "answer", "prompt_format",
           "chat_template", "cut", "method", "density", "mask", "calibration", "calibration_texts",
           "calibration_batch_size", "calibration_length", "calibration_elements", "layer", "objective", "max_length",
-          "seed", "device", "dtype", "quantize")  # fmt: skip
+          "seed", "device", "dtype", "quantize", "offload")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from .captured import BoundLoss, Capture, CapturedSteps, check_capture
+from .errors import ModelError
 from .estimator import (
     ESTIMATES,
     Estimator,
@@ -180,7 +181,12 @@ class SparseZO(torch.optim.Optimizer):
             return None
         if self.points is PointsMode.AUTO and not set(weights.names()) <= frozen_weights(self._model).keys():
             return None
-        return BothPoints(self._model, weights, self.points)
+        try:
+            return BothPoints(self._model, weights, self.points)
+        except ModelError:
+            if self.points is PointsMode.TOGETHER:
+                raise
+            return None  # no language model: two forward passes
 
     @property
     def not_together(self) -> str | None:

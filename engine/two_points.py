@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.utils import ModelOutput
 
 from .errors import ConfigError, ModelError
 from .frozen.weight import FrozenWeight, frozen_weights
@@ -50,9 +52,14 @@ def check_points_mode(points: str) -> PointsMode:
 
 @dataclass
 class _Call:
-    """A call of the decoder at the first point, whose result at the second point waits for the call there."""
+    """A call of the decoder at the first point.
 
-    inputs: Tensor
+    Args:
+        inputs: the tensors that it got.
+        result: its result at the second point, which waits for the call there; None: it is computed there.
+    """
+
+    inputs: list[Tensor]
     result: Any
 
 
@@ -86,6 +93,8 @@ class BothPoints:
         self._decoder = cast(nn.Module, cast(Any, causal_lm(model)).get_decoder())
         self._weights: list[FrozenWeight] = [frozen[name] for name in weights.names()]
         self._points = self._weights[0].points
+        for weight in frozen.values():  # a copied layer has others
+            weight.points = self._points
         self._is_streamed = any(stored_elsewhere(weight) for weight in frozen.values())
         self._mode, self.reason = mode, cast("str | None", None)
         self._is_checked = False
@@ -109,8 +118,9 @@ class BothPoints:
         """Context in which the closure computes its loss at the second point."""
         with self._points.at(second=True), self._calling(self._at_second):
             yield
-        if self._calls:
-            self._calls.clear()
+        left = [call for call in self._calls if call.result is not None]
+        self._calls.clear()
+        if left:
             raise ModelError(
                 "the closure called the model less often at -eps than at +eps; compute the points separately"
             )
@@ -126,28 +136,29 @@ class BothPoints:
         """Context in which the decoder's forward is another function."""
         had, own = "forward" in vars(self._decoder), vars(self._decoder).get("forward")
         self._forward = self._decoder.forward
-        self._decoder.forward = forward
         try:
+            self._decoder.forward = forward
             yield
         finally:
             if had:
                 self._decoder.forward = own  # type: ignore[assignment]
             else:
-                del self._decoder.forward
+                vars(self._decoder).pop("forward", None)
 
     def _at_first(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = _inputs(args, kwargs)
+        inputs, tensors = _inputs(args, kwargs), _tensors(args, kwargs)
         if self._pays(inputs) and self._check(inputs, args, kwargs):
             first, second = self._both(inputs, args, kwargs)
-            self._calls.append(_Call(inputs, second))
+            self._calls.append(_Call(tensors, second))
             return first
+        self._calls.append(_Call(tensors, None))
         return self._forward(*args, **kwargs)
 
     def _at_second(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._calls:
+        call = self._calls.popleft() if self._calls else None
+        if call is None or call.result is None:
             return self._forward(*args, **kwargs)
-        call, inputs = self._calls.popleft(), _inputs(args, kwargs)
-        if inputs is not call.inputs and not torch.equal(inputs, call.inputs):
+        if not _are_equal(_tensors(args, kwargs), call.inputs):
             raise ModelError("the closure computed another batch at -eps than at +eps")
         return call.result
 
@@ -186,7 +197,10 @@ class BothPoints:
                 for is_second in (False, True):
                     with self._points.at(second=is_second):
                         apart.append(self._forward(*args, **kwargs))
-                problem = _difference([_hidden(out) for out in together], [_hidden(out) for out in apart])
+                hidden = [_hidden(out) for out in apart]
+                if not all(bool(states.isfinite().all()) for states in hidden):
+                    return False  # nothing can be compared on this batch: it is computed at each point by itself
+                problem = _difference([_hidden(out) for out in together], hidden)
             except ModelError as error:
                 problem = str(error)
         finally:
@@ -214,6 +228,14 @@ def _inputs(args: Any, kwargs: dict[str, Any]) -> Tensor:
     raise ModelError("the decoder was called without input_ids and inputs_embeds")
 
 
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+
+
+def _are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(a is b or torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
 def _twice(value: Any, rows: int) -> Any:
     """Repeats the tensors that have a row for each row of the batch, and positions that are the same for all rows."""
     if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1 and not value.is_floating_point():
@@ -231,6 +253,8 @@ def _half(out: Any, rows: int, half: int) -> Any:
     Raises:
         ModelError: if the output has something else in it than hidden states.
     """
+    if not isinstance(out, ModelOutput):
+        raise ModelError(f"its decoder returns a {type(out).__name__}, not transformers' output")
     entries = {name: value for name, value in out.items() if value is not None}
     extra = sorted(entries.keys() - {"last_hidden_state", "past_key_values"})
     if extra or "last_hidden_state" not in entries:

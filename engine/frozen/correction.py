@@ -30,7 +30,7 @@ class Correction:
             y: its output with the base weight, [..., rows]; contiguous, written.
             values: live values of the elements, float32 [n].
         """
-        x = x.reshape(-1, x.shape[-1]).contiguous()
+        x = x.reshape(-1, x.shape[-1]).to(y.dtype).contiguous()  # autocast may have another one for the output
         self._correct_(x, y.view(-1, y.shape[-1]), self._rows, values, self._base)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .points import Points
 from .stored import PlainStored, Stored
 from .weight import FrozenWeight
@@ -33,6 +34,9 @@ def freeze(
         device: device on which the model computes; None: each parameter's own.
         adds: see ``FrozenWeight``.
         rounds: see ``FrozenWeight``.
+
+    Raises:
+        ModelError: if a parameter is read-only already.
     """
     points = Points()
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name, _ in model.named_parameters()}
@@ -44,8 +48,10 @@ def freeze(
     del names
     for name, of_name in places.items():
         parameter = of_name[0][0]._parameters[of_name[0][1]]
-        if parameter is None or not parameter.is_floating_point() or isinstance(parameter, FrozenWeight):
+        if parameter is None or not parameter.is_floating_point():
             continue
+        if isinstance(parameter, FrozenWeight):
+            raise ModelError(f"parameter {name!r} is read-only already; load the model again to keep it in another way")
         frozen = FrozenWeight(
             store(name, parameter.detach()),
             dtype or parameter.dtype,

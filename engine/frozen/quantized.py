@@ -41,8 +41,10 @@ class Nf4Stored(Stored):
         return self if self.packed.device == device else Nf4Stored(self.packed.to(device), self._state_on(device))
 
     def pinned(self) -> Stored:
-        """See ``Stored``. The scales stay where they are: they are few."""
-        return Nf4Stored(self.packed.pin_memory(), self.state)
+        """See ``Stored``."""
+        state = copy.copy(self.state)
+        state.absmax = state.absmax.pin_memory()
+        return Nf4Stored(self.packed.pin_memory(), state)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -87,7 +89,13 @@ class Int8Stored(Stored):
     @classmethod
     def quantize(cls, values: Tensor) -> "Int8Stored":
         """Quantizes a matrix, from its values in float16, as bitsandbytes does."""
-        integers, scales, _ = _bitsandbytes().int8_vectorwise_quant(values.half())
+        half = values.half()
+        if not half.isfinite().all():
+            raise ConfigError(
+                f"a matrix {tuple(values.shape)} has values beyond float16, in which bitsandbytes quantizes to int8; "
+                f"use nf4 or torchao-int8"
+            )
+        integers, scales, _ = _bitsandbytes().int8_vectorwise_quant(half)
         return cls(integers, scales)
 
     def to(self, device: torch.device) -> Stored:
@@ -114,7 +122,7 @@ class Int8Stored(Stored):
     def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
         """See ``Stored``. The scales stay, so values beyond the largest one of their row become that one."""
         scales = moved(self.scales, values.device)[offsets // self.shape[1]]
-        integers = (values / (scales * _ONE)).round_().clamp_(-127, 127)
+        integers = (values / (scales * _ONE)).round_().clamp_(-127, 127).nan_to_num_(0)  # a row of zeros has scale 0
         # In the order of ``dense``.
         return integers.mul_(scales).mul_(_ONE)  # type: ignore[no-any-return]
 

@@ -82,6 +82,7 @@ class FrozenWeight(Tensor):
         rounds: bool = False,
     ) -> "FrozenWeight":
         """Makes a parameter; see the class."""
+        device = torch.empty(0, dtype=dtype, device=device).device  # with its index, as tensors there have it
         self = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=device, requires_grad=False)
         self.stored, self.points, self.adds, self.rounds = stored, points or Points(), adds, rounds
         self.offsets = self.values = self.second = self._correction = self._anchor = None
@@ -99,9 +100,17 @@ class FrozenWeight(Tensor):
         """Returns the stored values as a new plain tensor, in the dtype and on the device of the weight."""
         return self.stored.dense(self.dtype, self.device)
 
+    def correction(self) -> Correction:
+        """Returns what adds the live values to the output of a linear layer; made when one is first computed."""
+        if self._correction is None:
+            assert self.offsets is not None
+            base = self.base().view(-1)[self.offsets].float()
+            self._correction = Correction(self.offsets, self.shape[1], base)
+        return self._correction
+
     def base_for_linear(self) -> Tensor:
         """Returns the stored values like ``base``, but maybe themselves, if nothing is to be written into them."""
-        is_written = self.offsets is not None and self._correction is None
+        is_written = self.offsets is not None and not self.adds
         return (self.stored.dense if is_written else self.stored.read)(self.dtype, self.device)
 
     def has_wide_values(self) -> bool:
@@ -160,9 +169,7 @@ class FrozenWeight(Tensor):
     def set_beside(self, offsets: Tensor, values: Tensor) -> None:
         """Sets the vectors of the masked elements; see ``beside``."""
         self.offsets, self.values, self.second = offsets, values, None
-        if self.adds and self.dim() == 2:
-            base = self.base().view(-1)[offsets].float()
-            self._correction = Correction(offsets, self.shape[1], base)
+        self._correction = None
 
     @contextmanager
     def collecting_gradient(self) -> Iterator[Tensor]:
@@ -243,11 +250,11 @@ def _with_live(x: Tensor, weight: FrozenWeight, base: Tensor, bias: Tensor | Non
     """
     if weight.offsets is None:
         return functional.linear(x, base, bias)
-    if weight._correction is None:
+    if not weight.adds:
         base.view(-1)[weight.offsets] = weight._live().to(weight.dtype)
         return functional.linear(x, base, bias)
     y = functional.linear(x, base, bias)
-    weight._correction.add(x, y, weight._live())
+    weight.correction().add(x, y, weight._live())
     return y
 
 
@@ -267,11 +274,17 @@ def _by_halves(func: Any, weights: list[FrozenWeight], args: Sequence[Any], kwar
     """Computes an operation at both points: the first half of the batch at the first, the other half at the second."""
     points = weights[0].points
     which = batch_argument(func, args, weights)
+    if which >= len(args) or not isinstance(args[which], Tensor):
+        raise ModelError(f"{func.__name__} was called with its batch as a keyword")
     halves = args[which].chunk(2)
     if len(halves) != 2 or halves[0].shape != halves[1].shape:
         raise ModelError(f"{func.__name__} got a batch of {args[which].shape[0]}, which has no two halves")
     # A linear layer reads and dequantizes its weight once for both points.
-    base = args[1].base_for_linear() if func is functional.linear and isinstance(args[1], FrozenWeight) else None
+    base = (
+        args[1].base_for_linear()
+        if func is functional.linear and isinstance(args[-1 if len(args) < 2 else 1], FrozenWeight)
+        else None
+    )
     results = []
     for half, second in zip(halves, (False, True), strict=True):
         with points.at(second=second):

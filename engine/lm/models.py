@@ -50,8 +50,8 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     *,
-    quantize: Quantize = Quantize.NONE,
-    offload: Offload = Offload.NONE,
+    quantize: str = Quantize.NONE,
+    offload: str = Offload.NONE,
     adds: bool = False,
     rounds: bool = False,
     trust_remote_code: bool = False,
@@ -68,24 +68,26 @@ def load_model(
         source: a local directory, a ``.gguf`` file, or a Hugging Face model id.
         dtype: dtype of the weights: float32, bfloat16 or float16.
         device: device to put the model on.
-        quantize: how the weights are kept; all but ``NONE`` are read-only, and masked weights live beside them. A
-            checkpoint that bitsandbytes or torchao has quantized is loaded with ``AS_STORED``, and stays packed. The
-            peak of the host's memory is then the result, and a few copies of one parameter: the files are mapped, not
+        quantize: how the weights are kept, a value of ``Quantize``; all but ``NONE`` are read-only, and masked weights
+            live beside them. A checkpoint that bitsandbytes or torchao has quantized is loaded with ``AS_STORED``, and
+            stays packed. The peak of the host's memory is then the result, and a few copies of one parameter: the files are mapped, not
             read (a GGUF file is first made a model in float32).
-        offload: where read-only weights are kept.
+        offload: where read-only weights are kept, a value of ``Offload``.
         adds: how live values get into a linear layer with read-only weights; see ``FrozenWeight``.
         rounds: whether live values are rounded to int8; see ``FrozenWeight``.
         trust_remote_code: whether code that comes with the model may run; if False, a model that needs such code
             raises.
 
     Raises:
-        ConfigError: if a package that ``quantize`` needs is missing, or the model has no layer that can be quantized.
+        ConfigError: if an option is unknown or has no effect without ``quantize``, a package that ``quantize`` needs is
+            missing, or the model has no layer that can be quantized.
         ModelError: if the model cannot be found or loaded (the message names the place searched); its weights are
             pickles, are packed (quantized) and cannot be kept so, or do not belong to its config; it is an adapter
             without its base model; it needs remote code that is not trusted; its tokenizer has tokens that it does not
             know; or left padding changes its scores.
     """
     device = check_device(device)
+    quantize, offload = _checked(quantize, offload, adds=adds, rounds=rounds)
     path = Path(source)
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(f"there is no GGUF file {source!r}")
@@ -121,6 +123,16 @@ def load_model(
             f"cannot load the model {source!r} {_place(path, source)}: {_reason(error, trust_remote_code)}"
         ) from error
     return lm
+
+
+def _checked(quantize: str, offload: str, *, adds: bool, rounds: bool) -> tuple[Quantize, Offload]:
+    """Returns the members with these names; raises ``ConfigError`` for others, and for what would have no effect."""
+    for name, value, known in (("quantize", quantize, Quantize), ("offload", offload, Offload)):
+        if value not in list(known):
+            raise ConfigError(f"unknown choice {name}={value!r}; known: {', '.join(known)}")
+    if quantize == Quantize.NONE and (adds or rounds or offload != Offload.NONE):
+        raise ConfigError("adds, rounds and offload are for read-only weights; give quantize too")
+    return Quantize(quantize), Offload(offload)
 
 
 def _mapped_dtype(path: Path, source: str) -> torch.dtype:

@@ -43,7 +43,7 @@ class Offload(StrEnum):
     """Where read-only weights are while another device computes; each is copied there when it is used.
 
     ``NONE``: on the device. ``CPU``: in the host's memory, pinned. ``DISK``: in the checkpoint's files, which are
-    mapped.
+    mapped; weights that are quantized on loading in the host's memory.
     """
 
     NONE = "none"
@@ -89,6 +89,7 @@ def freeze_base(
     Raises:
         ConfigError: if a package is missing, or the model has no layer that can be quantized.
     """
+    device = torch.empty(0, dtype=dtype, device=device).device  # with its index
     if offload is not Offload.NONE and device.type == "cpu":
         raise ConfigError("offload is for weights that a GPU computes with; on a CPU, leave --offload out")
     if rounds and kind is not Quantize.INT8:

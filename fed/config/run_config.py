@@ -28,6 +28,7 @@ from .sections import (
     EvaluationConfig,
     LoraConfig,
     MaskConfig,
+    MaskedWeightsMode,
     ModelConfig,
     PrivacyConfig,
     SelectionConfig,
@@ -183,10 +184,17 @@ class RunConfig(Checked):
         ):
             if value and recipe.elements is not elements:
                 raise ConfigError(f"{name} has no meaning for {self.method}, which trains {recipe.elements} elements")
+        if self.mask.elements and recipe.elements not in (Elements.SENSITIVITY, Elements.TASK):
+            raise ConfigError(
+                f"calibration_elements bounds the memory of a mask by gradients, and {self.method} trains "
+                f"{recipe.elements} elements; leave it out"
+            )
         if self.step.queries > 1 and recipe.sends_weights:
             raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
 
     def _check_points(self) -> None:
+        if self.method.recipe.sends_weights and self.model.masked_weights is MaskedWeightsMode.ADD:
+            raise ConfigError(f"{self.method} trains by backpropagation, where masked weights are written; give write")
         if self.step.points is not PointsMode.TOGETHER:
             return
         if self.model.quantize is Quantize.NONE:

@@ -76,11 +76,9 @@ class ModelConfig(Checked):
     @property
     def kept(self) -> str:
         """How the weights are kept, as in a delta; see ``Delta``."""
-        return (
-            str(self.quantize)
-            if self.masked_weights is MaskedWeightsMode.WRITE
-            else (f"{self.quantize}+{self.masked_weights}")
-        )
+        if self.masked_weights is MaskedWeightsMode.WRITE:
+            return str(self.quantize)
+        return f"{self.quantize}+{self.masked_weights}"
 
     def __post_init__(self) -> None:
         self._require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")

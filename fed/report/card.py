@@ -64,7 +64,7 @@ def run_card(replayed: Replayed, name: str, weights: str) -> str:
     return _card(replayed.lm, name, body, _eval_results(task, after), [str(config.method), "federated-learning"])
 
 
-def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str, *, onto_plain: bool = False) -> str:
+def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str, base_fingerprint: str) -> str:
     """The model card of a base model with a delta applied to it.
 
     Args:
@@ -72,21 +72,22 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str, *, onto_pl
         lm: the model after the delta.
         name: name of the model.
         base: value of ``--model``, which names the base model.
-        onto_plain: whether it was applied to other base weights than those of the run.
+        base_fingerprint: fingerprint of that model. It may be another one than the delta's base.
 
     Returns:
         The card as Markdown with front matter.
     """
+    onto_other = base_fingerprint != delta.base
     rows = {
         "base model": _code(base),
         "method": f"{_plain(delta.method) or 'unknown'}, round {delta.round}, {len(delta.mask):,} of "
         f"{delta.mask.table.size:,} elements",
-        "base weights": _kept(delta.kept, onto_plain=onto_plain),
-        "base fingerprint": _code(delta.base),
+        "base weights": _kept(delta.kept, onto_other=onto_other),
+        "base fingerprint": _code(base_fingerprint),
         "mask digest": _code(delta.mask.digest),
         "weights fingerprint": _code(fingerprint(lm.model, rounded=True)),
     }
-    onto = ["--onto-plain"] if onto_plain else []
+    onto = ["--onto-plain"] if onto_other else []
     again = shlex.join(["meerkat-engine", "apply", "DELTA", "--model", base, *onto, "--output", "DIR"])
     body = (
         f"# {name}\n\n"
@@ -97,10 +98,10 @@ def delta_card(delta: Delta, lm: LanguageModel, name: str, base: str, *, onto_pl
     return _card(lm, name, body, [], [])
 
 
-def _kept(kept: str, *, onto_plain: bool = False) -> str:
+def _kept(kept: str, *, onto_other: bool = False) -> str:
     if kept == "none":
         return "plain"
-    if onto_plain:
+    if onto_other:
         return f"plain; the run's were kept as {kept}, so this is another model than that of the run"
     return f"dequantized, kept as {kept} in the run"
 

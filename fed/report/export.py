@@ -55,6 +55,8 @@ def apply_delta(
         raise DeltaError(
             f"{delta.where} belongs to a model of dtype {delta.dtype!r}; only {', '.join(DTYPES)} can be loaded"
         )
+    if onto_plain and delta.kept == "none":
+        raise DeltaError(f"{delta.where} is of a run on plain weights; leave --onto-plain out, and the base is checked")
     kept, _, how = ("none" if onto_plain else delta.kept).partition("+")
     if kept not in list(Quantize):
         raise DeltaError(
@@ -68,8 +70,9 @@ def apply_delta(
         rounds=how == "round",
         trust_remote_code=trust_remote_code,
     )
+    base = fingerprint(lm.model)
     (delta.apply_to_other if onto_plain else delta.apply)(lm.model)
-    save_checkpoint(lm, output, delta_card(delta, lm, output.name, model, onto_plain=onto_plain))
+    save_checkpoint(lm, output, delta_card(delta, lm, output.name, model, base))
     return delta
 
 

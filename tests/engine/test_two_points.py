@@ -1,5 +1,6 @@
 """Both points of a step in one forward pass: the losses are those of two passes, or the points are computed apart."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,67 @@ def test_a_half_at_the_wrong_point_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     opt = make_optimizer(model, "together")
     with pytest.raises(ModelError, match="the hidden states differ"):
         opt.step(loss_of(model))
+
+
+def test_parts_on_both_sides_of_the_limit_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small micro-batch is computed at both points, a large one at each; then the closure calls them in order."""
+    monkeypatch.setitem(two_points._PAYS_UP_TO, "cpu", 24)
+    scalars = []
+    for points in ("separate", "auto"):
+        model = frozen_model()
+        opt = make_optimizer(model, points)
+        parts = [loss_of(model, part) for part in (IDS[:3], IDS[3:], IDS[1:])]
+        for _ in range(2):
+            opt.step(lambda parts=parts: torch.stack([part() for part in parts]).mean())
+        scalars.append(opt.projected_gradients)
+    assert scalars[0] == pytest.approx(scalars[1], abs=1e-3)
+
+
+def test_a_copied_layer_is_read_at_the_same_point() -> None:
+    scalars = []
+    for points in ("separate", "together"):
+        model = frozen_model()
+        layers = model.model.layers  # type: ignore[union-attr]
+        layers[1] = copy.deepcopy(layers[0])  # type: ignore[index,operator]
+        opt = make_optimizer(model, points)
+        opt.step(loss_of(model))
+        scalars += opt.projected_gradients
+    assert scalars[0] == pytest.approx(scalars[1], abs=1e-3)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_the_next_is_checked() -> None:
+    model, bad = frozen_model(), [True]
+    layer = model.model.layers[0]  # type: ignore[union-attr,index]
+    layer.register_forward_hook(lambda module, args, out: out * float("nan") if bad[0] else out)  # type: ignore[operator]
+    opt = make_optimizer(model, "together", nonfinite="skip")
+    assert opt.step(loss_of(model)).isnan()
+    bad[0] = False
+    opt.step(loss_of(model))
+    assert torch.tensor(opt.projected_gradients).isnan().tolist() == [True, False]
+    assert opt.not_together is None
+
+
+def test_another_mask_at_the_second_point_is_refused() -> None:
+    model = frozen_model()
+    ones = torch.ones_like(IDS)
+    masks = iter([ones, ones, ones, torch.cat((torch.zeros_like(IDS[:, :1]), ones[:, 1:]), 1)])
+    opt = make_optimizer(model, "together")
+    positions = torch.arange(12)[None].expand(4, -1)
+
+    def loss() -> torch.Tensor:
+        return model(input_ids=IDS, attention_mask=next(masks), position_ids=positions, labels=IDS).loss
+
+    with pytest.raises(ModelError, match="another batch at -eps"):
+        [opt.step(loss) for _ in range(2)]
+
+
+def test_a_model_that_is_no_language_model_is_computed_apart() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    freeze(model)
+    opt = make_optimizer(model, "auto", density=0.5)
+    opt.step(lambda: model(torch.ones(2, 4)).square().mean())
+    with pytest.raises(ModelError):
+        make_optimizer(model, "together", density=0.5)
 
 
 def test_another_batch_at_the_second_point_is_refused() -> None:

@@ -25,6 +25,9 @@ SHORT = ("--rounds", "2", "--local-steps", "2", "--calibration-texts", "8", "--e
         (("--quantize", "int8", "--offload", "cpu"), "on a CPU, leave --offload out"),
         (("--quantize", "int8", "--points", "together", "--method", "lora-fedzo"), "is plain; load the model with"),
         (("--quantize", "int4"), "'int4'"),
+        (("--quantize", "nf4", "--masked-weights", "add", "--method", "fedavg"), "trains by backpropagation"),
+        (("--quantize", "nf4", "--masked-weights", "round"), "rounded to int8 only"),
+        (("--calibration-elements", "9", "--method", "weight-magnitude"), "leave it out"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -65,6 +68,25 @@ def test_a_quantized_run_is_replayed_and_its_delta_applied(added: bool, tmp_path
         at = masked.mask.ids[start:stop] - base
         assert torch.equal(mine[name].view(-1)[at], plain[name].view(-1)[at])
         assert torch.equal(mine[name].view(-1)[at], masked.masters[start:stop].to(mine[name].dtype))
+
+
+def test_a_plain_delta_is_only_applied_to_its_base(tmp_path: Path) -> None:
+    run, delta = tmp_path / "run", tmp_path / "d"
+    assert call("run", *SHORT, "--output", run).exit_code == 0
+    assert call("replay", run, "--delta", delta).exit_code == 0
+    result = call("apply", delta, "--model", "embedded", "--onto-plain", "--output", tmp_path / "out")
+    assert "is of a run on plain weights; leave --onto-plain out" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_weights_rounded_to_int8_replay(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--quantize", "int8", "--masked-weights", "round")
+    assert call("run", *SHORT, *options, "--output", run).exit_code == 0
+    assert "the same bits as at the end of the run" in call("replay", run, "--delta", tmp_path / "d").output
+    assert Delta.load(tmp_path / "d").kept == "int8+round"
+    applied = call("apply", tmp_path / "d", "--model", "embedded", "--output", tmp_path / "applied")
+    assert applied.exit_code == 0, applied.output
 
 
 def test_a_delta_of_quantized_weights_fits_no_other_base(tmp_path: Path) -> None:
