@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ConfigError
-
 
 class Stored(ABC):
     """The read-only values of one parameter.
@@ -56,16 +54,13 @@ class Stored(ABC):
         return functional.embedding(index, self.dense(dtype, device))
 
     def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """Rounds values of elements to those that this format has at their places.
+        """Rounds values of elements to those that the format has at their places, if it is int8.
 
         Args:
             values: float32 [n].
             offsets: flat offsets of the elements, int32 or int64 [n].
-
-        Raises:
-            ConfigError: if the format has no grid of its own.
         """
-        raise ConfigError(f"values cannot be rounded to {self.format}; masked weights are rounded to int8 only")
+        return values
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +93,6 @@ class PlainStored(Stored):
         """See ``Stored``."""
         is_dense = self.values.dtype == dtype and self.values.device == device
         return self.values if is_dense else self.dense(dtype, device)
-
-    def rounded(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """See ``Stored``. The values stay: a dense weight rounds them to its dtype."""
-        return values
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -70,8 +70,8 @@ def load_model(
         device: device to put the model on.
         quantize: how the weights are kept, a value of ``Quantize``; all but ``NONE`` are read-only, and masked weights
             live beside them. A checkpoint that bitsandbytes or torchao has quantized is loaded with ``AS_STORED``, and
-            stays packed. The peak of the host's memory is then the result, and a few copies of one parameter: the files are mapped, not
-            read (a GGUF file is first made a model in float32).
+            stays packed. The peak of the host's memory is then the result, and a few copies of one parameter: the files
+            are mapped, not read (a GGUF file is first made a model in float32).
         offload: where read-only weights are kept, a value of ``Offload``.
         adds: how live values get into a linear layer with read-only weights; see ``FrozenWeight``.
         rounds: whether live values are rounded to int8; see ``FrozenWeight``.
