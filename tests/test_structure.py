@@ -158,7 +158,8 @@ def exported_for_checkers(path: Path) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert sorted(meerkat_engine.__all__) == [
         "BoundLoss", "Delta", "Estimator", "LanguageModel", "MeerkatError", "Quantize", "SparseMask", "SparseZO",
-        "SparseZOTrainer", "UpdateLog", "__version__", "fingerprint", "load_model", "replay", "save_checkpoint", "stream",
+        "SparseZOTrainer", "UpdateLog", "__version__", "fingerprint", "load_model", "replay", "save_checkpoint",
+        "stream",
     ]  # fmt: skip
     assert sorted(fed.__all__) == [
         "Client", "ClientData", "RemotePool", "Replica", "RunConfig", "Server", "Terms", "TrainReply", "TrainRequest",
