@@ -218,9 +218,18 @@ def _seconds(action: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def cases(model: str, device: str, rows: int, length: int, layers: int = 0) -> Iterator[Case]:
-    """All cases of a model on a device."""
-    narrow = "bfloat16" if device == "cuda" else "float32"  # what the quantized ones compute in
+def cases(model: str, device: str, rows: int, length: int, layers: int = 0, dtype: str | None = None) -> Iterator[Case]:
+    """All cases of a model on a device.
+
+    Args:
+        model: see ``Case``.
+        device: see ``Case``.
+        rows: see ``Case``.
+        length: see ``Case``.
+        layers: see ``Case``.
+        dtype: what models with read-only weights compute in; None: bfloat16 on a GPU, else float32.
+    """
+    narrow = dtype or ("bfloat16" if device == "cuda" else "float32")
     common: dict[str, Any] = {"model": model, "device": device, "rows": rows, "length": length,
                               "layers": layers}  # fmt: skip
     yield Case(**common, dtype="float32")
@@ -228,7 +237,8 @@ def cases(model: str, device: str, rows: int, length: int, layers: int = 0) -> I
     for kind in (Quantize.AS_STORED, Quantize.INT8, Quantize.NF4):
         yield Case(**common, quantize=kind, dtype=narrow)
         yield Case(**common, quantize=kind, dtype=narrow, points=PointsMode.TOGETHER)
-    yield Case(**common, quantize=Quantize.AS_STORED, dtype="bfloat16", adds=True)
+    for kind in (Quantize.AS_STORED, Quantize.NF4):
+        yield Case(**common, quantize=kind, dtype="bfloat16", adds=True)
     if device == "cuda":
         for kind in (Quantize.AS_STORED, Quantize.NF4):
             offloaded: dict[str, Any] = {"offload": Offload.CPU, "points": PointsMode.TOGETHER}

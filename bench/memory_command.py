@@ -10,7 +10,7 @@ import click
 import torch
 
 from ..engine.errors import ConfigError, MeerkatError
-from ..engine.lm.models import check_device
+from ..engine.lm.models import DTYPES, check_device
 from ..engine.lm.quantize import Quantize
 from ..fed.config.options import example
 from . import environment
@@ -25,6 +25,8 @@ from .tables import amount, table
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--quantize", "kinds", multiple=True, type=click.Choice([kind.value for kind in Quantize]),
               help="how base weights are kept; may be repeated; default: all of them")  # fmt: skip
+@click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="bfloat16 on a GPU, else float32",
+              help="what models with read-only weights compute in")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="sequences of a batch")
 @click.option("--length", type=click.IntRange(2), default=20, show_default=True, help="tokens of each sequence")
 @click.option("--layers", type=click.IntRange(1),
@@ -37,6 +39,7 @@ def bench_memory(
     model: str,
     device: str,
     kinds: tuple[str, ...],
+    dtype: str | None,
     batch_size: int,
     length: int,
     layers: int | None,
@@ -53,7 +56,7 @@ def bench_memory(
         raise ConfigError(f"{str(output)!r} exists; choose a new directory for --output")
     where, load_before = check_device(device), os.getloadavg()[0]
     records, plain = [], None
-    for case in cases(model, device, batch_size, length, layers or 0):
+    for case in cases(model, device, batch_size, length, layers or 0, dtype):
         if kinds and plain is not None and case.quantize not in kinds:
             continue
         click.echo(f"measuring {case.name}", err=True)
