@@ -18,11 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers.utils import ModelOutput
 
 from .errors import ConfigError, ModelError
 from .frozen.weight import FrozenWeight, frozen_weights
-from .lm.causal import causal_lm
 from .weights import MaskedWeights
 
 # Number of token positions of a forward pass up to which one pass for both points takes less time than two; see
@@ -90,6 +88,8 @@ class BothPoints:
                 f"both points in one forward pass need all masked weights beside frozen ones, and {plain[0]!r} is "
                 f"plain; load the model with --quantize, or compute the points separately"
             )
+        from .lm.causal import causal_lm  # imports transformers
+
         self._decoder = cast(nn.Module, cast(Any, causal_lm(model)).get_decoder())
         self._weights: list[FrozenWeight] = [frozen[name] for name in weights.names()]
         self._points = self._weights[0].points
@@ -253,7 +253,7 @@ def _half(out: Any, rows: int, half: int) -> Any:
     Raises:
         ModelError: if the output has something else in it than hidden states.
     """
-    if not isinstance(out, ModelOutput):
+    if not hasattr(out, "last_hidden_state"):
         raise ModelError(f"its decoder returns a {type(out).__name__}, not transformers' output")
     entries = {name: value for name, value in out.items() if value is not None}
     extra = sorted(entries.keys() - {"last_hidden_state", "past_key_values"})

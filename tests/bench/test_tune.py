@@ -116,7 +116,7 @@ def test_what_runs_share_is_loaded_chosen_and_evaluated_once(tmp_path: Path, mon
     evaluations, evaluate = [], rounds.evaluate
     monkeypatch.setattr(rounds, "evaluate", lambda *of, **how: evaluations.append(of) or evaluate(*of, **how))
     loads, load = [], embedded.load
-    monkeypatch.setattr(embedded, "load", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(embedded, "load", lambda *given, **options: loads.append(given) or load(*given, **options))
     monkeypatch.setattr(execute_module, "make_mask", None)  # a run has the mask of the search
     result = tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4")
     assert result.exit_code == 0, result.output

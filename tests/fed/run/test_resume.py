@@ -344,8 +344,8 @@ def test_another_mask_is_rejected(stopped: Path) -> None:
 def test_another_base_model_is_rejected(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = embedded.load
 
-    def changed(*arguments: Any) -> Any:
-        lm = original(*arguments)
+    def changed(*arguments: Any, **options: Any) -> Any:
+        lm = original(*arguments, **options)
         next(lm.model.parameters()).data[0] += 1
         return lm
 
