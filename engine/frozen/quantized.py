@@ -142,7 +142,7 @@ class TorchaoStored(Stored):
     def quantize(cls, values: Tensor) -> "TorchaoStored":
         """Quantizes a matrix to 8-bit integers, each row with its own scale."""
         try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(f"this format needs the package torchao ({error}); {install_hint('torchao')}") from error
         with torch.device("meta"):

@@ -47,7 +47,7 @@ def check_installed(method: str) -> None:
     """
     try:
         if method == "torchao":
-            import torchao  # noqa: F401
+            import torchao  # pyright: ignore[reportMissingImports]  # noqa: F401
         else:  # transformers needs the other one to read these
             import accelerate  # noqa: F401
             import bitsandbytes  # noqa: F401

@@ -141,7 +141,7 @@ def transformers_config(kind: Quantize) -> Any:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     if kind is Quantize.INT8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 
