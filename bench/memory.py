@@ -130,7 +130,7 @@ def measure_memory(case: Case) -> dict[str, Any]:
 
 
 def _masked_bytes(optimizer: SparseZO) -> int:
-    """Bytes of masters, offsets and live values of the masked elements."""
+    """Bytes of masters, offsets, live values and corrections of the masked elements."""
     tables, masters = optimizer.weights.tables(), optimizer.weights.saved()
     own = sum(t.nbytes for table in tables for t in (table.offsets, table.blocks) if t is not None)
     beside = [
@@ -139,7 +139,8 @@ def _masked_bytes(optimizer: SparseZO) -> int:
         for t in (weight.offsets, weight.values)
         if t is not None
     ]
-    return own + sum(master.nbytes for master in masters) + sum(beside)
+    corrections = [w._correction.nbytes for w in frozen_weights(optimizer._model).values() if w._correction is not None]
+    return own + sum(master.nbytes for master in masters) + sum(beside) + sum(corrections)
 
 
 def computed_bytes(case: Case) -> dict[str, int]:

@@ -64,7 +64,8 @@ def bench_memory(
         record: dict[str, Any] = {"name": case.name, "memory": in_own_process(case)}
         if layers is not None and "failed" not in record["memory"]:
             record["memory"] |= computed_bytes(case) | {"mapped": 0, "process": 0}
-            record["memory"]["masked"] = 16 * record["memory"]["masked_elements"]  # masters, offsets twice, live values
+            # Masters, offsets twice, live values; of a correction at most columns, base, rows and starts too.
+            record["memory"]["masked"] = (32 if case.adds else 16) * record["memory"]["masked_elements"]
         if repeats and "failed" not in record["memory"]:
             record["time"] = _times(case, plain, repeats)
         records.append(record)

@@ -22,6 +22,12 @@ class Correction:
 
             self._correct_ = correction.correct_
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes that it holds."""
+        own = (self._rows.rows, self._rows.starts, self._rows.columns, self._base)
+        return sum(tensor.nbytes for tensor in own)
+
     def add(self, x: Tensor, y: Tensor, values: Tensor) -> None:
         """Adds ``x[:, columns] * (values - base)`` to the rows of the output, in float32, rounded once.
 
