@@ -2,7 +2,8 @@
 
 The result does not depend on the order in which answers arrived. For each step and query, one of these rules applies:
 
-    mean           g^t = sum_i p_i g_i^t, summed in the order of client ids; a skipped scalar contributes 0
+    mean           g^t = sum_i p_i g_i^t, summed in the order of client ids; a skipped scalar contributes 0, and so does
+                   a client that is stopped early, in the steps that it does not take (``StoppedWeight``)
     median         median of the scalars that were not skipped, all with the same weight; for an even number of them,
                    the mean of the two in the middle
     trimmed-mean   mean of the n scalars that were not skipped, without the floor(trim n) smallest and largest
@@ -46,6 +47,18 @@ class Rule(StrEnum):
     TRIMMED_MEAN = "trimmed-mean"
 
 
+class StoppedWeight(StrEnum):
+    """The weight ``p_i`` of a client that is stopped early, in the steps of a round that it does not take.
+
+    KEEP is the weighted mean of the clients' weights: the client stays where it stopped, so the others' steps count for
+    less. With SHARE, the weights of the clients that take a step sum to 1 again: ``g^t`` is divided by their sum. A
+    client takes a step if it sends a scalar for it or skips it, so a skipped scalar contributes 0 with both.
+    """
+
+    KEEP = "keep"
+    SHARE = "share"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Aggregation:
     """Settings of the aggregation.
@@ -56,21 +69,28 @@ class Aggregation:
             train by backpropagation).
         trim: fraction of the scalars that the trimmed mean removes at each end, in (0, 0.5).
         clip: absolute value to which larger scalars are clipped; 0: no clipping.
+        stopped_weight: what happens, in the mean, to the weight of a client in the steps that it does not take.
 
     Raises:
-        ConfigError: if ``trim`` or ``clip`` is out of range.
+        ConfigError: if ``trim`` or ``clip`` is out of range, or weights are shared under a rule that has none.
     """
 
     rule: Rule = Rule.MEAN
     weighting: Weighting = Weighting.EXAMPLES
     trim: float = 0.2
     clip: float = 0.0
+    stopped_weight: StoppedWeight = StoppedWeight.KEEP
 
     def __post_init__(self) -> None:
         if not 0 < self.trim < 0.5:
             raise ConfigError(f"trim must be in (0, 0.5), got {self.trim}")
         if not 0 <= self.clip < math.inf:
             raise ConfigError(f"clip must be finite and not negative (0: no clipping), got {self.clip}")
+        if self.stopped_weight is StoppedWeight.SHARE and self.rule is not Rule.MEAN:
+            raise ConfigError(
+                f"stopped_weight share is about weights, and {self.rule} has none: it leaves out the clients that do "
+                f"not take a step; leave stopped_weight out"
+            )
 
     def cut(self, clients: int) -> int:
         """Number of scalars that the trimmed mean removes at each end.
@@ -115,7 +135,8 @@ def aggregate(
     """Aggregates the clients' scalars.
 
     Args:
-        scalars: scalars of each client, at most ``count``; NaN for a skipped query.
+        scalars: scalars of each client, at most ``count``; NaN for a skipped query. A client with fewer does not take
+            the last steps.
         weights: weight ``p_i`` of each client.
         count: number of scalars of the round, ``T q``.
         aggregation: the rule and its settings.
@@ -130,6 +151,8 @@ def aggregate(
     if aggregation.rule is Rule.MEAN:
         p = np.fromiter((weights[i] for i in sent), dtype=np.float64, count=len(sent))
         combined = sum_in_order(np.where(present, p[:, None] * values, 0.0))
+        if aggregation.stopped_weight is StoppedWeight.SHARE:
+            combined /= _weight_of_takers(p, sent.counts, values.shape[1])
     else:
         combined = np.array(
             [_median_or_trimmed_mean(values[present[:, t], t], aggregation) for t in range(values.shape[1])]
@@ -137,6 +160,20 @@ def aggregate(
     result = np.zeros(count)
     result[: values.shape[1]] = combined
     return [round_fp32(value) for value in result.tolist()]
+
+
+def _weight_of_takers(p: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
+    """Sum of the weights of the clients that take a step, float64 [width], one for each query.
+
+    It is 1 where all clients take it, so that there the mean has the bits that it has without stopped clients.
+
+    Args:
+        p: weight of each client, float64 [n].
+        counts: number of scalars of each client, int64 [n].
+        width: the largest of them.
+    """
+    takes = np.arange(width) < counts[:, None]
+    return np.where(takes.all(axis=0), 1.0, sum_in_order(np.where(takes, p[:, None], 0.0)))
 
 
 def _median_or_trimmed_mean(values: np.ndarray, aggregation: Aggregation) -> float:
@@ -171,4 +208,4 @@ def mean_masters(masters: Mapping[int, np.ndarray | None], weights: Mapping[int,
     return np.asarray(total, dtype=np.float32)
 
 
-__all__ = ["Aggregation", "Rule", "Weighting", "aggregate", "client_weights", "mean_masters", "sum_in_order"]
+__all__ = ["Aggregation", "Rule", "StoppedWeight", "Weighting", "aggregate", "client_weights", "mean_masters", "sum_in_order"]

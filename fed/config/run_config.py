@@ -15,7 +15,7 @@ from ...engine.lm.objective import Objective
 from ...engine.lm.quantize import Quantize
 from ...engine.stream import check_seed
 from ...engine.two_points import PointsMode
-from ..aggregation import Rule
+from ..aggregation import Rule, StoppedWeight
 from ..attack import Attack
 from ..methods import Elements, Gradient, Method, Stopping
 from ..privacy import Privacy
@@ -217,6 +217,8 @@ class RunConfig(Checked):
                 f"trimmed-mean with trim {aggregation.trim:g} of {participants} clients a round cuts none "
                 f"(floor({aggregation.trim:g} * {participants}) = 0); raise trim or the number of clients"
             )
+        if aggregation.stopped_weight is not StoppedWeight.KEEP and self.method.recipe.stopping is Stopping.NONE:
+            raise ConfigError(f"stopped_weight has no meaning for {self.method}, which stops no client; leave it out")
         lr, max_scalar = self.step.lr, self.aggregation.max_scalar
         if lr * max_scalar > float(np.finfo(np.float32).max):
             raise ConfigError(f"lr {lr:g} times max_scalar {max_scalar:g} is more than fp32 holds; lower max_scalar")

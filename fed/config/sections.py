@@ -18,7 +18,7 @@ from ...engine.lm.models import DTYPES
 from ...engine.lm.objective import Objective
 from ...engine.lm.quantize import Offload, Quantize
 from ...engine.two_points import PointsMode
-from ..aggregation import Aggregation, Rule, Weighting
+from ..aggregation import Aggregation, Rule, StoppedWeight, Weighting
 from ..attack import Attack
 from ..partition import Partition
 from ..privacy import Privacy
@@ -222,7 +222,7 @@ class MaskConfig(Checked):
     file: Path | None = setting(None, "mask file to use instead of choosing a mask", option="mask")
     calibration: Path | None = setting(
         None,
-        "JSON Lines file with calibration texts in the field text",
+        "file with calibration text: rows with the field text (JSON Lines, Parquet, ...), or plain text or code",
         shown="DATA_DIR/c4_sample/train.jsonl, else C4 from the hub",
     )
     texts: int = setting(64, "number of calibration texts", option="calibration_texts")
@@ -330,6 +330,11 @@ class AggregationConfig(Checked):
     )
     weighting: Weighting = setting(Weighting.EXAMPLES, "weight p_i of a client in the mean: examples, uniform")
     trim: float = setting(0.2, "trimmed-mean: share of the clients cut from each end, in (0, 0.5)")
+    stopped_weight: StoppedWeight = setting(
+        StoppedWeight.KEEP,
+        "weight p_i of a client that is stopped early, in steps it does not take: keep (it contributes 0, as in the "
+        "mean of weights), share (among the clients that take them)",
+    )
     clip: float = setting(0.0, "clip scalars to this size before aggregation; 0: no clipping")
     max_scalar: float = setting(1e8, "reject answers with a scalar above this size")
     max_examples: int = setting(0, "reject answers that claim more examples than this; 0: no limit")
@@ -341,7 +346,13 @@ class AggregationConfig(Checked):
 
     def build(self) -> Aggregation:
         """The aggregation rule with its parameters; raises ``ConfigError`` if one is out of range."""
-        return Aggregation(rule=self.rule, weighting=self.weighting, trim=self.trim, clip=self.clip)
+        return Aggregation(
+            rule=self.rule,
+            weighting=self.weighting,
+            trim=self.trim,
+            clip=self.clip,
+            stopped_weight=self.stopped_weight,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

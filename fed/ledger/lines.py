@@ -10,7 +10,7 @@ import numpy as np
 
 from ...engine import stream
 from ...engine.errors import LedgerError
-from ..aggregation import Aggregation, Rule, Weighting
+from ..aggregation import Aggregation, Rule, StoppedWeight, Weighting
 from ..methods import Gradient
 from ..privacy import Privacy
 from ..scalars import ClientScalars
@@ -59,7 +59,7 @@ class LedgerHeader:
             "base": self.base,
             "method": self.method,
             "clients": self.clients,
-            "aggregation": vars(self.aggregation),
+            "aggregation": _aggregation_fields(self.aggregation),
             "privacy": None if terms.privacy is None else vars(terms.privacy),
         }
 
@@ -263,8 +263,19 @@ def _client_scalars(fields: dict[str, list[float | None]], max_scalars: int) -> 
     return ClientScalars.from_lists({int(i): scalars for i, scalars in fields.items()})
 
 
+def _aggregation_fields(aggregation: Aggregation) -> dict[str, Any]:
+    fields = dict(vars(aggregation))
+    if aggregation.stopped_weight is StoppedWeight.KEEP:  # as before there was a choice
+        del fields["stopped_weight"]
+    return fields
+
+
 def _aggregation(fields: dict[str, Any]) -> Aggregation:
-    typed = {"rule": Rule(fields["rule"]), "weighting": Weighting(fields["weighting"])}
+    typed = {
+        "rule": Rule(fields["rule"]),
+        "weighting": Weighting(fields["weighting"]),
+        "stopped_weight": StoppedWeight(fields.get("stopped_weight", StoppedWeight.KEEP)),
+    }
     return Aggregation(**{**fields, **typed})
 
 

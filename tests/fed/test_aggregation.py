@@ -13,7 +13,7 @@ from scipy import stats
 
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.weights import round_fp32
-from meerkat_engine.fed.aggregation import Aggregation, Rule, Weighting, aggregate, client_weights
+from meerkat_engine.fed.aggregation import Aggregation, Rule, StoppedWeight, Weighting, aggregate, client_weights
 from meerkat_engine.fed.config.run_config import make_config
 
 NAN = math.nan
@@ -45,6 +45,29 @@ def test_a_skipped_scalar_is_0_in_the_mean_and_left_out_by_the_other_rules() -> 
         0.0,
         0.0,
     ]  # of three scalars, floor(0.9) = 0 are trimmed
+
+
+def test_the_weight_of_a_stopped_client_is_kept_or_shared() -> None:
+    """Client 5 takes only the first step. Client 3 takes both and skips its second query: it keeps its weight."""
+    scalars, weights = {1: [4.0, 8.0], 3: [8.0, NAN], 5: [3.0]}, {1: 0.25, 3: 0.5, 5: 0.25}
+    share = Aggregation(stopped_weight=StoppedWeight.SHARE)
+    assert aggregate(scalars, weights, 3, MEAN) == [5.75, 2.0, 0.0]
+    assert aggregate(scalars, weights, 3, share) == [5.75, round_fp32(2.0 / 0.75), 0.0]
+
+
+def test_shared_weights_change_no_bit_where_no_client_is_stopped() -> None:
+    weights = client_weights({0: 1, 1: 10, 2: 10}, Weighting.EXAMPLES)
+    assert sum(weights.values()) < 1.0  # by rounding; a division by it would move the mean to another fp32 number
+    halfway = 1 + 2.0**-24
+    scalars = dict.fromkeys(range(3), [halfway, NAN, 7.0])
+    share = Aggregation(stopped_weight=StoppedWeight.SHARE)
+    assert aggregate(scalars, weights, 3, share) == aggregate(scalars, weights, 3, MEAN)
+
+
+@pytest.mark.parametrize("rule", [Rule.MEDIAN, Rule.TRIMMED_MEAN])
+def test_rules_without_weights_share_none(rule: Rule) -> None:
+    with pytest.raises(ConfigError, match=f"stopped_weight share is about weights, and {rule} has none"):
+        Aggregation(rule=rule, stopped_weight=StoppedWeight.SHARE)
 
 
 def test_the_mean_is_summed_in_the_order_of_client_ids() -> None:

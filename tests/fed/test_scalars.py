@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meerkat_engine.engine.weights import round_fp32
-from meerkat_engine.fed.aggregation import Aggregation, Rule, aggregate, sum_in_order
+from meerkat_engine.fed.aggregation import Aggregation, Rule, StoppedWeight, aggregate, sum_in_order
 from meerkat_engine.fed.ledger.decimals import numbers_to_text
 from meerkat_engine.fed.ledger.lines import client_scalars_json
 from meerkat_engine.fed.scalars import ClientScalars
@@ -40,6 +40,9 @@ def plain_aggregate(
             value = 0.0
             for i, g in present:
                 value += weights[i] * g
+            takers = [i for i in sorted(scalars) if t < len(scalars[i])]
+            if aggregation.stopped_weight is StoppedWeight.SHARE and 0 < len(takers) < len(scalars):
+                value /= sum(weights[i] for i in takers)
         elif not ordered:
             value = 0.0
         elif aggregation.rule is Rule.MEDIAN:
@@ -106,28 +109,36 @@ def test_infinite_scalars_are_an_error() -> None:
         client_scalars_json(ClientScalars.from_lists({1: [1.0, math.inf]}))
 
 
-@pytest.mark.parametrize("rule", list(Rule))
-@given(ROWS.filter(bool), st.lists(st.floats(0, 1), min_size=12, max_size=12))
+AGGREGATIONS = pytest.mark.parametrize(
+    "aggregation",
+    [*(Aggregation(rule=rule, trim=0.3) for rule in Rule), Aggregation(stopped_weight=StoppedWeight.SHARE)],
+    ids=lambda aggregation: f"{aggregation.rule}, {aggregation.stopped_weight}",
+)
+
+
+@AGGREGATIONS
+@given(ROWS.filter(bool), st.lists(st.floats(0.01, 1), min_size=12, max_size=12))
 @example({0: [-0.0], 1: [-0.0]}, [0.5] * 12)
 def test_the_aggregate_equals_that_of_a_plain_loop(
-    rule: Rule, scalars: dict[int, list[float]], shares: list[float]
+    aggregation: Aggregation, scalars: dict[int, list[float]], shares: list[float]
 ) -> None:
-    aggregation, weights = Aggregation(rule=rule, trim=0.3), dict(zip(sorted(scalars), shares, strict=False))
+    weights = dict(zip(sorted(scalars), shares, strict=False))
     for order in (sorted(scalars), sorted(scalars, reverse=True)):
         result = aggregate({i: scalars[i] for i in order}, weights, 6, aggregation)
         assert np.array(result).tobytes() == plain_aggregate(scalars, weights, 6, aggregation)
 
 
-@pytest.mark.parametrize("rule", list(Rule))
+@AGGREGATIONS
 @pytest.mark.parametrize("clients", [1, 8, 9, 127, 129, 10_001])
-def test_the_aggregate_of_many_clients_equals_that_of_a_plain_loop(rule: Rule, clients: int) -> None:
+def test_the_aggregate_of_many_clients_equals_that_of_a_plain_loop(aggregation: Aggregation, clients: int) -> None:
     """With many clients, NumPy's sum, which adds in pairs, would have other bits."""
     random = np.random.default_rng(clients)
     table = (random.standard_normal((clients, 3)) * 10.0 ** random.integers(-6, 7, (clients, 3))).astype(np.float32)
     table[random.random(table.shape) < 0.1] = np.nan
     scalars = dict(enumerate(table.astype(np.float64).tolist()))
+    for i in range(1, clients, 3):
+        del scalars[i][1:]  # stopped early
     weights = dict(enumerate(random.random(clients).tolist()))
-    aggregation = Aggregation(rule=rule, trim=0.3)
     result = aggregate(scalars, weights, 3, aggregation)
     assert np.array(result).tobytes() == plain_aggregate(scalars, weights, 3, aggregation)
 

@@ -161,6 +161,20 @@ def test_gradip_is_written_for_the_calibration_and_every_round(stopped: Stopped)
     assert [len(lines[1]["clients"][i]["norm"]) for i in "0123"] == [4, 4, 1, 1]
 
 
+def test_shared_weights_are_those_of_the_clients_that_take_the_step(stopped: Stopped, tmp_path: Path) -> None:
+    """From the same calibration, with the ledger's own scalars; and the run is replayed to its weights."""
+    summary = run(tmp_path / "r", method="meerkat-vp", vp_steps=100, vp_initial=20, vp_later=50, rounds=1,
+                  stopped_weight="share")  # fmt: skip
+    kept = read_ledger(stopped[0] / "ledger.jsonl").rounds[0]
+    shared = read_ledger(tmp_path / "r" / "ledger.jsonl").rounds[0]
+    assert shared.clients == kept.clients
+    counts = [sum(row) for row in summary["examples_by_client_and_label"]]
+    assert shared.scalars[0] == kept.scalars[0]
+    ratio = (counts[0] + counts[1]) / sum(counts)
+    assert [g * ratio for g in shared.scalars[1:]] == pytest.approx(kept.scalars[1:], rel=1e-6)
+    assert replay_run(tmp_path / "r").weights == summary["weights"]
+
+
 def test_random_stop_stops_the_same_number_of_clients_at_random(stopped: Stopped, tmp_path: Path) -> None:
     summary = run(tmp_path / "r", method="random-stop", seed=1, clients=6)
     flagged = [
@@ -190,6 +204,11 @@ def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest
             {"vp_steps": 10, "vp_later": 25},
             "vp_steps must be at least the 25 steps of a window",
         ),
+        (
+            {"method": "meerkat", "stopped_weight": "share"},
+            "stopped_weight has no meaning for meerkat, which stops no client",
+        ),
+        ({"aggregation": "median", "stopped_weight": "share"}, "stopped_weight share is about weights, and median has"),
         ({"vp_null_paths": 2}, "vp_null_paths must be at least 3, got 2"),
         ({"vp_rho_later": math.nan, "vp_rho_quie": 0.5, "vp_sigma": 1.0}, "vp_rho_later must be finite and not neg"),
         ({"vp_rho_later": 1.0, "vp_rho_quie": 7.0, "vp_sigma": 1.0}, r"vp_rho_quie must be in \[0, 1\], got 7.0"),

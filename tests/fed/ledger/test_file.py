@@ -1,5 +1,6 @@
 """The ledger file: exact floats, torn lines, damaged lines, full disks."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_engine.engine.errors import LedgerError
-from meerkat_engine.fed.aggregation import Aggregation, Rule
+from meerkat_engine.fed.aggregation import Aggregation, Rule, StoppedWeight
 from meerkat_engine.fed.ledger.file import LedgerHeader, LedgerWriter, RoundRecord, read_ledger
 from meerkat_engine.fed.terms import Terms
 
@@ -57,6 +58,20 @@ def test_a_written_ledger_reads_back_the_same(ledger: Path) -> None:
     assert content.rounds == [line(1), line(2), line(3)]
     assert len(list(content.updates())) == 6
     assert all(json.loads(text) for text in ledger.read_text().splitlines())
+
+
+@pytest.mark.parametrize("stopped_weight", StoppedWeight)
+def test_the_header_has_what_happens_to_weights_only_if_they_are_shared(
+    tmp_path: Path, stopped_weight: StoppedWeight
+) -> None:
+    """Where they are kept, it has the bytes that it had before there was a choice."""
+    aggregation = Aggregation(stopped_weight=stopped_weight)
+    header = dataclasses.replace(HEADER, aggregation=aggregation)
+    with LedgerWriter(tmp_path / "l", header):
+        pass
+    assert read_ledger(tmp_path / "l").header == header
+    written = json.loads((tmp_path / "l").read_text())["aggregation"]
+    assert written.get("stopped_weight") == (None if stopped_weight is StoppedWeight.KEEP else "share")
 
 
 @given(pattern=st.integers(0, 2**32 - 1))
