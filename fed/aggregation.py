@@ -208,4 +208,13 @@ def mean_masters(masters: Mapping[int, np.ndarray | None], weights: Mapping[int,
     return np.asarray(total, dtype=np.float32)
 
 
-__all__ = ["Aggregation", "Rule", "StoppedWeight", "Weighting", "aggregate", "client_weights", "mean_masters", "sum_in_order"]
+__all__ = [
+    "Aggregation",
+    "Rule",
+    "StoppedWeight",
+    "Weighting",
+    "aggregate",
+    "client_weights",
+    "mean_masters",
+    "sum_in_order",
+]

@@ -59,7 +59,7 @@ def test_shared_weights_change_no_bit_where_no_client_is_stopped() -> None:
     weights = client_weights({0: 1, 1: 10, 2: 10}, Weighting.EXAMPLES)
     assert sum(weights.values()) < 1.0  # by rounding; a division by it would move the mean to another fp32 number
     halfway = 1 + 2.0**-24
-    scalars = dict.fromkeys(range(3), [halfway, NAN, 7.0])
+    scalars = {i: [halfway, NAN, 7.0] for i in range(3)}
     share = Aggregation(stopped_weight=StoppedWeight.SHARE)
     assert aggregate(scalars, weights, 3, share) == aggregate(scalars, weights, 3, MEAN)
 
