@@ -5,7 +5,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from .bench.command import bench
 from .bench.experiments.command import experiment
 from .bench.memory_command import bench_memory
 from .bench.scale_command import bench_server
+from .bench.tables import table
 from .bench.tune.command import tune
 from .engine.errors import ConfigError, MeerkatError
 from .engine.lm.checkpoint import check_does_not_exist
 from .engine.lm.scores import SCORES, scores_in, shown
+from .engine.mask import SparseMask
+from .engine.mask_coverage import MaskCoverage
+from .engine.mask_sets import sparser, united
 from .fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .fed.config.run_config import RunConfig, make_config
 from .fed.inference.chat import chat
@@ -313,19 +317,22 @@ def apply(delta_file: Path, model: str, output: Path, onto_plain: bool, trust_re
 @click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip
+@click.option("--by-density", is_flag=True, help="with --check: report it for sparser masks, too, down to 1e-5")
 @_trust_remote_code_option
 def mask(
     config_file: Path | None,
     output: Path | None,
     checked_tasks: tuple[str, ...],
+    by_density: bool,
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
     """Chooses a mask and saves it, or measures how well it fits a task."""
     if output is None and not checked_tasks:
         raise ConfigError("give --output FILE to save the mask, or --check TASK to measure how well it fits a task")
-    if output is not None and output.exists():
-        raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
+    if by_density and not checked_tasks:
+        raise ConfigError("--by-density says how much of a task masks of several densities hold; give --check TASK")
+    _check_new(output)
     user_settings = settings_from_file(config_file) | given_options(options)
     chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
     if "model" in user_settings and not user_settings.keys() & {"task", "data", "dataset"}:
@@ -347,11 +354,59 @@ def mask(
     if output is not None:
         sparse_mask.save(output)
         click.echo(f"digest {sparse_mask.digest}\nsaved to {output}")
+    masks = _by_density(sparse_mask) if by_density else [sparse_mask]
     for task in checked_tasks:
-        coverage = mask_coverage(config.on_task(task), lm, [sparse_mask])[0]
+        coverages = mask_coverage(config.on_task(task), lm, masks)
+        if by_density:
+            click.echo(f"\n{task}\n{_coverage_table(masks, coverages)}")
+            continue
+        (coverage,) = coverages
         click.echo(f"{task}: holds {coverage.captured:.1%} of the squared gradient (best mask of that size "
                    f"{coverage.best:.1%}, random {coverage.chance:.1%}); {coverage.overlap:.1%} of its elements are in "
                    f"the best mask")  # fmt: skip
+
+
+def _by_density(mask: SparseMask) -> list[SparseMask]:
+    """A mask and the sparser ones in it, of 3 and 1 times powers of ten, from density 1e-5."""
+    densities = [digit * 10.0**-power for power in range(5, 0, -1) for digit in (1, 3)]
+    return [*(sparser(mask, density) for density in densities if density < 0.99 * mask.density), mask]
+
+
+def _coverage_table(masks: Sequence[SparseMask], coverages: Sequence[MaskCoverage]) -> str:
+    """Table of a task's coverage by masks of several densities."""
+    lines = [
+        [f"{mask.density:.3g}", f"{len(mask):,}", f"{100 * c.captured:.4g}%", f"{100 * c.best:.4g}%",
+         f"{100 * c.chance:.4g}%", f"{100 * c.overlap:.4g}%"]
+        for mask, c in zip(masks, coverages, strict=True)
+    ]  # fmt: skip
+    columns = ["density", "elements", "holds of the squared gradient", "best mask of that size", "random"]
+    return table([*columns, "of its elements in the best mask"], lines)
+
+
+def _check_new(output: Path | None) -> None:
+    """Raises ``ConfigError`` if a file to write exists."""
+    if output is not None and output.exists():
+        raise ConfigError(f"{output} exists already; choose another file, nothing was changed")
+
+
+@main.command(
+    "mask-union", epilog=example("meerkat-engine mask-union a.safetensors b.safetensors --output all.safetensors")
+)
+@click.argument("masks", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--density", type=float,
+              help="keep this share of the model's elements: those of the most masks, then those that these masks rank "
+              "first [default: keep all elements of the masks]")  # fmt: skip
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="new file to save the union to")
+def mask_union(masks: tuple[Path, ...], density: float | None, output: Path) -> None:
+    """Unites mask files of one model, for example those of clients that each chose one on examples of their own.
+
+    `meerkat-engine mask --method task-mask --data MINE.jsonl ... --output MINE.safetensors` makes a client's mask.
+    """
+    _check_new(output)
+    union = united([SparseMask.load(path) for path in masks], density)
+    union.save(output)
+    click.echo(f"{len(union)} of {union.table.size} elements ({union.source}; {union.calibration or 'no calibration'})")
+    click.echo(f"digest {union.digest}\nsaved to {output}")
 
 
 @main.command(epilog=example("meerkat-engine report runs/mine runs/other"))

@@ -46,8 +46,8 @@ UNITS = {
     "engine": [
         "errors", "clock", "caller_warnings", "extras", "frozen", "parameters", "atomic_files", "checksummed",
         "backend", "stream", "updates", "device_values", "lm", "gradients", "layers", "sensitivity", "eligible",
-        "ranking", "mask", "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta", "replay",
-        "sgd", "two_points", "estimator", "journal", "tensor_trees", "program", "graphs", "captured",
+        "ranking", "mask", "mask_sets", "mask_coverage", "launch_groups", "model_watch", "passes", "weights", "delta",
+        "replay", "sgd", "two_points", "estimator", "journal", "tensor_trees", "program", "graphs", "captured",
         "private_closure", "param_groups", "step_seeds", "step_warnings", "optimizer", "trainer_checks", "trainer",
     ],
     "fed": [

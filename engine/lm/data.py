@@ -11,9 +11,13 @@ from .. import stream
 from ..errors import DataError
 from .free_text.task import TextTask
 from .hub import HubSource
-from .row_files import LocatedRows, read_jsonl, read_rows
+from .row_files import LocatedRows, is_plain_text, read_rows
 from .tasks import Task
 from .text import check_text
+from .text_lines import decoded_lines, read_content
+
+# Length of a piece of a plain file, in characters: 256 tokens of prose or code, the default length of a text, or more.
+_PIECE = 2000
 
 AnyTask = Task | TextTask
 
@@ -174,10 +178,10 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
     """Reads pre-training text for the mask.
 
     Args:
-        path: JSON Lines file with the field ``text``; None looks for DATA_DIR/c4_sample/train.jsonl, then for C4 on the
-            hub.
+        path: file whose rows have the field ``text``, in a format of ``row_files``, or a file of plain text, code for
+            example, which is cut into pieces; None looks for DATA_DIR/c4_sample/train.jsonl, then for C4 on the hub.
         data_dir: see ``task_rows``.
-        count: maximum number of texts.
+        count: maximum number of texts: the first rows, or pieces at equal distances.
 
     Returns:
         The texts, and a description of their source.
@@ -195,15 +199,42 @@ def calibration_texts(path: Path | None, data_dir: Path | None, count: int) -> t
                 f"no calibration text found: pass --calibration FILE.jsonl (with the field text), a --data-dir with "
                 f"c4_sample/train.jsonl, or an existing mask with --mask FILE ({error})"
             ) from error
+    name = f"{path.parent.name}/{path.name}"
+    if is_plain_text(path):
+        pieces = _pieces(path)
+        chosen = [pieces[i * len(pieces) // count] for i in range(count)] if len(pieces) > count else pieces
+        return chosen, f"{name}, {len(chosen)} of {len(pieces)} pieces of {_PIECE} characters"
+    texts = _texts_of_rows(path, count)
+    return texts, f"{name}, first {len(texts)} texts"
+
+
+def _texts_of_rows(path: Path, count: int) -> list[str]:
+    """The field ``text`` of the first rows of a file."""
     texts = []
-    for number, row in enumerate(read_jsonl(path)[:count], 1):
+    located = read_rows(path)
+    for row, place in zip(located.rows[:count], located.places, strict=False):
         if not isinstance(row.get("text"), str):
-            raise DataError(f"{path}, example {number}: calibration text needs the field 'text'; found {sorted(row)}")
-        check_text(row["text"], f"{path}, example {number}: field 'text'")
+            raise DataError(f"{place}: calibration text needs the field 'text'; found {sorted(row)}")
+        check_text(row["text"], f"{place}: field 'text'")
         texts.append(row["text"])
-    if not texts:
+    return texts
+
+
+def _pieces(path: Path) -> list[str]:
+    """Cuts a file of plain text, at ends of lines, into pieces of ``_PIECE`` characters or a line more."""
+    pieces, lines, length = [], list[str](), 0
+    for _, line in decoded_lines(read_content(path), path):
+        lines.append(line)
+        length += len(line)
+        if length >= _PIECE:
+            pieces.append("".join(lines))
+            lines, length = [], 0
+    rest = "".join(lines)
+    if rest.strip() and not pieces:
+        pieces = [rest]
+    if not pieces:
         raise DataError(f"{path} has no texts")
-    return texts, f"{path.parent.name}/{path.name}, first {len(texts)} texts"
+    return pieces
 
 
 def token_batches(texts: list[str], tokenizer: Any, batch_size: int, length: int) -> Iterator[dict[str, Tensor]]:

@@ -63,19 +63,16 @@ def read_rows(path: Path) -> LocatedRows:
     return LocatedRows(rows=[row for _, row in located], places=[place for place, _ in located])
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON Lines file in UTF-8. Blank lines and byte order marks are skipped.
-
-    Raises:
-        DataError: if the file cannot be read, or a line is not a JSON object; the message names the line.
-    """
-    return [row for _, row in json_line_rows(read_content(path), path)]
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is no table of rows: its name ends with no format's, and it does not begin with a JSON object."""
+    if path.suffix.lower() in _READERS:
+        return False
+    return _begin(read_content(path)) != b"{"
 
 
 def _unnamed_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file whose name does not say its format: JSON Lines, if it begins like them."""
-    begin = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if begin not in (b"", b"{"):
+    if _begin(content) not in (b"", b"{"):
         raise DataError(
             f"{path}: a file with this name is read as JSON Lines, but does not begin with an object; name it after "
             f"its format: {FORMATS}"
@@ -83,4 +80,9 @@ def _unnamed_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, A
     return json_line_rows(content, path)
 
 
-__all__ = ["FORMATS", "LocatedRows", "read_jsonl", "read_rows"]
+def _begin(content: bytes) -> bytes:
+    """The first byte after a byte order mark and white space; empty if there is none."""
+    return content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+__all__ = ["FORMATS", "LocatedRows", "is_plain_text", "read_rows"]

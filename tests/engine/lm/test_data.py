@@ -15,13 +15,13 @@ from meerkat_engine.engine.errors import DataError
 from meerkat_engine.engine.lm.data import (
     calibration_texts,
     custom_rows,
-    read_jsonl,
     stratified_sample,
     task_rows,
     token_batches,
 )
 from meerkat_engine.engine.lm.examples import EncodedTask
 from meerkat_engine.engine.lm.hub import HubSource
+from meerkat_engine.engine.lm.row_files import read_rows
 from meerkat_engine.engine.lm.tasks import SST2, TASKS, Task, custom_task
 
 from helpers.models import make_byte_tokenizer, make_tokenizer
@@ -71,7 +71,7 @@ def test_odd_json_is_an_error_that_names_the_line(write_jsonl: Callable[[str, li
 def test_byte_order_marks_are_skipped(tmp_path: Path) -> None:
     """Each file has one at its beginning, and ``cat`` of two files one in the middle."""
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "\ufeffa"}\n\ufeff{"text": "b"}\n\ufeff\n', encoding="utf-8")
-    assert read_jsonl(tmp_path / "a.jsonl") == [{"text": "\ufeffa"}, {"text": "b"}]
+    assert read_rows(tmp_path / "a.jsonl").rows == [{"text": "\ufeffa"}, {"text": "b"}]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 10, 99, 150, 200, 1000])
@@ -107,8 +107,36 @@ def test_calibration_texts_are_read(write_jsonl: Callable[[str, list[str]], Path
     with pytest.raises(DataError, match="needs the field 'text'"):
         calibration_texts(bad, None, 1)
     half = write_jsonl("half.jsonl", [r'{"text": "a \udc00"}'])
-    with pytest.raises(DataError, match=r"half\.jsonl, example 1: field 'text' has half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"half\.jsonl, line 1: field 'text' has half of a surrogate pair"):
         calibration_texts(half, None, 1)
+
+
+@pytest.mark.parametrize("name", ["book.txt", "module.py", "README"])
+def test_plain_calibration_text_is_cut_into_pieces_at_equal_distances(name: str, tmp_path: Path) -> None:
+    lines = [f"line {i:04} " + "x" * 88 + "\n" for i in range(210)]  # of 99 characters: 21 in a piece
+    (tmp_path / name).write_text("".join(lines))
+    texts, description = calibration_texts(tmp_path / name, None, 4)
+    assert description == f"{tmp_path.name}/{name}, 4 of 10 pieces of 2000 characters"
+    assert texts == ["".join(lines[21 * i : 21 * (i + 1)]) for i in (0, 2, 5, 7)]
+    assert len(calibration_texts(tmp_path / name, None, 64)[0]) == 10
+
+
+def test_a_short_plain_text_is_one_piece_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a line\nand half of one")
+    assert calibration_texts(tmp_path / "short.txt", None, 3)[0] == ["a line\nand half of one"]
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"empty\.txt has no texts"):
+        calibration_texts(tmp_path / "empty.txt", None, 3)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"latin\.txt, line 1: byte 4 .* is not UTF-8"):
+        calibration_texts(tmp_path / "latin.txt", None, 3)
+
+
+def test_calibration_rows_are_read_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\none,1\ntwo,0\n")
+    assert calibration_texts(tmp_path / "a.csv", None, 1)[0] == ["one"]
+    (tmp_path / "lines").write_text('{"text": "one"}\n')  # JSON Lines under another name
+    assert calibration_texts(tmp_path / "lines", None, 1)[0] == ["one"]
 
 
 def test_token_batches_truncate_and_pad() -> None:
@@ -117,8 +145,8 @@ def test_token_batches_truncate_and_pad() -> None:
     assert batches[0]["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_read_jsonl_reads_sst2(shared_data: Path) -> None:
-    assert len(read_jsonl(shared_data / "sst2" / "validation.jsonl")) == 872
+def test_rows_of_sst2_are_read(shared_data: Path) -> None:
+    assert len(read_rows(shared_data / "sst2" / "validation.jsonl")) == 872
     rows = task_rows(SST2, "validation", shared_data)
     assert sum(row["label"] for row in rows) == 444
 

@@ -347,6 +347,42 @@ def test_mask_check_reports_the_coverage_of_tasks(tmp_path: Path) -> None:
     assert again.output.splitlines()[-1] == next(x for x in result.output.splitlines() if x.startswith("embedded: "))
 
 
+def test_mask_check_by_density_agrees_with_masks_chosen_at_each_density(tmp_path: Path) -> None:
+    few = ("mask", "--calibration-texts", "32", "--check", "embedded")
+    result = call(*few, "--density", "0.03", "--by-density")
+    assert result.exit_code == 0, result.output
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines() if "%" in line]
+    assert [line[0] for line in lines] == ["1e-05", "3e-05", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03"]
+    for density, elements, *shares in lines[-3:]:
+        plain = call(*few, "--density", density).output
+        assert plain.startswith(f"{elements.replace(',', '')} of ")
+        expected = re.findall(r"([\d.]+)%", plain)
+        assert [float(share.rstrip("%")) for share in shares] == pytest.approx([float(x) for x in expected], abs=0.06)
+    assert "give --check TASK" in call("mask", "--by-density", "--output", tmp_path / "m").output
+    without = call("mask", "--method", "random-mask", "--check", "embedded", "--by-density")
+    assert "(random, seed " in without.output
+    assert "has no scores" in without.output
+
+
+def test_mask_union_unites_mask_files(tmp_path: Path) -> None:
+    for method in ("task-mask", "weight-magnitude"):
+        assert call("mask", "--method", method, "--calibration-texts", 16, "--output", tmp_path / method).exit_code == 0
+    files = (tmp_path / "task-mask", tmp_path / "weight-magnitude")
+    result = call("mask-union", *files, "--output", tmp_path / "all")
+    assert result.exit_code == 0, result.output
+    masks = [SparseMask.load(path) for path in files]
+    union = SparseMask.load(tmp_path / "all")
+    assert union.ids.tolist() == sorted({*masks[0].ids.tolist(), *masks[1].ids.tolist()})
+    assert f"{len(union)} of 83776 elements (union of 2, magnitude and task; " in result.output
+    assert call("mask-union", *files, "--density", "0.001", "--output", tmp_path / "cut").exit_code == 0
+    assert len(SparseMask.load(tmp_path / "cut")) == 84
+    short = ("--rounds", "1", "--local-steps", "1", "--eval-examples", "20")
+    assert call("run", *short, "--mask", tmp_path / "cut", "--output", tmp_path / "r").exit_code == 0
+    again = call("mask-union", *files, "--output", tmp_path / "all")
+    assert again.exit_code == 1
+    assert "all exists already" in again.output
+
+
 def test_mask_needs_output_or_check() -> None:
     result = call("mask")
     assert result.exit_code == 1
