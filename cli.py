@@ -5,7 +5,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -318,20 +318,23 @@ def apply(delta_file: Path, model: str, output: Path, onto_plain: bool, trust_re
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip
 @click.option("--by-density", is_flag=True, help="with --check: report it for sparser masks, too, down to 1e-5")
+@click.option("--beside", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="with --check: report it for this mask file, too; may be repeated")  # fmt: skip
 @_trust_remote_code_option
 def mask(
     config_file: Path | None,
     output: Path | None,
     checked_tasks: tuple[str, ...],
     by_density: bool,
+    beside: tuple[Path, ...],
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
     """Chooses a mask and saves it, or measures how well it fits a task."""
     if output is None and not checked_tasks:
         raise ConfigError("give --output FILE to save the mask, or --check TASK to measure how well it fits a task")
-    if by_density and not checked_tasks:
-        raise ConfigError("--by-density says how much of a task masks of several densities hold; give --check TASK")
+    if (by_density or beside) and not checked_tasks:
+        raise ConfigError("--by-density and --beside are for the masks that a task is measured on; give --check TASK")
     _check_new(output)
     user_settings = settings_from_file(config_file) | given_options(options)
     chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
@@ -354,10 +357,11 @@ def mask(
     if output is not None:
         sparse_mask.save(output)
         click.echo(f"digest {sparse_mask.digest}\nsaved to {output}")
-    masks = _by_density(sparse_mask) if by_density else [sparse_mask]
+    masks = _by_density(sparse_mask) if by_density else {"the mask": sparse_mask}
+    masks |= {path.name: SparseMask.load(path, lm.model) for path in beside}
     for task in checked_tasks:
-        coverages = mask_coverage(config.on_task(task), lm, masks)
-        if by_density:
+        coverages = mask_coverage(config.on_task(task), lm, list(masks.values()))
+        if len(masks) > 1:
             click.echo(f"\n{task}\n{_coverage_table(masks, coverages)}")
             continue
         (coverage,) = coverages
@@ -366,20 +370,20 @@ def mask(
                    f"the best mask")  # fmt: skip
 
 
-def _by_density(mask: SparseMask) -> list[SparseMask]:
-    """A mask and the sparser ones in it, of 3 and 1 times powers of ten, from density 1e-5."""
+def _by_density(mask: SparseMask) -> dict[str, SparseMask]:
+    """A mask and the sparser ones in it, of 3 and 1 times powers of ten from density 1e-5 on, by their densities."""
     densities = [digit * 10.0**-power for power in range(5, 0, -1) for digit in (1, 3)]
-    return [*(sparser(mask, density) for density in densities if density < 0.99 * mask.density), mask]
+    masks = [*(sparser(mask, density) for density in densities if density < 0.99 * mask.density), mask]
+    return {f"density {mask.density:.3g}": mask for mask in masks}
 
 
-def _coverage_table(masks: Sequence[SparseMask], coverages: Sequence[MaskCoverage]) -> str:
-    """Table of a task's coverage by masks of several densities."""
+def _coverage_table(masks: Mapping[str, SparseMask], coverages: Sequence[MaskCoverage]) -> str:
+    """Table of a task's coverage by several masks."""
     lines = [
-        [f"{mask.density:.3g}", f"{len(mask):,}", f"{100 * c.captured:.4g}%", f"{100 * c.best:.4g}%",
-         f"{100 * c.chance:.4g}%", f"{100 * c.overlap:.4g}%"]
-        for mask, c in zip(masks, coverages, strict=True)
-    ]  # fmt: skip
-    columns = ["density", "elements", "holds of the squared gradient", "best mask of that size", "random"]
+        [name, f"{len(mask):,}", *(f"{100 * share:.4g}%" for share in (c.captured, c.best, c.chance, c.overlap))]
+        for (name, mask), c in zip(masks.items(), coverages, strict=True)
+    ]
+    columns = ["mask", "elements", "holds of the squared gradient", "best mask of that size", "random"]
     return table([*columns, "of its elements in the best mask"], lines)
 
 

@@ -352,9 +352,11 @@ def test_mask_check_by_density_agrees_with_masks_chosen_at_each_density(tmp_path
     result = call(*few, "--density", "0.03", "--by-density")
     assert result.exit_code == 0, result.output
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines() if "%" in line]
-    assert [line[0] for line in lines] == ["1e-05", "3e-05", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03"]
+    assert [line[0] for line in lines] == [
+        f"density {u}" for u in ("1e-05", "3e-05", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03")
+    ]
     for density, elements, *shares in lines[-3:]:
-        plain = call(*few, "--density", density).output
+        plain = call(*few, "--density", density.split()[1]).output
         assert plain.startswith(f"{elements.replace(',', '')} of ")
         expected = re.findall(r"([\d.]+)%", plain)
         assert [float(share.rstrip("%")) for share in shares] == pytest.approx([float(x) for x in expected], abs=0.06)
@@ -378,6 +380,10 @@ def test_mask_union_unites_mask_files(tmp_path: Path) -> None:
     assert len(SparseMask.load(tmp_path / "cut")) == 84
     short = ("--rounds", "1", "--local-steps", "1", "--eval-examples", "20")
     assert call("run", *short, "--mask", tmp_path / "cut", "--output", tmp_path / "r").exit_code == 0
+    beside = call("mask", "--calibration-texts", 16, "--check", "embedded", "--beside", tmp_path / "all")
+    assert re.findall(r"(?m)^\| (\S+(?: mask)?) +\| (\S+) +\| [\d.]+%", beside.output) == [
+        ("the mask", "838"), ("all", f"{len(union):,}"),
+    ]  # fmt: skip
     again = call("mask-union", *files, "--output", tmp_path / "all")
     assert again.exit_code == 1
     assert "all exists already" in again.output
