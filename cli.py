@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from . import __version__
 from .bench.command import bench
@@ -38,7 +39,7 @@ from .fed.run.directory import is_run
 from .fed.run.execute import check_same_settings, execute, resume
 from .fed.run.replay import replay_run
 from .fed.run.terminal import show_run
-from .fed.setup.data import check_files, encode
+from .fed.setup.data import TaskData, check_files, client_shares, encode
 from .fed.setup.mask import make_mask, mask_coverage
 from .fed.setup.model import load_language_model, resolved
 from .fed.setup.threads import choose_threads
@@ -311,12 +312,14 @@ def apply(delta_file: Path, model: str, output: Path, onto_plain: bool, trust_re
 )
 @settings("model", "task", "data_dir", "data", "validation", "dataset", "dataset_config", "dataset_revision",
           "dataset_split", "dataset_validation_split", "template", "labels", "label_field", "answer", "prompt_format",
-          "chat_template", "cut", "method", "density", "mask", "calibration", "calibration_texts",
-          "calibration_batch_size", "calibration_length", "calibration_elements", "layer", "objective", "max_length",
-          "seed", "device", "dtype", "quantize", "offload")  # fmt: skip
+          "chat_template", "cut", "clients", "partition", "alpha", "client_field", "method", "density", "mask",
+          "calibration", "calibration_texts", "calibration_batch_size", "calibration_length", "calibration_elements",
+          "layer", "objective", "max_length", "seed", "device", "dtype", "quantize", "offload")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="new file to save the mask to")
 @click.option("--check", "checked_tasks", multiple=True, metavar="TASK",
               help="report which share of this task's squared gradient the mask covers; may be repeated")  # fmt: skip
+@click.option("--client", type=int, metavar="I",
+              help="with --method task-mask: choose it on the examples that a run gives to client I")  # fmt: skip
 @click.option("--by-density", is_flag=True, help="with --check: report it for sparser masks, too, down to 1e-5")
 @click.option("--beside", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="with --check: report it for this mask file, too; may be repeated")  # fmt: skip
@@ -325,6 +328,7 @@ def mask(
     config_file: Path | None,
     output: Path | None,
     checked_tasks: tuple[str, ...],
+    client: int | None,
     by_density: bool,
     beside: tuple[Path, ...],
     trust_remote_code: bool,
@@ -338,6 +342,8 @@ def mask(
     _check_new(output)
     user_settings = settings_from_file(config_file) | given_options(options)
     chosen_on_task = user_settings.get("method") == Method.TASK_MASK and "mask" not in user_settings
+    if client is not None and not chosen_on_task:
+        raise ConfigError(f"--client is for a mask chosen on a client's examples; give --method {Method.TASK_MASK}")
     if "model" in user_settings and not user_settings.keys() & {"task", "data", "dataset"}:
         if chosen_on_task:
             raise ConfigError(f"{Method.TASK_MASK} chooses its elements on a task's examples; give --task or --data")
@@ -351,7 +357,9 @@ def mask(
     check_files(config)
     choose_threads(config.model.source)
     lm = load_language_model(config, trust_remote_code=trust_remote_code)
-    sparse_mask = make_mask(config, lm, encode(config, lm).train if chosen_on_task else None)
+    data = encode(config, lm) if chosen_on_task else None
+    among = None if data is None or client is None else _examples_of(config, data, client)
+    sparse_mask = make_mask(config, lm, None if data is None else data.train, among)
     click.echo(f"{len(sparse_mask)} of {sparse_mask.table.size} elements "
                f"({sparse_mask.source}; {sparse_mask.calibration or 'no calibration'})")  # fmt: skip
     if output is not None:
@@ -368,6 +376,13 @@ def mask(
         click.echo(f"{task}: holds {coverage.captured:.1%} of the squared gradient (best mask of that size "
                    f"{coverage.best:.1%}, random {coverage.chance:.1%}); {coverage.overlap:.1%} of its elements are in "
                    f"the best mask")  # fmt: skip
+
+
+def _examples_of(config: RunConfig, data: TaskData, client: int) -> Tensor:
+    """Indices of the training examples of a client, int64 [n]."""
+    if not 0 <= client < config.clients.count:
+        raise ConfigError(f"there is no client {client}: the {config.clients.count} clients have numbers from 0 on")
+    return client_shares(config, data)[client]
 
 
 def _by_density(mask: SparseMask) -> dict[str, SparseMask]:

@@ -36,13 +36,16 @@ _SOURCES = {
 }
 
 
-def make_mask(config: RunConfig, lm: LanguageModel, train: Examples | None = None) -> SparseMask:
+def make_mask(
+    config: RunConfig, lm: LanguageModel, train: Examples | None = None, among: Tensor | None = None
+) -> SparseMask:
     """The run's mask, read from its file or chosen by the rule of the method.
 
     Args:
         config: the settings.
         lm: the base model and its tokenizer.
         train: training examples of the task; needed if the method ranks elements by the task's gradients.
+        among: indices of the training examples to choose on, those of a client for example, int64 [n]; None: all.
     """
     if config.mask.file is not None:
         return _from_file(config, lm.model)
@@ -58,7 +61,7 @@ def make_mask(config: RunConfig, lm: LanguageModel, train: Examples | None = Non
     if elements is Elements.TASK:
         if train is None:
             raise ConfigError(f"{config.method} chooses its elements on a task's examples; give --task")
-        return _task_mask(config, model, train)
+        return _task_mask(config, model, train, among)
     batches, calibration = calibration_batches(config, lm)
     if elements is Elements.LAYER:
         return _layer_mask(config, model, batches)
@@ -120,7 +123,9 @@ def _texts(batch: dict[str, Tensor]) -> list[npt.NDArray[np.int64]]:
     return [text for text in texts if len(text) > 1]
 
 
-def _task_batches(config: RunConfig, train: Examples, device: torch.device, part: int) -> list[AnyBatch]:
+def _task_batches(
+    config: RunConfig, train: Examples, device: torch.device, part: int, among: Tensor | None = None
+) -> list[AnyBatch]:
     """Batches of a task's examples, to take gradients of its loss.
 
     Args:
@@ -128,9 +133,12 @@ def _task_batches(config: RunConfig, train: Examples, device: torch.device, part
         train: training examples of the task.
         device: device of the batches.
         part: 0 for the examples that a mask is chosen on, 1 for the disjoint ones that masks are measured on.
+        among: indices of the examples to draw from, int64 [n]; None: all.
     """
-    count = max(1, min(config.mask.texts, len(train) // 2))
-    order = stream.permutation(stream.derived_seed(config.seed, "task"), len(train))[part * count :][:count]
+    total = len(train) if among is None else len(among)
+    count = max(1, min(config.mask.texts, total // 2))
+    order = stream.permutation(stream.derived_seed(config.seed, "task"), total)[part * count :][:count]
+    order = order if among is None else among[order]
     size = config.mask.batch_size
     return [
         train.batch(indices.tolist(), answers=config.objective.answers, device=device) for indices in order.split(size)
@@ -146,8 +154,8 @@ def mask_coverage(config: RunConfig, lm: LanguageModel, masks: Sequence[SparseMa
     )
 
 
-def _task_mask(config: RunConfig, model: nn.Module, train: Examples) -> SparseMask:
-    batches = _task_batches(config, train, next(model.parameters()).device, 0)
+def _task_mask(config: RunConfig, model: nn.Module, train: Examples, among: Tensor | None) -> SparseMask:
+    batches = _task_batches(config, train, next(model.parameters()).device, 0, among)
     mask = SparseMask.from_gradients(
         model,
         _WithProgressBar(batches),

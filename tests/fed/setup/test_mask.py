@@ -7,6 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from meerkat_engine.engine import ranking
+from meerkat_engine.engine.lm.examples import EncodedTask
 
 from helpers.command import call, summary_of
 
@@ -69,3 +70,26 @@ def test_a_negative_number_is_an_error(tmp_path: Path) -> None:
     result = call("mask", "--calibration-elements", "-1", "--output", tmp_path / "m")
     assert result.exit_code == 1
     assert "calibration_elements must be 0 or more, got -1" in result.output
+
+
+def test_the_mask_of_a_client_is_chosen_on_its_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients of a single-label partition: their batches have one label, and together they are all examples."""
+    taken: list[list[int]] = []
+    batch = EncodedTask.batch
+
+    def noted(self: EncodedTask, indices: list[int], **options: Any) -> Any:
+        taken[-1] += [int(self.labels[i]) for i in indices]
+        return batch(self, indices, **options)
+
+    monkeypatch.setattr(EncodedTask, "batch", noted)
+    settings = ("mask", "--task", "embedded", "--method", "task-mask", "--calibration-texts", 16, "--clients", 2,
+                "--partition", "single-label")  # fmt: skip
+    for client in (0, 1):
+        taken.append([])
+        result = call(*settings, "--client", client, "--output", tmp_path / f"{client}")
+        assert result.exit_code == 0, result.output
+    assert taken == [[0] * 16, [1] * 16]
+    assert contents(tmp_path / "0")[1]["ids"] != contents(tmp_path / "1")[1]["ids"]
+    absent = call(*settings, "--client", 2, "--output", tmp_path / "2")
+    assert "there is no client 2: the 2 clients have numbers from 0 on" in absent.output
+    assert "give --method task-mask" in call("mask", "--client", 0, "--output", tmp_path / "2").output
