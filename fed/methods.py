@@ -40,6 +40,14 @@ class Gradient(StrEnum):
         """Whether clients send their masked weights after a round instead of scalars."""
         return self is Gradient.BACKPROPAGATION
 
+    def forwards(self, queries: int) -> int:
+        """Number of forward passes of a step; backpropagation has a backward pass besides.
+
+        Args:
+            queries: ``q``, number of perturbations of a step.
+        """
+        return {Gradient.TWO_POINT: 2 * queries, Gradient.FORWARD_DIFFERENCE: queries + 1}.get(self, 1)
+
 
 class Stopping(StrEnum):
     """Selection of the clients that are stopped early: they take one step a round instead of ``T``."""

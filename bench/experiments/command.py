@@ -12,10 +12,12 @@ from ...fed.config.options import GroupedCommand, example, given_options, settin
 from ...fed.setup.threads import choose_threads
 from .attacks import Attacks
 from .concentration import Concentration
+from .experiment import Experiment, Results, configuration
 from .gradip import GradIPPaths
-from .grid import Experiment, Results, configuration, run_all
+from .grid import run_all
 from .local_steps import LocalSteps
 from .mask_source import MaskSource
+from .paper import Paper
 from .selection import Selection
 from .sparsity import Sparsity
 
@@ -29,6 +31,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         MaskSource(),
         Concentration(),
         Attacks(),
+        Paper(),
     )
 }
 
@@ -42,14 +45,28 @@ EXPERIMENTS: dict[str, Experiment] = {
 @click.option(
     "--tasks", default="", help="tasks, separated by commas; more than one only if the experiment compares tasks"
 )
+@click.option(
+    "--arms",
+    multiple=True,
+    metavar="PATTERN",
+    help="run only arms whose name matches, such as 'T = 10, *'; may be given several times; the tables come when all "
+    "are there",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="directory [default: experiments/NAME]; runs "
               "that are finished in it are not repeated")  # fmt: skip
 def experiment(
-    name: str, seeds: int, tasks: str, output: Path | None, config_file: Path | None, **options: Any
+    name: str,
+    seeds: int,
+    tasks: str,
+    arms: tuple[str, ...],
+    output: Path | None,
+    config_file: Path | None,
+    **options: Any,
 ) -> None:
     """Runs one of the paper's experiments and writes its tables and a figure.
 
-    Each experiment is a grid of runs. With the default model it takes minutes on two CPU cores.
+    Each experiment is a grid of runs. With the default model it takes minutes on two CPU cores. The same command may be
+    started several times at once with one --output: the processes share the runs.
     """
     require_matplotlib()
     selected, directory = EXPERIMENTS[name], output or Path("experiments") / name
@@ -58,7 +75,10 @@ def experiment(
     if task_names and "data" not in user_settings:
         user_settings.setdefault("task", task_names[0])
     choose_threads(configuration(selected, user_settings).model.source)
-    results = run_all(selected, user_settings, task_names, seeds, directory, lambda line: tqdm.write(line))
+    results = run_all(selected, user_settings, task_names, seeds, directory, lambda line: tqdm.write(line), arms)
+    if results is None:
+        click.echo(f"no tables yet: {directory} lacks runs of other arms", err=True)
+        return
     click.echo(_write(selected, results, directory))
     click.echo(f"wrote {directory / 'result.md'} and {directory / 'figure.png'}", err=True)
 

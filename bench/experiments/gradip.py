@@ -7,12 +7,16 @@ References:
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...fed.config.run_config import RunConfig
+from ...fed.ledger.file import read_ledger
+from ...fed.run.directory import LEDGER
+from ...fed.run.gradip_file import read_gradip
 from ..tables import over_seeds, table
+from .experiment import Arm, Experiment, Results, Settings
 from .figures import mean_line, save_figure, subplots
-from .grid import Arm, Experiment, FinishedRun, Results, Settings
+from .finished import FinishedRun
 
 _KINDS = {"IID": {"partition": "iid"}, "single label": {"partition": "single-label"}}
 # All clients share z, so the absolute cosine is the same for all of them: only its sign depends on the client.
@@ -31,6 +35,10 @@ class GradIPPaths(Experiment):
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
         """Returns one arm per kind of client."""
         return [Arm(name=name, settings={"method": "meerkat-vp", **settings}) for name, settings in _KINDS.items()]
+
+    def extra(self, directory: Path) -> Any:
+        """Returns GradIP, gradient norm and cosine of the clients, one object per round, as in ``gradip.jsonl``."""
+        return read_gradip(directory, read_ledger(directory / LEDGER))
 
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
@@ -60,7 +68,7 @@ class GradIPPaths(Experiment):
 
 def _paths(runs: Sequence[FinishedRun], key: str) -> list[list[float]]:
     """Returns the values along the path of every client of every seed: absolute values, except for the cosine."""
-    clients = [client for run in runs for client in run.traces[0]["clients"].values()]
+    clients = [client for run in runs for client in run.extra[0]["clients"].values()]
     return [client[key] if key == "cosine" else [abs(x) for x in client[key]] for client in clients]
 
 

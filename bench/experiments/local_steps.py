@@ -20,8 +20,8 @@ from ...fed.config.run_config import RunConfig
 from ...fed.ledger.file import RoundRecord, read_ledger
 from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
+from .experiment import Arm, Experiment, Results, Settings
 from .figures import mean_line, save_figure, subplots
-from .grid import Arm, Experiment, FinishedRun, Results, Settings
 
 _LOCAL_STEPS = (1, 10, 30, 50, 100)
 _DRIFT = "drift of a client in a round"
@@ -51,13 +51,17 @@ class LocalSteps(Experiment):
             Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": total // steps}) for steps in divisors
         ]
 
+    def extra(self, directory: Path) -> float:
+        """Returns the drift of a client in a round."""
+        return _drift(directory)
+
     def table(self, results: Results) -> str:
         """See ``Experiment``."""
         lines = []
         for arm, runs in results.arms.items():
             losses = [run.validation_loss for run in runs]
             sent = [amount(runs[0].summary[f"bytes_{direction}"]) for direction in ("up", "down")]
-            drift, after = over_seeds([_drift(run) for run in runs]), over_seeds(results.after(arm))
+            drift, after = over_seeds([run.extra for run in runs]), over_seeds(results.after(arm))
             lines.append([arm, str(runs[0].config["rounds"]), after, over_seeds(losses), drift, *sent])
         after = f"{results.score.title} after"
         return table(["", "rounds", after, "validation loss", _DRIFT, "bytes up", "down"], lines)
@@ -69,7 +73,7 @@ class LocalSteps(Experiment):
         sent = [float(runs[0].summary["bytes_up"]) for runs in arms]
         measures = {
             results.score.axis: [[run.after for run in runs] for runs in arms],
-            _DRIFT: [[_drift(run) for run in runs] for runs in arms],
+            _DRIFT: [[run.extra for run in runs] for runs in arms],
         }
         for axis, (shown, values) in zip(axes, measures.items(), strict=True):
             by_seed = [list(zip(sent, seed, strict=True)) for seed in zip(*values, strict=True)]
@@ -83,9 +87,9 @@ class LocalSteps(Experiment):
         save_figure(figure, axes, path)
 
 
-def _drift(run: FinishedRun) -> float:
+def _drift(directory: Path) -> float:
     """Returns the drift of a client in a round: the root mean square over clients and rounds."""
-    ledger = read_ledger(run.directory / LEDGER)
+    ledger = read_ledger(directory / LEDGER)
     terms = ledger.header.terms
     squares = [square for line in ledger.rounds for square in _squares(line, terms.query_learning_rates(line.round))]
     return math.sqrt(terms.elements * statistics.fmean(squares))

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
 from ..tables import over_seeds, table
+from .experiment import Arm, Experiment, Results, Settings, task_setting
 from .figures import mean_line, save_figure, subplots
-from .grid import Arm, Experiment, FinishedRun, Results, Settings, task_setting
+from .finished import FinishedRun
 
 _METHODS = ("meerkat", "meerkat-vp", "random-stop")
 _DETECTION = "detection"

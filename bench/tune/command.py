@@ -1,27 +1,18 @@
 """The command ``meerkat-engine tune``."""
 
-import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from ...engine.errors import ConfigError
 from ...fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
-from ...fed.config.run_config import RunConfig, make_config
-from ...fed.config.toml import config_toml
+from ...fed.config.run_config import make_config
 from ...fed.run.directory import CONFIG
 from ...fed.setup.data import check_files
 from ...fed.setup.threads import choose_threads
-from .base import Base
-from .directory import FIGURE, RESULT, RUNS, search_directory, write_if_missing
-from .figure import draw
-from .grid import Grid
-from .result import Found
-from .search import Search, rungs
+from .find import find
 
 
 def _rates(context: click.Context, option: click.Parameter, value: str) -> list[float]:
@@ -60,43 +51,25 @@ def tune(
     `meerkat-engine run --config DIR/config.toml` goes on with it.
     """
     config = make_config(settings_from_file(config_file) | given_options(options))
-    longest = tune_rounds or max(1, config.rounds // 2)
-    if longest > config.rounds:
-        raise ConfigError(f"--tune-rounds {longest} is more than the {config.rounds} rounds of a full run")
-    grid = Grid(config, lrs, eps=tune_eps, density=tune_density)
     check_files(config)
     choose_threads(config.model.source)
-    with search_directory(output, _settings(config, lrs, grid.axes, longest)):
-        base = Base(config, output, tqdm.write, trust_remote_code=trust_remote_code)
-        search = Search(grid, rungs(longest), base, output / RUNS, tqdm.write)
-        best = search.run()
-        found = Found(search, best, search.safer(best))
-        click.echo(found.table())
-        found.check()
-        _write(found, grid.config(found.chosen), output)
+    found = find(
+        config,
+        output,
+        tqdm.write,
+        lrs=lrs,
+        eps=tune_eps,
+        density=tune_density,
+        rounds=tune_rounds,
+        show=click.echo,
+        trust_remote_code=trust_remote_code,
+    )
     if found.note():
         click.echo(found.note())
     for warning in found.warnings():
         click.echo(f"warning: {warning}")
     click.echo(f"cost: {found.cost()}")
     click.echo(f"to go on: meerkat-engine run --config {shlex.quote(str(output / CONFIG))}")
-
-
-def _settings(config: RunConfig, lrs: Sequence[float], axes: list[str], longest: int) -> dict[str, Any]:
-    """What a search depends on, ready for JSON."""
-    flat = {name: None if value is None else str(value) for name, value in config.flat().items()}
-    return {"lrs": list(lrs), "axes": axes, "tune_rounds": longest, **flat}
-
-
-def _write(found: Found, config: RunConfig, output: Path) -> None:
-    """Writes the files of the result that are not there yet; config.toml, which says that all is done, last."""
-    write_if_missing(output / RESULT, (json.dumps(found.json(), indent=1) + "\n").encode())
-    if not (output / FIGURE).exists():
-        try:
-            draw(found, output / FIGURE)
-        except ConfigError as error:  # matplotlib is not installed
-            tqdm.write(f"no figure: {error}")
-    write_if_missing(output / CONFIG, config_toml(config).encode())
 
 
 __all__ = ["tune"]

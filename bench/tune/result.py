@@ -6,7 +6,6 @@ from typing import Any
 
 from ...engine.errors import RunError
 from ...engine.lm.scores import LOSS, SCORES
-from ...fed.methods import Gradient
 from ...fed.run.jsonl import finite_or_none
 from ..tables import table
 from .candidate import Candidate
@@ -99,12 +98,7 @@ class Found:
     def forwards(self) -> int:
         """Number of forward passes over a batch in these steps."""
         config = self.search.candidates[self.chosen].config
-        by_gradient = {
-            Gradient.TWO_POINT: 2 * config.step.queries,
-            Gradient.FORWARD_DIFFERENCE: config.step.queries + 1,
-            Gradient.BACKPROPAGATION: 1,
-        }
-        return self.steps * by_gradient[config.method.recipe.gradient]
+        return self.steps * config.method.recipe.gradient.forwards(config.step.queries)
 
     @property
     def full_runs(self) -> float:

@@ -11,7 +11,6 @@ from click.testing import CliRunner, Result
 from meerkat_engine import SparseMask
 from meerkat_engine.bench.experiments import local_steps
 from meerkat_engine.bench.experiments.command import EXPERIMENTS
-from meerkat_engine.bench.experiments.grid import FinishedRun
 from meerkat_engine.bench.tables import over_seeds
 from meerkat_engine.cli import main
 from meerkat_engine.engine import stream
@@ -78,6 +77,7 @@ def test_finished_runs_are_not_repeated(sparsity: tuple[Path, Result]) -> None:
     metrics = output / "runs" / "iid-u-0.001" / "seed-0" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     shutil.move(interrupted, interrupted.with_name("seed-1.unfinished"))  # as if the experiment was interrupted here
+    (output / "records" / "iid-u-0.001" / "seed-1.json").unlink()
     again = run_experiment("sparsity", output, "--seeds", "2")
     assert again.exit_code == 0, again.output
     assert [line for line in again.output.splitlines() if "seed" in line] == ["sparsity: iid, u = 0.001, seed 1"]
@@ -156,7 +156,7 @@ def test_drift_is_the_distance_of_the_clients_weights_from_the_average(tmp_path:
             end = sum(lr * g * z_t for lr, g, z_t in zip(rates, scalars, z, strict=False))
             squares.append(float((end - average).square().sum()))
     expected = (sum(squares) / len(squares)) ** 0.5
-    assert local_steps._drift(FinishedRun(tmp_path / "r")) == pytest.approx(expected, rel=0.1)  # z: nearly orthogonal
+    assert local_steps._drift(tmp_path / "r") == pytest.approx(expected, rel=0.1)  # z: nearly orthogonal
 
 
 def test_a_skipped_query_does_not_count_as_drift_of_its_own() -> None:

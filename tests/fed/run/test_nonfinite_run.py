@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_engine.bench.experiments.grid import FinishedRun, Results
+from meerkat_engine.bench.experiments.experiment import Results
+from meerkat_engine.bench.experiments.finished import FinishedRun
 from meerkat_engine.engine.errors import RunError
 from meerkat_engine.engine.lm.scores import scores_in
 from meerkat_engine.fed.run.metrics import check_metrics_line
@@ -52,7 +53,7 @@ def test_examples_without_finite_scores_are_counted_and_told(
     assert "6 of 10 held-out examples have scores that are not finite; they count as wrong\n" in result.output
     assert "not scored      6 held-out examples before, 6 after" in result.output
     assert [line["nonfinite"] for line in metrics_of(tmp_path / "r")[:-1]] == [6, 6, 6]
-    results = Results(arms={"arm": [FinishedRun(tmp_path / "r")]}, measured=None)
+    results = Results(arms={"arm": [FinishedRun.in_directory(tmp_path / "r")]}, measured=None)
     assert results.not_scored().endswith("arm (run 1): 6 of 10.")
     assert call("report", tmp_path / "r", "--output", tmp_path / "page.html").exit_code == 0
     assert "held-out examples without finite scores, before → after" in (tmp_path / "page.html").read_text()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from meerkat_engine.bench.experiments.grid import FinishedRun, Results
+from meerkat_engine.bench.experiments.experiment import Results
+from meerkat_engine.bench.experiments.finished import FinishedRun
 from meerkat_engine.bench.experiments.local_steps import LocalSteps
 from meerkat_engine.bench.experiments.selection import Selection
 from meerkat_engine.bench.experiments.sparsity import Sparsity
@@ -205,7 +206,7 @@ def test_the_card_has_the_scores_of_the_task(run: tuple[Path, str], tmp_path: Pa
 
 
 def test_experiments_show_the_held_out_loss(run: tuple[Path, str], tmp_path: Path) -> None:
-    finished = FinishedRun(run[0])
+    finished = FinishedRun.in_directory(run[0])
     s = summary_of(run[0])
     assert finished.before == s["validation_loss_before"]
     assert finished.curve == [(line["round"], line["validation_loss"]) for line in finished.lines if line["round"] != 1]
@@ -223,7 +224,7 @@ def test_experiments_show_the_held_out_loss(run: tuple[Path, str], tmp_path: Pat
 
 
 def test_experiments_on_tasks_of_both_kinds_name_both(run: tuple[Path, str], classification: Path) -> None:
-    arms = {"classes, meerkat": [FinishedRun(classification)], "say, meerkat": [FinishedRun(run[0])]}
+    arms = {"classes, meerkat": [FinishedRun.in_directory(classification)], "say, meerkat": [FinishedRun.in_directory(run[0])]}
     table = Selection().table(Results(arms=arms, measured=None))
     assert "accuracy or held-out loss after" in table
     assert f"{summary_of(classification)['accuracy_after']:.3f}" in table
