@@ -127,7 +127,8 @@ def _prepare_directory(output: Path, experiment: Experiment, given: Settings, ta
         if first != heading or make_config(read_toml(path)) != config:  # a newer version may have more settings
             raise ConfigError(f"{output} holds an experiment with other settings (see {path}); choose another --output")
         return
-    if output.exists() and any(output.iterdir()):
+    # Hidden files may be those of another process that starts on the directory now.
+    if output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise RunError(f"{output} holds other files; choose another --output (nothing was changed)")
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content.encode())
