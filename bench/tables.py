@@ -1,5 +1,6 @@
 """Formats tables and numbers for Markdown."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -21,7 +22,12 @@ def amount(count: float, unit: str = "B") -> str:
 
 
 def over_seeds(values: Sequence[float], digits: int = 3) -> str:
-    """Returns the mean and standard deviation of ``values``, one per seed; a single value stands alone."""
+    """Returns the mean and standard deviation of ``values``, one per seed; a single value stands alone.
+
+    Values that are not finite, of runs that diverged, are counted instead.
+    """
+    if diverged := sum(not math.isfinite(value) for value in values):
+        return f"not finite in {diverged} of {len(values)}"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

@@ -1,4 +1,4 @@
-"""Experiment (d), local steps: drift against communication, at equal total steps.
+"""Experiment (d), local steps: drift against communication, at equal total steps, IID and non-IID.
 
 A client's drift in a round is the distance of its weights from the average at the end of the round. It follows from the
 scalars alone:
@@ -11,7 +11,7 @@ References:
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,20 +22,30 @@ from ...fed.run.directory import LEDGER
 from ..tables import amount, over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings
 from .figures import mean_line, save_figure, subplots
+from .finished import FinishedRun
+from .paired import after_of, loss_of, paired_difference, shown
 
 _LOCAL_STEPS = (1, 10, 30, 50, 100)
+_IID = "IID"
+_PARTITIONS: dict[str, Settings] = {
+    _IID: {"partition": "iid"},
+    "Dirichlet 0.5": {"partition": "dirichlet", "alpha": 0.5},
+    "Dirichlet 0.1": {"partition": "dirichlet", "alpha": 0.1},
+}
 _DRIFT = "drift of a client in a round"
 
 
 class LocalSteps(Experiment):
-    """Several numbers of local steps T per round, at equal total steps."""
+    """Several numbers of local steps T per round, at equal total steps, for three partitions."""
 
     name = "local-steps"
-    title = "How many local steps per round? Drift against communication, at equal total steps"
-    settings: ClassVar[Settings] = {"rounds": 30, "local_steps": 10, "partition": "dirichlet", "alpha": 0.3}
+    title = "How many local steps per round? Does frequent synchronization remove the gap between IID and non-IID?"
+    settings: ClassVar[Settings] = {"rounds": 30, "local_steps": 10}
+    sets = ("partition", "alpha")
+    takes_part = True
 
     def arms(self, config: RunConfig, tasks: Sequence[str]) -> Sequence[Arm]:
-        """Returns one arm per T in ``_LOCAL_STEPS`` that divides a client's total steps."""
+        """Returns one arm per partition and T in ``_LOCAL_STEPS`` that divides a client's total steps."""
         if config.method.recipe.sends_weights:
             raise ConfigError(
                 f"drift is computed from the clients' scalars, but {config.method} sends weights; choose another method"
@@ -48,7 +58,9 @@ class LocalSteps(Experiment):
                 "divide; choose a multiple of 300 to use all of them"
             )
         return [
-            Arm(name=f"T = {steps}", settings={"local_steps": steps, "rounds": total // steps}) for steps in divisors
+            Arm(name=f"{name}, T = {steps}", settings={**partition, "local_steps": steps, "rounds": total // steps})
+            for name, partition in _PARTITIONS.items()
+            for steps in divisors
         ]
 
     def extra(self, directory: Path) -> float:
@@ -59,32 +71,42 @@ class LocalSteps(Experiment):
         """See ``Experiment``."""
         lines = []
         for arm, runs in results.arms.items():
+            partition, steps = arm.split(", ")
+            iid = results.arms.get(f"{_IID}, {steps}", []) if partition != _IID else []
             losses = [run.validation_loss for run in runs]
             sent = [amount(runs[0].summary[f"bytes_{direction}"]) for direction in ("up", "down")]
             drift, after = over_seeds([run.extra for run in runs]), over_seeds(results.after(arm))
-            lines.append([arm, str(runs[0].config["rounds"]), after, over_seeds(losses), drift, *sent])
-        after = f"{results.score.title} after"
-        return table(["", "rounds", after, "validation loss", _DRIFT, "bytes up", "down"], lines)
+            apart = [shown(paired_difference(runs, iid, value)) for value in (after_of, loss_of)]
+            lines.append([partition, steps, str(len(runs)), after, over_seeds(losses), *apart, drift, *sent])
+        score = results.score.title
+        columns = ["clients", "", "seeds", f"{score} after", "validation loss", f"{score} - IID's", "loss - its"]
+        columns += [_DRIFT, "bytes up", "down"]
+        return table(columns, lines)
 
     def draw(self, results: Results, path: Path) -> None:
         """See ``Experiment``."""
-        figure, axes = subplots(1, 2)
-        arms = list(results.arms.values())
-        sent = [float(runs[0].summary["bytes_up"]) for runs in arms]
-        measures = {
-            results.score.axis: [[run.after for run in runs] for runs in arms],
-            _DRIFT: [[run.extra for run in runs] for runs in arms],
+        figure, axes = subplots(1, 3)
+        measures: dict[str, Callable[[FinishedRun], float]] = {
+            results.score.axis: after_of,
+            "validation loss": loss_of,
+            _DRIFT: lambda run: float(run.extra),
         }
-        for axis, (shown, values) in zip(axes, measures.items(), strict=True):
-            by_seed = [list(zip(sent, seed, strict=True)) for seed in zip(*values, strict=True)]
-            mean_line(axis, by_seed, "C0", "mean over seeds, and each seed")
-            for x, arm_values, name in zip(sent, values, results.arms, strict=True):
-                axis.annotate(
-                    name, (x, statistics.fmean(arm_values)), textcoords="offset points", xytext=(3, 6), fontsize=8
-                )
-            axis.set(xscale="log", xlabel="bytes up", ylabel=shown)
-            axis.tick_params(axis="x", which="minor", labelbottom=False)
+        for axis, (name, value) in zip(axes, measures.items(), strict=True):
+            for i, partition in enumerate(_PARTITIONS):
+                arms = [runs for arm, runs in results.arms.items() if arm.startswith(f"{partition}, ")]
+                by_seed = _by_seed(arms, value)
+                if by_seed:
+                    mean_line(axis, by_seed, f"C{i}", partition)
+            axis.set(xscale="log", xlabel="local steps T of a round", ylabel=name)
         save_figure(figure, axes, path)
+
+
+def _by_seed(
+    arms: Sequence[Sequence[FinishedRun]], value: Callable[[FinishedRun], float]
+) -> list[list[tuple[float, float]]]:
+    """Points (T, value) of the seeds that all arms have, one list per seed."""
+    seeds = min((len(runs) for runs in arms), default=0)
+    return [[(runs[i].config["local_steps"], value(runs[i])) for runs in arms] for i in range(seeds)]
 
 
 def _drift(directory: Path) -> float:

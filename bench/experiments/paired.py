@@ -17,7 +17,7 @@ class Difference:
 
     Args:
         mean: the mean difference.
-        half_width: half of the interval's width; NaN for a single seed.
+        half_width: half of the interval's width; NaN for a single seed, which shows nothing.
         seeds: number of seeds.
     """
 
@@ -32,7 +32,9 @@ class Difference:
 
 
 def difference_of(values: Sequence[float]) -> Difference:
-    """Returns the mean of differences, one per seed, with its interval."""
+    """Returns the mean of differences, one per seed, with its interval. Both are NaN if a run diverged."""
+    if not all(math.isfinite(value) for value in values):
+        return Difference(mean=math.nan, half_width=math.nan, seeds=len(values))
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Difference(mean=mean, half_width=math.nan, seeds=1)
@@ -59,4 +61,24 @@ def paired_difference(
     return difference_of(values) if values else None
 
 
-__all__ = ["Difference", "difference_of", "paired_difference"]
+def shown(difference: Difference | None) -> str:
+    """Returns a difference with its interval for a table, marked with ``*`` if that excludes 0; empty for None."""
+    if difference is None:
+        return ""
+    if math.isnan(difference.mean):
+        return "not finite"
+    half = "" if math.isnan(difference.half_width) else f" ± {difference.half_width:.3f}"
+    return f"{difference.mean:+.3f}{half}{' *' if difference.excludes_zero else ''}"
+
+
+def after_of(run: FinishedRun) -> float:
+    """The main score of a run after training."""
+    return run.after
+
+
+def loss_of(run: FinishedRun) -> float:
+    """The validation loss of a run after training."""
+    return run.validation_loss
+
+
+__all__ = ["Difference", "after_of", "difference_of", "loss_of", "paired_difference", "shown"]

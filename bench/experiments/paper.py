@@ -5,7 +5,6 @@ References:
 """
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..tables import amount, over_seeds, table
 from .experiment import Arm, Experiment, Results, Search, Settings
 from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
-from .paired import Difference, paired_difference
+from .paired import after_of, loss_of, paired_difference, shown
 
 _REFERENCE = Method.MEERKAT
 _METHODS = (
@@ -118,7 +117,8 @@ def _table(results: Results, steps: int) -> str:
     lines = []
     for method, runs in arms.items():
         apart = [
-            "" if runs is reference else _shown(paired_difference(runs, reference, value)) for value in (_after, _loss)
+            "" if runs is reference else shown(paired_difference(runs, reference, value))
+            for value in (after_of, loss_of)
         ]
         first = runs[0]
         seconds = [_total(run, "seconds_in_steps") for run in runs]
@@ -143,23 +143,6 @@ def _published(run: FinishedRun, method: str) -> list[str]:
     if published is None:
         return []
     return [f"{published[method]:.3f}" if method in published else ""]
-
-
-def _shown(difference: Difference | None) -> str:
-    """A difference with its interval, marked if that excludes 0."""
-    if difference is None:
-        return ""
-    mark = " *" if difference.excludes_zero else ""
-    half = "" if math.isnan(difference.half_width) else f" ± {difference.half_width:.3f}"
-    return f"{difference.mean:+.3f}{half}{mark}"
-
-
-def _after(run: FinishedRun) -> float:
-    return run.after
-
-
-def _loss(run: FinishedRun) -> float:
-    return run.validation_loss
 
 
 def _forwards_of_line(run: FinishedRun, line: dict[str, Any]) -> float:

@@ -36,7 +36,7 @@ EXPECTED = {
     "attacks": "trimmed-mean | sign-flip",
     "gradip": "gradient norm    | single label",
     "selection": "embedded-topic | random-stop",
-    "local-steps": "T = 10 | 1 ",
+    "local-steps": "Dirichlet 0.1 | T = 10 | 1 ",
     "mask-source": "embedded-topic | the task trained on",
     "concentration": "the top 1.00% of the elements hold",
 }
@@ -176,3 +176,4 @@ def test_detection_adds_up_the_clients_of_all_seeds(tmp_path: Path) -> None:
 def test_over_seeds_shows_mean_and_standard_deviation() -> None:
     assert over_seeds([0.5]) == "0.500"
     assert over_seeds([0.4, 0.6]) == "0.500 ± 0.141"
+    assert over_seeds([0.4, math.inf, 0.6]) == "not finite in 1 of 3"

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from scipy import stats
 
 from meerkat_engine.bench.experiments.finished import FinishedRun
-from meerkat_engine.bench.experiments.paired import difference_of, paired_difference
+from meerkat_engine.bench.experiments.paired import difference_of, paired_difference, shown
 from meerkat_engine.bench.experiments.paper import _published
 from meerkat_engine.cli import main
 
@@ -173,8 +173,12 @@ def test_the_quantiles_are_students(seeds: int) -> None:
     assert difference_of(values).half_width == pytest.approx(expected, rel=1e-3)
 
 
-def test_one_seed_shows_no_difference() -> None:
+def test_one_seed_shows_no_difference_and_a_run_that_diverged_none_either() -> None:
     assert not difference_of([0.4]).excludes_zero
+    assert shown(difference_of([0.4])) == "+0.400"
+    assert shown(difference_of([0.4, 0.4])) == "+0.400 ± 0.000 *"
+    assert shown(difference_of([0.4, float("inf"), float("nan")])) == "not finite"
+    assert not difference_of([0.4, float("inf")]).excludes_zero
 
 
 def test_the_papers_accuracy_stands_beside_its_tasks_alone() -> None:
