@@ -12,7 +12,9 @@ from ...fed.config.options import GroupedCommand, example, given_options, settin
 from ...fed.setup.threads import choose_threads
 from .attacks import Attacks
 from .concentration import Concentration
+from .corrections import Corrections
 from .experiment import Experiment, Results, configuration
+from .fewer_forwards.experiment import FewerForwards
 from .gradip import GradIPPaths
 from .grid import run_all
 from .local_steps import LocalSteps
@@ -31,6 +33,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         MaskSource(),
         Concentration(),
         Attacks(),
+        Corrections(),
+        FewerForwards(),
         Paper(),
     )
 }
