@@ -35,7 +35,7 @@ def compare(problem: Problem, names: Sequence[str], seeds: Sequence[int], log: L
     tuning = problem.with_seed(config.seed + TUNING_SEED)
     typical = typical_scalar(tuning)
     log(f"typical scalar: {typical:.4g}")
-    methods = {}
+    methods: dict[str, dict[str, Any]] = {}
     for name in names:
         method = METHODS[name]
         rate, tried = _choose_rate(tuning, method, typical, forwards // 2, tuning_trials, log)
