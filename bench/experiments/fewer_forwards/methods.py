@@ -126,7 +126,7 @@ METHODS = {
     for method in (
         Method(name="two-point"),
         Method(name="two-point, linear schedule", schedule=Schedule.LINEAR, lr_factor=2.0),
-        Method(name="two-point, rms-normalised", unit=Unit.RMS),
+        Method(name="two-point, rms-normalized", unit=Unit.RMS),
         Method(name="two-point, clipped", unit=Unit.CLIP),
         Method(name="two-point, signs", unit=Unit.SIGN),
         Method(name="two-point, q = 4", queries=4, lr_factor=2.0),
