@@ -34,6 +34,7 @@ def sparsity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 EXPECTED = {
     "attacks": "trimmed-mean | sign-flip",
+    "corrections": "embedded-topic | T = 10, repeated seeds",
     "gradip": "gradient norm    | single label",
     "selection": "embedded-topic | random-stop",
     "local-steps": "Dirichlet 0.1 | T = 10 | 1 ",
@@ -44,7 +45,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_each_experiment_writes_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
-    options = {"local-steps": ["--local-steps", "10"], "attacks": ["--clients", "5", "--attackers", "1"]}.get(name, [])
+    ten_steps = ["--local-steps", "10"]
+    attackers = ["--clients", "5", "--attackers", "1"]
+    options = {"local-steps": ten_steps, "corrections": ten_steps, "attacks": attackers}.get(name, [])
     result = run_experiment(name, tmp_path / "e", "--seeds", "1", *options)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "e" / "result.md").read_text()

@@ -1,0 +1,95 @@
+"""Experiment (h), corrections: do corrections of the clients' scalars reduce what their different data cost?
+
+Rounds are simulated in plain torch (``corrected_rounds``). All arms take the same number of steps. T = 1 without a
+correction has no drift: it bounds what a correction can gain.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...engine.errors import ConfigError
+from ...fed.config.run_config import RunConfig
+from ..tables import over_seeds, table
+from .corrected_rounds import Correction, Rounds
+from .experiment import Experiment, Results, Settings
+from .fewer_forwards.problem import Problem
+from .figures import save_figure, subplots
+
+_NONE = "none"
+_CORRECTIONS = {
+    _NONE: Correction(),
+    "proximal, mu = 0.1": Correction(mu=0.1),
+    "proximal, mu = 1": Correction(mu=1.0),
+    "control variates, gain 1": Correction(gamma=1.0),
+    "control variates, gain 0.1": Correction(gamma=0.1),
+    "repeated seeds": Correction(repeated=True),
+}
+_LOCAL_STEPS = (10, 50)
+_COLORS = {"T = 1": "C2", "T = 10": "C0", "T = 50": "C1"}
+
+
+class Corrections(Experiment):
+    """Corrections of scalars at equal steps, for T = 10 and T = 50, beside T = 1."""
+
+    name = "corrections"
+    title = "Do corrections of the clients' scalars help where their data differ?"
+    settings: ClassVar[Settings] = {"rounds": 6, "local_steps": 50, "partition": "dirichlet", "alpha": 0.1}
+    compares_tasks = True
+
+    def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
+        """Returns {task: {arm: [accuracy, loss and spread, one per seed]}}, for the T that divide the steps."""
+        total = configs[0].rounds * configs[0].local_steps
+        arms = {"T = 1, none": (1, Correction())} | {
+            f"T = {steps}, {name}": (steps, correction)
+            for steps in _LOCAL_STEPS
+            for name, correction in _CORRECTIONS.items()
+            if total % steps == 0
+        }
+        if len(arms) == 1:
+            raise ConfigError(f"rounds times local_steps is {total}; choose a multiple of {min(_LOCAL_STEPS)}")
+        measured: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for task in tasks:
+            problem = Problem.load(configs[0].on_task(task))
+            measured[task] = {
+                arm: [_result(problem.with_seed(config.seed), correction, steps, total // steps) for config in configs]
+                for arm, (steps, correction) in arms.items()
+            }
+        return measured
+
+    def table(self, results: Results) -> str:
+        """See ``Experiment``."""
+        lines = [
+            [task, arm, *(over_seeds([seed[key] for seed in seeds]) for key in ("accuracy", "loss", "spread"))]
+            for task, arms in results.measured.items()
+            for arm, seeds in arms.items()
+        ]
+        return table(["task", "arm", "accuracy after", "validation loss", "spread of the clients in a round"], lines)
+
+    def draw(self, results: Results, path: Path) -> None:
+        """See ``Experiment``."""
+        figure, axes = subplots(1, len(results.measured))
+        for axis, (task, arms) in zip(axes, results.measured.items(), strict=True):
+            for i, (arm, seeds) in enumerate(arms.items()):
+                losses = [seed["loss"] for seed in seeds]
+                axis.barh(
+                    -i, statistics.fmean(losses), color=f"C{arm.startswith('T = 50') + 2 * arm.startswith('T = 1,')}"
+                )
+                axis.plot(losses, [-i] * len(losses), "k.", markersize=4)
+            axis.set(
+                title=task, xlabel="validation loss", yticks=[-i for i in range(len(arms))], yticklabels=list(arms)
+            )
+        save_figure(figure, axes, path)
+
+
+def _result(problem: Problem, correction: Correction, local_steps: int, rounds: int) -> dict[str, float]:
+    """Scores after training, and the mean spread of the clients at the end of a round."""
+    walk = Rounds(problem, correction, local_steps)
+    for number in range(rounds):
+        walk.run(number)
+    scored = problem.evaluate(walk.weights)
+    return {"accuracy": scored.main[1], "loss": scored.loss, "spread": statistics.fmean(walk.spread)}
+
+
+__all__ = ["Corrections"]
