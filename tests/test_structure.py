@@ -58,7 +58,7 @@ UNITS = {
     "bench": [
         "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
         "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
-        "memory", "memory_command", "experiments", "tune",
+        "memory", "memory_command", "tune", "experiments",
     ],
 }  # fmt: skip
 

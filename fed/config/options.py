@@ -61,17 +61,35 @@ def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
+# Longer lists of choices would fill the help's left column; the text beside them names them.
+_SHORT = 20
+
+
 def _attributes(setting: Setting) -> dict[str, Any]:
-    types = get_args(setting.type) or (setting.type,)
-    option_type = next((candidate for candidate in types if candidate in (int, float)), str)
     default = f" [default: {setting.shown}]" if setting.shown else ""
     return {
         "cls": _SettingOption,
         "setting": setting,
-        "type": option_type,
+        "type": _option_type(setting),
         "default": None,
         "help": setting.help + default,
+        "metavar": setting.metavar or _metavar(setting),
     }
+
+
+def _option_type(setting: Setting) -> Any:
+    types = get_args(setting.type) or (setting.type,)
+    if setting.choices:
+        return click.Choice(setting.choices)
+    if Path in types:
+        return click.Path()
+    return next((candidate for candidate in types if candidate in (int, float)), str)
+
+
+def _metavar(setting: Setting) -> str | None:
+    """What stands for the value in the help: the name, if there are too many choices to show; None: click's own."""
+    too_long = len("|".join(setting.choices)) > _SHORT
+    return setting.option.upper().replace("_", "-") if too_long else None
 
 
 def example(*lines: str) -> str:

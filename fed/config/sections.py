@@ -51,9 +51,13 @@ class ModelConfig(Checked):
     dtype: str = setting(
         AUTO,
         "dtype of the weights: float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own on a GPU",
+        choices=(AUTO, *DTYPES),
+        metavar="DTYPE",
     )
     device: str = setting(AUTO, "device of the model: cpu, cuda, or auto: cuda where there is one")
-    backend: str = setting("auto", "code that runs the masked operations: auto, torch, numba or triton")
+    backend: str = setting(
+        "auto", "code that runs the masked operations: auto, torch, numba or triton", choices=BACKENDS
+    )
     capture: Capture = setting(
         Capture.AUTO, "on a GPU, local steps as CUDA graphs: auto: where possible, off. The bits are the same"
     )

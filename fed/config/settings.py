@@ -5,6 +5,7 @@ name (``clients``), which options (``--clients``), keyword arguments and message
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,15 @@ from ...engine.errors import ConfigError, DataError
 from ...engine.lm.text import check_text
 
 
-def setting(default: Any, help: str, *, option: str | None = None, shown: str | None = None) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    option: str | None = None,
+    shown: str | None = None,
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+) -> Any:
     """A dataclass field that is a setting.
 
     Args:
@@ -22,8 +31,12 @@ def setting(default: Any, help: str, *, option: str | None = None, shown: str | 
         help: one line for ``--help``.
         option: flat name; None: the name of the field.
         shown: the default in words, for ``--help``; None: the default itself, or nothing if that is None or "".
+        choices: the values of a setting that has few, for ``--help`` and the shell; those of an enumeration need not
+            be given.
+        metavar: what stands for the value in ``--help``; None: the choices, or the kind of value.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "option": option, "shown": shown})
+    metadata = {"help": help, "option": option, "shown": shown, "choices": tuple(choices), "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Setting:
         default: see ``setting``.
         help: see ``setting``.
         shown: the default in words; empty if the help shows none.
+        choices: all values; empty if there are many.
+        metavar: see ``setting``.
     """
 
     section: str
@@ -47,6 +62,8 @@ class Setting:
     default: Any
     help: str
     shown: str
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
 
     @property
     def place(self) -> str:
@@ -117,9 +134,17 @@ def settings_of(section: str, section_class: type) -> list[Setting]:
                 default=field.default,
                 help=field.metadata["help"],
                 shown=shown,
+                choices=field.metadata["choices"] or _values(types[field.name]),
+                metavar=field.metadata["metavar"],
             )
         )
     return settings
+
+
+def _values(type_: Any) -> tuple[str, ...]:
+    """The values of an enumeration, or of one that may be None; empty for other types."""
+    first = (get_args(type_) or (type_,))[0]
+    return tuple(value.value for value in first) if isinstance(first, type) and issubclass(first, StrEnum) else ()
 
 
 class Checked:

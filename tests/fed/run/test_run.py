@@ -10,12 +10,14 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM
 
 from meerkat_engine import SparseMask
+from meerkat_engine.cli import main
 from meerkat_engine.engine.errors import ConfigError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.engine.parameters import fingerprint
@@ -219,18 +221,14 @@ def test_options_override_the_settings_file(tmp_path: Path) -> None:
         (["--task", "sst3", "--model", "x"], "unknown task 'sst3'; known: ag_news, alpaca, boolq"),
         (["--task", "sst2"], "give both --model and --task, or neither"),
         (["--model", "x"], "give both --model and --task, or neither"),
-        (["--method", "sgd"], "unknown method 'sgd'; known: meerkat"),
-        (["--partition", "x"], "unknown partition 'x'; known: iid, dirichlet, single-label, mixed, natural"),
         (["--density", "0"], "density must be in (0, 1], got 0.0"),
         (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
         (["--clients", "0"], "clients must be at least 1, got 0"),
         (["--eps", "0"], "eps must be finite and positive"),
         (["--lr", "nan"], "lr must be finite"),
-        (["--dtype", "int8"], "dtype must be one of auto, float32, bfloat16, float16"),
         (["--seed", "-1"], "seed must be in"),
         (["--device", "cuda"], "torch sees no CUDA or ROCm device"),
         (["--device", "abacus"], "unknown device 'abacus'"),
-        (["--backend", "cuda"], "backend must be one of auto, torch, numba, triton, got cuda"),
         (["--mask", "nowhere"], "mask 'nowhere' does not exist"),
         (["--batch-size", "900"], "800 examples cannot give 4 clients 900 each"),
         (["--batch-size", "150", "--alpha", "0.01"], "fewer than the 150 of a batch"),
@@ -248,6 +246,41 @@ def test_wrong_settings_are_one_error_line(tmp_path: Path, arguments: list[str],
     assert message in result.output
     if "--lr" not in arguments or "nan" in arguments:
         assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "sgd"], "'sgd' is not one of 'meerkat', 'meerkat-vp', 'random-stop', 'full-fedzo',"),
+        (["--partition", "x"], "'x' is not one of 'iid', 'dirichlet', 'single-label', 'mixed', 'natural'"),
+        (["--objective", "x"], "'x' is not one of 'candidates', 'language-model', 'language-model-by-example'"),
+        (["--dtype", "int8"], "'int8' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        (["--backend", "cuda"], "'cuda' is not one of 'auto', 'torch', 'numba', 'triton'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_value_that_is_no_choice_is_an_error_of_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = call("run", *SMALL, *arguments, "--output", tmp_path / "r")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_choices_complete_in_the_shell() -> None:
+    """Tab after ``--method m`` offers the methods that begin so, and names of files after ``--data``."""
+    run = main.commands["run"]
+    options = {option.name: option for option in run.params}
+    context = click.Context(run)
+    found = options["method"].shell_complete(context, "m")
+    assert [item.value for item in found] == ["meerkat", "meerkat-vp"]
+    assert [item.type for item in options["data"].shell_complete(context, "x")] == ["file"]
+
+
+def test_the_same_values_are_errors_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('method = "sgd"\n')
+    result = call("run", "--config", tmp_path / "c.toml", "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "unknown method 'sgd'; known: meerkat" in result.output
 
 
 def test_unknown_options_and_settings_are_errors(tmp_path: Path) -> None:
