@@ -56,7 +56,7 @@ UNITS = {
         "setup", "torchrun", "run", "inference", "report", "flower",
     ],
     "bench": [
-        "tables", "environment", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
+        "tables", "environment", "figures", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
         "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
         "memory", "memory_command", "tune", "experiments",
     ],

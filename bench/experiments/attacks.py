@@ -12,9 +12,9 @@ from ...engine.errors import ConfigError
 from ...fed.aggregation import Rule
 from ...fed.attack import Attack
 from ...fed.config.run_config import RunConfig
+from ..figures import mean_line, save_figure, subplots
 from ..tables import over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings
-from .figures import mean_line, save_figure, subplots
 
 _CLIPPED = "clip, then mean"
 _CLEAN = f"{Rule.MEAN}, {Attack.NONE}"

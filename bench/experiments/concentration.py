@@ -17,9 +17,9 @@ from ...engine.sensitivity import Sensitivity, accumulate_gradients, select_larg
 from ...fed.config.run_config import RunConfig
 from ...fed.setup.mask import calibration_batches
 from ...fed.setup.model import load_language_model
+from ..figures import mean_line, save_figure, subplots
 from ..tables import over_seeds, table
 from .experiment import Experiment, Results
-from .figures import mean_line, save_figure, subplots
 
 _SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 

@@ -4,6 +4,7 @@ Rounds are simulated in plain torch (``corrected_rounds``). All arms take the sa
 correction has no drift: it bounds what a correction can gain.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +12,31 @@ from typing import Any, ClassVar
 
 from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
+from ..figures import save_figure, subplots
 from ..tables import over_seeds, table
 from .corrected_rounds import Correction, Rounds
 from .experiment import Experiment, Results, Settings
 from .fewer_forwards.problem import Problem
-from .figures import save_figure, subplots
 
-_NONE = "none"
 _CORRECTIONS = {
-    _NONE: Correction(),
+    "none": Correction(),
     "proximal, mu = 0.1": Correction(mu=0.1),
-    "proximal, mu = 1": Correction(mu=1.0),
-    "control variates, gain 1": Correction(gamma=1.0),
-    "control variates, gain 0.1": Correction(gamma=0.1),
+    "control variates, gain 0.05": Correction(gamma=0.05),
     "repeated seeds": Correction(repeated=True),
 }
-_LOCAL_STEPS = (10, 50)
+_HALF = ", half the rate"  # a correction should do more than a smaller step
 _COLORS = {"T = 1": "C2", "T = 10": "C0", "T = 50": "C1"}
+
+
+def _arms() -> dict[str, tuple[int, float, Correction]]:
+    """Local steps, factor of the learning rate and correction of each arm by its name."""
+    corrected = [(10, 1.0, ""), (50, 1.0, ""), (50, 0.5, _HALF)]
+    arms = {f"T = 1, none{half}": (1, factor, Correction()) for factor, half in ((1.0, ""), (0.5, _HALF))}
+    return arms | {
+        f"T = {steps}, {name}{half}": (steps, factor, correction)
+        for steps, factor, half in corrected
+        for name, correction in _CORRECTIONS.items()
+    }
 
 
 class Corrections(Experiment):
@@ -41,21 +50,17 @@ class Corrections(Experiment):
     def measure(self, configs: Sequence[RunConfig], tasks: Sequence[str]) -> Any:
         """Returns {task: {arm: [accuracy, loss and spread, one per seed]}}, for the T that divide the steps."""
         total = configs[0].rounds * configs[0].local_steps
-        arms = {"T = 1, none": (1, Correction())} | {
-            f"T = {steps}, {name}": (steps, correction)
-            for steps in _LOCAL_STEPS
-            for name, correction in _CORRECTIONS.items()
-            if total % steps == 0
-        }
-        if len(arms) == 1:
-            raise ConfigError(f"rounds times local_steps is {total}; choose a multiple of {min(_LOCAL_STEPS)}")
+        arms = {name: arm for name, arm in _arms().items() if total % arm[0] == 0}
+        if all(steps == 1 for steps, _, _ in arms.values()):
+            raise ConfigError(f"rounds times local_steps is {total}; choose a multiple of 10")
         measured: dict[str, dict[str, list[dict[str, float]]]] = {}
         for task in tasks:
             problem = Problem.load(configs[0].on_task(task))
-            measured[task] = {
-                arm: [_result(problem.with_seed(config.seed), correction, steps, total // steps) for config in configs]
-                for arm, (steps, correction) in arms.items()
-            }
+            measured[task] = {name: [] for name in arms}
+            for name, (steps, factor, correction) in arms.items():
+                for config in configs:
+                    seeded = _seeded(problem, config.seed, config.step.lr * factor)
+                    measured[task][name].append(_result(seeded, correction, steps, total // steps))
         return measured
 
     def table(self, results: Results) -> str:
@@ -81,6 +86,12 @@ class Corrections(Experiment):
                 title=task, xlabel="validation loss", yticks=[-i for i in range(len(arms))], yticklabels=list(arms)
             )
         save_figure(figure, axes, path)
+
+
+def _seeded(problem: Problem, seed: int, lr: float) -> Problem:
+    """The problem with the examples of a seed, and a learning rate."""
+    seeded = problem.with_seed(seed)
+    return dataclasses.replace(seeded, config=seeded.config.replace(lr=lr))
 
 
 def _result(problem: Problem, correction: Correction, local_steps: int, rounds: int) -> dict[str, float]:

@@ -13,9 +13,9 @@ from ...fed.config.run_config import RunConfig
 from ...fed.ledger.file import read_ledger
 from ...fed.run.directory import LEDGER
 from ...fed.run.gradip_file import read_gradip
+from ..figures import mean_line, save_figure, subplots
 from ..tables import over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings
-from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
 
 _KINDS = {"IID": {"partition": "iid"}, "single label": {"partition": "single-label"}}

@@ -19,9 +19,9 @@ from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
 from ...fed.ledger.file import RoundRecord, read_ledger
 from ...fed.run.directory import LEDGER
+from ..figures import mean_line, save_figure, subplots
 from ..tables import amount, over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings
-from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
 from .paired import after_of, loss_of, paired_difference, shown
 

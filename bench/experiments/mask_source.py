@@ -14,9 +14,9 @@ from ...fed.methods import Method
 from ...fed.setup.data import encode
 from ...fed.setup.mask import make_mask, mask_coverage
 from ...fed.setup.model import load_language_model
+from ..figures import save_figure, subplots
 from ..tables import over_seeds, table
 from .experiment import Arm, Experiment, Results
-from .figures import save_figure, subplots
 
 _SOURCES = {
     Method.MEERKAT: "pre-training text",

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
 from ...fed.methods import Gradient, Method, Stopping
+from ..figures import mean_line, save_figure, subplots
 from ..tables import amount, over_seeds, table
 from .experiment import Arm, Experiment, Results, Search, Settings
-from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
 from .paired import after_of, loss_of, paired_difference, shown
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
+from ..figures import mean_line, save_figure, subplots
 from ..tables import over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings, task_setting
-from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
 
 _METHODS = ("meerkat", "meerkat-vp", "random-stop")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...fed.config.run_config import RunConfig
+from ..figures import mean_line, save_figure, subplots
 from ..tables import amount, over_seeds, table
 from .experiment import Arm, Experiment, Results, Settings
-from .figures import mean_line, save_figure, subplots
 from .finished import FinishedRun
 
 _DENSITIES = (1e-2, 1e-3, 1e-4, 1e-5)

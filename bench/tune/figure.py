@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..experiments.figures import save_figure, subplots
+from ..figures import save_figure, subplots
 from .result import Found
 
 

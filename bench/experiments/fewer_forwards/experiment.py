@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import click
 
 from ....fed.config.run_config import RunConfig
+from ...figures import mean_line, save_figure, subplots
 from ...tables import over_seeds, table
 from ..experiment import Experiment, Results, Settings
-from ..figures import mean_line, save_figure, subplots
 from ..paired import difference_of
 from .methods import METHODS
 from .problem import Problem

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine.extras import require_matplotlib
+from ..engine.extras import require_matplotlib
 
 Points = Sequence[tuple[float, float]]
 
