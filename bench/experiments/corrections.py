@@ -78,9 +78,7 @@ class Corrections(Experiment):
         for axis, (task, arms) in zip(axes, results.measured.items(), strict=True):
             for i, (arm, seeds) in enumerate(arms.items()):
                 losses = [seed["loss"] for seed in seeds]
-                axis.barh(
-                    -i, statistics.fmean(losses), color=f"C{arm.startswith('T = 50') + 2 * arm.startswith('T = 1,')}"
-                )
+                axis.barh(-i, statistics.fmean(losses), color=_COLORS[arm.split(",")[0]])
                 axis.plot(losses, [-i] * len(losses), "k.", markersize=4)
             axis.set(
                 title=task, xlabel="validation loss", yticks=[-i for i in range(len(arms))], yticklabels=list(arms)
