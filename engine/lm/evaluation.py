@@ -31,12 +31,15 @@ class Evaluation:
             [0, 1], where an example without finite scores counts as wrong, and ``macro_f1``, the mean of the classes'
             F1, in [0, 1]; for free text ``perplexity``, which is exp(loss), and the metrics of generated answers that
             were asked for.
+        recalls: for classification, the share of each class's examples that are predicted right, [C], in [0, 1]; NaN
+            for a class without examples. Empty for free text.
     """
 
     loss: float
     examples: int
     nonfinite: int = 0
     scores: Mapping[str, float]
+    recalls: Sequence[float] = ()
 
     @property
     def main(self) -> tuple[str, float]:
@@ -103,6 +106,7 @@ def _evaluate_classification(model: nn.Module, data: EncodedTask, batch_size: in
         examples=len(data),
         nonfinite=int(confusion[:, -1].sum()),
         scores={"accuracy": int(confusion.trace()) / len(data), "macro_f1": macro_f1(confusion)},
+        recalls=(confusion.diagonal().double() / confusion.sum(1)).tolist(),
     )
 
 

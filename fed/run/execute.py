@@ -32,7 +32,7 @@ from .metrics import Metrics, read_summary
 from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
 from .shared import Shared
-from .summary import federation_summary, selection_summary
+from .summary import client_accuracy_summary, federation_summary, selection_summary
 
 # Settings that say where and how a run is computed. Another machine that resumes it may have others.
 _OF_THE_MACHINE = ("device", "backend", "capture", "offload", "calibration_elements")
@@ -343,7 +343,9 @@ def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Rep
         rounds.run(saved, None if inputs.shared is None else inputs.shared.initial)
     metrics.check_trained(header.terms.queries)
     summary = metrics.summary() | federation_summary(federation)
-    summary |= selection_summary(federation.selection, inputs.label_counts if inputs.data.train.class_names else [])
+    label_counts = inputs.label_counts if inputs.data.train.class_names else []
+    summary |= selection_summary(federation.selection, label_counts)
+    summary |= client_accuracy_summary(metrics.recalls, label_counts, federation.selection.stopped)
     summary |= {
         "labels": list(inputs.data.train.class_names),
         **(inputs.partition_summary() if inputs.shares else {}),

@@ -4,6 +4,7 @@ Except for times, a run that was stopped and resumed has the same lines as one t
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ class Metrics:
         self.bytes += line["bytes_up"] + line["bytes_down"]
         return line
 
+    @property
+    def recalls(self) -> Sequence[float]:
+        """Recall of each class at the last evaluation; see ``Evaluation``. Empty if its line has none."""
+        return next(self._evaluation(line).recalls for line in reversed(self._lines) if LOSS in line)
+
     def check_trained(self, queries: int) -> None:
         """Checks that the run trained something.
 
@@ -126,6 +132,7 @@ class Metrics:
             examples=self._examples,
             nonfinite=line.get("nonfinite", 0),
             scores={name: _number_or_nan(line[name]) for name in scores_in(line)},
+            recalls=[_number_or_nan(recall) for recall in line.get("recalls", [])],
         )
 
 
@@ -153,6 +160,9 @@ def check_metrics_line(line: Line, record: RoundRecord | None, where: str, score
             f"{where}: {', '.join(required[:-1])} or {required[-1]} is not a number, or there is a score that the run "
             f"does not have; nothing was changed"
         )
+    recalls = line.get("recalls", [])  # earlier versions wrote none
+    if not isinstance(recalls, list) or not all(recall is None or is_number(recall) for recall in recalls):
+        raise RunError(f"{where}: recalls is {recalls!r}, not a list of numbers; nothing was changed")
     nonfinite = line.get("nonfinite", 0)
     if isinstance(nonfinite, bool) or not isinstance(nonfinite, int) or nonfinite < 0:
         raise RunError(f"{where}: nonfinite is {nonfinite!r}, not a number of examples; nothing was changed")
@@ -183,6 +193,7 @@ def _evaluation_fields(evaluation: Evaluation | None) -> Line:
         "loss": finite_or_none(evaluation.loss),
         LOSS: finite_or_none(evaluation.loss),
         **{name: finite_or_none(value) for name, value in evaluation.scores.items()},
+        **({"recalls": [finite_or_none(recall) for recall in evaluation.recalls]} if evaluation.recalls else {}),
         **({"nonfinite": evaluation.nonfinite} if evaluation.nonfinite else {}),
     }
 

@@ -1,7 +1,11 @@
 """Fields of a run's summary that do not follow from its metrics: sizes, messages, attackers, client selection."""
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from ...engine.errors import RunError
 from ...engine.lm.free_text.encoded import EncodedText
@@ -22,11 +26,16 @@ _TOGETHER = {
     "single_label_clients": ("stopped", "precision", "recall"),
     "attackers": ("attack",),
     "epsilon": ("delta",),
+    "client_accuracy_mean": ("client_accuracy_worst",),
+    "client_accuracy_stopped": ("client_accuracy_mean", "stopped"),
 }
-_LISTS, _TEXTS = ("stopped", "single_label_clients", "attackers"), ("weights", "attack")
-_MAY_BE_NULL = {"precision", "recall", "seconds_per_step", "forward_share_of_step"} | {
-    f"{name}_{when}" for name, score in SCORES.items() if score.may_be_null for when in ("before", "after")
-}
+_LISTS, _TEXTS = ("stopped", "single_label_clients", "attackers", "client_accuracy"), ("weights", "attack")
+_CLIENT_ACCURACY = {f"client_accuracy_{of}" for of in ("mean", "worst", "stopped")}
+_MAY_BE_NULL = (
+    {"precision", "recall", "seconds_per_step", "forward_share_of_step"}
+    | _CLIENT_ACCURACY
+    | {f"{name}_{when}" for name, score in SCORES.items() if score.may_be_null for when in ("before", "after")}
+)
 
 
 def check_summary(summary: Any, where: str) -> None:
@@ -114,9 +123,49 @@ def selection_summary(selection: Selection, labels: list[list[int]]) -> dict[str
     }
 
 
+def client_accuracy_summary(
+    recalls: Sequence[float], labels: list[list[int]], stopped: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Summary of the clients' own accuracy: that on held-out examples of each class in the client's shares of them.
+
+    So a client whose class the model neglects shows, although hardly anything changes for the mean of all examples.
+
+    Args:
+        recalls: recall of each class on the held-out examples, [C]; NaN for a class without any.
+        labels: number of training examples by client and label, [K][C].
+        stopped: ids of the clients that are stopped early.
+
+    Returns:
+        Fields: mean and worst of all clients, mean of the stopped ones if there are any, and all values for at most 100
+        clients. No fields if recalls or labels are not known. A value is None where a class has no held-out examples.
+    """
+    if not recalls or not labels:
+        return {}
+    own = [client_accuracy(recalls, row) for row in labels]
+    values = {"client_accuracy_mean": statistics.fmean(own), "client_accuracy_worst": float(np.min(own))}
+    if stopped:
+        values["client_accuracy_stopped"] = statistics.fmean(own[i] for i in stopped)
+    fields: dict[str, Any] = {name: finite_or_none(value) for name, value in values.items()}
+    return fields | ({"client_accuracy": [finite_or_none(value) for value in own]} if len(own) <= 100 else {})
+
+
+def client_accuracy(recalls: Sequence[float], counts: Sequence[int]) -> float:
+    """Accuracy on held-out examples in the shares in which a client has the classes, ``sum_c share_c recall_c``.
+
+    Args:
+        recalls: recall of each class, [C]; NaN for a class without held-out examples.
+        counts: number of the client's examples of each class, [C].
+
+    Returns:
+        The accuracy in [0, 1]; NaN if the client has a class without held-out examples.
+    """
+    pairs = zip(recalls, counts, strict=True)
+    return sum(recall * count for recall, count in pairs if count) / sum(counts)
+
+
 def _statistics_fields(statistics: PathStatistics) -> dict[str, float | None]:
     """Statistics of a path. A ratio is None if it is infinite, because the later GradIP is 0."""
     return {name: finite_or_none(value) for name, value in vars(statistics).items()}
 
 
-__all__ = ["check_summary", "federation_summary", "selection_summary"]
+__all__ = ["check_summary", "client_accuracy", "client_accuracy_summary", "federation_summary", "selection_summary"]

@@ -71,6 +71,9 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         if "single_label_clients" in s:
             comparison = f" (single-label clients: {_ids(s['single_label_clients'], 'none')}{_quality(s)})"
         click.echo(f"stopped early   {_ids(s['stopped'], 'no client')}{comparison}")
+    if "client_accuracy_stopped" in s:
+        values = (f"{of} {SCORES['accuracy'].text(s[f'client_accuracy_{of}'])}" for of in ("mean", "worst", "stopped"))
+        click.echo(f"own accuracy    of the clients: {', '.join(values)} (held-out examples in their shares of labels)")
     if "attackers" in s:
         click.echo(f"hostile         {_ids(s['attackers'], 'none')} ({s['attack']})")
     if "epsilon" in s:

@@ -36,12 +36,15 @@ def test_class_that_is_only_predicted_counts() -> None:
     assert macro_f1(confusion) == pytest.approx((2 / 3 + 0) / 2, abs=1e-12)
 
 
-def test_evaluation_reports_macro_f1_of_its_predictions(llama: nn.Module) -> None:
+def test_evaluation_reports_macro_f1_and_recalls_of_its_predictions(llama: nn.Module) -> None:
     data = encode_task()
     predicted = candidate_scores(llama, data.batch([0, 1, 2], answers="all", device=CPU)).argmax(-1)
     expected = macro_f1(confusion_matrix(data.labels, predicted, 2))
+    recalls = [float((predicted == label)[data.labels == label].double().mean()) for label in (0, 1)]
     for batch_size in (1, 2, 32):
-        assert evaluate(llama, data, batch_size).scores["macro_f1"] == expected
+        result = evaluate(llama, data, batch_size)
+        assert result.scores["macro_f1"] == expected
+        assert result.recalls == recalls
 
 
 def test_examples_without_finite_scores_are_wrong_and_counted(llama: nn.Module) -> None:
