@@ -29,6 +29,7 @@ from .engine.mask_coverage import MaskCoverage
 from .engine.mask_sets import sparser, united
 from .fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from .fed.config.run_config import RunConfig, make_config
+from .fed.doctor import doctor
 from .fed.inference.chat import chat
 from .fed.inference.evaluate import evaluate
 from .fed.inference.predict import predict
@@ -448,6 +449,7 @@ main.add_command(tune)
 main.add_command(chat)
 main.add_command(evaluate)
 main.add_command(predict)
+main.add_command(doctor)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -44,6 +46,40 @@ def hub_or_cache(what: str) -> Iterator[None]:
     warnings.warn(f"{silent}; {what} was read from the cache", stacklevel=3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubState:
+    """Whether the hub can be used from here.
+
+    Args:
+        endpoint: its address.
+        answers: whether it answered a request; None if it was not asked.
+        answer: the same in words.
+        cache: directory of the files that were downloaded.
+    """
+
+    endpoint: str
+    answers: bool | None
+    answer: str
+    cache: Path
+
+
+def hub_state(*, ask: bool) -> HubState:
+    """Returns whether the hub can be used.
+
+    Args:
+        ask: whether to send it a request, if it is not switched off.
+    """
+    reason = None if constants.HF_HUB_OFFLINE or not ask else _why_silent()
+    if constants.HF_HUB_OFFLINE:
+        answers, answer = None, "is switched off (HF_HUB_OFFLINE): only what is in the cache"
+    elif not ask:
+        answers, answer = None, "was not asked"
+    else:
+        answers = reason is None
+        answer = "answers" if answers else f"does not answer ({reason}): only what is in the cache, and local paths"
+    return HubState(endpoint=constants.ENDPOINT, answers=answers, answer=answer, cache=Path(constants.HF_HUB_CACHE))
+
+
 def _why_silent() -> str | None:
     """Says why the hub gives no answer to a request; None if it gives any."""
     limits = (_CONNECT, _ANSWER, _ANSWER, _CONNECT)  # to connect, read, write, and get a connection
@@ -72,4 +108,4 @@ def _first_line(error: BaseException) -> str:
     return next((line.rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["hub_or_cache"]
+__all__ = ["HubState", "hub_or_cache", "hub_state"]
