@@ -1,12 +1,16 @@
-"""Federated rounds in plain torch, with corrections of the clients' scalars for what their data differ in.
+"""Federated rounds in plain torch, with corrections of the clients' steps for what their data differ in.
 
-All clients perturb by the same ``z_t``. A correction by a vector v of the masked space is a scalar at each step:
+All clients perturb by the same ``z_t``. A correction is a vector v_i of the masked space that client i adds to its
+step. It can add the vector itself, or, as the gradient is known, only its part along ``z_t``, a scalar:
 
-    client i:  g_i^t + <v_i, z_t>;    w_i <- w_i - lr (g_i^t + <v_i, z_t>) z_t           server: the mean, as ever
+    exact      w_i <- w_i - lr (g_i^t z_t + v_i)                 projected      w_i <- w_i - lr (g_i^t + <v_i, z_t>) z_t
 
-    proximal          v_i = mu (w_i - w)                     w: the weights at the begin of the round
-    control variates  v_i = gamma (c - c_i)                  c_i: mean of g_i^t z_t over past rounds; c: mean of all c_i
-    repeated seeds    every second round takes the z_t of the round before; to g_i^t it adds g^t - g_i^t of that round
+    proximal          v_i = mu (w_i - w)            w: the weights at the begin of the round
+    control variates  v_i = gamma (c - c_i)         c_i: mean of g_i^t z_t over past rounds; c: mean of all c_i
+    repeated seeds    every second round takes the z_t of the round before, and adds g^t - g_i^t of that round to g_i^t
+
+Either way a client uploads T scalars: exact proximal ones are ``g_i^t (1 - lr mu)**(T - t)``, t from 1, and exact
+control variates add up to zero over the clients. The server takes the mean, as ever.
 
 References:
     FedProx, arXiv 1812.06127; FedDyn, arXiv 2111.04263; SCAFFOLD, arXiv 1910.06378.
@@ -31,12 +35,14 @@ class Correction:
         mu: strength of the proximal term, at least 0.
         gamma: gain of the control variates, in [0, 1].
         memory: share of the newest round in the control variates, in (0, 1].
+        projected: whether only the part of the vector along ``z_t`` is added.
         repeated: whether every second round repeats the seeds of the one before, and corrects by its scalars.
     """
 
     mu: float = 0.0
     gamma: float = 0.0
     memory: float = 0.5
+    projected: bool = False
     repeated: bool = False
 
 
@@ -80,7 +86,9 @@ class Rounds:
             for t, z in enumerate(directions):
                 raw[i, t] = self._scalar(data, w, z)
                 pull = pulls[i] + self._correction.mu * (w - self.weights)
-                w -= self._problem.config.step.lr * (raw[i, t] + known[i, t] + torch.dot(pull, z)) * z
+                if self._correction.projected:
+                    pull = torch.dot(pull, z) * z
+                w -= self._problem.config.step.lr * ((raw[i, t] + known[i, t]) * z + pull)
             ends.append(w)
         mean = self._shares @ torch.stack(ends)
         self.spread.append(float((torch.stack(ends) - mean).square().sum(1).mean().sqrt()))

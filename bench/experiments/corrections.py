@@ -20,22 +20,34 @@ from .fewer_forwards.problem import Problem
 
 _CORRECTIONS = {
     "none": Correction(),
-    "proximal, mu = 0.1": Correction(mu=0.1),
-    "control variates, gain 0.05": Correction(gamma=0.05),
+    "proximal, mu = 1": Correction(mu=1.0),
+    "control variates, gain 0.15": Correction(gamma=0.15),
     "repeated seeds": Correction(repeated=True),
 }
-_HALF = ", half the rate"  # a correction should do more than a smaller step
+_MORE_AT_50 = {
+    "proximal, mu = 5": Correction(mu=5.0),
+    "proximal, mu = 0.1, projected": Correction(mu=0.1, projected=True),
+    "control variates, gain 0.15, projected": Correction(gamma=0.15, projected=True),
+}
 _COLORS = {"T = 1": "C2", "T = 10": "C0", "T = 50": "C1"}
 
 
 def _arms() -> dict[str, tuple[int, float, Correction]]:
-    """Local steps, factor of the learning rate and correction of each arm by its name."""
-    corrected = [(10, 1.0, ""), (50, 1.0, ""), (50, 0.5, _HALF)]
-    arms = {f"T = 1, none{half}": (1, factor, Correction()) for factor, half in ((1.0, ""), (0.5, _HALF))}
-    return arms | {
-        f"T = {steps}, {name}{half}": (steps, factor, correction)
-        for steps, factor, half in corrected
-        for name, correction in _CORRECTIONS.items()
+    """Local steps, factor of the learning rate and correction of each arm by its name.
+
+    Half the learning rate shows whether a correction does more than a smaller step.
+    """
+    groups = [
+        (1, 1.0, {"none": Correction()}),
+        (1, 0.5, {"none": Correction()}),
+        (10, 1.0, _CORRECTIONS),
+        (50, 1.0, _CORRECTIONS | _MORE_AT_50),
+        (50, 0.5, _CORRECTIONS),
+    ]
+    return {
+        f"T = {steps}, {name}{'' if factor == 1 else ', half the rate'}": (steps, factor, correction)
+        for steps, factor, corrections in groups
+        for name, correction in corrections.items()
     }
 
 

@@ -37,8 +37,10 @@ def rounds(problem: Problem, correction: Correction, steps: int, generator: torc
 
 CORRECTIONS = {
     "none": Correction(),
-    "proximal": Correction(mu=0.7),
+    "proximal": Correction(mu=7.0),
+    "proximal, projected": Correction(mu=0.05, projected=True),
     "control variates": Correction(gamma=0.3, memory=0.25),
+    "control variates, projected": Correction(gamma=0.3, memory=0.25, projected=True),
     "repeated seeds": Correction(repeated=True),
 }
 
@@ -64,8 +66,8 @@ def test_rounds_follow_the_formulas(name: str, problem: Problem, generator: torc
                 g = float((slopes[i] + own) @ z[t])
                 seen.append(g)
                 v = correction.mu * (own - w) + correction.gamma * (common - variates[i])
-                g += float(v @ z[t]) + (means[t] - last[i][t] if repeats else 0.0)
-                own = own - lr * g * z[t]
+                g += means[t] - last[i][t] if repeats else 0.0
+                own = own - lr * (g * z[t] + (float(v @ z[t]) * z[t] if correction.projected else v))
             ends.append(own)
             scalars.append(seen)
         share = correction.memory if number else 1.0
@@ -91,6 +93,27 @@ def test_with_one_local_step_no_correction_changes_the_mean(problem: Problem, ge
     assert not torch.equal(ends["none"], problem.start)
     for end in ends.values():
         torch.testing.assert_close(end, ends["none"], rtol=1e-5, atol=1e-5)
+
+
+def test_exact_proximal_steps_are_scalars_that_count_less_the_older_they_are(
+    problem: Problem, generator: torch.Generator
+) -> None:
+    mu, lr = 7.0, problem.config.step.lr
+    simulated = rounds(problem, Correction(mu=mu), STEPS, generator)
+    simulated.run(0)
+    uploaded = simulated._shares @ simulated._last * torch.tensor([(1 - lr * mu) ** (STEPS - t) for t in (1, 2, 3, 4)])
+    moved = sum(lr * g * problem.normal(t, 0) for t, g in enumerate(uploaded))
+    torch.testing.assert_close(simulated.weights, problem.start - moved, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_control_variates_leave_the_mean_to_the_raw_scalars(problem: Problem, generator: torch.Generator) -> None:
+    simulated = rounds(problem, Correction(gamma=0.3), STEPS, generator)
+    simulated.run(0)
+    begin = simulated.weights
+    simulated.run(1)
+    scalars = (simulated._shares @ simulated._last).tolist()
+    moved = sum(problem.config.step.lr * g * problem.normal(STEPS + t, 0) for t, g in enumerate(scalars))
+    torch.testing.assert_close(simulated.weights, begin - moved, rtol=1e-4, atol=1e-5)
 
 
 def test_a_round_takes_the_losses_of_the_clients_own_batches(problem: Problem) -> None:

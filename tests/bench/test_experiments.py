@@ -47,7 +47,11 @@ EXPECTED = {
 def test_each_experiment_writes_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
     ten_steps = ["--local-steps", "10"]
     attackers = ["--clients", "5", "--attackers", "1"]
-    options = {"local-steps": ten_steps, "corrections": ten_steps, "attacks": attackers}.get(name, [])
+    options = {
+        "local-steps": ten_steps,
+        "corrections": [*ten_steps, "--tasks", "embedded-topic"],
+        "attacks": attackers,
+    }.get(name, [])
     result = run_experiment(name, tmp_path / "e", "--seeds", "1", *options)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "e" / "result.md").read_text()
