@@ -38,6 +38,7 @@ from .fed.report.export import apply_delta, save_run
 from .fed.report.page import write_report
 from .fed.run.directory import is_run
 from .fed.run.execute import check_same_settings, execute, resume
+from .fed.run.plan import make_plan, plan_lines
 from .fed.run.replay import replay_run
 from .fed.run.terminal import show_run
 from .fed.setup.data import TaskData, check_files, client_shares, encode
@@ -127,6 +128,8 @@ _trust_remote_code_option = click.option(
               help="resume the run in DIR; if DIR holds no run and settings are given, start one there")  # fmt: skip
 @click.option("--compare-random", is_flag=True,
               help="afterwards, run the same settings with a random mask of the same size")  # fmt: skip
+@click.option("--dry-run", is_flag=True,
+              help="say what the run needs (steps, memory, bytes, time) from a few steps; write nothing")  # fmt: skip
 @click.option("--ranks-per-client", type=click.IntRange(min=1), default=1, metavar="N",
               help="under torchrun: processes that share the micro-batches of one client [default: 1]")  # fmt: skip
 @_trust_remote_code_option
@@ -153,6 +156,7 @@ def _run_or_resume(
     output: Path | None,
     resumed: Path | None,
     compare_random: bool,
+    dry_run: bool,
     trust_remote_code: bool,
     pool: RankPool | None,
     **options: Any,
@@ -167,6 +171,12 @@ def _run_or_resume(
     else:
         config, output = make_config(user_settings), output or resumed
     choose_threads(config.model.source)
+    if dry_run:
+        if resumed is not None or pool is not None:
+            raise ConfigError("--dry-run plans a new run in one process; leave --resume and torchrun out")
+        plan = make_plan(config, click.echo, trust_remote_code=trust_remote_code)
+        click.echo("\n".join(plan_lines(plan, config)))
+        return
     if output is None:
         output = Path("runs") / f"{config.task.name}-{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if compare_random:

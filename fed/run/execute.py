@@ -2,32 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ...engine.backend import resolve
 from ...engine.errors import ConfigError, RunError
-from ...engine.lm.models import LanguageModel, check_device
-from ...engine.lm.quantize import describe_frozen
-from ...engine.lm.text_metrics import check_metrics
 from ...engine.mask import SparseMask
 from ...engine.parameters import fingerprint
 from ..config.run_config import RunConfig, convert, make_config
 from ..config.sections import AUTO
 from ..config.toml import read_toml
 from ..ledger.file import LedgerHeader
-from ..partition import label_counts
-from ..privacy import largest_epsilon
-from ..setup.data import TaskData, check_files, client_shares, describe_examples, encode
-from ..setup.mask import make_mask
-from ..setup.model import load_language_model, resolved, slow_dtype
+from ..setup.data import check_files
+from ..setup.model import resolved
 from ..setup.pool import ClientPool, LocalPool
-from ..setup.server_and_clients import Federation, check_perturbation, check_selection, make_terms
+from ..setup.server_and_clients import Federation, make_terms
 from .directory import CONFIG, MASK, ORIGIN, ORIGIN_REMEDY, Origin, RunDirectory, check_unused, is_run, read_origin
 from .finished import check_made_again, has_lost_files, write_lost_files
+from .inputs import Inputs, check_before_start, load_inputs
 from .metrics import Metrics, read_summary
 from .rounds import Log, Progress, Report, Rounds
 from .saved_rounds import read_saved_rounds, reopen_ledger
@@ -70,9 +61,9 @@ def execute(
     check_unused(output)
     check_files(config)
     given_device, config = config.model.device, resolved(config)
-    inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
+    inputs = load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
     mask = inputs.choose_mask(log)
-    _check_before_start(inputs, mask, log)
+    check_before_start(inputs, mask, log)
     if config.mask.file is not None:  # record the density of the mask in use
         inputs = dataclasses.replace(inputs, config=config.replace(density=mask.density))
     # The directory is created only now: an error before this line leaves nothing behind.
@@ -130,7 +121,7 @@ def resume(
             config = config.replace(mask=None, calibration=None)
         check_files(config)
         config = resolved(config)
-        inputs = _load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
+        inputs = load_inputs(config, log, trust_remote_code, pool or LocalPool(), shared)
         mask = SparseMask.load(path / MASK, inputs.lm.model) if has_mask else inputs.choose_mask(log)
         if not has_mask and directory.has_ledger():
             check_made_again(mask, path)
@@ -138,7 +129,7 @@ def resume(
             written = write_lost_files(directory, mask, inputs.lm.model, config.model.backend)
             log(f"this run is finished; lost files were written again: {', '.join(written)}")
             return finished
-        _check_before_start(inputs, mask, log)
+        check_before_start(inputs, mask, log)
         return _run(inputs, directory, mask, report, log)
 
 
@@ -181,117 +172,6 @@ def _config_of(path: Path) -> RunConfig:
     return make_config(read_toml(path / CONFIG))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """Inputs of a run, except the mask.
-
-    Args:
-        config: the settings.
-        lm: the base model and its tokenizer.
-        data: the task's examples.
-        shares: indices of each client's training examples; empty if the clients are on other machines.
-        base: fingerprint of the base model.
-        pool: the clients.
-        shared: what was loaded for several runs; None: nothing.
-    """
-
-    config: RunConfig
-    lm: LanguageModel
-    data: TaskData
-    shares: list[Tensor]
-    base: str
-    pool: ClientPool
-    shared: Shared | None
-
-    def choose_mask(self, log: Log) -> SparseMask:
-        """The run's mask; see ``make_mask``."""
-        if self.shared is not None:
-            return self.shared.mask
-        log(f"choosing the mask ({self.config.mask.file or self.config.method.recipe.elements})")
-        return make_mask(self.config, self.lm, self.data.train)
-
-    @property
-    def data_digest(self) -> str:
-        """SHA-256 of the examples and of their partition."""
-        return self.data.digest(self.shares)
-
-    @property
-    def label_counts(self) -> list[list[int]]:
-        """Number of training examples by client and label, [K][C]."""
-        return label_counts(self.data.train.labels, self.shares, max(1, len(self.data.train.class_names)))
-
-    @property
-    def natural_client_names(self) -> list[Any]:
-        """Names of the natural clients in the data, in the order of their ids; empty for other partitions."""
-        return sorted(set(self.data.groups or ()))
-
-    def partition_summary(self) -> dict[str, Any]:
-        """Fields of the summary about the partition; for more than 100 clients, only their number."""
-        clients = self.config.clients
-        short, number = len(self.shares) <= 100, f"{len(self.shares)} clients"
-        summary: dict[str, Any] = {
-            "partition": clients.partition.describe(clients.alpha),
-            "examples_by_client_and_label": self.label_counts if short else number,
-        }
-        if self.natural_client_names:
-            summary["natural_clients"] = self.natural_client_names if short else number
-        return summary
-
-
-def _load_inputs(
-    config: RunConfig, log: Log, trust_remote_code: bool, pool: ClientPool, shared: Shared | None
-) -> _Inputs:
-    """Loads model and examples, partitions these among the clients, and logs what was loaded."""
-    check_metrics(config.evaluation.metrics)
-    for line in pool.prepare(config):
-        log(line)
-    if config.model.backend != "auto":  # raises for a backend that does not fit, before slow work
-        resolve(config.model.backend, check_device(config.model.device))
-    log(f"loading the model {config.model.source} and the task {config.task.name}")
-    slow = slow_dtype(config)
-    if slow is not None:
-        log(slow)
-    log(
-        f"{config.method}: {config.rounds} rounds of {config.local_steps} local steps, learning rate {config.step.lr:g}"
-    )
-    lm = load_language_model(config, trust_remote_code=trust_remote_code) if shared is None else shared.lm
-    kept = describe_frozen(lm.model)
-    if kept is not None:
-        log(kept)
-    data = encode(config, lm) if shared is None else shared.data
-    shares = client_shares(config, data) if pool.simulated else []
-    base = fingerprint(lm.model)
-    if shared is not None:
-        shared.check(base)
-    inputs = _Inputs(config=config, lm=lm, data=data, shares=shares, base=base, pool=pool, shared=shared)
-    pool.check(base, inputs.data_digest, data.train.layout)
-    for line in describe_examples(data.train, data.validation):
-        log(line)
-    for i, counts in enumerate(inputs.label_counts[:8]):
-        name = f" ({inputs.natural_client_names[i]})" if inputs.natural_client_names else ""
-        by_label = f", {counts} by label" if data.train.class_names else ""
-        log(f"client {i}{name}: {sum(counts)} examples{by_label}")
-    if len(shares) > 8:
-        log(f"... {config.clients.count - 8} more clients; `meerkat-engine report` shows all")
-    return inputs
-
-
-def _check_before_start(inputs: _Inputs, mask: SparseMask, log: Log) -> None:
-    """Finds errors that would stop the run later, before anything is written; raises ``MeerkatError``."""
-    check_selection(inputs.config, mask, inputs.data)
-    warning = check_perturbation(inputs.config, inputs.lm.model, mask)
-    if warning is not None:
-        log(warning)
-    terms = make_terms(inputs.config, mask)
-    if terms.privacy is not None and inputs.shares:
-        steps = terms.calibration_steps + inputs.config.rounds * terms.local_steps
-        final_epsilon = largest_epsilon(terms.privacy, {(len(share), steps) for share in inputs.shares}, terms.queries)
-        log(
-            f"differential privacy: epsilon {final_epsilon:.3g} at delta {terms.privacy.delta:g} at most, after all "
-            f"rounds (simulated: the noise follows from the seed)"
-        )
-
-
 def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
     """Compares this process with the origin of the run, if it has one.
 
@@ -319,7 +199,7 @@ def _check_origin(directory: RunDirectory, current: Origin, log: Log) -> None:
         log(f"the run started with {difference}: its bits may differ from those of a run that was never stopped")
 
 
-def _run(inputs: _Inputs, directory: RunDirectory, mask: SparseMask, report: Report, log: Log) -> dict[str, Any]:
+def _run(inputs: Inputs, directory: RunDirectory, mask: SparseMask, report: Report, log: Log) -> dict[str, Any]:
     """Runs all rounds that are not in the directory yet, and writes and returns the summary."""
     config = inputs.config
     origin = Origin.of_this_process(data=inputs.data_digest, settings=config.digest(), device=config.model.device)

@@ -30,7 +30,7 @@ def show_run(output: Path, start: Callable[[Report, Log], dict[str, Any]]) -> di
             if progress.score is not None:
                 title, value = progress.score
                 last_score[title] = f"{value:.4f}"
-            fields |= last_score | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": _amount(progress.bytes)}
+            fields |= last_score | {"steps/s": f"{progress.steps_per_second:.2f}", "bytes": amount(progress.bytes)}
             bar.set_postfix(fields)
 
         last_score: dict[str, str] = {}  # stays in the bar until the next evaluation
@@ -54,11 +54,11 @@ def _print_summary(s: dict[str, Any], output: Path) -> None:
         click.echo(f"skipped         {s['queries_skipped']:,} queries, whose loss was not finite")
     for way in ("up", "down"):
         sent = s[f"bytes_{way}"]
-        click.echo(f"bytes {way:<9} {_amount(sent)}; sending the weights would have cost {_amount(full)} "
+        click.echo(f"bytes {way:<9} {amount(sent)}; sending the weights would have cost {amount(full)} "
                    f"({full / max(sent, 1):,.0f} times as much)")  # fmt: skip
     if s["mask_bytes"]:
         click.echo(
-            f"mask            {_amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
+            f"mask            {amount(s['mask_bytes'])} of ids to each client once, unless it calibrates for itself"
         )
     if s["seconds_per_step"] is not None:
         share = s["forward_share_of_step"]
@@ -116,7 +116,7 @@ def _quality(s: dict[str, Any]) -> str:
     return "".join(f"; {name} {s[name]:.2f}" for name in ("precision", "recall") if s[name] is not None)
 
 
-def _amount(count: float) -> str:
+def amount(count: float) -> str:
     """A number of bytes in words, with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -125,4 +125,4 @@ def _amount(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-__all__ = ["show_run"]
+__all__ = ["amount", "show_run"]
