@@ -96,9 +96,10 @@ def test_what_would_stop_the_run_stops_the_plan(tmp_path: Path) -> None:
 
 def test_long_times_and_generated_answers_in_words() -> None:
     fields: dict[str, Any] = {
-        "elements": 10**9, "masked_elements": 10**6, "mask_source": "sensitivity", "steps": 10_000,
-        "forwards_a_step": 2, "tokens_a_step": 400.0, "seconds_a_step": 1.0, "evaluations": 3, "seconds_an_evaluation": 300.0, "bytes_up": 80, "bytes_down": 80,
-        "mask_bytes": 0, "host_bytes": None, "device_bytes": 8 * 10**9, "generates": True,
+        "elements": 10**9, "masked_elements": 10**6, "mask_source": "sensitivity", "mask_bytes": 0, "steps": 10_000,
+        "forwards_a_step": 2, "tokens_a_step": 400.0, "seconds_a_step": 1.0, "evaluations": 3,
+        "seconds_an_evaluation": 300.0, "bytes_up": 80, "bytes_down": 80, "host_bytes": None,
+        "device_bytes": 8 * 10**9, "generates": True,
     }  # fmt: skip
     text = "\n".join(plan_lines(Plan(**fields), make_config(SMALL)))
     assert "about 3.0 h in one process: steps 2.8 h, 3 evaluations 15 min; generated answers take longer" in text
