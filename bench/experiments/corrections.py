@@ -25,7 +25,6 @@ _CORRECTIONS = {
     "repeated seeds": Correction(repeated=True),
 }
 _MORE_AT_50 = {
-    "proximal, mu = 5": Correction(mu=5.0),
     "proximal, mu = 0.1, projected": Correction(mu=0.1, projected=True),
     "control variates, gain 0.15, projected": Correction(gamma=0.15, projected=True),
 }
@@ -39,10 +38,9 @@ def _arms() -> dict[str, tuple[int, float, Correction]]:
     """
     groups = [
         (1, 1.0, {"none": Correction()}),
-        (1, 0.5, {"none": Correction()}),
         (10, 1.0, _CORRECTIONS),
         (50, 1.0, _CORRECTIONS | _MORE_AT_50),
-        (50, 0.5, _CORRECTIONS),
+        (50, 0.5, {name: _CORRECTIONS[name] for name in ("none", "proximal, mu = 1")}),
     ]
     return {
         f"T = {steps}, {name}{'' if factor == 1 else ', half the rate'}": (steps, factor, correction)
