@@ -24,10 +24,7 @@ _CORRECTIONS = {
     "control variates, gain 0.15": Correction(gamma=0.15),
     "repeated seeds": Correction(repeated=True),
 }
-_MORE_AT_50 = {
-    "proximal, mu = 0.1, projected": Correction(mu=0.1, projected=True),
-    "control variates, gain 0.15, projected": Correction(gamma=0.15, projected=True),
-}
+_PROJECTED = {"control variates, gain 0.15, projected": Correction(gamma=0.15, projected=True)}
 _COLORS = {"T = 1": "C2", "T = 10": "C0", "T = 50": "C1"}
 
 
@@ -39,8 +36,8 @@ def _arms() -> dict[str, tuple[int, float, Correction]]:
     groups = [
         (1, 1.0, {"none": Correction()}),
         (10, 1.0, _CORRECTIONS),
-        (50, 1.0, _CORRECTIONS | _MORE_AT_50),
-        (50, 0.5, {name: _CORRECTIONS[name] for name in ("none", "proximal, mu = 1")}),
+        (50, 1.0, _CORRECTIONS | _PROJECTED),
+        (50, 0.5, {"none": Correction()}),
     ]
     return {
         f"T = {steps}, {name}{'' if factor == 1 else ', half the rate'}": (steps, factor, correction)
