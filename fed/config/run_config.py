@@ -19,6 +19,7 @@ from ..aggregation import Rule, StoppedWeight
 from ..attack import Attack
 from ..methods import Elements, Gradient, Method, Stopping
 from ..privacy import Privacy
+from ..selection import MIN_CLIENTS, NullPaths
 from .presets import preset
 from .sections import (
     AggregationConfig,
@@ -178,6 +179,9 @@ class RunConfig(Checked):
                 f"vp_steps must be at least the {windows} steps of a window (the larger of vp_initial and vp_later), "
                 f"got {selection.steps}"
             )
+        of_clients = selection.null is NullPaths.CLIENTS and selection.thresholds() is None
+        if recipe.stopping is not Stopping.NONE and of_clients and self.clients.count < MIN_CLIENTS:
+            raise ConfigError(f"vp_null clients needs at least {MIN_CLIENTS} clients, got {self.clients.count}")
         for name, value, elements in (
             ("layer", self.mask.layer, Elements.LAYER),
             ("lora_targets", self.lora.targets, Elements.LORA),

@@ -22,7 +22,7 @@ from ..aggregation import Aggregation, Rule, StoppedWeight, Weighting
 from ..attack import Attack
 from ..partition import Partition
 from ..privacy import Privacy
-from ..selection import Thresholds, Windows
+from ..selection import NullPaths, Thresholds, Windows
 from ..terms import Schedule
 from .settings import Checked, setting
 
@@ -287,15 +287,21 @@ class SelectionConfig(Checked):
         None,
         "early stopping: threshold of rho_later",
         option="vp_rho_later",
-        shown="from null paths, on held-out examples",
+        shown="from the paths of --vp-null",
     )
     rho_quie: float | None = setting(
-        None, "early stopping: threshold of rho_quie", option="vp_rho_quie", shown="from null paths"
+        None, "early stopping: threshold of rho_quie", option="vp_rho_quie", shown="from these paths"
     )
     sigma: float | None = setting(
-        None, "early stopping: |GradIP| below which a step is quiet", option="vp_sigma", shown="from null paths"
+        None, "early stopping: |GradIP| below which a step is quiet", option="vp_sigma", shown="from these paths"
     )
-    null_paths: int = setting(4, "early stopping: number of null paths", option="vp_null_paths")
+    null: NullPaths = setting(
+        NullPaths.HELD_OUT,
+        "early stopping: paths that the thresholds are derived from: held-out (which the server runs on its own "
+        "examples), clients (the clients' own: the server needs no examples)",
+        option="vp_null",
+    )
+    null_paths: int = setting(4, "early stopping: number of paths with --vp-null held-out", option="vp_null_paths")
 
     def __post_init__(self) -> None:
         for name in ("initial", "later"):

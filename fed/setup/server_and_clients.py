@@ -22,7 +22,15 @@ from ..ledger.file import LedgerWriter, RoundRecord
 from ..methods import Stopping
 from ..privacy import Privacy
 from ..replica import Replica
-from ..selection import Selection, Thresholds, null_thresholds, path_statistics, random_clients
+from ..selection import (
+    NullPaths,
+    Selection,
+    Thresholds,
+    client_thresholds,
+    null_thresholds,
+    path_statistics,
+    random_clients,
+)
 from ..server import RoundResult, Server
 from ..terms import CALIBRATION, Terms
 from .data import TaskData
@@ -55,15 +63,17 @@ def check_selection(config: RunConfig, mask: SparseMask, data: TaskData) -> None
 
     Raises:
         MaskError: if the mask has no gradient.
-        ConfigError: if there are too few held-out examples for null paths, and no thresholds are given.
+        ConfigError: if there are too few held-out examples for null paths on them, and no thresholds are given.
     """
     if config.method.recipe.stopping is Stopping.NONE:
         return
     GradIP(mask, torch.device("cpu"), "torch")  # raises MaskError if the mask has no gradient
-    if config.selection.thresholds() is None and len(data.validation) < config.step.batch_size:
+    runs_null_paths = config.selection.thresholds() is None and config.selection.null is NullPaths.HELD_OUT
+    if runs_null_paths and len(data.validation) < config.step.batch_size:
         raise ConfigError(
             f"{len(data.validation)} held-out examples are too few for null paths (a batch holds "
-            f"{config.step.batch_size}); use more held-out examples, or give vp_rho_later, vp_rho_quie and vp_sigma"
+            f"{config.step.batch_size}); use more held-out examples or vp_null clients, or give vp_rho_later, "
+            f"vp_rho_quie and vp_sigma"
         )
 
 
@@ -195,10 +205,18 @@ class Federation:
         return result
 
     def _select(self, traces: Mapping[int, Trace]) -> Selection:
-        config = self.config
-        thresholds = config.selection.thresholds() or null_thresholds(self._null_paths(), self._windows)
-        self.selection = self._selection_by(thresholds, traces)
+        self.selection = self._selection_by(self._thresholds(traces), traces)
         return self.selection
+
+    def _thresholds(self, traces: Mapping[int, Trace]) -> Thresholds:
+        """The thresholds that the settings give or say how to derive."""
+        selection = self.config.selection
+        given = selection.thresholds()
+        if given is not None:
+            return given
+        if selection.null is NullPaths.CLIENTS:
+            return client_thresholds({i: trace.gradip for i, trace in traces.items()}, self._windows)
+        return null_thresholds(self._null_paths(), self._windows)
 
     def _selection_by(
         self, thresholds: Thresholds, traces: Mapping[int, Trace], stopped: list[int] | None = None

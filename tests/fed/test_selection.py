@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meerkat_engine.engine.errors import ConfigError
@@ -18,6 +19,7 @@ from meerkat_engine.fed.selection import (
     PathStatistics,
     Thresholds,
     Windows,
+    client_thresholds,
     null_thresholds,
     path_statistics,
     random_clients,
@@ -63,6 +65,52 @@ def test_thresholds_are_above_the_statistics_of_all_null_paths() -> None:
         ConfigError, match="GradIP of null path 1 is 0 in all of its first 2 or last 4 values; increase eps"
     ):
         null_thresholds([paths[0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], paths[1]], WINDOWS)
+
+
+def halved_normal(rng: np.random.Generator, scale: float, s: np.ndarray) -> list[float]:
+    """GradIP of a client whose gradient falls to ``scale`` after the initial window of 20 of 70 steps."""
+    g = rng.standard_normal(len(s)) * np.where(np.arange(len(s)) < 20, 1.0, scale)
+    return list(g * s)
+
+
+@pytest.mark.parametrize("extreme", [0, 2, 5, 7])
+def test_thresholds_from_the_clients_own_paths_separate_up_to_three_quarters_of_extreme_clients(extreme: int) -> None:
+    """IID clients fall to a half, the others to a tenth. All share the perturbations, and so ``s``."""
+    windows, flagged_iid, missed = Windows(initial=20, later=50), 0, 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        s = rng.standard_normal(70)
+        paths = {i: halved_normal(rng, 0.1 if i < extreme else 0.5, s) for i in range(10)}
+        thresholds = client_thresholds(paths, windows)
+        exceeds = [path_statistics(path, windows, thresholds.sigma).exceeds(thresholds) for path in paths.values()]
+        missed += extreme - sum(exceeds[:extreme])
+        flagged_iid += sum(exceeds[extreme:])
+    assert missed <= 0.05 * 20 * extreme
+    assert flagged_iid <= 0.05 * 20 * (10 - extreme)
+
+
+def test_the_standard_error_of_a_path_is_that_of_repeated_paths() -> None:
+    """So chance alone keeps as many clients below the threshold as a normal distribution has below it."""
+    windows, rng = Windows(initial=20, later=50), np.random.default_rng(1)
+    s = rng.standard_normal(70)
+    paths = {i: halved_normal(rng, 0.5, s) for i in range(4000)}
+    thresholds = client_thresholds(paths, windows)
+    ratios = np.log([path_statistics(path, windows, 1.0).rho_later for path in paths.values()])
+    error = (math.log(thresholds.rho_later) - np.quantile(ratios, 0.25)) / 2
+    assert error == pytest.approx(ratios.std(), rel=0.1)
+    assert thresholds.rho_quie == pytest.approx(0.5 + 1 / math.sqrt(50))
+
+
+def test_a_client_whose_gradip_is_0_at_the_end_is_flagged_by_the_others_paths() -> None:
+    paths = {i: [4.0, 4.0 + i, 1.0, 2.0, 1.0, 2.0] for i in range(3)} | {3: [4.0, 4.0, 0.0, 0.0, 0.0, 0.0]}
+    thresholds = client_thresholds(paths, WINDOWS)
+    assert [path_statistics(path, WINDOWS, thresholds.sigma).exceeds(thresholds) for path in paths.values()] == [
+        False, False, False, True
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="need at least 4 clients, the calibration has 3"):
+        client_thresholds({i: paths[i] for i in range(3)}, WINDOWS)
+    with pytest.raises(ConfigError, match="0 in all of the first 2 or last 4 values of 2 of 4 clients; increase eps"):
+        client_thresholds(paths | {2: paths[3]}, WINDOWS)
 
 
 def test_random_clients_depend_on_the_seed_only() -> None:
@@ -196,9 +244,31 @@ def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest
     assert summary["vp_thresholds"] == {"rho_later": 0.0, "rho_quie": 0.0, "sigma": 1e9}
 
 
+def test_thresholds_from_the_clients_need_no_held_out_examples_of_the_server(
+    stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation has fewer than a batch, and no null path is run."""
+    from meerkat_engine.fed.setup import server_and_clients as federation
+
+    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
+    calibration = {"vp_steps": 100, "vp_initial": 20, "vp_later": 50, "eval_examples": 8}
+    summary = run(tmp_path / "r", method="meerkat-vp", rounds=1, vp_null="clients", **calibration)
+    paths = {i: trace["gradip"] for i, trace in _first_traces(tmp_path / "r").items()}
+    assert _first_traces(stopped[0]) == _first_traces(tmp_path / "r")
+    expected = client_thresholds(paths, Windows(initial=20, later=50))
+    assert summary["vp_thresholds"] == pytest.approx(vars(expected), rel=1e-4)  # the file has six digits
+    assert summary["stopped"] == [2, 3]
+
+
+def _first_traces(directory: Path) -> dict[str, Any]:
+    traces: dict[str, Any] = json.loads((directory / "gradip.jsonl").read_text().splitlines()[0])["clients"]
+    return traces
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"vp_null": "clients", "clients": 3}, "vp_null clients needs at least 4 clients, got 3"),
         ({"vp_rho_later": 3.0}, "vp_rho_later, vp_rho_quie, vp_sigma go together; only vp_rho_later given"),
         (
             {"vp_steps": 10, "vp_later": 25},

@@ -37,7 +37,7 @@ CHANGED: dict[str, Any] = {
 }  # fmt: skip
 # Runs with the other settings, which need certain methods or the user's own data.
 SPECIAL: list[dict[str, Any]] = [
-    {"method": "meerkat-vp", "stopped_weight": "share"},
+    {"method": "meerkat-vp", "stopped_weight": "share", "vp_null": "clients"},
     {"method": "layer-zo", "layer": "model.layers.1"},
     {"method": "lora-fedzo", "lora_targets": "q_proj,v_proj"},
     {"model": "m", "data": Path("f.jsonl"), "template": "{a} and {b}", "labels": "no,yes", "label_field": "l",
