@@ -13,6 +13,7 @@ from .runs import MEASURES
 
 _COLORS = {"light": ("white", "#1b1f24"), "dark": ("#16191d", "#e4e7ea")}
 _WINDOW = 10  # number of steps of the moving mean
+_LEAST_SPAN = 0.2  # of a y axis, as a share of its largest value
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,20 @@ class Curve:
     y: list[float]
 
 
-def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, bytes_on_log_x: bool = False) -> Picture:
-    """Draws panels below each other, with one curve a run.
+def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, x_in_bytes: bool = False) -> Picture:
+    """Draws panels below each other, with one curve a run. Small changes stay small: see ``_LEAST_SPAN``.
 
     Args:
         panels: {label of the y axis: curves}. Curves of the same name have the same colour in all panels.
         x_label: label of the shared x axis.
         alt: text that describes the figure.
-        bytes_on_log_x: whether x is in bytes and the axis logarithmic.
+        x_in_bytes: whether x is in bytes. The axis begins at 0; above the first bytes it is logarithmic if one curve is
+            ten times as long as another.
     """
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
 
     def draw(figure: Any) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+        from matplotlib.ticker import EngFormatter, MaxNLocator, SymmetricalLogLocator
 
         rows = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
         handles = {}
@@ -73,14 +75,16 @@ def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, by
                     markersize=3,
                 )
             axes.set_ylabel(label)
+            _widen(axes)
             axes.grid(visible=True, alpha=0.3)
-        if bytes_on_log_x:
-            rows[-1].set_xscale("log")
+        if x_in_bytes:
+            if (first := _first_of_unequal(panels)) is None:
+                rows[-1].xaxis.set_major_locator(MaxNLocator(5))
+            else:
+                rows[-1].set_xscale("symlog", linthresh=first)
+                rows[-1].xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=first))
             rows[-1].xaxis.set_major_formatter(EngFormatter(unit="B"))
-            rows[-1].xaxis.set_major_locator(
-                MaxNLocator(4) if _within_a_decade(panels) else LogLocator(subs=(1.0, 2.0, 5.0))
-            )
-            rows[-1].xaxis.set_minor_formatter("")
+            rows[-1].set_xlim(left=0)
         else:
             rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         rows[-1].set_xlabel(x_label)
@@ -164,10 +168,20 @@ def _moving_mean(values: Any) -> Any:
     return np.convolve(values, np.ones(window) / window, mode="valid") if window else values
 
 
-def _within_a_decade(panels: Mapping[str, list[Curve]]) -> bool:
-    """Whether the largest x is less than ten times the smallest."""
-    x = [value for curves in panels.values() for curve in curves for value in curve.x]
-    return min(x) < max(x) < 10 * min(x)
+def _first_of_unequal(panels: Mapping[str, list[Curve]]) -> float | None:
+    """The smallest x above 0 if one curve is ten times as long as another, else None."""
+    curves = [curve for curves in panels.values() for curve in curves]
+    positive = [x for curve in curves for x in curve.x if x > 0]
+    lengths = [curve.x[-1] for curve in curves if curve.x[-1] > 0]
+    return min(positive) if lengths and max(lengths) >= 10 * min(lengths) else None
+
+
+def _widen(axes: Any) -> None:
+    """Gives the y axis at least ``_LEAST_SPAN`` of the largest value, so that noise does not look like a result."""
+    low, high = axes.get_ylim()
+    missing = _LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _legend(figure: Any, handles: list[Any], names: list[str]) -> None:

@@ -98,7 +98,7 @@ def _by_bytes(runs: list[Run]) -> Picture | None:
     charts = "Line chart" if len(panels) == 1 else "Line charts"
     titles, words = " and ".join(panels), " ".join(_in_words(curves) for curves in panels.values())
     alt = f"{charts} of {titles} against the bytes sent so far, one line a run. {words}"
-    return draw_curves(panels, "bytes sent so far, up and down", alt, bytes_on_log_x=True)
+    return draw_curves(panels, "bytes sent so far, up and down", alt, x_in_bytes=True)
 
 
 def _curves(runs: list[Run], key: str, first: int = 0) -> list[Curve]:
@@ -117,7 +117,7 @@ def _curve_by_bytes(run: Run, key: str) -> Curve:
     sent, x, y = 0.0, [], []
     for line in run.rounds:
         sent += line.get("bytes_up", 0) + line.get("bytes_down", 0)
-        if sent > 0 and is_number(line.get(key)):  # 0 bytes cannot be on a log axis
+        if is_number(line.get(key)):
             x.append(sent)
             y.append(line[key])
     return Curve(run.name, x, y)

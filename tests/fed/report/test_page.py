@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from meerkat_engine.fed import read_ledger
 from meerkat_engine.fed.gradip import Trace
@@ -221,7 +222,43 @@ def test_curves_have_the_values_of_the_metrics(
         assert by_round["training loss"][i] == Curve(run.name, [1, 2], [line["loss"] for line in lines[1:]])
         total = summary_of(run)["bytes_up"] + summary_of(run)["bytes_down"]
         first = lines[1]["bytes_up"] + lines[1]["bytes_down"]
-        assert by_bytes["accuracy"][i] == Curve(run.name, [first, total], curve.y[1:])
+        assert by_bytes["accuracy"][i] == Curve(run.name, [0, first, total], curve.y)  # with the start
+
+
+@pytest.mark.parametrize(
+    ("lengths", "scale"), [([[0, 90, 100]], "linear"), ([[0, 10], [0, 99]], "linear"), ([[0, 10], [0, 100]], "symlog")]
+)
+def test_bytes_begin_at_zero_and_are_logarithmic_only_if_runs_need_it(
+    lengths: list[list[float]], scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    save = Figure.savefig
+
+    def record(figure: Figure, *arguments: Any, **others: Any) -> None:
+        save(figure, *arguments, **others)
+        seen.append((figure.axes[0].get_xscale(), figure.axes[0].get_xlim()[0]))
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    curves = [Curve(str(i), x, [0.5 for _ in x]) for i, x in enumerate(lengths)]
+    draw_curves({"accuracy": curves}, "bytes", "alt", x_in_bytes=True)
+    assert seen == [(scale, 0)] * 2  # light and dark
+
+
+def test_small_changes_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve from 0.9925 to 0.9975 is nearly level; one from 0.49 fills the figure."""
+    spans = []
+    save = Figure.savefig
+
+    def record(figure: Figure, *arguments: Any, **others: Any) -> None:
+        save(figure, *arguments, **others)
+        low, high = figure.axes[0].get_ylim()
+        spans.append(high - low)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    draw_curves({"accuracy": [Curve("a", [0, 1], [0.9925, 0.9975])]}, "round", "alt")
+    draw_curves({"accuracy": [Curve("a", [0, 1], [0.49, 0.9975])]}, "round", "alt")
+    assert all(0.19 < span < 0.21 for span in spans[:2])
+    assert all(0.5 < span < 0.6 for span in spans[2:])
 
 
 def test_text_from_files_is_escaped(runs: list[Path], tmp_path: Path) -> None:
