@@ -52,7 +52,9 @@ class Method:
         unit: what scalars are divided by. Divided scalars are multiplied by the same constant for all rules, the root
             mean square of scalars at the base model, so that learning rates are of the same size.
         momentum: ``beta``, in [0, 1).
-        curvature: ``nu``, in [0, 1): ``s = h ** -0.5`` with ``h <- (1 - nu) h + nu u^2 / mean(u^2)``; 0: no scaling.
+        curvature: ``nu``, in [0, 1): ``s = (h / mean(h)) ** -0.5`` with ``h <- (1 - nu) h + nu u^2``, at first the
+            square of a scalar at the base model; 0: no scaling. (HiSo leaves out the division by the mean, which keeps
+            learning rates comparable.)
         score_power: ``p``: ``s`` is proportional to the mask's scores (mean squared gradients) to this power, with mean
             square 1; 0: no scaling.
         schedule: schedule of the learning rate.

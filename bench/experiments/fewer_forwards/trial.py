@@ -83,7 +83,7 @@ class _Rule:
         self._problem, self._method, self._eps = problem, method, problem.eps
         self._scalars = Scalars(method, typical)
         self._scale = problem.scale_by_scores(method.score_power) if method.score_power else None
-        self._curvature = torch.ones_like(self.w)
+        self._curvature = torch.full_like(self.w, typical * typical)
         self._velocity = torch.zeros_like(self.w)
 
     def step(self, step: int, indices: Sequence[int], lr: float) -> bool:
@@ -96,9 +96,8 @@ class _Rule:
         for direction, c in zip(directions, self._scalars.coefficients(scalars), strict=True):
             update.add_(direction, alpha=c / method.queries)
         if method.curvature and bool(update.any()):
-            square = update.square()
-            self._curvature.lerp_(square / square.mean(), method.curvature)
-            self._scale = self._curvature.rsqrt()
+            self._curvature.lerp_(update.square(), method.curvature)
+            self._scale = (self._curvature / self._curvature.mean()).rsqrt()
         self._velocity.mul_(method.momentum).add_(update, alpha=1 - method.momentum)
         moved = self.w - lr * self._velocity
         if not bool(moved.isfinite().all()):
