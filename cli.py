@@ -34,6 +34,7 @@ from .fed.inference.chat import chat
 from .fed.inference.evaluate import evaluate
 from .fed.inference.predict import predict
 from .fed.methods import Method
+from .fed.recipe import recipe
 from .fed.report.export import apply_delta, save_run
 from .fed.report.page import write_report
 from .fed.run.directory import is_run
@@ -460,6 +461,7 @@ main.add_command(chat)
 main.add_command(evaluate)
 main.add_command(predict)
 main.add_command(doctor)
+main.add_command(recipe)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ UNITS = {
     "fed": [
         "methods", "rejection", "messages", "partition", "selection", "scalars", "aggregation", "answers", "privacy",
         "terms", "replica", "reply_checks", "client", "ledger", "gradip", "server", "exchange", "attack", "config",
-        "setup", "torchrun", "run", "doctor", "inference", "report", "flower",
+        "setup", "torchrun", "run", "doctor", "recipe", "inference", "report", "flower",
     ],
     "bench": [
         "tables", "environment", "figures", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
