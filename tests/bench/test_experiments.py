@@ -11,6 +11,9 @@ from click.testing import CliRunner, Result
 from meerkat_engine import SparseMask
 from meerkat_engine.bench.experiments import local_steps
 from meerkat_engine.bench.experiments.command import EXPERIMENTS
+from meerkat_engine.bench.experiments.experiment import Results
+from meerkat_engine.bench.experiments.finished import FinishedRun
+from meerkat_engine.bench.experiments.selection import Selection
 from meerkat_engine.bench.tables import over_seeds
 from meerkat_engine.cli import main
 from meerkat_engine.engine import stream
@@ -36,7 +39,7 @@ EXPECTED = {
     "attacks": "trimmed-mean | sign-flip",
     "corrections": "embedded-topic | T = 10, repeated seeds",
     "gradip": "gradient norm    | single label",
-    "selection": "embedded-topic | random-stop",
+    "selection": "embedded-topic | mixed | random-stop, share",
     "local-steps": "Dirichlet 0.1 | T = 10 | 1 ",
     "mask-source": "embedded-topic | the task trained on",
     "concentration": "the top 1.00% of the elements hold",
@@ -174,10 +177,45 @@ def test_a_skipped_query_does_not_count_as_drift_of_its_own() -> None:
 
 def test_detection_adds_up_the_clients_of_all_seeds(tmp_path: Path) -> None:
     result = run_experiment("selection", tmp_path / "e", "--seeds", "2", "--tasks", "embedded", "--vp-rho-later", "0",
-                  "--vp-rho-quie", "0", "--vp-sigma", "1e9")  # fmt: skip
+                  "--vp-rho-quie", "0", "--vp-sigma", "1e9", "--arms", "*; detection; 50; clients")  # fmt: skip
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.output.splitlines() if "4 of 8" in line]
-    assert [cell.strip() for cell in line.split("|")][3:6] == ["8", "0.50", "1.00"]  # all clients are flagged
+    assert [cell.strip() for cell in line.split("|")][1:8] == [  # all clients are flagged
+        "embedded", "50", "clients", "4 of 8", "8", "0.50", "1.00"
+    ]  # fmt: skip
+
+
+def selection_run(seed: int, scores: list[float], own: list[float], stopped: list[int] | None = None) -> FinishedRun:
+    """A run of two rounds with three clients: scores of each round, own accuracy of each client."""
+    lines = [{"round": i, "accuracy": score} for i, score in enumerate(scores)]
+    labels = [[6, 0], [2, 4], [2, 0]]
+    summary = {"accuracy_after": scores[-1], "client_accuracy": own, "client_accuracy_worst": min(own),
+               "examples_by_client_and_label": labels}  # fmt: skip
+    if stopped is not None:
+        summary["stopped"] = stopped
+    return FinishedRun(config={"seed": seed, "rounds": 2}, lines=lines, summary=summary)
+
+
+def test_selection_compares_the_same_clients_and_seeds_in_all_arms() -> None:
+    arms = {
+        "t; mixed; meerkat": [
+            selection_run(0, [0.1, 0.5, 0.75], [0.5, 0.75, 1.0]),
+            selection_run(1, [0.1, 0.25, 0.5], [0.25, 0.5, 0.5]),
+            selection_run(2, [0.1, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        ],
+        "t; mixed; meerkat-vp, keep": [
+            selection_run(0, [0.1, 0.75, 1.0], [1.0, 0.5, 1.0], [0, 2]),
+            selection_run(1, [0.1, 0.5, 0.75], [1.0, 1.0, 1.0], [2]),
+        ],
+        "t; Dirichlet 0.5; meerkat-vp, share": [selection_run(5, [0.1, 0.5, 0.5], [1.0, 1.0, 1.0], [1])],
+    }
+    tables = Selection().table(Results(arms=arms, measured=None))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.splitlines()[2:5]]
+    assert rows[0][3:] == ["0.250 ± 0.250", "0.417 ± 0.382", "", "", "0.250 ± 0.250", "0.625 ± 0.177", "0, 0, 0"]
+    assert rows[1][3:] == ["0.625 ± 0.177", "0.875 ± 0.177", "+0.250 ± 0.000 *", "+0.250 ± 0.000 *", "0.750 ± 0.354",
+                           "1.000 ± 0.000", "2, 1"]  # fmt: skip
+    assert rows[2][3:] == ["0.500", "0.500", "", "", "1.000", "none", "1"]  # no arm to compare it with
+    assert "hold: t; mixed: 0.50 ± 0.42." in tables  # 8 of 10 and 2 of 10 of the first class
 
 
 def test_over_seeds_shows_mean_and_standard_deviation() -> None:

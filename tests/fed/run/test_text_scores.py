@@ -225,8 +225,8 @@ def test_experiments_show_the_held_out_loss(run: tuple[Path, str], tmp_path: Pat
 
 def test_experiments_on_tasks_of_both_kinds_name_both(run: tuple[Path, str], classification: Path) -> None:
     arms = {
-        "classes, meerkat": [FinishedRun.in_directory(classification)],
-        "say, meerkat": [FinishedRun.in_directory(run[0])],
+        "classes; mixed; meerkat": [FinishedRun.in_directory(classification)],
+        "say; mixed; meerkat": [FinishedRun.in_directory(run[0])],
     }
     table = Selection().table(Results(arms=arms, measured=None))
     assert "accuracy or held-out loss after" in table
