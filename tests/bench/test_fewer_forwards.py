@@ -260,6 +260,27 @@ def test_parts_are_put_together(tmp_path: Path) -> None:
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give names of rules to measure, or --part"),
+        (["two-point", "--part", "0.json"], "give names of rules to measure, or --part"),
+        (["two-point", "--output", "0.json"], "0.json exists; choose another --output"),
+        (["two-point", "--lr", "-1"], "lr must be finite and not negative"),
+    ],
+    ids=str,
+)
+def test_what_a_process_cannot_do_is_an_error(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("0.json").write_text("kept")
+    result = CliRunner().invoke(main, ["--output", "new.json", *arguments])
+    assert result.exit_code != 0
+    assert message in result.output
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("0.json", "kept")]
+
+
 def test_parts_of_other_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match="only rules may differ"):
         together([measured_of("two-point"), measured_of("FZOO, q = 4") | {"forwards": 50}])

@@ -5,13 +5,14 @@ It takes the settings of ``run``, and writes what ``meerkat-engine experiment fe
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ....engine.atomic_files import write_atomic
-from ....engine.errors import ConfigError
+from ....engine.errors import ConfigError, MeerkatError
 from ....fed.config.options import GroupedCommand, given_options, settings, settings_from_file
 from ....fed.config.run_config import make_config
 from ....fed.setup.threads import choose_threads
@@ -42,8 +43,20 @@ def main(
     """Measures some rules, or puts results together."""
     if bool(names) == bool(parts):
         raise click.UsageError("give names of rules to measure, or --part with results to put together")
+    if output.exists():  # before hours of work
+        raise click.UsageError(f"{output} exists; choose another --output")
+    try:
+        _main(names, seeds, parts, figure, output, settings_from_file(config_file) | given_options(options))
+    except MeerkatError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _main(
+    names: Sequence[str], seeds: int, parts: Sequence[Path], figure: Path | None, output: Path, given: dict[str, Any]
+) -> None:
+    """See ``main``."""
     if names:
-        config = make_config(settings_from_file(config_file) | given_options(options))
+        config = make_config(given)
         choose_threads(config.model.source)
         measured = compare(Problem.load(config), names, range(config.seed, config.seed + seeds), click.echo)
     else:
