@@ -1,39 +1,27 @@
 """``Federation``: server and clients of a run on one model, built from the settings and the method's recipe."""
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...engine import stream
 from ...engine.captured import Capture
-from ...engine.errors import ConfigError, NonFiniteLossError
-from ...engine.lm.example_set import Examples
+from ...engine.errors import ConfigError
 from ...engine.lm.layout import Layout
 from ...engine.lm.objective import MicroBatchMap
 from ...engine.mask import SparseMask
 from ...engine.weights import MaskedWeights
 from ..attack import with_attackers
-from ..client import Client, ClientData, Timing
+from ..client import Timing
 from ..config.run_config import RunConfig
-from ..gradip import GradIP, Trace
+from ..gradip import GradIP
 from ..ledger.file import LedgerWriter, RoundRecord
 from ..methods import Stopping
-from ..privacy import Privacy
 from ..replica import Replica
-from ..selection import (
-    NullPaths,
-    Selection,
-    Thresholds,
-    client_thresholds,
-    null_thresholds,
-    path_statistics,
-    random_clients,
-)
+from ..selection import NullPaths, Selection
 from ..server import RoundResult, Server
 from ..terms import CALIBRATION, Terms
 from .data import TaskData
+from .selector import ClientMaker, Selector
 
 # A run warns if the perturbation leaves more than this share of the masked elements unchanged. In float32 the share is
 # 0 at usual scales.
@@ -117,7 +105,6 @@ class Federation:
         model: the model, at the server's round.
         data: the task's examples.
         timing: times of the steps so far.
-        selection: clients that are stopped early; empty before the calibration.
         clients: the clients, in the order of their ids.
         server: the server.
     """
@@ -133,16 +120,18 @@ class Federation:
         micro_batch_map: MicroBatchMap | None = None,
     ) -> None:
         self.config, self.model, self.data = config, model, data
-        self.timing, self.selection = Timing(), Selection()
+        self.timing = Timing()
         self._shares_clients = micro_batch_map is not None
-        self._windows = config.selection.windows(config.step.queries)
         terms = make_terms(config, mask)
         self._replica = Replica(model, mask, terms, config.model.backend, config.model.capture, config.step.points)
         self._gradip = None
         if terms.calibration_steps or (not terms.sends_weights and mask.gradient is not None):
             self._gradip = GradIP(mask, next(model.parameters()).device, config.model.backend)
+        make = ClientMaker(config, self._replica, self.timing)
+        # The server holds the selector, not this object: so it is freed at once, and the masters with it.
+        self._selector = Selector(make, self._gradip, data.validation)
         honest_clients = [
-            self._client(i, data.train, share, "data", terms.privacy, micro_batch_map) for i, share in enumerate(shares)
+            make.client(i, data.train, share, "data", terms.privacy, micro_batch_map) for i, share in enumerate(shares)
         ]
         self.clients = with_attackers(honest_clients, config.attack.kind, config.attack.clients)
         self.server = Server(
@@ -152,27 +141,15 @@ class Federation:
             config.aggregation.build(),
             per_round=config.clients.per_round or None,
             gradip=self._gradip,
-            select=self._select,
+            select=self._selector.select,
             max_scalar=config.aggregation.max_scalar,
             max_examples=config.aggregation.max_examples,
         )
 
-    def _client(
-        self,
-        id: int,
-        data: Examples,
-        indices: Tensor,
-        purpose: str,
-        privacy: Privacy | None = None,
-        micro_batch_map: MicroBatchMap | None = None,
-    ) -> Client:
-        config = self.config
-        seed = stream.derived_seed(config.seed, purpose, id)
-        noise = None if privacy is None else stream.derived_seed(config.seed, "priv", id)
-        examples = ClientData(
-            data, indices, config.step.batch_size, seed, config.step.micro_batch_size, poisson=privacy is not None
-        )
-        return Client(id, examples, self._replica, config.objective, self.timing, privacy, noise, micro_batch_map)
+    @property
+    def selection(self) -> Selection:
+        """Clients that are stopped early; empty before the calibration."""
+        return self._selector.selection
 
     def how_steps_run(self) -> str | None:
         """A line for the log: why the points of a step are not computed together, or whether steps are CUDA graphs.
@@ -201,58 +178,8 @@ class Federation:
         """Applies the current round from its ledger line instead of asking the clients; see ``Server.restore``."""
         result = self.server.restore(record, update_model=update_model, compute_traces=compute_traces)
         if record.round == CALIBRATION and record.thresholds is not None:
-            self.selection = self._selection_by(record.thresholds, result.traces, record.stopped)
+            self._selector.select_by(record.thresholds, result.traces, record.stopped)
         return result
-
-    def _select(self, traces: Mapping[int, Trace]) -> Selection:
-        self.selection = self._selection_by(self._thresholds(traces), traces)
-        return self.selection
-
-    def _thresholds(self, traces: Mapping[int, Trace]) -> Thresholds:
-        """The thresholds that the settings give or say how to derive."""
-        selection = self.config.selection
-        given = selection.thresholds()
-        if given is not None:
-            return given
-        if selection.null is NullPaths.CLIENTS:
-            return client_thresholds({i: trace.gradip for i, trace in traces.items()}, self._windows)
-        return null_thresholds(self._null_paths(), self._windows)
-
-    def _selection_by(
-        self, thresholds: Thresholds, traces: Mapping[int, Trace], stopped: list[int] | None = None
-    ) -> Selection:
-        """The clients that are stopped early.
-
-        Args:
-            thresholds: thresholds of the statistics of a path.
-            traces: virtual path of each client.
-            stopped: ids from the ledger; None: choose them by the thresholds.
-        """
-        statistics = {i: path_statistics(trace.gradip, self._windows, thresholds.sigma) for i, trace in traces.items()}
-        if stopped is None:
-            stopped = [i for i, of_client in statistics.items() if of_client.exceeds(thresholds)]
-            if self.config.method.recipe.stopping is Stopping.RANDOM:
-                stopped = random_clients(sorted(traces), len(stopped), self.config.seed)
-        return Selection(stopped=sorted(stopped), thresholds=thresholds, statistics=statistics)
-
-    def _null_paths(self) -> list[list[float]]:
-        """GradIP along null paths: the paths that IID clients would have on the server's held-out examples."""
-        assert self._gradip is not None
-        held_out, terms = self.data.validation, self._replica.terms
-        all_indices = torch.arange(len(held_out), device="cpu")
-        scalars = {}
-        for i in range(self.config.selection.null_paths):
-            client = self._client(i, held_out, all_indices, "null")
-            result, _ = client.train(CALIBRATION, terms.calibration_steps)
-            skipped = np.flatnonzero(~np.isfinite(result["scalars"]))
-            if len(skipped):
-                step = int(skipped[0]) // terms.queries
-                raise NonFiniteLossError(
-                    f"null path {i}, on held-out examples: a query of step {step} was skipped because a loss or lr * g "
-                    f"was not finite; thresholds need all steps; try a smaller lr or eps"
-                )
-            scalars[i] = result["scalars"].tolist()
-        return [trace.gradip for trace in self._gradip.traces(terms.seeds(CALIBRATION), scalars).values()]
 
 
 __all__ = ["Federation", "check_perturbation", "check_selection", "make_terms"]

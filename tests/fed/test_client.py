@@ -134,7 +134,7 @@ def test_a_null_path_with_a_skipped_query_is_an_error() -> None:
     token = lm.tokenizer.convert_tokens_to_ids("bed")
     lm.model.model.embed_tokens.weight.data[token] = float("nan")
     with pytest.raises(NonFiniteLossError, match=r"null path 0, on held-out examples: a query of step \d+ was skipped"):
-        fed._null_paths()
+        fed._selector._null_paths()
 
 
 @pytest.mark.parametrize("poisson", [False, True], ids=["plain", "poisson"])
