@@ -235,9 +235,9 @@ def test_random_stop_stops_the_same_number_of_clients_at_random(stopped: Stopped
 
 
 def test_given_thresholds_need_no_null_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from meerkat_engine.fed.setup import server_and_clients as federation
+    from meerkat_engine.fed.setup import selector
 
-    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
+    monkeypatch.setattr(selector, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
     given = {"vp_rho_later": 0.0, "vp_rho_quie": 0.0, "vp_sigma": 1e9}
     summary = run(tmp_path / "r", method="meerkat-vp", rounds=1, **given)
     assert summary["stopped"] == [0, 1, 2, 3]
@@ -248,9 +248,9 @@ def test_thresholds_from_the_clients_need_no_held_out_examples_of_the_server(
     stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The evaluation has fewer than a batch, and no null path is run."""
-    from meerkat_engine.fed.setup import server_and_clients as federation
+    from meerkat_engine.fed.setup import selector
 
-    monkeypatch.setattr(federation, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
+    monkeypatch.setattr(selector, "null_thresholds", lambda *_: pytest.fail("a null path was run"))
     calibration = {"vp_steps": 100, "vp_initial": 20, "vp_later": 50, "eval_examples": 8}
     summary = run(tmp_path / "r", method="meerkat-vp", rounds=1, vp_null="clients", **calibration)
     paths = {i: trace["gradip"] for i, trace in _first_traces(tmp_path / "r").items()}
