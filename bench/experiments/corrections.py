@@ -85,7 +85,9 @@ class Corrections(Experiment):
         for axis, (task, arms) in zip(axes, results.measured.items(), strict=True):
             for i, (arm, seeds) in enumerate(arms.items()):
                 losses = [seed["loss"] for seed in seeds]
-                axis.barh(-i, statistics.fmean(losses), color=_COLORS[arm.split(",")[0]])
+                steps = arm.split(",")[0]
+                label = steps if arm.endswith(", none") else None  # one bar of each T in the legend
+                axis.barh(-i, statistics.fmean(losses), color=_COLORS[steps], label=label)
                 axis.plot(losses, [-i] * len(losses), "k.", markersize=4)
             axis.set(
                 title=task, xlabel="validation loss", yticks=[-i for i in range(len(arms))], yticklabels=list(arms)
