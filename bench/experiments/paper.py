@@ -1,7 +1,8 @@
 """Experiment (h), the paper's table: methods compared at equal steps, with learning rates tuned alike, paired by seed.
 
 References:
-    Meerkat, arXiv 2506.03337, section 5 and table of LLaMA-3.2-1B, non-IID, T = 10.
+    Meerkat, arXiv 2506.03337, section 5 and table of LLaMA-3.2-1B, non-IID, T = 10; MeZO, arXiv 2305.17333 (eps of
+    adapters).
 """
 
 import itertools
@@ -33,6 +34,7 @@ _LOCAL_STEPS = (10, 1)
 _SEARCH_SEED = 1000  # its partition, batches and perturbations are those of no run of the table
 _SEARCH_EXAMPLES = 200
 _EVALUATIONS = 3
+_LORA_EPS = 1e-2  # MeZO's for adapters: their B begins at 0, and a perturbation of 1e-3 hardly moves the loss
 # LLaMA-3.2-1B, non-IID, T = 10, thousands of steps: accuracy by task.
 _PAPER = {
     "sst2": {"full-fedzo": 0.909, "lora-fedzo": 0.901, "weight-magnitude": 0.902, "meerkat": 0.916},
@@ -88,7 +90,8 @@ class Paper(Experiment):
 def _settings(method: Method, steps: int, total: int) -> dict[str, Any]:
     """What defines an arm. A step of decomfl with 5 perturbations has 6 forward passes: a third of the steps."""
     rounds = total // steps // (3 if method is Method.DECOMFL else 1)
-    return {"method": str(method), "local_steps": steps, "rounds": rounds}
+    eps = {"eps": _LORA_EPS} if method is Method.LORA_FEDZO else {}
+    return {"method": str(method), "local_steps": steps, "rounds": rounds, **eps}
 
 
 def _evaluated(method: Method, steps: int, total: int) -> dict[str, Any]:
