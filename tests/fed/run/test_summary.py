@@ -8,6 +8,7 @@ import pytest
 
 from meerkat_engine.engine.errors import RunError
 from meerkat_engine.fed.run.summary import check_summary, client_accuracy_summary
+from meerkat_engine.fed.run.terminal import show_run
 
 from helpers.command import call, metrics_of, summary_of
 
@@ -97,6 +98,14 @@ def test_equal_shares_of_all_classes_have_the_accuracy_of_the_run(run: Path) -> 
     assert lines[-1]["summary"]["client_accuracy"] == pytest.approx(
         [(a * recalls[0] + b * recalls[1]) / (a + b) for a, b in counts]
     )
+
+
+def test_the_own_accuracy_of_stopped_clients_is_shown(
+    summary: dict[str, Any], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"client_accuracy_mean": 0.75, "client_accuracy_worst": 0.5, "client_accuracy_stopped": None, "stopped": [1]}
+    show_run(run, lambda report, log: summary | own)
+    assert "own accuracy    of the clients: mean 0.7500, worst 0.5000, stopped not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [1, [], "x"])
