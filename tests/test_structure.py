@@ -56,9 +56,9 @@ UNITS = {
         "setup", "torchrun", "run", "doctor", "recipe", "inference", "report", "flower",
     ],
     "bench": [
-        "tables", "environment", "figures", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes", "traffic",
-        "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale", "scale_command",
-        "memory", "memory_command", "tune", "experiments",
+        "tables", "environment", "figures", "empty_kernel", "assembly", "measure", "compiling", "codegen", "shapes",
+        "traffic", "rows", "kernels", "forward", "one_pass", "step", "report", "gpu", "command", "scale",
+        "scale_command", "memory", "memory_command", "tune", "experiments",
     ],
 }  # fmt: skip
 

@@ -151,7 +151,7 @@ def _published(run: FinishedRun, method: str) -> list[str]:
 def _forwards_of_line(run: FinishedRun, line: dict[str, Any]) -> float:
     """Forward passes of a client in a round, on average."""
     gradient: Gradient = Method(run.config["method"]).recipe.gradient
-    return float(line["steps"]) / run.config["clients"] * gradient.forwards(run.config["queries"])
+    return float(line["steps"] / run.config["clients"] * gradient.forwards(run.config["queries"]))
 
 
 def _forwards(run: FinishedRun) -> float:
