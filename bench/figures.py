@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.extras import require_matplotlib
+from ..fed.report.figures import widen
 
 Points = Sequence[tuple[float, float]]
 
@@ -37,10 +38,12 @@ def mean_line(axis: Any, runs: Sequence[Points], color: str, label: str) -> None
 
 
 def save_figure(figure: Any, axes: Sequence[Any], path: Path) -> None:
-    """Adds a grid and one legend for all axes, writes the figure and closes it."""
+    """Adds a grid and one legend for all axes, keeps small changes small, writes the figure and closes it."""
     from matplotlib import pyplot
 
     for axis in axes:
+        if axis.get_yscale() == "linear":
+            widen(axis)
         axis.grid(visible=True, which="major", alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")

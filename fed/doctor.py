@@ -22,6 +22,7 @@ from ..engine.lm.hub_connection import hub_state
 from ..engine.mask import SparseMask
 from ..engine.optimizer import SparseZO
 from ..engine.parameters import fingerprint
+from .config.options import example
 from .run.directory import RunDirectory
 
 _PACKAGE = "meerkat-engine"
@@ -47,7 +48,7 @@ class Finding:
     problem: bool = False
 
 
-@click.command()
+@click.command(epilog=example("meerkat-engine doctor"))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
               help="directory where run directories will be")  # fmt: skip
 @click.option("--offline", is_flag=True, help="do not ask the Hugging Face hub for an answer")

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ..engine.errors import ConfigError
+from .config.options import example
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 
@@ -15,7 +16,7 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_DIRECTORY.glob("*.toml"))}
 
 
-@click.group()
+@click.group(epilog=example("meerkat-engine recipe copy laptop"))
 def recipe() -> None:
     """Lists and copies files of settings to start from.
 

@@ -75,7 +75,7 @@ def draw_curves(panels: Mapping[str, list[Curve]], x_label: str, alt: str, *, x_
                     markersize=3,
                 )
             axes.set_ylabel(label)
-            _widen(axes)
+            widen(axes)
             axes.grid(visible=True, alpha=0.3)
         if x_in_bytes:
             if (first := _first_of_unequal(panels)) is None:
@@ -176,7 +176,7 @@ def _first_of_unequal(panels: Mapping[str, list[Curve]]) -> float | None:
     return min(positive) if lengths and max(lengths) >= 10 * min(lengths) else None
 
 
-def _widen(axes: Any) -> None:
+def widen(axes: Any) -> None:
     """Gives the y axis at least ``_LEAST_SPAN`` of the largest value, so that noise does not look like a result."""
     low, high = axes.get_ylim()
     missing = _LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
@@ -216,4 +216,4 @@ def _png(size: tuple[float, float], draw: Callable[[Any], None], background: str
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-__all__ = ["Curve", "Picture", "draw_curves", "draw_histogram", "draw_paths"]
+__all__ = ["Curve", "Picture", "draw_curves", "draw_histogram", "draw_paths", "widen"]
