@@ -48,7 +48,7 @@ class Finding:
     problem: bool = False
 
 
-@click.command(epilog=example("meerkat-engine doctor"))
+@click.command(epilog=example("meerkat-engine doctor --output runs"))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
               help="directory where run directories will be")  # fmt: skip
 @click.option("--offline", is_flag=True, help="do not ask the Hugging Face hub for an answer")
