@@ -2,12 +2,15 @@
 
     two-point             g_j = (f(w + eps * z_j) - f(w - eps * z_j)) / (2 * eps)        2 q forwards
     forward difference    g_j = (f(w + eps * z_j) - f(w)) / eps                          q + 1 forwards
+    normalized difference g_j = (f(w + eps * z_j) - f(w)) / s                            q + 1 forwards
+                          s: standard deviation of the q losses f(w + eps * z_j)
 
 A step has q perturbations z_j, all around the same w. ``z`` stands for ``z * m``.
 
 References:
     Two-point: Spall 1992 (SPSA); MeZO, arXiv 2305.17333, algorithm 1 and appendix on n-SPSA.
     Forward difference: DeComFL, arXiv 2405.15861, algorithms 1 to 3, with P perturbations.
+    Normalized difference: FZOO, arXiv 2506.09034, with normals instead of signs.
 """
 
 import math
@@ -18,6 +21,7 @@ from typing import Protocol, SupportsFloat
 import torch
 from torch import Tensor
 
+from ..triton_kernels import reference
 from .caller_warnings import warn_caller
 from .errors import NonFiniteLossError
 from .two_points import BothPoints
@@ -26,8 +30,9 @@ from .weights import round_fp32
 # Writes the loss at the current weights to a float32 [1] tensor. The text names the point ("+eps", "w") in errors.
 Evaluate = Callable[[Tensor, str], None]
 # Makes a query's record, float32 [2 + groups]: mean loss, projected gradient, then one coefficient per group.
-# Arguments: the two losses, float32 [2], and half the distance between their points.
-Record = Callable[[Tensor, float], Tensor]
+# Arguments: the two losses, float32 [2], and half of what their difference is divided by: half the distance between
+# their points, in units of the scale of ``perturb_``; or a number on the device, float64 [1].
+Record = Callable[[Tensor, float | Tensor], Tensor]
 
 
 class Estimator(StrEnum):
@@ -35,10 +40,23 @@ class Estimator(StrEnum):
 
     ``TWO_POINT``: central difference. Its error is of the order eps squared.
     ``FORWARD_DIFFERENCE``: all queries of a step share one evaluation at ``w``. Its error is of the order eps.
+    ``NORMALIZED_DIFFERENCE``: forward differences, divided by the standard deviation of the step's losses instead of
+    eps: the size of a step depends on neither the scale of the loss nor that of its gradient. At least two queries.
     """
 
     TWO_POINT = "two-point"
     FORWARD_DIFFERENCE = "forward-difference"
+    NORMALIZED_DIFFERENCE = "normalized-difference"
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether all queries of a step are compared with one loss at ``w``."""
+        return self is not Estimator.TWO_POINT
+
+    @property
+    def least_queries(self) -> int:
+        """Smallest number of queries of a step."""
+        return 2 if self is Estimator.NORMALIZED_DIFFERENCE else 1
 
 
 class NonFinite(StrEnum):
@@ -142,16 +160,38 @@ def forward_difference(
         loss: the loss at ``w``, float32 scalar.
         records: one record per query.
     """
+    pairs = _one_sided_losses(weights, seeds, eps, evaluate)
+    return pairs[0][1], [record(pair, eps / 2) for pair in pairs]  # 2 * (eps / 2) is eps, exactly
+
+
+def normalized_difference(
+    weights: Weights, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate, record: Record
+) -> tuple[Tensor, list[Tensor]]:
+    """Evaluates the loss at ``w``, then each query of a step at +eps. For the arguments see ``two_point``.
+
+    If one of the losses is not finite, none of the scalars is.
+
+    Returns:
+        loss: the loss at ``w``, float32 scalar.
+        records: one record per query.
+    """
+    pairs = _one_sided_losses(weights, seeds, eps, evaluate)
+    half = reference.half_deviation(torch.cat([pair[:1] for pair in pairs]))
+    return pairs[0][1], [record(pair, half) for pair in pairs]
+
+
+def _one_sided_losses(weights: Weights, seeds: Sequence[Tensor], eps: float, evaluate: Evaluate) -> list[Tensor]:
+    """Pairs of losses at +eps and at ``w``, float32 [2] each, one for each query. The weights are left perturbed."""
     at_w = torch.empty(1, dtype=torch.float32, device=weights.device)
     weights.flush_()
     evaluate(at_w, "w")
-    records = []
+    pairs = []
     for seed in seeds:
         pair = torch.cat((at_w, at_w))
         weights.perturb_(seed, eps)
         evaluate(pair[:1], "+eps")
-        records.append(record(pair, eps / 2))  # 2 * (eps / 2) is eps, exactly
-    return at_w[0], records
+        pairs.append(pair)
+    return pairs
 
 
 def evaluate_closure(
@@ -269,6 +309,15 @@ def check_queries(queries: int) -> int:
     return queries
 
 
+def check_enough_queries(queries: int, estimator: Estimator) -> None:
+    """Raises ``ValueError`` if a step has fewer queries than its estimator needs."""
+    if queries < estimator.least_queries:
+        raise ValueError(
+            f"the estimator {estimator} divides by the deviation of a step's losses, and needs at least "
+            f"{estimator.least_queries} queries, got {queries}"
+        )
+
+
 def check_estimator(estimator: str) -> Estimator:
     """Returns the estimator with this name; raises ``ValueError`` listing the names if there is none."""
     if estimator not in list(Estimator):
@@ -283,7 +332,11 @@ def check_nonfinite(nonfinite: str) -> NonFinite:
     return NonFinite(nonfinite)
 
 
-ESTIMATES = {Estimator.TWO_POINT: two_point, Estimator.FORWARD_DIFFERENCE: forward_difference}
+ESTIMATES = {
+    Estimator.TWO_POINT: two_point,
+    Estimator.FORWARD_DIFFERENCE: forward_difference,
+    Estimator.NORMALIZED_DIFFERENCE: normalized_difference,
+}
 
 __all__ = [
     "ESTIMATES",
@@ -291,6 +344,7 @@ __all__ = [
     "NonFinite",
     "Weights",
     "check_all_finite",
+    "check_enough_queries",
     "check_eps",
     "check_estimator",
     "check_nonfinite",
@@ -298,6 +352,7 @@ __all__ = [
     "evaluate_closure",
     "forward_difference",
     "nan_unless_all_finite",
+    "normalized_difference",
     "two_point",
     "two_point_together",
     "warn_low_precision",

@@ -24,6 +24,7 @@ from .estimator import (
     Estimator,
     NonFinite,
     check_all_finite,
+    check_enough_queries,
     check_eps,
     check_estimator,
     check_nonfinite,
@@ -70,7 +71,7 @@ class SparseZO(torch.optim.Optimizer):
             with masked elements must be in a group. None puts all parameters into one group.
         queries: number of perturbations per step (q), at least 1. Each query has its own seed and scalar, and is
             applied with the learning rate ``lr / q``.
-        estimator: "two-point" or "forward-difference"; see ``Estimator``.
+        estimator: "two-point", "forward-difference" or "normalized-difference"; see ``Estimator``.
         nonfinite: "raise" or "skip": how to handle a query whose losses or coefficient are NaN or infinite; see
             ``step``.
         frozen: whether masked elements of parameters that do not require gradients are trained too.
@@ -123,6 +124,7 @@ class SparseZO(torch.optim.Optimizer):
         check_lr(lr)
         check_eps(eps)
         self.queries, self.estimator = check_queries(queries), check_estimator(estimator)
+        check_enough_queries(self.queries, self.estimator)
         self.nonfinite = check_nonfinite(nonfinite)
         self.capture, self.points = check_capture(capture), check_points_mode(points)
         if self.points is PointsMode.TOGETHER and self.estimator is not Estimator.TWO_POINT:
@@ -221,21 +223,22 @@ class SparseZO(torch.optim.Optimizer):
         Args:
             closure: computes the loss of the batch, a float32 scalar (in bfloat16 or float16 most of the difference of
                 two losses is rounded away). It is called in inference mode and must use the same batch in every call.
-                Two-point: called at +eps and at -eps of each query. Forward difference: called at ``w``, then at +eps
-                of each query. A ``BoundLoss`` lets a GPU record the step once and replay it, in one launch.
+                Two-point: called at +eps and at -eps of each query. The others: called at ``w``, then at +eps of each
+                query. A ``BoundLoss`` lets a GPU record the step once and replay it, in one launch.
             seed: seed of the perturbation in [0, 2**64), or one seed for each query. None uses
                 ``step_seed(root seed, 0, number of steps so far, query)``.
 
         Returns:
-            Two-point: mean of all losses. Forward difference: the loss at ``w``. Float32 scalar.
+            Two-point: mean of all losses. The other estimators: the loss at ``w``. Float32 scalar.
 
         On a GPU the step never makes the host wait, unless the closure does.
 
         With ``nonfinite="skip"`` a query is skipped if one of its losses, its projected gradient or ``lr * g`` in any
         group is NaN or infinite. The weights keep their values, the query's scalar in ``projected_gradients`` is NaN,
         and the step still counts. Queries are skipped independently, except that a non-finite loss at ``w`` (forward
-        difference) skips all queries of the step. The closure is called as often as in any other step, on every
-        device. The returned loss is computed from the losses as they are, and may be NaN or infinite.
+        difference), or any (normalized difference), skips all queries of the step. The closure is called as often as in
+        any other step, on every device. The returned loss is computed from the losses as they are, and may be NaN or
+        infinite.
 
         Raises:
             TypeError: if there is no closure, or it returns something else than a number.
@@ -569,7 +572,9 @@ class SparseZO(torch.optim.Optimizer):
                 estimate = functools.partial(two_point_together, both=self._both)
             taken = estimate(
                 self._journal, tensors, eps, functools.partial(evaluate, closure),
-                lambda pair, half: self._record(pair, self._fp64(half), on_device),
+                lambda pair, half: self._record(
+                    pair, half if isinstance(half, Tensor) else self._fp64(half), on_device
+                ),
             )  # fmt: skip
         loss, records = taken
         self._phase = _Phase.CHANGING
@@ -608,7 +613,7 @@ class SparseZO(torch.optim.Optimizer):
 
         Args:
             pair: float32 [2], the two losses of the query.
-            eps: float64 [1], half the distance between the two points, in units of ``z``.
+            eps: float64 [1], half the distance between the two points, in units of ``z``; see ``estimator.Record``.
             rates: float64 [groups], learning rate of one query in each group.
         """
         record = self.weights.coefficients(pair, eps, rates)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import stream
 from .errors import ConfigError
-from .estimator import Estimator, check_estimator, check_queries
+from .estimator import check_estimator, check_queries
 
 # Number of normals summed in one draw of noise.
 _SUMMANDS = 4
@@ -71,7 +71,7 @@ class PrivateClosure:
     Args:
         losses: evaluates the step's batch at the current weights: float32 [n], the same examples in the same order in
             each call. ``n`` is the actual size of the batch and may be 0.
-        estimator: the optimizer's estimator, "two-point" or "forward-difference".
+        estimator: the optimizer's estimator.
         clip: clipping bound ``C`` of each example's loss difference, positive.
         noise_multiplier: ``sigma``, positive: standard deviation of the noise divided by the clip.
         batch_size: expected batch size ``B``, at least 1; a constant that does not depend on ``n``.
@@ -105,7 +105,7 @@ class PrivateClosure:
         queries: int = 1,
     ) -> None:
         check_mechanism(clip, noise_multiplier, batch_size)
-        self._one_sided = check_estimator(estimator) is Estimator.FORWARD_DIFFERENCE
+        self._one_sided = check_estimator(estimator).is_one_sided
         self._calls = check_queries(queries) + 1 if self._one_sided else 2 * check_queries(queries)
         self._losses, self._clip, self._noise = losses, clip, noise_multiplier * clip
         self._batch_size, self._seed = batch_size, stream.check_seed(seed)

@@ -160,8 +160,10 @@ class Program:
             evaluate(self.evaluate, out, where)
             losses.append(out)
 
-        def record_of(pair: Tensor, factor: float) -> Tensor:
-            return record(pair, values.eps if factor == 1 else values.eps * factor, values.rates)
+        def record_of(pair: Tensor, half: float | Tensor) -> Tensor:
+            if not isinstance(half, Tensor):  # in units of eps
+                half = values.eps if half == 1 else values.eps * half
+            return record(pair, half, values.rates)
 
         loss, records = self._estimate(_Walk(values, passes), values.seeds, 1.0, evaluate_and_keep, record_of)
         values.mean.copy_(loss)

@@ -95,7 +95,7 @@ class SparseZOTrainer(Trainer):
         mask: the model's mask.
         eps: perturbation scale, positive.
         queries: number of perturbations (queries) per step, at least 1.
-        estimator: "two-point" or "forward-difference"; see ``SparseZO``.
+        estimator: "two-point", "forward-difference" or "normalized-difference"; see ``SparseZO``.
         nonfinite: "raise" or "skip", how to handle a query whose losses or coefficient are NaN or infinite; see
             ``SparseZO``.
         backend: "auto", "torch", "numba" or "triton"; see ``SparseZO``.

@@ -4,6 +4,7 @@ A method is defined by its recipe alone. Two methods differ only in the entries 
 
 References:
     Meerkat, arXiv 2506.03337 (meerkat, meerkat-vp, weight-magnitude, lora-fedzo, full-fedzo, random stopping);
+    FZOO, arXiv 2506.09034 (meerkat-fzoo: its steps on Meerkat's elements);
     DeComFL, arXiv 2405.15861 (decomfl); McMahan et al., arXiv 1602.05629 (fedavg).
 """
 
@@ -33,6 +34,7 @@ class Gradient(StrEnum):
 
     TWO_POINT = "two-point"
     FORWARD_DIFFERENCE = "forward-difference"
+    NORMALIZED_DIFFERENCE = "normalized-difference"
     BACKPROPAGATION = "backpropagation"
 
     @property
@@ -40,13 +42,20 @@ class Gradient(StrEnum):
         """Whether clients send their masked weights after a round instead of scalars."""
         return self is Gradient.BACKPROPAGATION
 
+    @property
+    def least_queries(self) -> int:
+        """Smallest number of perturbations of a step; see ``Estimator.least_queries``."""
+        return 2 if self is Gradient.NORMALIZED_DIFFERENCE else 1
+
     def forwards(self, queries: int) -> int:
         """Number of forward passes of a step; backpropagation has a backward pass besides.
 
         Args:
             queries: ``q``, number of perturbations of a step.
         """
-        return {Gradient.TWO_POINT: 2 * queries, Gradient.FORWARD_DIFFERENCE: queries + 1}.get(self, 1)
+        if self is Gradient.BACKPROPAGATION:
+            return 1
+        return 2 * queries if self is Gradient.TWO_POINT else queries + 1
 
 
 class Stopping(StrEnum):
@@ -87,6 +96,7 @@ class Method(StrEnum):
 
     MEERKAT = "meerkat"
     MEERKAT_VP = "meerkat-vp"
+    MEERKAT_FZOO = "meerkat-fzoo"
     RANDOM_STOP = "random-stop"
     FULL_FEDZO = "full-fedzo"
     WEIGHT_MAGNITUDE = "weight-magnitude"
@@ -106,6 +116,7 @@ class Method(StrEnum):
 _RECIPES = {
     Method.MEERKAT: Recipe(elements=Elements.SENSITIVITY),
     Method.MEERKAT_VP: Recipe(elements=Elements.SENSITIVITY, stopping=Stopping.VIRTUAL_PATH),
+    Method.MEERKAT_FZOO: Recipe(elements=Elements.SENSITIVITY, gradient=Gradient.NORMALIZED_DIFFERENCE),
     Method.RANDOM_STOP: Recipe(elements=Elements.SENSITIVITY, stopping=Stopping.RANDOM),
     Method.FULL_FEDZO: Recipe(elements=Elements.ALL),
     Method.WEIGHT_MAGNITUDE: Recipe(elements=Elements.MAGNITUDE),

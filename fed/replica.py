@@ -13,7 +13,6 @@ from ..engine.estimator import Estimator, NonFinite
 from ..engine.mask import SparseMask
 from ..engine.optimizer import SparseZO
 from ..engine.two_points import PointsMode
-from .methods import Gradient
 from .terms import Terms
 
 
@@ -58,7 +57,6 @@ class Replica:
             raise MaskError(f"the mask has digest {mask.digest[:12]}, the federation uses {terms.mask_digest[:12]}")
         self.model = model
         self.terms = terms
-        forward_difference = terms.gradient is Gradient.FORWARD_DIFFERENCE
         self.optimizer = SparseZO(
             model,
             mask,
@@ -67,7 +65,7 @@ class Replica:
             seed=terms.seed,
             backend=backend,
             queries=terms.queries,
-            estimator=Estimator.FORWARD_DIFFERENCE if forward_difference else Estimator.TWO_POINT,
+            estimator=Estimator.TWO_POINT if terms.sends_weights else Estimator(terms.gradient),
             frozen=True,  # the terms' mask says what is trained
             nonfinite=NonFinite.SKIP,  # a bad batch of one client must not stop the others
             capture=capture,

@@ -114,7 +114,9 @@ def test_a_correction_has_the_bits_of_the_cpu(device: torch.device, dtype: torch
 
 
 @pytest.mark.parametrize(
-    ("estimator", "q", "steps"), [("two-point", 1, 3), ("two-point", 3, 1), ("forward-difference", 2, 2)], ids=str
+    ("estimator", "q", "steps"),
+    [("two-point", 1, 3), ("two-point", 3, 1), ("forward-difference", 2, 2), ("normalized-difference", 2, 2)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_run_on_the_device_is_replayed_on_the_cpu(
@@ -211,7 +213,9 @@ class Captured:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"queries": 2}, {"queries": 2, "estimator": "forward-difference"}], ids=["one", "two", "forward"]
+    "options",
+    [{}, {"queries": 2}, *({"queries": 2, "estimator": f"{kind}-difference"} for kind in ("forward", "normalized"))],
+    ids=["one", "two", "forward", "normalized"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_captured_steps_have_the_bits_of_other_steps(

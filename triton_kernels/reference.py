@@ -355,6 +355,37 @@ def coefficients(losses: Tensor, eps: Tensor, lr: Tensor) -> Tensor:
     return torch.cat((((plus + minus) * 0.5).float(), g, (lr * g.double()).float()))
 
 
+def half_deviation(losses: Tensor) -> Tensor:
+    """Computes half the standard deviation of a step's losses, on their device and without waiting for the host.
+
+        m = (l_1 + ... + l_q) / q      v = fp32(((l_1 - m)^2 + ... + (l_q - m)^2) / (q - 1))      s = fp32(sqrt(v))
+
+    in float64 except where fp32 is named, one IEEE operation at a time, the sums from left to right: so the bits are
+    those of any device. A scalar is a difference of losses over ``2 * (s / 2)``, by ``coefficients``. Only clients
+    compute it: their scalars are recorded, so no replay depends on it.
+
+    Args:
+        losses: losses of the queries, float32 [q], q at least 2.
+
+    Returns:
+        ``s / 2``, float64 [1]. Infinite where ``s`` is 0, as it is if all losses are equal, so that the scalars are 0;
+        NaN where a loss or ``v`` is not finite.
+    """
+    values = losses.double().split(1)
+    mean = values[0]
+    for value in values[1:]:
+        mean = mean + value
+    mean = mean / len(values)
+    squares = [(value - mean) * (value - mean) for value in values]
+    square = squares[0]
+    for other in squares[1:]:
+        square = square + other
+    variance = (square / (len(values) - 1)).float()
+    # torch's sqrt on CPU is an approximation in the last bit; of an fp32 number in float64, it rounds to the right one.
+    half = variance.double().sqrt().float().double() * 0.5
+    return torch.where(half == 0, torch.inf, torch.where(half.isfinite(), half, torch.nan))
+
+
 def compare(table: ElementTable, master: Tensor, counts: Tensor, access: WeightAccess = TORCH_ACCESS) -> None:
     """Counts the live weights that something else has written, and the masters that the weights cannot hold.
 
@@ -553,6 +584,7 @@ __all__ = [
     "coefficients",
     "compare",
     "gather",
+    "half_deviation",
     "inner",
     "normal",
     "normal_run",

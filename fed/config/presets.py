@@ -7,7 +7,10 @@ from ...engine.lm import embedded
 from ..methods import Method
 from ..partition import Partition
 
-_METHOD_PRESETS: dict[Method, dict[str, Any]] = {Method.DECOMFL: {"queries": 5}}
+_METHOD_PRESETS: dict[Method, dict[str, Any]] = {
+    Method.DECOMFL: {"queries": 5},
+    Method.MEERKAT_FZOO: {"queries": 8},
+}
 
 # For a run without --model and --task: tuned to the size of the embedded model.
 _EMBEDDED_PRESET = {
@@ -25,6 +28,7 @@ _EMBEDDED_PRESET = {
 _EMBEDDED_METHOD_PRESETS: dict[Method, dict[str, Any]] = {
     Method.FULL_FEDZO: {"lr": 1e-3},
     Method.DECOMFL: {"lr": 3e-3},
+    Method.MEERKAT_FZOO: {"lr": 5e-2},
     Method.WEIGHT_MAGNITUDE: {"lr": 1e-1},
     Method.RANDOM_MASK: {"lr": 1e-1},
     Method.FEDAVG: {"lr": 1e-1},

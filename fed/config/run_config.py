@@ -195,6 +195,11 @@ class RunConfig(Checked):
             )
         if self.step.queries > 1 and recipe.sends_weights:
             raise ConfigError(f"{self.method} draws no perturbations; leave queries out")
+        if self.step.queries < recipe.gradient.least_queries:
+            raise ConfigError(
+                f"{self.method} divides by the deviation of a step's losses; queries must be at least "
+                f"{recipe.gradient.least_queries}, got {self.step.queries}"
+            )
 
     def _check_points(self) -> None:
         if self.method.recipe.sends_weights and self.model.masked_weights is MaskedWeightsMode.ADD:

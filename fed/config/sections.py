@@ -207,7 +207,7 @@ class StepConfig(Checked):
         "with --quantize, the losses at +eps and -eps: separate (two forward passes), together (one, over the batch "
         "twice), auto (together for few tokens, and with --offload)",
     )
-    queries: int = setting(1, "number of perturbations q of a step [decomfl: 5]")
+    queries: int = setting(1, "number of perturbations q of a step [decomfl: 5, meerkat-fzoo: 8]")
     eps: float = setting(1e-3, "scale of the perturbation")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ KINDS = {
     "two-point": {},
     "two queries": {"queries": 2},
     "forward difference": {"estimator": "forward-difference", "queries": 2},
+    "normalized difference": {"estimator": "normalized-difference", "queries": 3},
     "skip": {"nonfinite": "skip"},
 }
 

@@ -26,6 +26,7 @@ KINDS = {
     "two-point": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
     "forward-difference": (torch.float32, {"estimator": "forward-difference", "queries": 2}),
+    "normalized-difference": (torch.float32, {"estimator": "normalized-difference", "queries": 2}),
     "program": (torch.float32, {"queries": 2}),
     "captured": (torch.bfloat16, {}),
     "captured forward-difference": (torch.float32, {"estimator": "forward-difference", "queries": 2}),

@@ -118,6 +118,19 @@ def test_a_bad_loss_at_w_skips_all_queries_of_its_step(llama: nn.Module) -> None
     assert same_bits(flat_weights(llama), before)
 
 
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("at", range(4))
+def test_a_bad_loss_skips_all_queries_of_a_normalized_step(llama: nn.Module, at: int, bad: float) -> None:
+    opt = skipping_optimizer(llama, estimator="normalized-difference", queries=3)
+    before, queue = flat_weights(llama), [0.4, 0.1, 0.2, 0.3]
+    queue[at] = bad
+    opt.step(lambda: queue.pop(0))
+    assert queue == []
+    assert len(opt.projected_gradients) == 3
+    assert all(math.isnan(g) for g in opt.projected_gradients)
+    assert same_bits(flat_weights(llama), before)
+
+
 def test_a_query_is_applied_in_all_groups_or_in_none(backend: str) -> None:
     model = make_model()
     before, (first, *rest) = flat_weights(model), model.parameters()

@@ -1,6 +1,7 @@
 """Private scalars: clipping and noise, the influence of one example, the noise distribution, Poisson samples."""
 
 import math
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +89,20 @@ def test_a_private_step_is_its_formula(estimator: str, q: int) -> None:
     for j, g in enumerate(opt.projected_gradients):
         hand.apply(stream.step_seed(9, 0, 0, j), g)
     assert same_bits(flat_weights(model), flat_weights(other))
+
+
+def test_normalized_scalars_are_made_of_private_differences(llama: nn.Module) -> None:
+    """The deviation is that of the noisy differences: nothing else of the losses reaches the scalars."""
+    queue = [[1.0, 2.0], [1 + 2**-10, 2.0], [1.5, 2.0], [1.0, 2 - 2**-10]]
+    private = [difference(after, queue[0], query=j) for j, after in enumerate(queue[1:])]
+    opt = SparseZO(
+        llama, SparseMask.random(llama, 0.05, 1), lr=0.1, queries=3, estimator="normalized-difference",
+        nonfinite="skip",
+    )  # fmt: skip
+    losses = [torch.tensor(values) for values in queue]
+    opt.step(PrivateClosure(lambda: losses.pop(0), estimator="normalized-difference", queries=3, **TERMS))  # type: ignore[arg-type]
+    deviation = statistics.stdev(private)
+    assert opt.projected_gradients == pytest.approx([d / deviation for d in private], rel=1e-5)
 
 
 @pytest.mark.parametrize(

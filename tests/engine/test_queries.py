@@ -1,6 +1,9 @@
 """Several queries per step, and the estimators: bits, replay, number of forwards, and non-finite losses."""
 
+import functools
 import itertools
+import math
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -18,8 +21,10 @@ from helpers.losses import BATCH
 from helpers.models import make_model
 from helpers.tensors import ForbidHostReads, flat_weights, same_bits
 
-ESTIMATORS = ["two-point", "forward-difference"]
-FORWARDS = {"two-point": lambda q: 2 * q, "forward-difference": lambda q: q + 1}
+ESTIMATORS = ["two-point", "forward-difference", "normalized-difference"]
+FORWARDS = {
+    "two-point": lambda q: 2 * q, "forward-difference": lambda q: q + 1, "normalized-difference": lambda q: q + 1,
+}  # fmt: skip
 
 
 @pytest.fixture(params=ESTIMATORS)
@@ -39,11 +44,23 @@ def loss_of(model: nn.Module) -> torch.Tensor:
         return language_model_loss(model, BATCH)
 
 
+def deviation(losses: list[float]) -> float:
+    """Standard deviation, rounded to fp32, with plain sums from left to right (``sum`` corrects their rounding)."""
+    mean = functools.reduce(operator.add, losses) / len(losses)
+    square = functools.reduce(operator.add, [(loss - mean) * (loss - mean) for loss in losses])
+    return round_fp32(math.sqrt(round_fp32(square / (len(losses) - 1))))
+
+
+def enough(q: int, estimator: str) -> int:
+    """The number of queries, or the smallest that the estimator takes."""
+    return max(q, 2) if estimator == "normalized-difference" else q
+
+
 def reference_steps(model: nn.Module, q: int, estimator: str, steps: int) -> tuple[list[float], list[float]]:
     """Takes steps by their formulas, with perturb, restore and apply only; returns scalars and losses."""
     opt, scalars, losses = make_optimizer(model, 1, "two-point", lr=0.07 / q), [], []
     for step in range(steps):
-        seeds, found, seen = [stream.step_seed(9, 0, step, j) for j in range(q)], [], []
+        seeds, seen = [stream.step_seed(9, 0, step, j) for j in range(q)], []
         at_w = loss_of(model).item()
         for seed in seeds:
             pair = []
@@ -51,8 +68,13 @@ def reference_steps(model: nn.Module, q: int, estimator: str, steps: int) -> tup
                 opt.perturb(seed, scale)
                 pair.append(loss_of(model).item())
             seen += pair
-            two = estimator == "two-point"
-            found.append(round_fp32((pair[0] - pair[1]) / (2 * 1e-2) if two else (pair[0] - at_w) / 1e-2))
+        plus, minus = seen[::2], seen[1::2]
+        if estimator == "two-point":
+            found = [round_fp32((a - b) / (2 * 1e-2)) for a, b in zip(plus, minus, strict=True)]
+        elif estimator == "forward-difference":
+            found = [round_fp32((a - at_w) / 1e-2) for a in plus]
+        else:
+            found = [round_fp32((a - at_w) / deviation(plus)) for a in plus]
         opt.restore()
         losses.append(round_fp32(sum(seen) / len(seen)) if estimator == "two-point" else at_w)
         for seed, g in zip(seeds, found, strict=True):
@@ -64,6 +86,7 @@ def reference_steps(model: nn.Module, q: int, estimator: str, steps: int) -> tup
 @pytest.mark.parametrize("q", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_step_is_its_formula(dtype: torch.dtype, q: int, estimator: str) -> None:
+    q = enough(q, estimator)
     model, other, base = (make_model("llama", dtype) for _ in range(3))
     opt, calls = make_optimizer(model, q, estimator), []
 
@@ -108,6 +131,24 @@ def test_the_difference_is_taken_in_float64(llama: nn.Module) -> None:
     assert opt.projected_gradients == [round_fp32((round_fp32(plus) - round_fp32(at_w)) / eps)]
 
 
+def test_scalars_of_equal_losses_are_zero(llama: nn.Module) -> None:
+    """Their deviation is 0: the step says nothing, not that its losses are not finite."""
+    opt, before = make_optimizer(llama, 3, "normalized-difference"), flat_weights(llama)
+    queue = [0.5, 0.25, 0.25, 0.25]
+    opt.step(lambda: queue.pop(0))
+    assert opt.projected_gradients == [0.0] * 3
+    assert same_bits(flat_weights(llama), before)
+
+
+def test_normalized_scalars_depend_neither_on_eps_nor_on_the_scale_of_the_loss(llama: nn.Module) -> None:
+    found = []
+    for eps, scale in ((1e-2, 1.0), (1e-3, 1.0), (1e-2, 1024.0)):
+        opt, queue = make_optimizer(llama, 2, "normalized-difference", eps=eps), [0.5, 0.25, 0.875]
+        opt.step(lambda queue=queue, scale=scale: scale * queue.pop(0))
+        found.append(opt.projected_gradients)
+    assert found[0] == found[1] == found[2] == [round_fp32(d / deviation([0.25, 0.875])) for d in (-0.25, 0.375)]
+
+
 def test_updates_share_a_launch_with_the_next_perturbation(
     monkeypatch: pytest.MonkeyPatch, llama: nn.Module, estimator: str
 ) -> None:
@@ -121,7 +162,7 @@ def test_updates_share_a_launch_with_the_next_perturbation(
             return _do(*args)
 
         monkeypatch.setattr(MaskedWeights, name, recording)
-    for q in (1, 2):
+    for q in (enough(1, estimator), 3):
         calls.clear()
         make_optimizer(llama, q, estimator).step_many([lambda: 0.5] * 2)
         two, more = ["perturb_", "perturb_", "coefficients"], ["update_"] * (q - 1)
@@ -129,7 +170,7 @@ def test_updates_share_a_launch_with_the_next_perturbation(
             query = ["perturb_", "coefficients"]
             wanted = [*two * q, *more, "update_perturb_", *query, *two * (q - 1), *more, "update_"]
         else:
-            each = ["perturb_", "coefficients"] * q
+            each = [*["perturb_"] * q, *["coefficients"] * q]
             wanted = [*each, *["update_"] * q, *each, *["update_"] * q]
         assert calls == wanted
 
@@ -194,7 +235,8 @@ def test_too_few_seeds_are_rejected(llama: nn.Module) -> None:
     [
         ({"q": 0}, "queries must be an integer in"),
         ({"q": 1.5}, "queries must be an integer in"),
-        ({"estimator": "three-point"}, "unknown estimator 'three-point'; known: two-point, forward-difference"),
+        ({"estimator": "three-point"}, "unknown estimator 'three-point'; known: two-point, forward-difference, nor"),
+        ({"estimator": "normalized-difference"}, "normalized-difference divides by .* at least 2 queries, got 1"),
     ],
     ids=str,
 )

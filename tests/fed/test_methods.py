@@ -119,6 +119,23 @@ def test_decomfl_sends_one_scalar_per_query(run: Callable[..., dict[str, Any]], 
     assert [len(line.scalars) for line in ledger.rounds] == [10, 10]
 
 
+def test_meerkat_fzoo_sends_normalized_scalars(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    summary = run("meerkat-fzoo")
+    assert summary["bytes_up"] == 2 * 2 * (40 + 4 * 2 * 8)
+    ledger = read_ledger(tmp_path / "r" / "ledger.jsonl")
+    assert ledger.header.terms.queries == 8
+    assert ledger.header.terms.gradient is Gradient.NORMALIZED_DIFFERENCE
+    for line in ledger.rounds:
+        for scalars in line.clients.values():  # each step's differences from the mean have the deviation 1
+            assert np.std(np.reshape(scalars, (2, 8)), axis=1, ddof=1) == pytest.approx([1, 1], rel=1e-4)
+
+
+def test_meerkat_fzoo_learns_the_embedded_task_in_the_forwards_of_forty_two_point_steps(tmp_path: Path) -> None:
+    settings = {"method": "meerkat-fzoo", "rounds": 3, "local_steps": 3, "partition": "iid", "eval_examples": 100}
+    summary = execute(make_config(settings), tmp_path / "r", lambda _: None, lambda _: None)
+    assert summary["accuracy_after"] > 0.8 > 0.6 > summary["accuracy_before"]
+
+
 def test_layer_zo_trains_the_given_layer(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     summary = run("layer-zo", layer="model.layers.0.mlp")
     mask = SparseMask.load(tmp_path / "r" / "mask.safetensors")
@@ -233,6 +250,7 @@ def test_a_task_mask_has_no_gradient_for_gradip(run: Callable[..., dict[str, Any
         ({"layer": "x"}, "layer has no meaning for meerkat, which trains sensitivity elements"),
         ({"lora_targets": "x"}, "lora_targets has no meaning for meerkat"),
         ({"method": "fedavg", "queries": 2}, "fedavg draws no perturbations; leave queries out"),
+        ({"method": "meerkat-fzoo", "queries": 1}, "deviation of a step's losses; queries must be at least 2, got 1"),
         ({"clients_per_round": 5}, r"clients_per_round must be 0 \(all\) to the 4 clients, got 5"),
     ],
     ids=str,

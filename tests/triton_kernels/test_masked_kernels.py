@@ -1,9 +1,12 @@
 """The masked kernels, compared bit for bit with their plain-torch twins, and with their formulas."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -286,6 +289,19 @@ def test_coefficients_match_the_reference_for_any_losses(
     found = [ops.coefficients(fp32(*losses), fp64(eps), fp64(*lr)) for ops in (KERNELS, reference)]
     assert [x.isnan().tolist() for x in found] == [found[0].isnan().tolist()] * 2  # a NaN has no sign to compare
     assert same_bits(*(x.nan_to_num(0.5) for x in found))
+
+
+@given(losses=st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=9))
+def test_half_a_deviation_has_the_bits_of_python_floats(losses: list[float]) -> None:
+    mean = functools.reduce(operator.add, losses) / len(losses)
+    square = functools.reduce(operator.add, [(loss - mean) * (loss - mean) for loss in losses])
+    wanted = np.float32(math.sqrt(np.float32(square / (len(losses) - 1)))) * 0.5
+    assert reference.half_deviation(fp32(*losses)).item() == (wanted or math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
+def test_half_a_deviation_of_losses_that_are_too_large_is_nan(bad: float) -> None:
+    assert math.isnan(reference.half_deviation(fp32(0.5, bad, 0.25)).item())
 
 
 @pytest.mark.parametrize("ops", [KERNELS, reference], ids=["kernels", "reference"])
