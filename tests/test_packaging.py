@@ -14,7 +14,8 @@ from meerkat_engine import __version__
 
 from helpers.imports import ROOT, sources
 
-DATA = ["py.typed", "fed/report/page.html", "examples/recipes/laptop.toml"]
+RECIPES = [f"examples/recipes/{path.name}" for path in (ROOT / "examples" / "recipes").glob("*.toml")]
+DATA = ["py.typed", "fed/report/page.html", *RECIPES]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from ...fed.config.options import GroupedCommand, example, given_options, settings, settings_from_file
 from ...fed.config.run_config import make_config
 from ...fed.run.directory import CONFIG
-from ...fed.setup.data import check_files
 from ...fed.setup.threads import choose_threads
 from .find import find
 
@@ -51,7 +50,6 @@ def tune(
     `meerkat-engine run --config DIR/config.toml` goes on with it.
     """
     config = make_config(settings_from_file(config_file) | given_options(options))
-    check_files(config)
     choose_threads(config.model.source)
     found = find(
         config,

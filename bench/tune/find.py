@@ -9,6 +9,7 @@ from ...engine.errors import ConfigError
 from ...fed.config.run_config import RunConfig
 from ...fed.config.toml import config_toml
 from ...fed.run.directory import CONFIG
+from ...fed.setup.data import check_files
 from .base import Base
 from .directory import FIGURE, RESULT, RUNS, search_directory, write_if_missing
 from .figure import draw
@@ -50,6 +51,7 @@ def find(
     if longest > config.rounds:
         raise ConfigError(f"--tune-rounds {longest} is more than the {config.rounds} rounds of a full run")
     grid = Grid(config, lrs, eps=eps, density=density)
+    check_files(config)
     with search_directory(output, _settings(config, lrs, grid.axes, longest)):
         base = Base(config, output, log, trust_remote_code=trust_remote_code)
         search = Search(grid, rungs(longest), base, output / RUNS, log)

@@ -67,7 +67,7 @@ def test_each_experiment_writes_a_table_and_a_figure(name: str, tmp_path: Path) 
 
 
 def test_all_experiments_are_tested() -> None:
-    assert {*EXPECTED, "sparsity", "fewer-forwards"} == set(EXPERIMENTS)
+    assert {*EXPECTED, "sparsity", "fewer-forwards", "paper"} == set(EXPERIMENTS)
 
 
 def test_every_arm_and_seed_has_a_run_directory(sparsity: tuple[Path, Result]) -> None:

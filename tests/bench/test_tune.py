@@ -18,7 +18,7 @@ from meerkat_engine.engine.errors import ModelChangedError
 from meerkat_engine.engine.lm import embedded
 from meerkat_engine.fed import execute, make_config
 from meerkat_engine.fed.config.toml import read_toml
-from meerkat_engine.fed.run import execute as execute_module
+from meerkat_engine.fed.run import inputs as inputs_module
 from meerkat_engine.fed.run import rounds
 
 from helpers.command import call
@@ -117,7 +117,7 @@ def test_what_runs_share_is_loaded_chosen_and_evaluated_once(tmp_path: Path, mon
     monkeypatch.setattr(rounds, "evaluate", lambda *of, **how: evaluations.append(of) or evaluate(*of, **how))
     loads, load = [], embedded.load
     monkeypatch.setattr(embedded, "load", lambda *given, **options: loads.append(given) or load(*given, **options))
-    monkeypatch.setattr(execute_module, "make_mask", None)  # a run has the mask of the search
+    monkeypatch.setattr(inputs_module, "make_mask", None)  # a run has the mask of the search
     result = tune(tmp_path / "t", "--lrs", "0.005,0.01", "--rounds", "4")
     assert result.exit_code == 0, result.output
     assert len(loads) == 1

@@ -68,6 +68,7 @@ def test_a_run_over_an_exchange_has_the_bits_of_one_in_process(tmp_path: Path) -
     assert "precision" in local
     assert local.keys() - remote.keys() == {
         "partition", "examples_by_client_and_label", "precision", "recall", "single_label_clients",
+        "client_accuracy", "client_accuracy_mean", "client_accuracy_worst", "client_accuracy_stopped",
     }  # fmt: skip
     assert metrics_of(tmp_path / "remote")[-1]["summary"]["weights"] == remote["weights"]
     assert call("run", "--resume", tmp_path / "remote").exit_code == 0

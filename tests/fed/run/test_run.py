@@ -251,7 +251,10 @@ def test_wrong_settings_are_one_error_line(tmp_path: Path, arguments: list[str],
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "sgd"], "'sgd' is not one of 'meerkat', 'meerkat-vp', 'random-stop', 'full-fedzo',"),
+        (
+            ["--method", "sgd"],
+            "'sgd' is not one of 'meerkat', 'meerkat-vp', 'meerkat-fzoo', 'random-stop',",
+        ),
         (["--partition", "x"], "'x' is not one of 'iid', 'dirichlet', 'single-label', 'mixed', 'natural'"),
         (["--objective", "x"], "'x' is not one of 'candidates', 'language-model', 'language-model-by-example'"),
         (["--dtype", "int8"], "'int8' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
@@ -272,7 +275,7 @@ def test_choices_complete_in_the_shell() -> None:
     options = {option.name: option for option in run.params}
     context = click.Context(run)
     found = options["method"].shell_complete(context, "m")
-    assert [item.value for item in found] == ["meerkat", "meerkat-vp"]
+    assert [item.value for item in found] == ["meerkat", "meerkat-vp", "meerkat-fzoo"]
     assert [item.type for item in options["data"].shell_complete(context, "x")] == ["file"]
 
 

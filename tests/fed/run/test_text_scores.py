@@ -1,5 +1,6 @@
 """What a run on free text writes and shows of its scores: metrics, summary, report, card and experiments."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -214,7 +215,9 @@ def test_experiments_show_the_held_out_loss(run: tuple[Path, str], tmp_path: Pat
     arms = {f"{partition}, u = {u:g}": [finished] for partition in ("iid", "Dirichlet 0.5") for u in
             (1e-2, 1e-3, 1e-4, 1e-5)}  # fmt: skip
     tables = [(Sparsity(), Results(arms=arms, measured=None))]
-    tables.append((LocalSteps(), Results(arms={"T = 1": [finished], "T = 10": [finished]}, measured=None)))
+    drifted = dataclasses.replace(finished, extra=0.5)
+    arms = {"IID, T = 1": [drifted], "IID, T = 10": [drifted], "Dirichlet 0.1, T = 10": [drifted]}
+    tables.append((LocalSteps(), Results(arms=arms, measured=None)))
     for experiment, results in tables:
         table = experiment.table(results)
         assert "held-out loss" in table
